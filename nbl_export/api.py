@@ -16,7 +16,7 @@ refuse to be one of several.
 
 from __future__ import annotations
 
-from nbl_export.doctor.diagnosis import diagnose as doctor
+from nbl_export.doctor import doctor
 from nbl_export.errors import NblError
 from nbl_export.linearize.plan import Plan
 from nbl_export.report.diff import diff

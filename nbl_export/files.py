@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
-from nbl_export.supported import check_system
+from nbl_export.packages import check_system
 
 # Marks an unfinished file or folder of nbl-export; a leftover may be deleted.
 TEMPORARY = ".nbl.tmp"

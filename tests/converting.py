@@ -13,7 +13,7 @@ from nbl_export.blocks import Block
 from nbl_export.convert.gguf_tokenizer import TokenizerFields
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import hidden_size, layer_count
-from nbl_export.parts import part
+from nbl_export.packages import part
 from nbl_export.stages.forms import Form
 from nbl_export.verify.parity.decoder import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for

@@ -52,7 +52,7 @@ SMALLER = {
 }
 # What is not run here, and the test that does it.
 ELSEWHERE = {
-    r"nbl-export doctor": "tests/doctor/test_diagnosis.py",
+    r"nbl-export doctor": "tests/test_doctor.py",
     r"--device cuda": "tests/gpu",
     r"--trt tensorrt": "tests/gpu",
     r"path/to/(sentence-encoder|vit|all-MiniLM)": "tests/end_to_end/test_encoders.py",

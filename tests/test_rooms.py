@@ -39,8 +39,6 @@ ROOMS = (
     "checkpoint",
     "tensorfile",
     "records",
-    "parts",
-    "installed",
     "datafile",
     "child_process",
     "running_time",
@@ -51,7 +49,7 @@ ROOMS = (
     "progress",
     "printable",
     "blocks",
-    "supported",
+    "packages",
     "errors",
 )
 LONGEST = 400  # lines of a file; beyond that it holds more than one idea

@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO
 
 from nbl_export.errors import InputError
 from nbl_export.files import open_data, parse_json, user_path
-from nbl_export.parts import missing
+from nbl_export.packages import missing
 
 _FORMATS = (".txt", ".jsonl", ".parquet")
 # A plain text file is cut at line ends into documents of about this many characters, so that some of them can be

@@ -19,7 +19,7 @@ from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.calibrate.text import HELD_OUT_EVERY
 from nbl_export.errors import InputError
 from nbl_export.files import open_data, user_path
-from nbl_export.parts import missing
+from nbl_export.packages import missing
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 from nbl_export.tensorfile import load_as, save_tensors

@@ -10,7 +10,7 @@ import numpy as np
 from nbl_export.batch.arrays import F32
 from nbl_export.errors import InputError
 from nbl_export.files import open_data
-from nbl_export.parts import missing
+from nbl_export.packages import missing
 
 # Longer than what models hear at once; decoded, an hour of stereo sound takes gigabytes.
 _MOST_SECONDS = 3600

@@ -5,8 +5,7 @@ import sys
 import threading
 
 from nbl_export.errors import MissingDependencyError
-from nbl_export.parts import import_in_words
-from nbl_export.supported import check_system
+from nbl_export.packages import check_system, import_in_words
 
 # Ctrl-C while Python imports ends the process at once, as it does other programs, instead of with a traceback.
 _importing = (

@@ -249,11 +249,11 @@ def convert(
 def doctor(*, said: Said = Said()) -> int:
     """Show what is here, and what each missing part would bring."""
     # Not by the API, which imports numpy: where that does not work, this says so.
+    from nbl_export import doctor as diagnosing
     from nbl_export.cli import terminal
-    from nbl_export.doctor.diagnosis import diagnose
 
     terminal.set_up(said.json, said.quiet, said.log_file)
-    found = diagnose(terminal.TerminalListener())
+    found = diagnosing.doctor(terminal.TerminalListener())
     terminal.show_diagnosis(found)
     return 0 if found.runs_here else MissingDependencyError.exit_code
 

@@ -22,7 +22,7 @@ from nbl_export import __version__, ranks
 from nbl_export.cli import answers, commands, process
 from nbl_export.cli.help import ScreenHelp
 from nbl_export.errors import INTERNAL, INTERRUPTED, NblError, os_error_in_words
-from nbl_export.parts import import_in_words
+from nbl_export.packages import import_in_words
 from nbl_export.printable import printable
 from nbl_export.settings.choices import LIBRARIES
 from nbl_export.settings.definition import FILE, UsageError

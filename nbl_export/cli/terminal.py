@@ -25,7 +25,7 @@ from nbl_export.report.summary import loss_in_words, numbered, replaced, verdict
 from nbl_export.report.tables import engines_table, graph_table, report_tables, verdicts_table
 
 if TYPE_CHECKING:
-    from nbl_export.doctor.diagnosis import Diagnosis
+    from nbl_export.doctor import Diagnosis
     from nbl_export.engine.pair import EngineFile
     from nbl_export.report.diff import Diff
     from nbl_export.report.evaluation import Evaluation
@@ -75,16 +75,14 @@ def show_rewrite(result: RewriteResult) -> None:
 
 def show_diagnosis(found: Diagnosis) -> None:
     """The machine, the packages, what is missing, and whether the main job runs."""
-    from nbl_export.doctor.tables import diagnosis_tables, offers
-
     answer(answers.answer("doctor", {"runs_here": found.runs_here, **to_json(found)}))
-    for table in diagnosis_tables(found):
+    for table in found.tables:
         drawn = _drawn(table)
         for column in drawn.columns:
             column.justify = "left"
         result(drawn)
         result()
-    if missing := offers(found):
+    if missing := found.offers:
         result(drawable("What is missing, and what brings it", "bold"))
         for use, line in missing:
             result(drawable(use))

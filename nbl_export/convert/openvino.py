@@ -29,7 +29,7 @@ from nbl_export.graph.operators import int_attribute
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.compat import save_tokenizer
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.parts import missing
+from nbl_export.packages import missing
 from nbl_export.progress import Listener
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.openvino import (

@@ -14,7 +14,7 @@ from typing import Any
 
 from nbl_export.engine.gpu import Gpu
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.parts import Part, part
+from nbl_export.packages import Part, part
 from nbl_export.settings.choices import LIBRARIES
 
 

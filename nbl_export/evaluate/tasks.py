@@ -19,7 +19,7 @@ from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.evaluate.local_tasks import LocalTask, local_tasks, sample, task_files
 from nbl_export.files import jsonable, sha256_of_json
 from nbl_export.models.load import quiet
-from nbl_export.parts import part
+from nbl_export.packages import part
 from nbl_export.settings import EvalSettings
 
 if TYPE_CHECKING:

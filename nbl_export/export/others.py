@@ -27,7 +27,7 @@ from nbl_export.graph.io import delete_graphs
 from nbl_export.models.compat import CONFIG, TOKENIZER, make_readable, readable_folder
 from nbl_export.models.load import quiet
 from nbl_export.models.weights import resident
-from nbl_export.parts import part
+from nbl_export.packages import part
 from nbl_export.progress import Listener
 
 if TYPE_CHECKING:

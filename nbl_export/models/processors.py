@@ -10,7 +10,7 @@ from nbl_export.errors import InputError
 from nbl_export.models.load import load_tokenizer, quiet, unreadable
 from nbl_export.models.source import ModelSource
 from nbl_export.models.tokenizer_limits import has_vocabulary
-from nbl_export.parts import missing
+from nbl_export.packages import missing
 
 PREPROCESSOR = "preprocessor_config.json"
 

@@ -36,7 +36,7 @@ from nbl_export.models.multimodal import entry, language_model, placeholders_in,
 from nbl_export.models.partial_forward import Reached
 from nbl_export.models.quiet import quiet
 from nbl_export.models.source import ModelSource
-from nbl_export.parts import part
+from nbl_export.packages import part
 
 _TEXT_INSTEAD = "calibrate it on text"
 # What else a language model is given, which says nothing of images and sounds.

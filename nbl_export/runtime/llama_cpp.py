@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import BOOL, F32
 from nbl_export.errors import BuildError
 from nbl_export.machine import cores
-from nbl_export.parts import missing
+from nbl_export.packages import missing
 from nbl_export.runtime.stream import KV, Stream
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 PACKAGE = "llama-cpp-py-sync"
 _BATCH = 256  # tokens of one call

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.errors import BuildError, first_line
-from nbl_export.parts import missing
+from nbl_export.packages import missing
 from nbl_export.runtime.stream import RowStream
 
 PACKAGE = "mlx-lm"

@@ -18,7 +18,7 @@ from nbl_export.graph.half_emulation import compute_in_float32, needs_emulation
 from nbl_export.graph.io import check_file, load_graph, passes_checker
 from nbl_export.graph.tensors import external_files, follow_links
 from nbl_export.machine import cores, free_memory
-from nbl_export.parts import part
+from nbl_export.packages import part
 
 
 def require_onnxruntime() -> Any:

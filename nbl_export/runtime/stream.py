@@ -18,7 +18,7 @@ from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.padding import left_padded, one_more, prefix_mask, right_padded
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 # Keys and values of a layer, or one state of a layer that is not softmax attention.
 KV = tuple[F32, ...]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import sha256_of_file, sha256_of_json
-from nbl_export.parts import part
+from nbl_export.packages import part
 from nbl_export.report.assemble import conversions_in, stage_of
 from nbl_export.settings import BenchSettings
 from nbl_export.settings.converting import GGUF_TYPES, PRECISIONS

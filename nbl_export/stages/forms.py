@@ -14,7 +14,7 @@ from nbl_export.checks import Check
 from nbl_export.errors import MissingDependencyError
 from nbl_export.files import TEMPORARY, atomic_path
 from nbl_export.linearize.plan import Plan
-from nbl_export.parts import missing
+from nbl_export.packages import missing
 from nbl_export.progress import Listener
 from nbl_export.settings.converting import GGUF_TYPES
 from nbl_export.stages.run import Run

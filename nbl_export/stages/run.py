@@ -15,7 +15,7 @@ from nbl_export.models.device import check_device
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelSource, check_apart, find_model, same_model
 from nbl_export.models.tasks import Task, task_named
-from nbl_export.parts import part
+from nbl_export.packages import check_system, part
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE, Ranks, check_alone, together
 from nbl_export.settings import (
@@ -30,7 +30,6 @@ from nbl_export.settings import (
 )
 from nbl_export.settings.device import OnDevice
 from nbl_export.stage_record import key_of
-from nbl_export.supported import check_system
 from nbl_export.workspace import Workspace, kept_digests
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import pytest
 from nbl_export.calibrate import documents as module
 from nbl_export.calibrate.documents import check_readable, check_there, documents
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.installed import pip_line
+from nbl_export.packages import pip_line
 
 TEXTS = ["Once upon a time.", "Zwölf Boxkämpfer jagen Viktor", "狐 jumps\nover two lines", "the end"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from nbl_export.calibrate.sounds import open_sound
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.installed import pip_line
+from nbl_export.packages import pip_line
 
 soundfile = pytest.importorskip("soundfile", reason="needs soundfile: pip install 'nbl-export[audio]'")
 

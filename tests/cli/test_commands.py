@@ -15,8 +15,8 @@ import pytest
 
 from nbl_export import api
 from nbl_export.errors import NblError
-from nbl_export.installed import pip_line
 from nbl_export.models.tasks import task_named
+from nbl_export.packages import pip_line
 from tests.command_line import (
     ENVIRONMENT,
     assert_refused,

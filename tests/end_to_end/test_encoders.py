@@ -22,12 +22,12 @@ from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.graph.io import load_graph
-from nbl_export.installed import pip_line
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.dummy_run import check_supported
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
+from nbl_export.packages import pip_line
 from nbl_export.report.schema import Report
 from nbl_export.verify.parity.figures import EncoderParity
 from nbl_export.workspace import Workspace

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from nbl_export import api
-from nbl_export.installed import pip_line
 from nbl_export.models import device as devices
+from nbl_export.packages import pip_line
 from nbl_export.runtime import session as sessions
 from nbl_export.stages.run import graphs_on
 from nbl_export.workspace import Workspace

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.manifest import Manifest, check_runs, load_manifest, manifest_path
 from nbl_export.errors import InputError, MissingDependencyError, NblError
-from nbl_export.installed import pip_line
+from nbl_export.packages import pip_line
 from nbl_export.records import to_json
 from tests.engine.conftest import manifest_by_hand
 from tests.fixtures_engine import save_manifest

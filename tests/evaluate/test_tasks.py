@@ -12,7 +12,7 @@ import pytest
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.evaluate import tasks
 from nbl_export.evaluate.tasks import check_tasks, find_tasks, require_lm_eval, run_task
-from nbl_export.installed import pip_line
+from nbl_export.packages import pip_line
 from nbl_export.settings import EvalSettings
 from tests.evaluate.test_local_tasks import QUESTION, written
 

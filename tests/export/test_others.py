@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from nbl_export.errors import BuildError, MissingDependencyError
 from nbl_export.export import others
 from nbl_export.export.others import VARIABLE, Exporter, as_hf_folder, export_with, find_exporter
-from nbl_export.installed import pip_line
+from nbl_export.packages import pip_line
 from nbl_export.progress import Silent
 from tests.export.exported import (
     BASE,

@@ -19,7 +19,7 @@ from nbl_export import machine
 from nbl_export.errors import InputError, Interrupted, MissingDependencyError
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
-from nbl_export.installed import pip_line
+from nbl_export.packages import pip_line
 from nbl_export.runtime import session as module
 from nbl_export.runtime.ort import OrtModel, ort_stream
 from nbl_export.runtime.session import (

@@ -16,7 +16,7 @@ from nbl_export import api
 from nbl_export.cli import app
 from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.evaluate import tasks
-from nbl_export.installed import pip_line
+from nbl_export.packages import pip_line
 from nbl_export.report.evaluation import load_evaluation
 from nbl_export.settings.definition import settings_of
 from nbl_export.stages import evaluate as stage

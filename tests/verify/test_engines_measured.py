@@ -18,10 +18,10 @@ from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.pair import EngineFile
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError, InputError, NblError
-from nbl_export.installed import pip_line
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.lengths import Crossed, Length
 from nbl_export.models.load import in_precision
+from nbl_export.packages import pip_line
 from nbl_export.runtime import tensorrt as tensorrt_module
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.settings import VerifySettings

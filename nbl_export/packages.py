@@ -1,16 +1,26 @@
-"""The packages that nbl-export uses, as data: what each is for, and what brings it.
+"""Name the packages that are used: what each is for, and the pip line that brings it beside this copy.
 
 The version of each stands in ``pyproject.toml`` alone, and so does what else an extra brings.
 """
 
 from __future__ import annotations
 
+import json
+import shlex
+import shutil
+import sys
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from nbl_export.errors import MissingDependencyError, first_line
-from nbl_export.installed import pip_command, pip_line
 
+NAME = "nbl-export"
 ALWAYS = ""  # in place of an extra: whoever installs nbl-export has it
+_CLONE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,6 @@ PARTS = (
     Part("jinja2", "jinja2", ALWAYS, "pages of reports"),
     Part("matplotlib", "matplotlib.figure", ALWAYS, "plots of reports"),
     Part("junitparser", "junitparser", ALWAYS, "junit.xml"),
-    Part("tomli", "tomli", ALWAYS, "TOML files, before Python 3.11"),
     Part("onnxruntime", "onnxruntime", "cpu", "runs graphs on the CPU"),
     Part("onnxruntime-gpu", "onnxruntime", "gpu", "runs graphs on an NVIDIA GPU"),
     Part("tensorrt", "tensorrt", "trt", "TensorRT engines, built on the GPU that runs them"),
@@ -74,12 +83,11 @@ PARTS = (
     Part("torchvision", "torchvision", None, "processors of most multimodal models"),
     Part("timm", "timm", None, "the image tower of Gemma 3n"),
 )
-_BY_NAME = {part.package: part for part in PARTS}
 
 
 def part(package: str) -> Part:
     """The part whose package has this name."""
-    return _BY_NAME[package]
+    return next(one for one in PARTS if one.package == package)
 
 
 def missing(package: str, what: str) -> MissingDependencyError:
@@ -97,3 +105,47 @@ def import_in_words(error: ImportError) -> MissingDependencyError | None:
     return MissingDependencyError(
         f"{top} cannot be imported ({first_line(error)}): nbl-export doctor says what is wrong with it."
     )
+
+
+def check_system(platform: str = sys.platform) -> None:
+    """Raise :class:`MissingDependencyError` on Windows, which has neither POSIX file locks nor its signals."""
+    if platform == "win32":
+        raise MissingDependencyError(
+            "nbl-export runs on Linux, and this is Windows: run it in WSL (wsl --install) or in a Linux container."
+        )
+
+
+def pip_line(*extras: str) -> str:
+    """The command that installs ``extras`` beside this copy, quoted for a shell."""
+    named = f"[{','.join(extras)}]" if extras else ""
+    where, editable = origin()
+    url = f" @ {where}" if "://" in where else ""
+    what = f"{NAME}{named}{url}" if url or not where else f"{where}{named}"
+    return f"{pip_command('install')} {'-e ' * editable}{shlex.quote(what)}"
+
+
+def pip_command(verb: str) -> str:
+    """The command that does ``verb`` in the environment that this runs in, which may be one of pipx or uv."""
+    environment = Path(sys.prefix)
+    if (environment / "pipx_metadata.json").is_file():
+        return f"pipx runpip {shlex.quote(environment.name)} {verb}"
+    if find_spec("pip") is None and shutil.which("uv"):
+        return f"uv pip {verb} --python {shlex.quote(sys.executable)}"
+    return f"pip {verb}"
+
+
+def origin(clone: Path = _CLONE) -> tuple[str, bool]:
+    """Where this copy came from, and whether it is editable: a path that is there, a URL, or "" for an index."""
+    try:
+        direct = json.loads(distribution(NAME).read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        direct = {}
+    url = str(direct.get("url", ""))
+    place = Path(url2pathname(urlsplit(url).path)) if url.startswith("file:") else None
+    if (clone / "pyproject.toml").is_file():
+        return str(clone), place == clone and bool(direct.get("dir_info", {}).get("editable"))
+    if place:
+        return (str(place) if place.exists() else ""), False
+    if vcs := direct.get("vcs_info"):
+        url = f"{vcs['vcs']}+{url}@{vcs.get('requested_revision') or vcs['commit_id']}"
+    return url, False
