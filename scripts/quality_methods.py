@@ -23,22 +23,21 @@ import numpy as np
 import torch
 
 from nbl_export import api
-from nbl_export.blocks import ATTENTION, Block, Mlp, all_parts, attentions, part_of, parts_in
+from nbl_export.blocks import ATTENTION, PARTS, SPAN, Block, Mlp, all_parts, attentions, part_of, parts_in
 from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.text import load_text
 from nbl_export.files import read_json
 from nbl_export.graph.io import load_graph
-from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.fits import as_layer
 from nbl_export.linearize.lmmse import fit_lmmse
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
 from nbl_export.linearize.plan import DROPPED, LinearLayer, Replacement, by_part
-from nbl_export.linearize.selection import Scores
+from nbl_export.linearize.selection import Loss, Scores
 from nbl_export.models.layers import block_stack
 from nbl_export.records import from_json
 from nbl_export.settings.choices import DEFAULT_RIDGE
 from nbl_export.settings.workload import workload_of
-from nbl_export.stages.select.choosing import Choosing
+from nbl_export.stages.select.choose import Choosing
 from nbl_export.verify.speed.ceiling import graph_cost
 from nbl_export.verify.speed.roofline import measure_roofline
 from nbl_export.verify.speed.savings import Savings, block_savings, less, stored_bytes
@@ -128,42 +127,39 @@ class Ways:
             "block drop": self.block_drop,
             "bypass": self.bypass,
             OURS: self.ours,
-            ALL: lambda: self.ours(frontier=False),
+            ALL: lambda: self.ours(alone=False),
         }
 
-    def ours(self, frontier: bool = True) -> Iterator[Cut]:
-        """Attention, MLPs and spans alone, if there is to be a ``frontier``; then all for each thing to save.
+    def ours(self, alone: bool = True) -> Iterator[Cut]:
+        """Attention, MLPs and spans ``alone``, if asked for; then all for each thing to save.
 
         All is what a search finds that is to save as much as the paper's method with one of the ``ks``.
         """
-        if frontier:
-            yield from self._searched(WEIGHTS, None)
+        for part in (*PARTS, SPAN) if alone else ():
+            # MLPs alone, which save nothing but weights, need twice as many, and spans have several each.
+            order = Choosing.order
+
+            def own(choosing: Choosing, candidates: Any, part: str = part, order: Any = order) -> Any:
+                return order(choosing, [c for c in candidates if part_of(c.layer) == part])
+
+            with patch.object(Choosing, "order", own):
+                yield from self._searched(part, ONE_TOKEN, 2 * self.most)
         papers = list(self.paper())
         for by in self.compared_by:
             for k in self.ks:
+                workload = ONE_TOKEN if by == WEIGHTS else by
+                asked = self.gain(papers[k - 1], workload)
                 # A few parts more than the paper has: in decode an MLP saves less than an attention.
-                yield from self._searched(by, papers[k - 1], k + 4)
+                with patch.object(Choosing, "least_speedup", asked):
+                    yield from self._searched(f"{ALL}, by {by}", workload, k + 4)
 
-    def _searched(self, by: str, least: Cut | None, most: int | None = None) -> Iterator[Cut]:
-        """What is found for what ``by`` says is saved: as much as ``least`` saves, or every part on its own."""
-        workload = ONE_TOKEN if by == WEIGHTS else by
-        # MLPs alone, which save nothing but weights, need twice as many, and spans have several each.
-        most = most or 2 * self.most
-        settings = api.SelectSettings(k=most, workload=(workload,), frontier=least is None)
-        asked = least and self.gain(least, workload)
-        # Greedy search over dropped blocks takes longer than all others together, and is no way of these.
-        with (
-            patch.object(Choosing, "baseline", lambda *_: []),
-            patch.object(Choosing, "least_speedup", asked),
-        ):
-            api.select(self.out, settings)
+    def _searched(self, name: str, workload: str, most: int) -> Iterator[Cut]:
+        """What is found for the ``workload``."""
+        api.select(self.out, api.SelectSettings(k=most, workload=(workload,)))
         curve = self.scores().curve
         assert curve is not None
-        for line in curve.frontier:
-            if (line.name == ALL) == (least is not None):
-                name = f"{ALL}, by {by}" if line.name == ALL else line.name
-                for point in line.points:
-                    yield replace(self._linear(name, point.layers), kl=point.kl)
+        for point in curve.points:
+            yield replace(self._linear(name, point.layers), kl=point.kl)
 
     def block_drop(self) -> Iterator[Cut]:
         meter = cache(

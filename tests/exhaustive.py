@@ -145,27 +145,9 @@ USUAL: Mapping[str, tuple[str, ...]] = {
         "optimum-phi",
         "torch-phi3",
     ),
-    "stages/select/test_frontier.py::test_the_fastest_within_the_budget_ships": ("greedy",),
-    "stages/select/test_jobs.py::test_the_plan_and_all_figures_are_those_of_one_process": (
-        "2-greedy",
-        "3-kl",
-        "3-linearity",
-        "2-nmse",
-        "3-cca",
-        "2-drop",
-    ),
     "stages/select/test_speeds.py::test_graphs_that_do_not_fit_together_are_timed_in_turns_or_not_at_all": (
         "1.5-True",
         "0.5-None",
-    ),
-    "stages/select/test_stage.py::test_every_way_gives_a_plan_that_rewrites": (
-        "nmse-lmmse-normed",
-        "greedy-lmmse-normed",
-        "linearity-lmmse-normed",
-        "cca-lmmse-normed",
-        "None-drop-normed",
-        "None-lmmse-normed-auto",
-        "None-sequential-residual-repair",
     ),
     "stages/test_bench_candidates.py::test_forms_take_part_each_with_its_own_base": (
         "llama.cpp-gguf-precisions0-called0",

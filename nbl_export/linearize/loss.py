@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import F64
 from nbl_export.blocks import Block, layer_of
 from nbl_export.errors import CalibrationError
-from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.plan import Plan, Replacement
+from nbl_export.linearize.selection import Loss
 from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.linearize.sweep import ORIGINAL, Version, sweep, version_of
 from nbl_export.models.candidates import blocks_of

@@ -28,10 +28,11 @@ import torch
 
 from nbl_export.blocks import Block, Span, all_parts, layer_of, with_block
 from nbl_export.errors import CalibrationError
-from nbl_export.linearize.figures import Loss, per_saving
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import Replacement, by_part
+from nbl_export.linearize.selection import CurvePoint, Loss, keeps, per_saving
 from nbl_export.models.layers import BlockModules
+from nbl_export.settings import Budget
 
 # The share of a layer's output that is noise when its sensitivity is measured: about the error of the fits. The theorem
 # is about small errors, but with a share of 5 % bfloat16 rounding dominated, and the ranking was random.
@@ -43,7 +44,7 @@ _ROUGH = 1.25
 
 
 class LossCache:
-    """Losses by name, each measured only once: ``known`` are the stored ones, ``record`` stores them all."""
+    """Losses by name: ``known`` are the stored ones, ``record`` stores them all."""
 
     def __init__(
         self,
@@ -51,19 +52,14 @@ class LossCache:
         record: Callable[[Mapping[str, Mapping[str, float]]], None],
     ) -> None:
         # JSON has no NaN or infinity, so such a loss is stored as text.
-        self._known = {
-            name: Loss(**{key: float(figure) for key, figure in value.items()})
-            for name, value in known.items()
-        }
+        self._known = {n: Loss(**{key: float(x) for key, x in value.items()}) for n, value in known.items()}
         self._record = record
-
-    def get(self, name: str, measure: Callable[[], Loss]) -> Loss:
-        if name not in self._known:
-            self.put({name: measure()})
-        return self._known[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._known
+
+    def __getitem__(self, name: str) -> Loss:
+        return self._known[name]
 
     def put(self, losses: Mapping[str, Loss]) -> None:
         """Store ``losses`` that were measured."""
@@ -72,33 +68,28 @@ class LossCache:
 
 
 class MeasuredSets:
-    """The losses of sets of linear layers, from a cache or measured.
+    """The losses of sets of linear layers, from a ``cache`` or measured.
 
-    ``linear`` has W and b of every layer. The ``meter`` is created at the first measurement. ``measure`` stands for
-    :func:`measured_losses` where several processes take a share of the sets, of which ``at_once`` are measured in the
-    time of one.
+    The ``meter`` is created at the first measurement. ``measure`` is :func:`measured_losses`, of which several
+    processes may each do a share: ``at_once`` sets are measured in the time of one.
     """
 
     def __init__(
         self,
         meter: Callable[[], LossMeter],
-        linear: Mapping[Block, Replacement],
+        candidates: Iterable[Block],
         cache: LossCache,
-        measure: Callable[[Sequence[Sequence[Block]], frozenset[Block], bool], Sequence[Loss]] | None = None,
+        measure: Callable[[Sequence[Sequence[Block]], frozenset[Block], bool], Sequence[Loss]],
         at_once: int = 1,
     ) -> None:
-        self._meter, self._linear, self._cache = meter, linear, cache
-        self._measure_all, self._at_once = measure or self._measured_here, at_once
-        self._wanted: frozenset[Block] = frozenset()
+        self.candidates = tuple(sorted(candidates))
+        self._meter, self._cache, self._measure, self._at_once = meter, cache, measure, at_once
+        self._settled: frozenset[Block] = frozenset()
         self._announced: list[list[Block]] = []
-
-    @property
-    def candidates(self) -> tuple[Block, ...]:
-        return tuple(sorted(self._linear))
 
     def loss(self, layers: Iterable[Block]) -> Loss:
         """The loss with exactly ``layers`` replaced; raises :class:`CalibrationError` for one that is no number."""
-        return self._loss(layers, _name, self._wanted)
+        return self._loss(sorted(set(layers)), False, self._settled)
 
     def rough_loss(self, layers: Iterable[Block]) -> Loss:
         """As :meth:`loss`, on the first rows of the text alone: a fraction of the time.
@@ -106,15 +97,9 @@ class MeasuredSets:
         On all rows of a short text, and where sets are measured together: reading the weights takes the time then.
         """
         wanted = sorted(set(layers))
-        if (name := _rough_name(wanted)) not in self._cache and self._meter().rough is self._meter():
-            self._cache.put({name: self._loss(wanted, _name, frozenset())})
-        return self._loss(wanted, _rough_name, frozenset())
-
-    def _loss(
-        self, layers: Iterable[Block], name: Callable[[Sequence[Block]], str], settled: frozenset[Block]
-    ) -> Loss:
-        wanted = sorted(set(layers))
-        return usable(self._cache.get(name(wanted), lambda: self._measure(wanted, name, settled)), wanted)
+        if (name := _name(wanted, True)) not in self._cache and self._meter().rough is self._meter():
+            self._cache.put({name: self._loss(wanted, False, frozenset())})
+        return self._loss(wanted, True, frozenset())
 
     def announce(self, sets: Iterable[Iterable[Block]]) -> None:
         """Say which ``sets`` may be asked for: where that is less work, the first unknown one brings all of them."""
@@ -122,26 +107,21 @@ class MeasuredSets:
 
     def settle(self, layers: Iterable[Block]) -> None:
         """Announce sets that add to ``layers``: the first unknown one makes the meter settle on ``layers``."""
-        self._wanted = frozenset(layers)
+        self._settled = frozenset(layers)
 
-    def _measure(
-        self, layers: list[Block], name: Callable[[Sequence[Block]], str], settled: frozenset[Block]
-    ) -> Loss:
-        unknown = [w for w in self._announced if w != layers and name(w) not in self._cache]
-        together = [layers, *unknown]
-        if not self._meter().together:
-            together = together[: self._at_once]
-        losses = self._measure_all(together, settled, name is _rough_name)
-        found = {name(w): usable(loss, w) for w, loss in zip(together, losses, strict=True)}
-        loss = found.pop(name(layers))
-        if found:
-            self._cache.put(found)
-        return loss
+    def _loss(self, layers: list[Block], rough: bool, settled: frozenset[Block]) -> Loss:
+        if (name := _name(layers, rough)) not in self._cache:
+            unknown = [w for w in self._announced if w != layers and _name(w, rough) not in self._cache]
+            sets = [layers, *unknown]
+            if not self._meter().together:
+                sets = sets[: self._at_once]
+            losses = self._measure(sets, settled, rough)
+            self._cache.put({_name(w, rough): usable(x, w) for w, x in zip(sets, losses, strict=True)})
+        return usable(self._cache[name], layers)
 
-    def _measured_here(
-        self, sets: Sequence[Sequence[Block]], settled: frozenset[Block], roughly: bool
-    ) -> list[Loss]:
-        return measured_losses(self._meter(), self._linear, sets, settled, roughly)
+
+def _name(layers: Sequence[Block], rough: bool) -> str:
+    return ",".join(map(str, layers)) + " roughly" * rough
 
 
 def measured_losses(
@@ -159,14 +139,6 @@ def measured_losses(
     if all(settled <= set(layers) for layers in sets):
         meter.settle(by_part({i: linear[i] for i in settled}))
     return meter.measure_all([by_part({i: linear[i] for i in layers}) for layers in sets])
-
-
-def _name(layers: Sequence[Block]) -> str:
-    return ",".join(map(str, layers))
-
-
-def _rough_name(layers: Sequence[Block]) -> str:
-    return f"{_name(layers)} roughly"
 
 
 def usable(loss: Loss, layers: Sequence[Block], changed: str = "replaced") -> Loss:
@@ -306,6 +278,38 @@ class Prefixes:
     def _goes_on(self, k: int) -> bool:
         size = len(all_parts(self._sets[-1]))
         return size < k or (size == k and self._spans)
+
+
+# The curve is followed this many points beyond its budget: it is not strictly rising.
+_POINTS_BEYOND = 2
+
+
+def loss_curve(
+    prefix: Callable[[int], Sequence[Block]],
+    loss: Callable[[Sequence[Block]], Loss],
+    count: int,
+    budget: Budget,
+) -> list[CurvePoint]:
+    """The losses of K = 1, 2 … ``count``, until the budget is exceeded for good.
+
+    ``prefix(k)`` are the best blocks of at most k attentions and MLPs; where they are fewer, there is no point of k.
+    """
+    points: list[CurvePoint] = []
+    beyond = 0
+    for k in range(1, count + 1):
+        layers = tuple(prefix(k))
+        if len(all_parts(layers)) < k:
+            continue
+        points.append(CurvePoint.of(layers, loss(layers)))
+        beyond = 0 if keeps(budget, points[-1]) else beyond + 1
+        if beyond > _POINTS_BEYOND:
+            break
+    return points
+
+
+def largest_within(points: Sequence[CurvePoint], budget: Budget) -> int:
+    """The largest K of the curve that keeps the bounds of loss; 0 if none does."""
+    return max((p.k for p in points if keeps(budget, p)), default=0)
 
 
 def sensitivity(meter: LossMeter, layer: BlockModules[Block], energy: float) -> Loss:

@@ -1,14 +1,59 @@
-"""What choosing layers found, as ``nbl/candidates.json`` and reports keep it."""
+"""Values of choosing layers: scores, losses, the K curve. ``nbl/candidates.json`` and reports keep them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from nbl_export.linearize.budget import CurvePoint
-from nbl_export.linearize.figures import Candidate, Loss
+from nbl_export.blocks import Block, all_parts
 from nbl_export.settings import Budget
 from nbl_export.settings.budget import NO_BUDGET
+
+
+def exp(nats: float) -> float:
+    """e to the ``nats``; infinity where that is beyond the largest number."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+def per_saving(loss: float, saved: float) -> float:
+    """The ``loss`` for each unit that is ``saved``, by which blocks are ranked: infinite where nothing is saved.
+
+    What gains instead of losing is better the more it saves.
+    """
+    if saved <= 0:
+        return math.inf
+    return loss / saved if loss > 0 else loss * saved
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is known of one layer before choosing. All scores: lower is better to replace.
+
+    ``nmse`` in [0, 1] is of the fit itself; ``cca`` in [0, d] is the paper's bound. ``ridge`` and
+    ``cca_ridge`` are the λ that the two Cholesky factorizations needed. What was measured with the layer alone
+    changed, in nats, is None where the criterion does not ask for it: ``kl`` of its replacement, ``drop`` of leaving
+    it out, ``sensitivity``: the KL by noise, per share of the output, and ``predicted`` = nmse × sensitivity.
+    ``saved_ms`` are the milliseconds of the workload that it saves, None without a workload.
+    """
+
+    layer: Block
+    nmse: float
+    cca: float
+    ridge: float
+    cca_ridge: float
+    kl: float | None = None
+    kl_se: float | None = None
+    drop: float | None = None
+    drop_se: float | None = None
+    sensitivity: float | None = None
+    sensitivity_se: float | None = None
+    predicted: float | None = None
+    saved_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -19,19 +64,71 @@ class ScoredLayer(Candidate):
 
 
 @dataclass(frozen=True)
-class Line:
-    """One way to save time: ``name`` says what became linear or was dropped, ``points`` what each K of it costs."""
+class Loss:
+    """Mean KL in nats and excess (of the log-likelihood) in nats per token, with standard errors over documents."""
 
-    name: str
-    points: tuple[CurvePoint, ...]
+    kl: float
+    kl_se: float
+    excess: float
+    excess_se: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the losses themselves are numbers; a standard error may be none."""
+        return math.isfinite(self.kl) and math.isfinite(self.excess)
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return exp(self.excess)
+
+    @property
+    def perplexity_ratio_se(self) -> float:
+        return exp(self.excess) * self.excess_se
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What K ``layers`` (ascending) cost, and what they gain where it was measured: speedups over the unmodified graph.
+
+    K counts attentions and MLPs, of which a span has two for each of its layers.
+
+    ``kl`` in nats per token; standard errors over documents. ``workload_speedup`` is what the workload gains by what
+    each block saves of it; ``timed_speedup`` is that of the graph with these layers, measured.
+    """
+
+    k: int
+    layers: tuple[Block, ...]
+    kl: float
+    kl_se: float | None
+    perplexity_ratio: float
+    perplexity_ratio_se: float | None
+    prefill_speedup: float | None = None
+    decode_speedup: float | None = None
+    workload_speedup: float | None = None
+    timed_speedup: float | None = None
+
+    @classmethod
+    def of(cls, layers: Sequence[Block], loss: Loss) -> CurvePoint:
+        """The point of the ``layers``, which were measured to cost ``loss``."""
+        ratio, ratio_se = loss.perplexity_ratio, loss.perplexity_ratio_se
+        return cls(len(all_parts(layers)), tuple(sorted(layers)), loss.kl, loss.kl_se, ratio, ratio_se)
+
+
+def keeps(budget: Budget, loss: Loss | CurvePoint) -> bool:
+    """Whether ``loss`` is within the bounds of loss."""
+    within_kl = budget.max_kl is None or loss.kl <= budget.max_kl
+    ratio = budget.max_perplexity_ratio
+    return within_kl and (ratio is None or loss.perplexity_ratio <= ratio)
 
 
 @dataclass(frozen=True)
 class Curve:
     """What each K costs; ``chosen`` is the K that was taken, ``context`` the tokens that speeds were measured at.
 
-    Losses are means over ``tokens`` predictions of ``documents`` documents of the selection text. ``name`` says what
-    became linear; ``others`` are the other ways that were measured, of which none ships.
+    Losses are means over ``tokens`` predictions of ``documents`` documents of the selection text.
     """
 
     points: tuple[CurvePoint, ...]
@@ -40,13 +137,6 @@ class Curve:
     context: int | None = None
     tokens: int | None = None
     documents: int | None = None
-    name: str = ""
-    others: tuple[Line, ...] = ()
-
-    @property
-    def frontier(self) -> list[Line]:
-        """Every way that was measured for the workload, the chosen one first."""
-        return [Line(self.name, tuple(self.by_k)), *self.others]
 
     @property
     def by_k(self) -> list[CurvePoint]:
@@ -76,9 +166,9 @@ class Scores:
     """Every layer's scores, the layers that are no candidates (``others``: what they are), the K curve, the result.
 
     ``calibration_dtype`` is that in which the model read the calibration text. ``workload`` is what the model is used
-    for, of which the unmodified graph takes ``workload_ms``: the least, as counted, or ``measured_cost``; empty where
-    layers are chosen by loss alone. ``kl_tokens`` are the predictions that a single layer's KL is a mean of: a search
-    looks at fewer for it than for sets.
+    for, of which the unmodified graph takes ``workload_ms``: the least, as counted; empty where layers are chosen by
+    loss alone. ``kl_tokens`` are the predictions that a single layer's KL is a mean of: a search looks at fewer for it
+    than for sets.
     """
 
     candidates: tuple[ScoredLayer, ...]
@@ -88,5 +178,4 @@ class Scores:
     calibration_dtype: str | None = None
     workload: tuple[str, ...] = ()
     workload_ms: float | None = None
-    measured_cost: bool = False
     kl_tokens: int | None = None

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from nbl_export.blocks import ATTENTION, Block, all_parts, part_of
-from nbl_export.linearize.figures import Candidate, Loss, per_saving
-from nbl_export.linearize.selection import Curve, PlanLoss
+from nbl_export.linearize.selection import Candidate, Curve, Loss, PlanLoss, per_saving
 from nbl_export.report.drawing import Table, figure, finite, listed, number
 from nbl_export.report.schema import Selection
 from nbl_export.rewrite.summary import ProofErrors

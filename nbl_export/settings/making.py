@@ -105,8 +105,6 @@ class SelectSettings(OnDevice):
     k: Layers to linearize. auto: as --max-ppl-ratio 1.10.
     layers: Exactly these: 3,7 (attention), 7.mlp, whole layers 8-9.span.
     workload: Rank by loss per time saved in prefill=512,decode=128@4096.
-    measure_cost: Measure what blocks save, not count it.
-    frontier: Also measure one part alone, and dropped.
     criterion: Rank layers by: greedy (KL, one after the other), kl (each alone), linearity (error × sensitivity),
         nmse (fit error), cca (the paper's bound), drop (KL when left out).
     fit_input: Fit on the residual stream after (normed) or before (residual) the input norm.
@@ -129,8 +127,6 @@ class SelectSettings(OnDevice):
         like="layers with commas, as 3,7,12; the MLP of a layer is 7.mlp, whole layers are 7-9.span",
     )
     workload: tuple[str, ...] = setting((), LAYERS, WORKLOAD, metavar="WORK", repeated=True)
-    measure_cost: bool = setting(False, MORE)
-    frontier: bool = setting(False, MORE)
     criterion: str | None = setting(
         None,
         MORE,
@@ -184,11 +180,6 @@ class SelectSettings(OnDevice):
             raise InputError(
                 "--max-kv-bytes bounds the KV cache of a workload: say which, as --workload decode=128@4096,batch=4."
             )
-        for option, given in (("--measure-cost", self.measure_cost), ("--frontier", self.frontier)):
-            if given and not self.workload:
-                raise InputError(
-                    f"{option} is about the time of a workload: say which, as --workload prefill=512,decode=128@4096."
-                )
         if self.layers is not None and self.workload:
             raise InputError("--layers names the layers, and --workload chooses them: give one of them.")
         if self.repair and self.fit == "drop":
@@ -233,7 +224,7 @@ class SelectSettings(OnDevice):
         named = None if self.layers is None else [as_json(block) for block in self.layers]
         asked = {**super().as_json(), "layers": named, "budget": self.budget.as_json()}
         # What was selected before there were these is kept.
-        later = ("workload", "measure_cost", "frontier", "auto_rank")
+        later = ("workload", "auto_rank")
         return {name: value for name, value in asked.items() if value or name not in later}
 
     def check_precision(self, precision: str | None) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from nbl_export.blocks import Block
-from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.search import MeasuredSets, Prefixes, greedy_path
+from nbl_export.linearize.selection import Loss
 
 
 def greedy_order(

@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 
 from nbl_export.errors import BudgetError
-from nbl_export.linearize.budget import (
+from nbl_export.linearize.selection import (
     CurvePoint,
+    Loss,
     keeps,
     largest_within,
     loss_curve,
 )
-from nbl_export.linearize.figures import Loss
 from nbl_export.records import to_json
 from nbl_export.settings import NO_BUDGET, Budget
 

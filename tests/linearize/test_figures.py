@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from nbl_export.linearize.figures import Candidate, Loss, exp
+from nbl_export.linearize.selection import Candidate, Loss, exp
 from nbl_export.records import from_json, to_json
 
 

@@ -19,7 +19,6 @@ from nbl_export.batch.media_ids import FIRST
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize import loss as module
 from nbl_export.linearize.adapters import Adapter, adapted
-from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.loss import LossMeter, Reference, compare, loss_over_documents, reference
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.search import (
@@ -29,6 +28,7 @@ from nbl_export.linearize.search import (
     sensitivity,
     single_layer_losses,
 )
+from nbl_export.linearize.selection import Loss
 from nbl_export.linearize.swap import replaced
 from nbl_export.models import weights
 from nbl_export.models.dummy_run import dummy_run

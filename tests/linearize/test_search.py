@@ -17,7 +17,6 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from nbl_export.blocks import Block, Mlp, Span, layer_of, parts_in, spans_of, with_block
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize import search
-from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.plan import DROPPED, LinearLayer
 from nbl_export.linearize.search import (
     LossCache,
@@ -31,6 +30,7 @@ from nbl_export.linearize.search import (
     single_layer_losses,
     usable,
 )
+from nbl_export.linearize.selection import Loss
 from tests.linearize.greedy import greedy_order
 
 Cost = Callable[[frozenset[int]], float]

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.linearize.budget import CurvePoint
-from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.plan import load_plan
-from nbl_export.linearize.selection import Curve, PlanLoss, ScoredLayer, Scores
+from nbl_export.linearize.selection import Curve, CurvePoint, Loss, PlanLoss, ScoredLayer, Scores
 from nbl_export.records import from_json, to_json
 from nbl_export.settings import NO_BUDGET, Budget
 from nbl_export.workspace import Workspace

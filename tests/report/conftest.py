@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.linearize.budget import CurvePoint
-from nbl_export.linearize.selection import Curve
+from nbl_export.linearize.selection import Curve, CurvePoint
 from nbl_export.report.diff_facts import Opened, opened
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import Budget

@@ -6,8 +6,7 @@ from dataclasses import replace
 from math import exp, inf, nan
 from typing import Any
 
-from nbl_export.linearize.figures import Candidate, Loss
-from nbl_export.linearize.selection import Curve, PlanLoss
+from nbl_export.linearize.selection import Candidate, Curve, Loss, PlanLoss
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report, Selection
 from nbl_export.report.selection import (

@@ -1,17 +1,20 @@
-"""How fast the graph is with K linear layers: the baseline rewritten for a few K, each timed against it in turn."""
+"""Time the graph with K linear layers: the baseline rewritten for a few K, each raced against it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.blocks import Block
 from nbl_export.errors import BudgetError
+from nbl_export.files import TEMPORARY
 from nbl_export.progress import Listener
 from nbl_export.settings.workload import Workload
-from nbl_export.stages.select.trial import trial_graph, why_not_timed
 
 if TYPE_CHECKING:
     from nbl_export.linearize.plan import Plan, Replacement
@@ -60,7 +63,17 @@ class SpeedMeter:
     @property
     def missing(self) -> str | None:
         """Why nothing can be timed; None if it can."""
-        return why_not_timed(self._ws)
+        from nbl_export.graph.half_emulation import UNTIMED, needs_emulation
+        from nbl_export.graph.io import load_graph
+        from nbl_export.verify.speed.pair import anew_or_why_not
+
+        exported = self._ws.current("export")
+        if exported is None or exported.dropped:
+            return f"the model is not exported yet (nbl-export export {self._ws.root})"
+        if needs_emulation(load_graph(self._ws.baseline)):
+            return UNTIMED
+        why = anew_or_why_not(self._ws.baseline, self._ws.baseline)
+        return why if isinstance(why, str) else None
 
     def __call__(self, k: int) -> Speedups:
         from nbl_export.verify.speed.pair import Pair, anew_or_why_not, measure_speed
@@ -68,7 +81,7 @@ class SpeedMeter:
 
         if k not in self.found:
             base, listener = self._ws.baseline, self._listener
-            with trial_graph(self._ws, self._plan, self._layers(k), f"k{k}", listener) as graph:
+            with self._rewritten(k) as graph:
                 anew = anew_or_why_not(base, graph) is not False
                 if self.context is None:
                     took = workload_ms(base, {LINEARIZED: graph}, self._workloads, listener, anew)
@@ -78,6 +91,24 @@ class SpeedMeter:
                     by_phase = {cell.phase: over.value for cell, _, over in speed.speedups()}
                     self.found[k] = Speedups(by_phase["prefill"], by_phase.get("decode"))
         return self.found[k]
+
+    @contextmanager
+    def _rewritten(self, k: int) -> Iterator[Path]:
+        """The exported graph with K layers replaced, gone afterwards; it reads other weights of the unmodified one."""
+        from nbl_export.graph.io import save_beside
+        from nbl_export.linearize.plan import ranks_of
+        from nbl_export.rewrite.replace import rewrite_file
+
+        graph, data = (self._ws.root / f"k{k}.{what}{TEMPORARY}" for what in ("onnx", "data"))
+        try:
+            write = partial(save_beside, data=data.name)
+            plan = self._plan.with_replaced(self._layers(k))
+            plan = replace(plan, ranks=ranks_of(plan.layers))
+            rewrite_file(self._ws.baseline, plan, graph, self._listener, write)
+            yield graph
+        finally:
+            graph.unlink(missing_ok=True)
+            data.unlink(missing_ok=True)
 
     def least_k(self, wanted: float, most: int) -> int:
         """The smallest K up to ``most`` that is ``wanted`` times as fast in prefill and decode, by bisection.
@@ -95,11 +126,3 @@ class SpeedMeter:
             middle = (low + high) // 2
             low, high = (low, middle) if self(middle).least >= wanted else (middle, high)
         return high
-
-
-def points_of(ks: Sequence[int], chosen: int) -> Sequence[int]:
-    """Those of the ``ks`` of a curve that are timed: a few, evenly up to the last, and the one that was chosen."""
-    evenly = (ks[-1] * part / 4 for part in range(1, 5))
-    return sorted(
-        {min(ks, key=lambda k: abs(k - round(at))) for at in evenly} | ({chosen} if chosen else set())
-    )

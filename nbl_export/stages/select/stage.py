@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.blocks import ATTENTION, Block, Span, part_of
+from nbl_export.blocks import ATTENTION, Block, part_of
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import Plan, load_plan, ranks_of
 from nbl_export.linearize.selection import Curve, PlanLoss, ScoredLayer, Scores
@@ -19,11 +19,8 @@ from nbl_export.settings import SelectSettings
 from nbl_export.stages.run import Run, opened
 
 if TYPE_CHECKING:
-    from nbl_export.stages.select.choosing import Prefix
-    from nbl_export.stages.select.linear_layers import Fitting
-    from nbl_export.stages.select.measured import Measured
-    from nbl_export.stages.select.order import Shipped
-    from nbl_export.stages.select.speeds import SpeedMeter
+    from nbl_export.stages.select.choose import Prefix
+    from nbl_export.stages.select.jobs import Jobs
 
 
 def select(
@@ -39,15 +36,8 @@ def select(
 
 
 def _select(run: Run, settings: SelectSettings) -> Plan:
-    from nbl_export.linearize.plan import save_plan
-    from nbl_export.linearize.scores import check_selection, predicted_excess, score_layers
     from nbl_export.models.device import exact_float32
-    from nbl_export.models.layers import FULL, positions
-    from nbl_export.stages.select.choosing import Choosing
     from nbl_export.stages.select.jobs import Jobs
-    from nbl_export.stages.select.order import Shipped, choose
-    from nbl_export.stages.select.speeds import SpeedMeter
-    from nbl_export.stages.select.workload import Counting, in_words, savings_in
 
     ws, ranks = run.workspace, run.ranks
     calibrated = ranks.shared(lambda: ws.require("calibrate"))
@@ -55,67 +45,11 @@ def _select(run: Run, settings: SelectSettings) -> Plan:
 
     def work(listener: Listener) -> list[Path]:
         with closing(Jobs(run, calibrated.result, settings, listener)) as jobs:
-            return made(jobs, listener)
-
-    def made(jobs: Jobs, listener: Listener) -> list[Path]:
-        moments, metadata, measured, fitting = jobs.moments, jobs.metadata, jobs.measured, jobs.fitting
-        width = None if settings.rank is None else len(next(iter(moments.layers.values())).x)
-        check_selection(settings, list(moments.layers), width, metadata.get("others", {}))
-        ridge = fitting.scoring_ridge
-        candidates = score_layers(moments, settings.fit_input, ridge, listener, jobs.scores, ranks.count)
-        empty = _plan(run, settings, metadata)
-
-        def ship(layers: Sequence[Block]) -> Shipped[tuple[Plan, PlanLoss | None]]:
-            predicted = None if settings.layers is not None else predicted_excess(candidates, layers)
-            made = _fitted(empty, layers, fitting, settings, measured, predicted, run.model.task.causal)
-            return Shipped(made, made[1].loss if made[1] else None)
-
-        kinds = metadata.get("kinds", {})
-        spans = any(isinstance(block, Span) for block in moments.layers)
-        savings = savings_in(Counting(ws, empty, kinds, fitting.timed, listener, spans), settings)
-        kl_tokens: int | None = None
-        if settings.layers is not None:
-            curve: Curve | None = None
-            plan, result = ship(sorted(settings.layers)).made
-        else:
-            if savings and settings.workload:
-                listener.note(in_words(savings))
-            choosing = Choosing(settings, jobs, listener, savings)
-            candidates = choosing.scored(candidates)
-            if any(candidate.kl is not None for candidate in candidates):
-                kl_tokens = choosing.kl_tokens
-
-            def speeds(prefix: Prefix) -> SpeedMeter:
-                limit = positions(run.model.model)
-                timed, workloads = lambda k: fitting.timed(prefix(k)), settings.workloads
-                return SpeedMeter(ws, empty, timed, limit, listener, workloads)
-
-            (plan, result), curve = choose(choosing, candidates, settings, speeds, ship, listener)
-        save_plan(ws.plan, plan)
-        ws.repair_checkpoint.unlink(missing_ok=True)
-        scored = tuple(
-            ScoredLayer(**vars(c), kind=kinds.get(str(c.layer), FULL if part == ATTENTION else part))
-            for c in candidates
-            for part in [part_of(c.layer)]
-        )
-        workload_ms = savings.ms() if savings and settings.workload else None
-        scores = Scores(
-            scored,
-            metadata.get("others", {}),
-            curve,
-            result,
-            metadata.get("dtype"),
-            settings.workload,
-            workload_ms,
-            settings.measure_cost,
-            kl_tokens,
-        )
-        write_json(ws.candidates, _as_kept(scores))
-        return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
+            return _made(jobs, settings, listener)
 
     if not ranks.first:
-        with closing(Jobs(run, calibrated.result, settings, Silent())) as jobs, exact_float32():
-            ranks.follow(lambda: jobs.by_name)
+        with closing(Jobs(run, calibrated.result, settings, Silent())) as own, exact_float32():
+            ranks.follow(lambda: own.by_name)
         return load_plan(ws.plan)
     with ranks.leading():
         if settings.reads_graph:
@@ -124,33 +58,88 @@ def _select(run: Run, settings: SelectSettings) -> Plan:
     return load_plan(ws.plan)
 
 
+def _made(jobs: Jobs, settings: SelectSettings, listener: Listener) -> list[Path]:
+    """Choose and fit; the files of the plan and of what was found."""
+    from nbl_export.linearize.plan import save_plan
+    from nbl_export.linearize.scores import check_selection, predicted_excess, score_layers
+    from nbl_export.models.layers import FULL, positions
+    from nbl_export.stages.select.choose import Choosing, Shipped, choose
+    from nbl_export.stages.select.speeds import SpeedMeter
+    from nbl_export.stages.select.workload import in_words, savings_in
+
+    run, moments, metadata, fitting = jobs.run, jobs.moments, jobs.metadata, jobs.fitting
+    ws, others, kinds = run.workspace, metadata.get("others", {}), metadata.get("kinds", {})
+    width = None if settings.rank is None else len(next(iter(moments.layers.values())).x)
+    check_selection(settings, list(moments.layers), width, others)
+    ridge = fitting.scoring_ridge
+    candidates = score_layers(moments.layers, ridge, listener, jobs.scores, run.ranks.count)
+    empty = _plan(run, settings, metadata)
+    savings = savings_in(ws, empty, moments.layers, settings)
+
+    def ship(layers: Sequence[Block]) -> Shipped[tuple[Plan, PlanLoss | None]]:
+        predicted = None if settings.layers is not None else predicted_excess(candidates, layers)
+        made = _fitted(empty, layers, jobs, settings, predicted)
+        return Shipped(made, made[1].loss if made[1] else None)
+
+    def speeds(prefix: Prefix) -> SpeedMeter:
+        limit = positions(run.model.model)
+        return SpeedMeter(ws, empty, lambda k: fitting.timed(prefix(k)), limit, listener, settings.workloads)
+
+    curve: Curve | None = None
+    kl_tokens: int | None = None
+    if settings.layers is not None:
+        plan, result = ship(sorted(settings.layers)).made
+    else:
+        if savings and settings.workload:
+            listener.note(in_words(savings))
+        choosing = Choosing(settings, jobs, listener, savings)
+        candidates = choosing.scored(candidates)
+        if any(c.kl is not None for c in candidates):
+            kl_tokens = choosing.kl_tokens
+        (plan, result), curve = choose(choosing, candidates, settings, speeds, ship, listener)
+    save_plan(ws.plan, plan)
+    ws.repair_checkpoint.unlink(missing_ok=True)
+    scored = tuple(
+        ScoredLayer(**vars(c), kind=kinds.get(str(c.layer), FULL if part == ATTENTION else part))
+        for c in candidates
+        for part in [part_of(c.layer)]
+    )
+    workload_ms = savings.ms() if savings and settings.workload else None
+    dtype = metadata.get("dtype")
+    scores = Scores(scored, others, curve, result, dtype, settings.workload, workload_ms, kl_tokens)
+    raw = to_json(scores)
+    if raw["result"]:  # of which only what was measured
+        raw["result"] = {name: value for name, value in raw["result"].items() if value is not None}
+    write_json(ws.candidates, raw)
+    return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
+
+
 def _fitted(
     empty: Plan,
     chosen: Sequence[Block],
-    fitting: Fitting,
+    jobs: Jobs,
     settings: SelectSettings,
-    measured: Measured,
     predicted: float | None,
-    decoder: bool,
 ) -> tuple[Plan, PlanLoss | None]:
     """The plan of the chosen layers, and its loss on the selection text.
 
-    The loss is measured for a ``decoder`` if it is not known from the choice of layers, or if it was only ``predicted``
-    (the excess, in nats).
+    The loss of a decoder is measured if it is not known from the choice of layers, or if it was only ``predicted`` (the
+    excess, in nats).
     """
+    fitting, decoder = jobs.fitting, jobs.run.model.task.causal
     layers = fitting.final(chosen)
     plan = empty.with_replaced(layers)
     if not chosen:
         return plan, None
     result = PlanLoss(predicted_excess=predicted)
     if settings.repair:
-        result = replace(result, before_repair=measured.loss_of(plan))
+        result = replace(result, before_repair=jobs.loss_of(plan))
         repaired = fitting.repaired(layers)
         layers = {**repaired.layers}
         plan = replace(plan.with_replaced(layers), adapters=repaired.adapters)
     if settings.truncates:
         if decoder:
-            result = replace(result, before_rank=measured.loss_of(plan))
+            result = replace(result, before_rank=jobs.loss_of(plan))
         layers, lost = fitting.truncated(layers)
         plan = plan.with_replaced(layers)
         if settings.rank is None:
@@ -158,16 +147,8 @@ def _fitted(
             result = replace(result, ranks={str(layer): rank for layer, rank in plan.ranks.items()})
         result = replace(result, rank_lost={str(layer): share for layer, share in lost.items()})
     if decoder and (result != PlanLoss() or settings.fit == "sequential"):
-        result = replace(result, loss=measured.loss_of(plan))
+        result = replace(result, loss=jobs.loss_of(plan))
     return plan, result if result != PlanLoss() else None
-
-
-def _as_kept(scores: Scores) -> dict[str, Any]:
-    """For ``nbl/candidates.json``; of the result only what was measured."""
-    raw = to_json(scores)
-    if raw["result"]:
-        raw["result"] = {name: value for name, value in raw["result"].items() if value is not None}
-    return raw
 
 
 def _plan(run: Run, settings: SelectSettings, metadata: Mapping[str, Any]) -> Plan:

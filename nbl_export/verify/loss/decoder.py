@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.blocks import layer_of
-from nbl_export.linearize.figures import exp
 from nbl_export.linearize.loss import compare, loss_over_documents, reference, row_logits
 from nbl_export.linearize.plan import Plan
+from nbl_export.linearize.selection import exp
 from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
 from nbl_export.models.media_tokens import written

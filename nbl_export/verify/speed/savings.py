@@ -1,15 +1,14 @@
 """What each block of a graph costs, and what its linear layer saves of a workload.
 
 Counted from the graph as the ceiling is (:mod:`.ceiling`): a linear block no longer has its weights, its two products
-of attention and its keys and values, and has W. With a machine's roofline these are milliseconds of a workload; a
-kernel that is slower than the roofline allows saves more, so they can be measured instead.
+of attention and its keys and values, and has W. With a machine's roofline these are the least milliseconds of a
+workload: a kernel that is slower than the roofline allows saves more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields
 
 import onnx_ir as ir
 
@@ -24,24 +23,13 @@ from nbl_export.settings.workload import Workload
 from nbl_export.verify.speed.ceiling import weight_bytes
 from nbl_export.verify.speed.values import GraphCost, Roofline
 
-# What is left at the least where blocks were measured to save more than there is together.
-_LEAST = 0.01
-
-
-@dataclass(frozen=True)
-class BlockTimes:
-    """Measured milliseconds of the workloads: those of the unmodified graph, and what each linear block saves."""
-
-    graph_ms: float
-    saved_ms: Mapping[Block, float]
-
 
 @dataclass(frozen=True)
 class Savings:
     """What a graph costs, what each block saves of it when it is linear, and the milliseconds of workloads.
 
     ``stored`` are the bytes of all weights of the graph; ``without`` is what each block saves that is dropped.
-    Milliseconds are the least ones by the roofline or, where they were, ``measured``.
+    Milliseconds are the least ones by the roofline.
     """
 
     graph: GraphCost
@@ -49,7 +37,6 @@ class Savings:
     roofline: Roofline
     workloads: Sequence[Workload]
     stored: int
-    measured: BlockTimes | None = None
     without: Mapping[Block, GraphCost] = field(default_factory=dict)
 
     def left(self, linear: Iterable[Block]) -> GraphCost:
@@ -74,9 +61,6 @@ class Savings:
 
     def ms(self, linear: Iterable[Block] = ()) -> float:
         """Milliseconds of the workloads, weighted, with these blocks ``linear``."""
-        if self.measured:
-            saved = sum(self._measured_ms(block) for block in linear)
-            return max(self.measured.graph_ms - saved, _LEAST * self.measured.graph_ms)
         left = self.left(linear)
         return 1e3 * sum(w.weight * _seconds(left, w, self.roofline) for w in self.workloads)
 
@@ -85,53 +69,9 @@ class Savings:
         others = tuple(linear)
         return self.ms(others) - self.ms((*others, block))
 
-    def _measured_ms(self, block: Block) -> float:
-        """What was measured that ``block`` saves; of a dropped part of a span more, as is counted."""
-        assert self.measured is not None
-        first, *others = parts_in(block)
-        saved = self.measured.saved_ms[first]
-        if others:
-            dropping = self._dropping.measured
-            assert dropping is not None  # as this is
-            saved += sum(dropping.saved_ms[part] for part in others)
-        return saved
-
     def speedup(self, linear: Iterable[Block]) -> float:
         """How many times as fast the workloads are (counted: at best) with these blocks ``linear``."""
         return self.ms() / self.ms(linear)
-
-    def timed(
-        self, graph_ms: float, groups: Iterable[tuple[Sequence[Block], Sequence[Block], float]]
-    ) -> Savings:
-        """With measured times: ``graph_ms`` of the unmodified graph, and of ``groups`` (blocks that are alike, those of
-        them that were linear in a graph, the milliseconds of that graph).
-
-        Blocks of a group share what was saved as they do by counting; one without a group keeps what is counted.
-        """
-        saved = {block: self.saved_ms(block) for block in self.blocks}
-        for alike, linear, ms in groups:
-            counted = sum(self.saved_ms(block) for block in linear)
-            for block in alike:
-                share = self.saved_ms(block) / counted if counted > 0 else 1 / len(linear)
-                saved[block] = (graph_ms - ms) * share
-        return replace(self, measured=BlockTimes(graph_ms, saved))
-
-    @cached_property
-    def _dropping(self) -> Savings:
-        # A search asks for the time of every span in every set.
-        return self.dropping()
-
-    def dropping(self) -> Savings:
-        """The same of blocks that are dropped; measured times differ from those of linear ones by what is counted."""
-        changed = replace(self, blocks=self.without, measured=None)
-        if self.measured is None:
-            return changed
-        counted = replace(self, measured=None)
-        saved = {
-            block: ms + changed.saved_ms(block) - counted.saved_ms(block)
-            for block, ms in self.measured.saved_ms.items()
-        }
-        return replace(changed, measured=BlockTimes(self.measured.graph_ms, saved))
 
 
 def less(cost: GraphCost, saved: GraphCost) -> GraphCost:

@@ -1,10 +1,12 @@
-"""Losses are measured once, kept, and measured anew where what they depend on has changed."""
+"""Losses are measured once, kept, measured anew where what they depend on has changed, and shared by processes."""
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
-from collections.abc import Callable
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,40 +15,37 @@ import numpy as np
 import pytest
 
 from nbl_export import api
+from nbl_export.errors import BudgetError, CalibrationError
 from nbl_export.linearize.loss import LossMeter
+from nbl_export.ranks import LostRankError, Ranks
+from nbl_export.stages.select import jobs as module
 from nbl_export.workspace import Workspace
 from tests.listening import Notes
-from tests.stages.select.by_hand import candidates, forget, same_plan, select
+from tests.several import forked
+from tests.stages.select.by_hand import candidates, files, forget, same_plan, select
+
+SAME = ("candidates.json", "plan.json", "plan.safetensors")
 
 
 def test_selection_in_bfloat16_leaves_the_model_and_what_is_solved_in_float32(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = select(out, api.SelectSettings(k=3, repair=2))
+    exact = select(out, api.SelectSettings(k=3))
     kl = candidates(out)["candidates"][0]["kl"]
     monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda *_: "bfloat16")
     forget(out, "select")
-    half = select(out, api.SelectSettings(k=3, repair=2))
+    half = select(out, api.SelectSettings(k=3))
     other = candidates(out)["candidates"][0]["kl"]
     assert other == pytest.approx(kl, rel=0.2) and other != kl  # measured anew
-    assert half.chosen == exact.chosen
-    assert all(np.isfinite(half.layers[i].w).all() for i in half.chosen)
-    forget(out, "select")
-    plain = select(out, api.SelectSettings(k=3))
-    monkeypatch.undo()
-    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda *_: "float32")
-    forget(out, "select")
-    assert same_plan(plain, select(out, api.SelectSettings(k=3)))
+    assert same_plan(half, exact)
 
 
 def test_another_k_measures_nothing_again(out: Path, measured: list[int]) -> None:
     select(out, api.SelectSettings(k=4))
-    first = len(measured)
-    assert first >= 5 + 3
+    assert len(measured) >= 5 + 3
     measured.clear()
     for k in (2, 4, 0, 3):
         assert len(select(out, api.SelectSettings(k=k)).chosen) == k
-    assert measured == []
     # Each alone is what greedy search begins with.
     select(out, api.SelectSettings(k=2, criterion="kl"))
     assert measured == []
@@ -55,16 +54,19 @@ def test_another_k_measures_nothing_again(out: Path, measured: list[int]) -> Non
 
 
 def test_what_a_loss_depends_on_is_measured_anew(out: Path, measured: list[int]) -> None:
-    select(out, api.SelectSettings(k=1, criterion="kl"))
-    for change in ({"fit_input": "residual"}, {"fit": "weighted"}, {"ridge": 1e-3}, {"ridge": None}):
+    plain = api.SelectSettings(k=1, criterion="kl")
+    select(out, plain)
+    # Those chosen by the same maps are measured as they ship.
+    for change, count in (
+        ({"fit_input": "residual"}, 5),
+        ({"fit": "weighted"}, 5),
+        ({"ridge": None}, 5),
+        ({"repair": 1}, 2),
+        ({"fit": "sequential"}, 1),
+    ):
         measured.clear()
-        settings = replace(api.SelectSettings(k=1, criterion="kl"), **change)
-        select(out, settings)
-        assert len(measured) == 5, change
-    for change in ({"repair": 1}, {"fit": "sequential"}):  # chosen by the same maps
-        measured.clear()
-        select(out, replace(api.SelectSettings(k=1, criterion="kl"), **change))
-        assert len(measured) == (2 if "repair" in change else 1), "the final maps alone"
+        select(out, replace(plain, **change))  # type: ignore[arg-type]
+        assert len(measured) == count, change
     measured.clear()
     select(out, api.SelectSettings(k=1, criterion="linearity"))
     for c in candidates(out)["candidates"]:
@@ -72,30 +74,21 @@ def test_what_a_loss_depends_on_is_measured_anew(out: Path, measured: list[int])
         assert c["sensitivity"] > 0 and c["sensitivity_se"] > 0
         assert c["predicted"] == pytest.approx(c["sensitivity"] * c["nmse"])
     select(out, api.SelectSettings(k=2, criterion="linearity", fit="weighted"))
-    assert len(measured) == 5 + 2, (
-        "sensitivities depend on no fit; what was predicted of each plan is measured"
-    )
+    assert len(measured) == 5 + 2, "sensitivities depend on no fit; what was predicted of a plan is measured"
 
 
-@pytest.mark.parametrize("after", [0, 3, 6])
 def test_an_interrupted_selection_goes_on_to_the_same_result(
-    out: Path,
-    calibrated: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    measured: list[int],
-    after: int,
+    out: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int]
 ) -> None:
     whole = Path(shutil.copytree(calibrated, tmp_path / "whole"))
     settings = api.SelectSettings(k=4)
     expected = select(whole, settings)
     total = len(measured)
-    assert total > after
     measured.clear()
     counted = LossMeter.measure_within
 
     def stops(*args: Any) -> Any:
-        if len(measured) == after:
+        if len(measured) == 6:
             raise KeyboardInterrupt
         return counted(*args)
 
@@ -104,43 +97,124 @@ def test_an_interrupted_selection_goes_on_to_the_same_result(
         with pytest.raises(KeyboardInterrupt):
             select(out, settings)
     assert Workspace.open(out).record("select") is None
-    assert not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
-    found = select(out, settings)
+    assert same_plan(select(out, settings), expected)
     assert len(measured) == total, "nothing is measured twice"
-    assert same_plan(found, expected)
     assert candidates(out) == candidates(whole)
     one, other = (json.loads((o / "nbl" / "measured.json").read_text()) for o in (out, whole))
     assert one == other
 
 
-DAMAGES: dict[str, Callable[[str], str]] = {
-    "cut short": lambda text: text[: len(text) // 2],
-    "no JSON": lambda _: "losses",
-    "a list": lambda _: "[1, 2]",
-    "another format": lambda text: text.replace("nbl-export/measured/1", "nbl-export/measured/0"),
-    "losses that are none": lambda text: text.replace('"kl"', '"lk"', 1),
-    "losses that are words": lambda text: json.dumps(
-        {**json.loads(text), "losses": {"a": {"0": {"kl": "many", "kl_se": 0, "excess": 0, "excess_se": 0}}}}
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_losses_are_measured_again(out: Path, measured: list[int], name: str) -> None:
-    # Two groups of losses with the same names: each is looked at.
-    select(out, api.SelectSettings(k=1, fit="drop", criterion="kl"))
+def test_damaged_losses_are_measured_again(out: Path, measured: list[int]) -> None:
     plan = select(out, api.SelectSettings(k=2, criterion="kl"))
-    before = candidates(out)
     path = out / "nbl" / "measured.json"
-    path.write_text(DAMAGES[name](path.read_text()))
+    path.write_text(path.read_text()[:100])
     forget(out, "select")
     measured.clear()
     notes = Notes()
     assert same_plan(select(out, api.SelectSettings(k=2, criterion="kl"), notes), plan)
-    assert candidates(out) == before
-    assert len(measured) == 5
-    if name != "another format":  # that is no damage
-        assert "measured.json is damaged and was ignored." in notes.notes
-    measured.clear()
-    select(out, api.SelectSettings(k=1, criterion="kl"))
-    assert measured == []
+    assert len(measured) == 5 and "measured.json is damaged and was ignored." in notes.notes
+
+
+# several processes -------------------------------------------------------------------------------
+
+
+def copy_of(out: Path, to: Path) -> Path:
+    return Path(shutil.copytree(out, to, copy_function=shutil.copy2))
+
+
+def losses(out: Path) -> dict[tuple[str, str], Any]:
+    """What was measured, by what it depends on and by name."""
+    path = out / "nbl" / "measured.json"
+    groups = json.loads(path.read_text())["losses"] if path.exists() else {}
+    return {(key, name): loss for key, group in groups.items() for name, loss in group.items()}
+
+
+def selected(out: Path, settings: api.SelectSettings) -> Any:
+    """What a process gets of a selection by all: the chosen layers, and the notes."""
+    heard = Notes()
+    return api.select(out, settings, heard).chosen, heard.notes
+
+
+@pytest.mark.parametrize(("criterion", "count"), [("greedy", 2), ("linearity", 3), ("nmse", 2)])
+def test_the_plan_and_all_figures_are_those_of_one_process(
+    calibrated: Path, tmp_path: Path, criterion: Any, count: int
+) -> None:
+    alone, out = copy_of(calibrated, tmp_path / "alone"), copy_of(calibrated, tmp_path / "out")
+    settings = api.SelectSettings(k=2, criterion=criterion)
+    plan = select(alone, settings)
+    found = forked(count, tmp_path / "results", lambda _: selected(out, settings))
+    assert [chosen for chosen, _ in found] == [plan.chosen] * count
+    assert [notes for _, notes in found[1:]] == [[]] * (count - 1)
+    assert all(files(out)[name] == files(alone)[name] for name in SAME)
+    one, several = losses(alone), losses(out)
+    # Several measure some sets of a greedy round that one process can do without.
+    assert one.items() <= several.items() and (criterion == "greedy" or one == several)
+
+
+def test_a_model_that_streams_is_swept_once_by_each_process(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbl_export.models.weights.room", lambda _model: 0)
+    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda _device: "bfloat16")
+    swept = LossMeter.measure_versions
+    alone, out = copy_of(calibrated, tmp_path / "alone"), copy_of(calibrated, tmp_path / "out")
+    settings = api.SelectSettings(k=2, criterion="kl")
+    select(alone, settings)
+
+    def work(ranks: Ranks) -> Any:
+        found: list[int] = []
+        monkeypatch.setattr(
+            LossMeter, "measure_versions", lambda *args: found.append(len(args[1])) or swept(*args)
+        )
+        selected(out, settings)
+        return found
+
+    assert forked(2, tmp_path / "results", work) == [[3], [2]]
+    assert all(files(out)[name] == files(alone)[name] for name in SAME) and losses(out) == losses(alone)
+
+
+def test_what_is_wrong_is_said_by_all(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = copy_of(calibrated, tmp_path / "out")
+    settings = api.SelectSettings(budget=api.Budget(max_kl=1e-9))
+    errors = forked(2, tmp_path / "budget", lambda _: selected(out, settings))
+    assert [type(error) for error in errors] == [BudgetError] * 2 and str(errors[0]) == str(errors[1])
+    score = module.score_layer
+
+    def spoiled(moments: Any, index: int, *how: Any) -> Any:
+        if index == 1:  # of the second process
+            raise CalibrationError(f"Layer {index} cannot be linearized: it is odd.")
+        return score(moments, index, *how)
+
+    monkeypatch.setattr(module, "score_layer", spoiled)
+    errors = forked(2, tmp_path / "results", lambda _: selected(out, api.SelectSettings(k=1)))
+    assert [str(error) for error in errors] == ["Layer 1 cannot be linearized: it is odd."] * 2
+
+
+def test_a_killed_process_ends_the_others_and_what_was_measured_is_kept(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, out = copy_of(calibrated, tmp_path / "alone"), copy_of(calibrated, tmp_path / "out")
+    settings = api.SelectSettings(k=2, criterion="kl")
+    plan, results = select(alone, settings), tmp_path / "results"
+    real, calls = module.measured_losses, []
+
+    def work(ranks: Ranks) -> Any:
+        def killed(*args: Any) -> Any:
+            calls.append(None)
+            if len(calls) == 2 and ranks.rank == 1:
+                (results / "1").write_bytes(pickle.dumps(None))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+
+        monkeypatch.setattr(module, "measured_losses", killed)
+        selected(out, settings)
+
+    found = forked(2, results, work)
+    assert found[1] is None and isinstance(found[0], LostRankError)
+    kept = losses(out)
+    assert len(kept) == 2 and kept.items() <= losses(alone).items()
+    monkeypatch.undo()
+    again = select(out, settings)
+    assert again.chosen == plan.chosen and np.isfinite(again.layers[plan.chosen[0]].w).all()

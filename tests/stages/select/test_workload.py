@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from onnx import numpy_helper
 from nbl_export import api
 from nbl_export.blocks import Mlp, from_json
 from nbl_export.errors import BudgetError, InputError
-from nbl_export.linearize.figures import per_saving
 from nbl_export.linearize.plan import Plan
+from nbl_export.linearize.selection import per_saving
+from nbl_export.report import schema as environment
+from nbl_export.verify.speed import roofline
 from tests.listening import Notes
 from tests.stages.select.by_hand import candidates, forget, select
 
@@ -41,7 +45,10 @@ def test_what_is_linear_depends_on_what_the_model_is_used_for(out: Path, criteri
 
 
 def test_layers_are_ranked_by_loss_for_what_they_save(out: Path) -> None:
-    plan = select(out, asked(3, SHORT, criterion="kl"))
+    notes = Notes()
+    plan = api.select(out, asked(3, SHORT, criterion="kl"), listener=notes)
+    said = [note for note in notes.notes if note.startswith("Of ")]
+    assert len(said) == 1 and "a linear attention saves" in said[0] and "a linear MLP saves" in said[0]
     scored = candidates(out)["candidates"]
     assert all(c["saved_ms"] > 0 for c in scored)
     # All attentions of this model are alike, and so are its MLPs.
@@ -57,29 +64,49 @@ def test_the_curve_says_what_the_workload_gains_at_most(out: Path) -> None:
     assert 1 < speedups[0] < speedups[1] < speedups[2]
 
 
-def test_what_blocks_save_is_said(out: Path) -> None:
-    notes = Notes()
-    api.select(out, asked(1, SHORT, criterion="kl"), listener=notes)
-    said = [note for note in notes.notes if note.startswith("Of ")]
-    assert len(said) == 1 and "a linear attention saves" in said[0] and "a linear MLP saves" in said[0]
-
-
 def test_without_a_workload_nothing_is_counted(out: Path) -> None:
     select(out, api.SelectSettings(k=1, criterion="kl"))
     assert all(c["saved_ms"] is None for c in candidates(out)["candidates"])
 
 
-def test_a_graph_must_be_there_to_be_counted(out: Path) -> None:
+def test_a_workload_must_run_in_the_graph(out: Path) -> None:
+    with pytest.raises(InputError, match=r"decode=8@600 has 608 tokens in a row, and the model has 512"):
+        select(out, asked(1, ("decode=8@600",)))
     forget(out, "export")
     with pytest.raises(InputError, match=r"nbl-export export .*"):
         select(out, asked(1, SHORT))
 
 
-def test_another_workload_is_another_selection(out: Path) -> None:
-    select(out, asked(1, SHORT, criterion="kl"))
-    notes = Notes()
-    api.select(out, asked(1, LONG, criterion="kl"), listener=notes)
-    assert any("made with another workload" in note for note in notes.notes)
+def test_the_machine_is_measured_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the same workload has the same costs; another machine is measured itself."""
+    select(out, asked(1, SHORT, criterion="nmse"))
+    first = candidates(out)["workload_ms"]
+    measured: list[int] = []
+    real = roofline.measure_roofline
+    monkeypatch.setattr(roofline, "measure_roofline", lambda: measured.append(1) or real())
+    select(out, asked(2, SHORT, criterion="nmse"))
+    assert candidates(out)["workload_ms"] == first and not measured
+    here = environment.environment()
+    monkeypatch.setattr(environment, "environment", lambda: replace(here, processor="another"))
+    select(out, asked(3, SHORT, criterion="nmse"))
+    assert measured
+
+
+def test_a_speed_that_is_asked_for_is_that_of_the_workload(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def took(base: Path, others: Mapping[str, Path], workloads: Any, *_: Any) -> dict[str, float]:
+        assert [w.context for w in workloads] == [200]
+        (name,) = others
+        return {"base": 100.0, name: 100.0 - 5 * int(others[name].name.split(".")[0][1:])}
+
+    monkeypatch.setattr("nbl_export.verify.speed.workloads.workload_ms", took)
+    monkeypatch.setattr("nbl_export.verify.speed.pair.measure_speed", lambda *_: pytest.fail("512 tokens"))
+    budget = api.Budget(min_speedup=1.15)
+    plan = select(out, api.SelectSettings(workload=("decode=8@200",), criterion="kl", budget=budget))
+    assert len(plan.chosen) == 3, "100 / 85"
+    curve = candidates(out)["curve"]
+    assert curve["context"] is None and curve["points"][2]["timed_speedup"] == pytest.approx(100 / 85)
 
 
 # sizes -------------------------------------------------------------------------------------------
@@ -139,11 +166,6 @@ def test_sizes_out_of_reach_and_sizes_that_are_there(
 ) -> None:
     with pytest.raises(error, match=words):
         select(out, bounded(SHORT, **budget))
-
-
-def test_a_cache_is_of_a_workload(out: Path) -> None:
-    with pytest.raises(InputError, match=r"--max-kv-bytes bounds the KV cache of a workload"):
-        bounded(max_kv_bytes="1MB").check()
 
 
 def test_weights_are_bounded_without_a_workload_too(out: Path) -> None:

@@ -10,18 +10,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nbl_export.blocks import Block, as_json, part_of, parts_in
+from nbl_export.calibrate.collect import store_moments
+from nbl_export.calibrate.store import Unnamed
+from nbl_export.checkpoint import Checkpoint
+from nbl_export.linearize.fits import as_layer, sequential_fits, weighted_moments
+from nbl_export.linearize.lmmse import (
+    RANK_TOLERANCE,
+    Covariances,
+    branch_covariances,
+    fit_lmmse,
+    rank_within,
+    ridge_by_heldout_error,
+    truncate,
+)
 from nbl_export.linearize.plan import DROPPED, LinearLayer, Replacement, by_part
+from nbl_export.linearize.repair import Distillation, Repaired, repair
+from nbl_export.linearize.scores import naming
+from nbl_export.models.walk import segments
 from nbl_export.progress import Listener
 from nbl_export.settings import SelectSettings
 from nbl_export.settings.choices import DEFAULT_RIDGE
 
 if TYPE_CHECKING:
-    import torch
-
-    from nbl_export.calibrate.moments import LayerMoments, Moments
+    from nbl_export.calibrate.moments import LayerMoments
     from nbl_export.linearize.lmmse import LinearFit
-    from nbl_export.linearize.repair import Repaired
-    from nbl_export.stages.select.measured import Measured
+    from nbl_export.stages.select.measured import Measuring
 
 
 class _LazyLayers(Mapping[Block, Replacement]):
@@ -32,8 +45,6 @@ class _LazyLayers(Mapping[Block, Replacement]):
         self._made: dict[Block, LinearLayer] = {}
 
     def __getitem__(self, index: Block) -> LinearLayer:
-        if index not in self._indices:
-            raise KeyError(index)
         if index not in self._made:
             self._made[index] = self._make(index)
         return self._made[index]
@@ -46,20 +57,11 @@ class _LazyLayers(Mapping[Block, Replacement]):
 
 
 class Fitting:
-    """Fits from ``moments``. A fit that reads the text of ``measured`` again uses the model returned by ``reading``,
-    in the dtype in which the moments were collected.
-    """
+    """Fits from the moments of ``measuring``; some fits read its text again."""
 
-    def __init__(
-        self,
-        moments: Moments,
-        measured: Measured,
-        settings: SelectSettings,
-        listener: Listener,
-        reading: Callable[[], torch.nn.Module],
-    ) -> None:
-        self._moments, self._measured, self._settings, self._listener = moments, measured, settings, listener
-        self._reading = reading
+    def __init__(self, measuring: Measuring, settings: SelectSettings, listener: Listener) -> None:
+        self._measuring, self._settings, self._listener = measuring, settings, listener
+        self._moments = measuring.moments.layers
         # Each layer that was truncated, what became of it, and the lost share.
         self._truncated: dict[Block, tuple[LinearLayer, LinearLayer, float]] = {}
 
@@ -71,37 +73,34 @@ class Fitting:
         """
         if self._settings.fit == "drop":
             return self.dropped
-        return _LazyLayers(sorted(self._moments.layers), self._one_shot)
+        return _LazyLayers(sorted(self._moments), self._one_shot)
 
     def _one_shot(self, layer: Block) -> LinearLayer:
-        from nbl_export.linearize.fits import as_layer
-
         if self._settings.fit == "weighted":
             return self._weighted[layer]
-        return as_layer(self._solve(layer, self._moments.layers[layer]))
+        return as_layer(self._solve(layer, self._moments[layer]))
 
     @cached_property
     def dropped(self) -> dict[Block, Replacement]:
         """Every candidate dropped."""
-        return dict.fromkeys(self._moments.layers, DROPPED)
+        return dict.fromkeys(self._moments, DROPPED)
 
     def energy(self, layer: Block) -> float:
         """E‖y - μ_y‖² of a layer's output."""
-        from nbl_export.linearize.lmmse import branch_covariances
+        return float(branch_covariances(self._moments[layer], "normed").c_vv.trace())
 
-        return float(branch_covariances(self._moments.layers[layer], "normed").c_vv.trace())
+    def _covariances(self, layer: Block) -> Covariances:
+        return branch_covariances(self._moments[layer], self._settings.fit_input)
 
     def final(self, chosen: Sequence[Block]) -> dict[Block, Replacement]:
         """What replaces ``chosen`` before any repair."""
-        from nbl_export.linearize.fits import sequential_fits
-
         if self._settings.fit != "sequential" or not chosen:
             return {i: self.for_choosing[i] for i in chosen}
-        measured, tokens = self._measured, self._measured.text.calibration
-        model, total = self._reading(), tokens.size * len(chosen)
+        tokens, model = self._measuring.text.calibration, self._measuring.reading
         self._before_fits()
-        with self._listener.task("Fitting in sequence", total, "tokens") as task:
-            return {**sequential_fits(model, tokens, chosen, measured.fit_input, self._solve, task.advance)}
+        with self._listener.task("Fitting in sequence", tokens.size * len(chosen), "tokens") as task:
+            fits = sequential_fits(model, tokens, chosen, self._settings.fit_input, self._solve, task.advance)
+        return {**fits}
 
     def timed(self, layers: Sequence[Block]) -> Mapping[Block, Replacement]:
         """What ``layers`` are timed with: of the form that ships, whatever the values of W will be."""
@@ -110,26 +109,23 @@ class Fitting:
 
     def repaired(self, layers: Mapping[Block, Replacement]) -> Repaired:
         """``layers`` after the distillation steps of the settings, and the adapters of other weights."""
-        from nbl_export.linearize.lmmse import branch_covariances
-        from nbl_export.linearize.repair import Distillation, repair
-
-        measured, settings = self._measured, self._settings
-        covariances = {i: branch_covariances(self._moments.layers[i], settings.fit_input) for i in layers}
+        measuring, settings = self._measuring, self._settings
         # The map of a span stands in the place of its first part.
         first = {i: parts_in(i)[0] for i in layers}
         task = Distillation(
-            model=measured.model,
+            model=measuring.model,
             replaced=by_part(layers),
-            covariances={first[i]: c for i, c in covariances.items()},
+            covariances={first[i]: self._covariances(i) for i in layers},
             fit_input=settings.fit_input,
-            tokens=measured.text.calibration,
+            tokens=measuring.text.calibration,
             steps=settings.repair,
             seed=settings.seed,
             rank=settings.repair_rank,
-            exact=measured.exact_model,
-            identity=measured.key(settings=settings.as_json(), layers=list(map(as_json, sorted(layers)))),
+            exact=measuring.run.model.in_float32,
+            identity=measuring.key(settings=settings.as_json(), layers=list(map(as_json, sorted(layers)))),
         )
-        repaired = repair(task, measured.repair_checkpoint, self._listener)
+        checkpoint = Checkpoint(measuring.run.workspace.repair_checkpoint)
+        repaired = repair(task, checkpoint, self._listener)
         return replace(repaired, layers={i: repaired.layers[part] for i, part in first.items()})
 
     def truncated(
@@ -147,21 +143,15 @@ class Fitting:
         return low, {i: lost for i, (_, _, lost) in kept.items()}
 
     def _truncate(self, index: Block, layer: LinearLayer) -> tuple[LinearLayer, float]:
-        from nbl_export.linearize.lmmse import RANK_TOLERANCE, branch_covariances, rank_within, truncate
-
-        c = branch_covariances(self._moments.layers[index], self._settings.fit_input)
+        c = self._covariances(index)
         w, b = layer.w.astype(np.float64), layer.b.astype(np.float64)
         rank = rank_within(w, b, c, RANK_TOLERANCE) if self._settings.rank is None else self._settings.rank
         if rank is None:
             return layer, 0.0
         low = truncate(w, b, c, rank)
-        factors = (a.astype(np.float32) for a in (low.up, low.down, low.b))
-        return LinearLayer.of_rank(*factors), low.lost
+        return LinearLayer.of_rank(*(a.astype(np.float32) for a in (low.up, low.down, low.b))), low.lost
 
     def _solve(self, layer: Block, moments: LayerMoments) -> LinearFit:
-        from nbl_export.linearize.lmmse import fit_lmmse, ridge_by_heldout_error
-        from nbl_export.linearize.scores import naming
-
         ridge, fit_input = self._settings.ridge, self._settings.fit_input
         with naming(layer):
             if ridge is None:
@@ -175,18 +165,14 @@ class Fitting:
 
     @property
     def _parts(self) -> set[str]:
-        return {part_of(block) for block in self._moments.layers}
+        return {part_of(block) for block in self._moments}
 
     @cached_property
     def _others(self) -> Mapping[Block, LayerMoments]:
         # Moments of the selection text, for the held-out error of a ridge.
-        from nbl_export.calibrate.collect import store_moments
-        from nbl_export.calibrate.store import Unnamed
-
-        found = Unnamed(self._measured.scratch)
-        store_moments(
-            self._reading(), self._measured.text.selection, "", found, self._listener, parts=self._parts
-        )
+        measuring, found = self._measuring, Unnamed(self._measuring.run.workspace.nbl)
+        text = measuring.text.selection
+        store_moments(measuring.reading, text, "", found, self._listener, parts=self._parts)
         return found
 
     def _before_fits(self) -> None:
@@ -197,13 +183,8 @@ class Fitting:
     @cached_property
     def _weighted(self) -> dict[Block, LinearLayer]:
         # Fitted as the text passes each layer, since the moments of all would take more memory than the layers.
-        from nbl_export.linearize.fits import as_layer, weighted_moments
-        from nbl_export.models.walk import segments
-
-        measured, tokens = self._measured, self._measured.text.calibration
-        model = self._reading()
-        total = tokens.size * len(segments(model))
+        tokens, model = self._measuring.text.calibration, self._measuring.reading
         self._before_fits()
-        with self._listener.task("Weighing tokens", total, "tokens") as task:
-            found = weighted_moments(model, tokens, measured.fit_input, task.advance, self._parts)
+        with self._listener.task("Weighing tokens", tokens.size * len(segments(model)), "tokens") as task:
+            found = weighted_moments(model, tokens, self._settings.fit_input, task.advance, self._parts)
             return {index: as_layer(self._solve(index, moments)) for index, moments in found}

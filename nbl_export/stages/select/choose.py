@@ -1,0 +1,360 @@
+"""Choose the layers: rank them, measure what K of them cost, and take as many as asked for or as a budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+
+from nbl_export.blocks import Block, Span, all_parts, with_block
+from nbl_export.errors import BudgetError, InputError
+from nbl_export.linearize.scores import CRITERIA, ranking
+from nbl_export.linearize.search import (
+    GREEDY_TRIES,
+    MeasuredSets,
+    Prefixes,
+    capped,
+    count_blocks,
+    greedy_path,
+    largest_within,
+    loss_curve,
+    measured_alone,
+    ranked_path,
+    single_layer_losses,
+)
+from nbl_export.linearize.selection import Candidate, Curve, CurvePoint, Loss, keeps, per_saving
+from nbl_export.progress import Listener
+from nbl_export.settings import Budget, SelectSettings
+from nbl_export.settings.size import bytes_of
+
+if TYPE_CHECKING:
+    from nbl_export.stages.select.jobs import Jobs
+    from nbl_export.stages.select.speeds import SpeedMeter
+    from nbl_export.verify.speed.savings import Savings
+
+T = TypeVar("T")
+# The best blocks that replace at most K attentions and MLPs, for any K.
+Prefix = Callable[[int], Sequence[Block]]
+
+
+@dataclass(frozen=True)
+class Shipped(Generic[T]):
+    """What was ``made`` of the chosen layers, and its ``loss``: None where it is that of the K curve."""
+
+    made: T
+    loss: Loss | None
+
+
+class Choosing:
+    """Ranks the layers of a model by a criterion, and for a workload by that for what they save."""
+
+    def __init__(
+        self,
+        settings: SelectSettings,
+        jobs: Jobs,
+        listener: Listener,
+        savings: Savings | None = None,
+    ) -> None:
+        assert settings.criterion is not None
+        self._settings, self._listener, self._jobs = settings, listener, jobs
+        self._savings, self._used = savings, savings if settings.workload else None
+        self._criterion = CRITERIA[settings.criterion]
+
+    @cached_property
+    def sets(self) -> MeasuredSets:
+        """The losses of sets of layers, with the fits that layers are chosen by."""
+        # A sequential fit depends on the set, so layers are chosen by the LMMSE fit.
+        fit = "lmmse" if self._settings.fit == "sequential" else self._settings.fit
+        ridge = None if fit == "drop" else self._settings.ridge
+        return self._jobs.sets("for_choosing", fit=fit, ridge=ridge)
+
+    def scored(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """``candidates`` with the scores that the criterion measures for each single layer, and what each saves."""
+        if self._used:
+            candidates = [replace(c, saved_ms=self._used.saved_ms(c.layer)) for c in candidates]
+        measures = self._criterion.measures
+        if measures is None:
+            return tuple(candidates)
+        # A search tries longer spans where they may be best.
+        wanted = [c for c in candidates if not self.searched or measured_alone(c.layer)]
+        layers = [c.layer for c in wanted]
+        found: dict[Block, Candidate] = {}
+        with self._listener.task("Measuring layers", len(wanted), "layers") as task:
+            for candidate, loss in zip(wanted, self._singly(layers), strict=True):
+                found[candidate.layer] = measures(candidate, loss)
+                task.advance(1)
+        return tuple(found.get(c.layer, c) for c in candidates)
+
+    def _singly(self, layers: Sequence[Block]) -> Iterator[Loss]:
+        """What the criterion measures of each of ``layers`` alone."""
+        if self._settings.criterion == "linearity":
+            yield from self._jobs.sensitivities(layers)
+            return
+        dropped = self._settings.criterion == "drop"
+        sets = self._jobs.sets("dropped", fit="drop", ridge=None) if dropped else self.sets
+        sets.announce([layer] for layer in layers)
+        for layer in layers:
+            yield (sets.rough_loss if self.searched else sets.loss)([layer])
+
+    @property
+    def searched(self) -> bool:
+        """Whether the order is found by measuring sets of layers, which also gives the K curve."""
+        return self._criterion.searched
+
+    @property
+    def kl_tokens(self) -> int:
+        """The predictions that the KL of a single layer is a mean of."""
+        meter = self._jobs.meter
+        return (meter.rough if self.searched else meter).tokens
+
+    @property
+    def least_speedup(self) -> float | None:
+        """How many times as fast the workload has to be."""
+        return self._settings.budget.min_speedup
+
+    def order(self, candidates: Sequence[Candidate]) -> Prefixes:
+        """The best of the scored ``candidates`` for every K."""
+        used, least = self._used, self.least_speedup
+
+        def saves(blocks: Sequence[Block]) -> float:
+            return used.ms() - used.ms(blocks) if used else count_blocks(blocks)
+
+        saved = capped(saves, used.ms() * (1 - 1 / least)) if used and least else saves
+        blocks = [c.layer for c in candidates]
+
+        def path() -> Iterator[tuple[Block, ...]]:
+            if not self.searched:
+                best = ranking(candidates, str(self._settings.criterion), lambda block: saved([block]))
+                yield from ranked_path(c.layer for c in best)
+                return
+            singles = single_layer_losses(self.sets, filter(measured_alone, blocks))
+            longer = [b for b in blocks if isinstance(b, Span) and not measured_alone(b)]
+            yield from greedy_path(self.sets, singles, saved, longer)
+
+        return Prefixes(path(), any(isinstance(block, Span) for block in blocks))
+
+    def least_k(self, prefix: Prefix, most: int) -> int:
+        """The smallest K whose weights and KV cache are within the budget; 0 where it does not bound them.
+
+        Raises :class:`BudgetError` if not even ``most`` are enough, and :class:`InputError` if none are needed.
+        """
+        budget, savings, least = self._settings.budget, self._savings, 0
+        if savings is None:
+            return 0
+        bounds = (
+            ("--max-weight-bytes", budget.max_weight_bytes, savings.weight_bytes),
+            ("--max-kv-bytes", budget.max_kv_bytes, savings.kv_bytes),
+        )
+        for option, limit, size in bounds:
+            if limit is None:
+                continue
+            if size() <= bytes_of(limit):
+                raise InputError(
+                    f"{option} {limit} asks for nothing: without a linear layer there are {size():,} bytes: ask for "
+                    "less."
+                )
+            found = next((k for k in range(1, most + 1) if size(prefix(k)) <= bytes_of(limit)), None)
+            if found is None:
+                raise BudgetError(
+                    f"{option} {limit} is out of reach: with {most} linear layers there are still "
+                    f"{size(prefix(most)):,} bytes: allow more."
+                )
+            least = max(least, found)
+        return least
+
+    def measure_curve(self, prefix: Prefix, most: int, budget: Budget) -> list[CurvePoint]:
+        """The losses of K = 1, 2 …, up to ``most`` or until the ``budget`` is exceeded."""
+        with self._listener.task("Measuring the K curve", most, "layers") as task:
+            done = 0
+
+            def loss(layers: Sequence[Block]) -> Loss:
+                nonlocal done
+                found = self.sets.loss(layers)
+                task.advance(len(all_parts(layers)) - done)
+                done = len(all_parts(layers))
+                return found
+
+            return list(map(self._gaining, loss_curve(prefix, loss, most, budget)))
+
+    def fill(
+        self, prefix: Prefix, points: Sequence[CurvePoint], budget: Budget, blocks: Sequence[Block]
+    ) -> tuple[Prefix, list[CurvePoint]]:
+        """The order with those of ``blocks`` that the ``budget`` of loss has room for beyond its largest K.
+
+        Blocks are unequal for a workload: the next one may be too much where a smaller one is not.
+        """
+        k = largest_within(points, budget)
+        kept, base = [p for p in points if p.k <= k], next((p.kl for p in points if p.k == k), 0.0)
+        filled = [tuple(prefix(k))]
+        with self._listener.task("Filling the budget", GREEDY_TRIES, "sets") as task:
+            while larger := self._one_more(blocks, filled[-1], base, budget, task.advance):
+                filled.append(larger)
+                point = self._gaining(CurvePoint.of(larger, self.sets.loss(larger)))
+                # A span may take the place of all its parts, which are as many.
+                kept = [*(other for other in kept if other.k < point.k), point]
+                base = point.kl
+        if len(filled) == 1:
+            return prefix, list(points)
+        before = dict.fromkeys(tuple(prefix(count)) for count in range(1, k + 1))
+        return Prefixes((found for found in (*before, *filled[1:]) if found), spans=True), kept
+
+    def _one_more(
+        self,
+        blocks: Sequence[Block],
+        chosen: tuple[Block, ...],
+        base: float,
+        budget: Budget,
+        advance: Callable[[int], None],
+    ) -> tuple[Block, ...] | None:
+        """``chosen`` with the block that still fits and loses least for what it saves; None if none does."""
+        assert self._used is not None
+        nexts = ((block, with_block(chosen, block)) for block in blocks)
+        larger = {
+            block: found
+            for block, found in nexts
+            if found is not None and (measured_alone(block) or len(found) <= len(chosen))
+        }
+        singles = single_layer_losses(self.sets, larger)
+        tried = sorted(singles, key=lambda b: (singles[b].kl, b))[:GREEDY_TRIES]
+        self.sets.settle(chosen)
+        self.sets.announce(larger[block] for block in tried)
+        rates: dict[Block, float] = {}
+        for block in tried:
+            loss = self.sets.loss(larger[block])
+            advance(1)
+            saved = self._used.ms(chosen) - self._used.ms(larger[block])
+            if keeps(budget, loss) and saved > 0:
+                rates[block] = per_saving(loss.kl - base, saved)
+        return larger[min(rates, key=lambda b: (rates[b], b))] if rates else None
+
+    def _gaining(self, point: CurvePoint) -> CurvePoint:
+        """``point`` with what the workload gains."""
+        return replace(point, workload_speedup=self._used.speedup(point.layers)) if self._used else point
+
+    def curve_of(self, points: Sequence[CurvePoint], chosen: int, context: int | None = None) -> Curve | None:
+        """The ``points`` as they are kept, with the size of the text that they are measured on."""
+        if not points:
+            return None
+        owners = self._jobs.text.selection_document[:, 1:]
+        counted = owners[owners >= 0]  # not the tokens of images
+        documents = len(np.unique(counted))
+        return Curve(tuple(points), chosen, self._settings.budget, context, int(counted.size), documents)
+
+
+def choose(
+    choosing: Choosing,
+    candidates: Sequence[Candidate],
+    settings: SelectSettings,
+    speeds: Callable[[Prefix], SpeedMeter],
+    ship: Callable[[Sequence[Block]], Shipped[T]],
+    listener: Listener,
+) -> tuple[T, Curve | None]:
+    """What ``ship`` makes of the layers to linearize, ascending, and the K curve, if one was measured.
+
+    Layers are chosen by the fits that the curve is of. Where what ships is something else, its own loss is weighed,
+    too, and fewer layers are taken until it is within the budget.
+
+    Raises :class:`BudgetError` for a budget that no K meets.
+    """
+    budget, blocks = settings.budget, [candidate.layer for candidate in candidates]
+    prefix: Prefix = choosing.order(candidates)
+    points: Sequence[CurvePoint] = []
+    if settings.k is not None:
+        if choosing.searched:
+            points = choosing.measure_curve(prefix, settings.k, budget)
+        best = sorted(prefix(settings.k))
+        if settings.k and not best:
+            raise InputError(
+                f"--k {settings.k} is less than the best block replaces, which is a span of layers: ask for a larger "
+                "K, or calibrate without spans (--blocks both)."
+            )
+        return ship(best).made, choosing.curve_of(points, len(all_parts(best)))
+    count = len(all_parts(blocks))
+    meter = speeds(prefix)
+    why, least = meter.missing, choosing.least_k(prefix, count)
+    if budget.min_speedup is not None:
+        if why:
+            raise InputError(f"--min-speedup cannot be measured: {why}.")
+        least = max(least, meter.least_k(budget.min_speedup, count))
+    points = choosing.measure_curve(prefix, count if budget.bounds_loss else least, budget)
+    if budget.bounds_loss and not least and settings.workload:
+        prefix, points = choosing.fill(prefix, points, budget, blocks)
+        meter = speeds(prefix)
+    most = largest_within(points, budget) if budget.bounds_loss else least
+    if most < max(least, 1):
+        raise BudgetError(_why_no_k(points, budget, most, least))
+    ks = [k for k in range(most, max(least, 1) - 1, -1) if len(all_parts(prefix(k))) == k]
+    made, k = _first_within(budget, ks, prefix, meter, ship, listener)
+    if why:
+        listener.note(f"The K curve has no speeds: {why}.")
+        return made, choosing.curve_of(points, k)
+    # A workload may take minutes: only what ships is timed.
+    for at in [k] if settings.workload else _timed_ks([point.k for point in points], k):
+        meter(at)
+    timed = [
+        replace(p, prefill_speedup=s.prefill, decode_speedup=s.decode, timed_speedup=s.workload)
+        if (s := meter.found.get(p.k))
+        else p
+        for p in points
+    ]
+    return made, choosing.curve_of(timed, k, meter.context)
+
+
+def _first_within(
+    budget: Budget,
+    ks: Sequence[int],
+    prefix: Prefix,
+    meter: SpeedMeter,
+    ship: Callable[[Sequence[Block]], Shipped[T]],
+    listener: Listener,
+) -> tuple[T, int]:
+    """What ships of the first of ``ks`` that is within the budget as it ships, and that K."""
+    cost = ""
+    for k in ks:
+        # The last is the least that is fast enough, which was timed to find it.
+        if k != ks[-1] and budget.min_speedup is not None and meter(k).least < budget.min_speedup:
+            listener.note(f"K = {k} is {meter(k).least:.2f} times as fast, less than --min-speedup asks for.")
+            continue
+        shipped = ship(sorted(prefix(k)))
+        if shipped.loss is None or keeps(budget, shipped.loss):
+            return shipped.made, k
+        cost = f"K = {k} costs {_cost(shipped.loss)} as it ships"
+        listener.note(f"{cost}, more than the budget.")
+    raise BudgetError(
+        f"No K meets the budget with the fit, the repair or the rank asked for: {cost}: allow more loss, or ask for a "
+        "larger --rank or another --fit."
+    )
+
+
+def _cost(loss: Loss | CurvePoint) -> str:
+    return (
+        f"a KL of {loss.kl:.3g} and a perplexity ratio of {loss.perplexity_ratio:.3f} on the selection text"
+    )
+
+
+def _why_no_k(points: Sequence[CurvePoint], budget: Budget, k: int, least: int) -> str:
+    cost = f"K = {points[0].k} costs {_cost(points[0])}"
+    if least <= 1:
+        return f"No K meets the budget, since {cost}: allow more loss, or give --k."
+    speedup = budget.min_speedup
+    asked = {
+        "--min-speedup": None if speedup is None else f"{speedup:g}",
+        "--max-weight-bytes": budget.max_weight_bytes,
+        "--max-kv-bytes": budget.max_kv_bytes,
+    }
+    asks = ", ".join(f"{option} {value}" for option, value in asked.items() if value is not None)
+    return (
+        f"No K meets the budget: {asks} needs {least} linear layers, and the loss allows {k} ({cost}): allow more "
+        "loss, or ask for less of the other."
+    )
+
+
+def _timed_ks(ks: Sequence[int], chosen: int) -> Sequence[int]:
+    """Those of the ``ks`` of a curve that are timed: a few, evenly up to the last, and the one that was chosen."""
+    evenly = (ks[-1] * part / 4 for part in range(1, 5))
+    return sorted(
+        {min(ks, key=lambda k: abs(k - round(at))) for at in evenly} | ({chosen} if chosen else set())
+    )
