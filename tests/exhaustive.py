@@ -40,26 +40,6 @@ USUAL: Mapping[str, tuple[str, ...]] = {
     "cli/test_main.py::test_unusable_text_exits_2": ("empty.txt--words0", "binary.txt-content2-words2"),
     "engine/test_pair.py::test_a_failure_in_the_second_build_leaves_the_first_engines": ("error0",),
     "engine/test_weights.py::test_mlps_of_the_plan_are_gone": ("llama-3",),
-    "evaluate/test_harness.py::test_a_task_of_the_hub_is_asked_as_its_rows_in_a_file_are": (
-        "winogrande",
-        "lambada_openai",
-    ),
-    "evaluate/test_scoring.py::test_log_likelihoods_are_pytorchs": (
-        "1-ours-concat",
-        "1-ours-static",
-        "1-whole",
-        "3-ours-concat",
-        "3-ours-static",
-        "3-whole",
-        "64-ours-concat",
-        "64-ours-static",
-        "64-whole",
-    ),
-    "evaluate/test_tasks.py::test_a_task_that_samples_is_refused_before_any_work": (
-        "{do_sample: true, until: ['.']}-True",
-        "{temperature: 0.7, until: ['.']}-True",
-        "{until: ['.']}-False",
-    ),
     "export/test_embeds.py::test_a_decoder_of_embeddings_is_the_model": (
         "gemma3-concat-layers0",
         "qwen2.5-vl-static-layers2",

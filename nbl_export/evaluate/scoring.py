@@ -13,7 +13,7 @@ Otherwise every continuation is a separate row. Rows of similar length share a b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,8 +25,6 @@ T = TypeVar("T")
 Tokens = tuple[int, ...]
 # The size of a batch is limited by its logits, which the runtime computes for every token.
 LOGITS_BYTES = 256 * 2**20
-# A shared prefill costs a second pass, which is not worth it if fewer tokens than this are saved.
-_WORTH_SHARING = 16
 # One more pass over the weights costs about as much as this many tokens of padding.
 _PASS = 64
 
@@ -61,23 +59,6 @@ class Limits:
         return max(64, LOGITS_BYTES // (4 * self.vocab))
 
 
-@dataclass
-class _Group:
-    """One context and its distinct continuations."""
-
-    context: Tokens
-    continuations: list[Tokens] = field(default_factory=list)
-
-    @property
-    def row(self) -> Tokens:
-        return self.context + self.continuations[0][:-1]
-
-    @property
-    def branches(self) -> list[Tokens]:
-        """The tokens to run after the context: continuations without their last token, whose logits are not needed."""
-        return [c[:-1] for c in self.continuations if len(c) > 1]
-
-
 def log_likelihoods(
     stream: Stream,
     pairs: Sequence[Pair],
@@ -89,57 +70,64 @@ def log_likelihoods(
     Contexts too long for the model's positions are truncated at the start; of a continuation that is itself too long,
     only the end is scored. An empty continuation has log-likelihood 0.
     """
-    fitted = [_fit(pair, limits.positions) for pair in pairs]
     asked: dict[Tokens, dict[Tokens, list[int]]] = {}
     scores = [Scored(0.0, True)] * len(pairs)
-    for i, pair in enumerate(fitted):
-        if pair.continuation:
-            asked.setdefault(pair.context, {}).setdefault(pair.continuation, []).append(i)
+    for i, pair in enumerate(pairs):
+        context, continuation = _fit(pair, limits.positions)
+        if continuation:
+            asked.setdefault(context, {}).setdefault(continuation, []).append(i)
         else:
             advance(1)
-    groups = [_Group(context, list(continuations)) for context, continuations in asked.items()]
-    extending = stream if stream.extends else None
-    shared = [g for g in groups if extending and _worth_sharing(g, limits)]
-    is_shared = {id(g) for g in shared}
-    rows = [row for g in groups if id(g) not in is_shared for row in _rows_of(g)]
 
-    def store(batch: Sequence[_Group], found: Sequence[Sequence[Scored]]) -> None:
-        for group, own in zip(batch, found, strict=True):
-            for continuation, score in zip(group.continuations, own, strict=True):
-                indices = asked[group.context][continuation]
-                for i in indices:
-                    scores[i] = score
-                advance(len(indices))
+    def store(context: Tokens, continuation: Tokens, logits: NDArray[Any]) -> None:
+        found = _scored(logits, continuation)
+        for i in asked[context][continuation]:
+            scores[i] = found
+        advance(len(asked[context][continuation]))
 
-    for batch in _batches(shared, lambda g: len(g.context), limits):
-        assert extending is not None  # otherwise nothing is shared
-        store(batch, _score_shared(extending, batch, limits))
-    for batch in _batches(rows, lambda g: len(g.row), limits):
-        store(batch, _score_rows(stream, batch))
+    shared: list[Tokens] = []
+    alone: list[tuple[Tokens, Tokens]] = []
+    for context, continuations in asked.items():
+        # A long row is read in chunks, so that its logits fit into memory.
+        long = len(context) + max(map(len, continuations)) - 1 > limits.tokens
+        if stream.extends and (long or len(continuations) > 1):
+            shared.append(context)
+        else:
+            alone += [(context, continuation) for continuation in continuations]
+    for batch in _batches(shared, len, limits):
+        branches = [(i, continuation) for i, context in enumerate(batch) for continuation in asked[context]]
+        stream.reserve(max(map(len, batch)) + max(len(continuation) for _, continuation in branches))
+        last = last_logits(stream, [_row(context) for context in batch], limits.tokens)
+        for i, continuation in branches:
+            if len(continuation) == 1:
+                store(batch[i], continuation, last[i][None])
+        longer = [branch for branch in branches if len(branch[1]) > 1]
+        for some in _batches(longer, lambda branch: len(branch[1]), limits):
+            # The logits after the last token of a continuation are not needed.
+            rows = [_row(continuation[:-1]) for _, continuation in some]
+            logits = stream.fork().extend([i for i, _ in some], rows)
+            for (i, continuation), own in zip(some, _split(logits, rows), strict=True):
+                store(batch[i], continuation, np.concatenate([last[i][None], own]))
+    for group in _batches(alone, lambda pair: len(pair[0]) + len(pair[1]) - 1, limits):
+        rows = [_row((*context, *continuation[:-1])) for context, continuation in group]
+        stream.reserve(max(map(len, rows)))
+        for (context, continuation), own in zip(group, _split(stream.prefill(rows), rows), strict=True):
+            store(context, continuation, own[len(context) - 1 :])
     return scores
 
 
-def _fit(pair: Pair, positions: int) -> Pair:
+def _fit(pair: Pair, positions: int) -> tuple[Tokens, Tokens]:
     if not pair.context:
         raise ValueError("a continuation is scored after one token at least")
     # The last token is predicted, not read, so a row may have one more token than positions.
     continuation = pair.continuation[-positions:]
     room = positions + 1 - len(continuation)
-    return Pair((pair.context + pair.continuation[: -len(continuation) or None])[-room:], continuation)
+    return (pair.context + pair.continuation[: -len(continuation) or None])[-room:], continuation
 
 
-def _worth_sharing(group: _Group, limits: Limits) -> bool:
-    # A long row is read in chunks, so that its logits fit into memory; this also uses the cache.
-    long = len(group.row) > limits.tokens
-    saved = (len(group.continuations) - 1) * len(group.context)
-    return long or (bool(group.branches) and saved >= _WORTH_SHARING)
-
-
-def _rows_of(group: _Group) -> list[_Group]:
-    """Rows without a shared prefill; all continuations of one token use the context's last logits."""
-    single: list[Tokens] = [c for c in group.continuations if len(c) == 1]
-    longer = [_Group(group.context, [c]) for c in group.continuations if len(c) > 1]
-    return longer + ([_Group(group.context, single)] if single else [])
+def _split(logits: NDArray[Any], rows: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """The logits of each of ``rows``, which a stream gives row after row."""
+    return np.split(logits, np.cumsum([len(row) for row in rows])[:-1])
 
 
 def _batches(items: Sequence[T], length: Callable[[T], int], limits: Limits) -> Iterator[list[T]]:
@@ -157,31 +145,6 @@ def _batches(items: Sequence[T], length: Callable[[T], int], limits: Limits) -> 
         batch.append(item)
     if batch:
         yield batch
-
-
-def _score_rows(stream: Stream, groups: Sequence[_Group]) -> list[list[Scored]]:
-    rows = [_row(g.row) for g in groups]
-    stream.reserve(max(map(len, rows)))
-    logits = np.split(stream.prefill(rows), np.cumsum([len(r) for r in rows])[:-1])
-    return [
-        [_scored(row[len(g.context) - 1 :], c) for c in g.continuations]
-        for g, row in zip(groups, logits, strict=True)
-    ]
-
-
-def _score_shared(stream: Stream, groups: Sequence[_Group], limits: Limits) -> list[list[Scored]]:
-    contexts = [_row(g.context) for g in groups]
-    branches = [(i, c) for i, g in enumerate(groups) for c in g.continuations if len(c) > 1]
-    stream.reserve(max(map(len, contexts)) + max((len(c) for _, c in branches), default=0))
-    last = last_logits(stream, contexts, limits.tokens)
-    found = {(i, c): last[i][None] for i, g in enumerate(groups) for c in g.continuations}
-    for batch in _batches(branches, lambda branch: len(branch[1]), limits):
-        fork = stream.fork()
-        rows = [_row(c[:-1]) for _, c in batch]
-        logits = np.split(fork.extend([i for i, _ in batch], rows), np.cumsum([len(r) for r in rows])[:-1])
-        for (i, c), row in zip(batch, logits, strict=True):
-            found[i, c] = np.concatenate([last[i][None], row])
-    return [[_scored(found[i, c], c) for c in group.continuations] for i, group in enumerate(groups)]
 
 
 def last_logits(stream: Stream, rows: Sequence[NDArray[Any]], tokens: int) -> NDArray[Any]:
@@ -221,11 +184,10 @@ def greedy(
     """
     if most >= limits.positions:
         raise ValueError("no room for a prompt")
-    fitted = [_Group(prompt[-(limits.positions - most) :], [(i,)]) for i, prompt in enumerate(prompts)]
+    fitted = [prompt[-(limits.positions - most) :] for prompt in prompts]
     written: list[list[int]] = [[] for _ in prompts]
-    for batch in _batches(fitted, lambda g: len(g.context), limits):
-        owners = [g.continuations[0][0] for g in batch]
-        rows = [_row(g.context) for g in batch]
+    for owners in _batches(range(len(fitted)), lambda i: len(fitted[i]), limits):
+        rows = [_row(fitted[i]) for i in owners]
         stream.reserve(max(map(len, rows)) + most)
         tokens = last_logits(stream, rows, limits.tokens).argmax(axis=-1)
         going = dict.fromkeys(owners)
@@ -238,7 +200,7 @@ def greedy(
             if not going or step == most - 1:
                 break
             tokens = stream.decode([int(t) for t in tokens]).argmax(axis=-1)
-        advance(len(batch))
+        advance(len(owners))
     return written
 
 

@@ -1,7 +1,7 @@
-"""Tasks of EleutherAI's lm-evaluation-harness: from local rows in memory, or by name from the Hub.
+"""Find and run tasks of EleutherAI's lm-evaluation-harness: from local rows, or by name from the Hub.
 
 The harness builds the prompts and scores the answers; nbl-export's decode loop (:mod:`nbl_export.evaluate.harness`)
-generates them. The harness is an optional dependency, imported only in these two modules.
+generates them. Local rows are .jsonl files; shapes.toml says by their fields how rows are asked.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib.util
+import io
+import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.errors import InputError, MissingDependencyError, NblError
-from nbl_export.evaluate.local_tasks import LocalTask, local_tasks, sample, task_files
-from nbl_export.files import jsonable, sha256_of_json
+from nbl_export.calibrate.documents import BROKEN_ARCHIVE, open_packed
+from nbl_export.datafile import read_table
+from nbl_export.errors import InputError, MissingDependencyError, NblError, first_line
+from nbl_export.files import jsonable, parse_json, sha256_of_json, user_path
 from nbl_export.models.load import quiet
 from nbl_export.packages import part
 from nbl_export.settings import EvalSettings
@@ -25,8 +29,12 @@ from nbl_export.settings import EvalSettings
 if TYPE_CHECKING:
     from nbl_export.evaluate.harness import DecoderLM
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # The metric whose recovery is reported, for a task that does not define one: the first of these it has.
 _HEADLINES = ("acc_norm", "acc", "exact_match", "f1")
+_LETTERS = 26
+# Few-shot examples are drawn from this many rows that are not asked; more would only enlarge the digest.
+_POOL = 64
 
 
 def require_lm_eval() -> None:
@@ -54,7 +62,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """One task: ``digest`` identifies its content; ``build`` creates the harness's task.
+    """One task of the harness, ``built``; ``digest`` identifies its content and how it is asked.
 
     ``indices`` are the documents to ask, None for all; ``total`` is their number.
     """
@@ -63,10 +71,9 @@ class EvalTask:
     source: str
     digest: str
     total: int
-    build: Callable[[], Any]
+    built: Any
     indices: Sequence[int] | None = None
     scored: str | None = None
-    guessed: bool = True
 
 
 def check_tasks(sources: Sequence[str]) -> None:
@@ -77,7 +84,14 @@ def check_tasks(sources: Sequence[str]) -> None:
     named = [source for source in sources if task_files(source) is None]
     if sources:
         require_lm_eval()
-    _check_names(named)
+    for name in named:
+        if not name.endswith((".yaml", ".yml")) and name not in _manager().all_tasks:
+            close = difflib.get_close_matches(name, _manager().all_tasks, 3)
+            hint = f" (near: {', '.join(close)})" if close else ""
+            raise InputError(
+                f"The task {name} is neither a local file or folder nor a task of lm-evaluation-harness{hint}: "
+                "check the spelling; `lm-eval ls tasks` lists them."
+            )
 
 
 def find_tasks(sources: Sequence[str], settings: EvalSettings) -> list[EvalTask]:
@@ -86,36 +100,17 @@ def find_tasks(sources: Sequence[str], settings: EvalSettings) -> list[EvalTask]
     All checks are done here, before any work. Raises :class:`InputError`, and :class:`MissingDependencyError` without
     the harness.
     """
-    found: list[EvalTask] = []
-    named: list[str] = []
+    check_tasks(sources)
+    found: dict[str, EvalTask] = {}
     for source in sources:
-        local = local_tasks(source, settings.limit, settings.few_shot or 0, settings.seed)
-        if local is None:
-            named.append(source)
-        found += [_from_rows(task, settings) for task in local or ()]
-    require_lm_eval()
-    found += _named(named, settings)
-    seen: dict[str, str] = {}
-    for task in found:
-        if task.name in seen:
-            raise InputError(
-                f"Two tasks are called {task.name}: {seen[task.name]} and {task.source}; rename one of them."
-            )
-        seen[task.name] = task.source
-    return found
-
-
-def _from_rows(task: LocalTask, settings: EvalSettings) -> EvalTask:
-    digest = sha256_of_json([task.digest, _asked(settings)])
-    return EvalTask(
-        task.name,
-        task.path.name,
-        digest,
-        task.total,
-        lambda: task_of_rows(task, settings.few_shot or 0),
-        scored=task.shape.scored,
-        guessed=task.shape.chance == "choices",
-    )
+        files = task_files(source)
+        own = _named(source, settings) if files is None else [task_of_rows(file, settings) for file in files]
+        for task in own:
+            if (other := found.setdefault(task.name, task)) is not task:
+                raise InputError(
+                    f"Two tasks are called {task.name}: {other.source} and {task.source}; rename one of them."
+                )
+    return list(found.values())
 
 
 def _asked(settings: EvalSettings) -> dict[str, Any]:
@@ -129,28 +124,137 @@ def _asked(settings: EvalSettings) -> dict[str, Any]:
     }
 
 
-def task_of_rows(task: LocalTask, few_shot: int) -> Any:
-    """The harness's task for local rows, which are passed in memory; nothing is written or downloaded."""
+# local rows ---------------------------------------------------------------------------------------
+
+
+@cache
+def shapes() -> Mapping[str, Any]:
+    """The tables of shapes.toml, more specific ones first."""
+    return read_table(Path(__file__).with_name("shapes.toml"))
+
+
+def task_files(source: str) -> list[Path] | None:
+    """The files of a local source; None for a name. Raises :class:`InputError` for a path without tasks."""
+    path = user_path(source, "The task")
+    if path.is_file() and not path.name.endswith((".yaml", ".yml")):
+        if not path.name.lower().endswith(SUFFIXES):
+            raise InputError(f"{source} is not a task: give a {', '.join(SUFFIXES)} file.")
+        return [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file() and p.name.lower().endswith(SUFFIXES))
+        if not files:
+            raise InputError(f"The folder {source} has no tasks: no {', '.join(SUFFIXES)} file in it.")
+        return files
+    ends = source.lower().endswith((*SUFFIXES, ".json", ".gz", ".zst"))
+    if (source.startswith((".", "/", "~")) or ends) and not path.exists():
+        raise InputError(f"The task {source} does not exist: check the path.")
+    return None
+
+
+def task_of_rows(path: Path, settings: EvalSettings) -> EvalTask:
+    """The harness's task for the rows of a local file, which are passed in memory.
+
+    ``settings.limit`` rows are sampled, the same ones for the same seed. Raises :class:`InputError` for invalid rows,
+    with file and line.
+    """
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    splits = {"test": datasets.Dataset.from_list([dict(row) for row in task.rows])}
-    if few_shot:
-        splits["examples"] = datasets.Dataset.from_list([dict(row) for row in task.pool])
-    config = copy.deepcopy(dict(task.shape.task)) | {
-        "task": task.name,
-        "custom_dataset": lambda **_metadata: splits,
+    numbered = _read_rows(path)
+    number, first = numbered[0]
+    shape = next((one for one in shapes().values() if set(one["fields"]) <= first.keys()), None)
+    if shape is None:
+        known = "; ".join(", ".join(one["fields"]) for one in shapes().values())
+        raise InputError(
+            f"{path}, line {number}: no task has rows with the fields {', '.join(first) or 'none'}: use one of these "
+            f"sets of fields: {known}."
+        )
+    for number, row in numbered:
+        if problem := _problem(row, shape):
+            raise InputError(f"{path}, line {number}: {problem}.")
+    rows = [{name: row[name] for name in shape["fields"]} for _, row in numbered]
+    name = path.name[: -len(next(s for s in SUFFIXES if path.name.lower().endswith(s)))]
+    few_shot = settings.few_shot or 0
+    asked, pool = sample(len(rows), settings.limit, few_shot, f"{settings.seed}:{name}", str(path))
+    splits = {"test": [rows[i] for i in asked], **({"examples": [rows[i] for i in pool]} if few_shot else {})}
+    config = copy.deepcopy(shape["task"]) | {
+        "task": name,
+        "custom_dataset": lambda **_metadata: {k: datasets.Dataset.from_list(v) for k, v in splits.items()},
         "test_split": "test",
         "fewshot_split": "examples" if few_shot else None,
         "num_fewshot": few_shot,
     }
     with quiet():
-        return ConfigurableTask(config=config)
+        built = ConfigurableTask(config=config)
+    digest = sha256_of_json([splits, shape, _asked(settings)])
+    return EvalTask(name, path.name, digest, len(rows), built, scored=shape["scored"])
 
 
-def _named(names: Sequence[str], settings: EvalSettings) -> list[EvalTask]:
-    _check_names(names)
-    return [task for name in names for task in _loaded(_manager(), name, settings)]
+def _read_rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
+    """The objects of a .jsonl file (.gz and .zst too) with their line numbers."""
+    rows = []
+    try:
+        with open_packed(path) as raw:
+            for number, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n"), 1):
+                if line.strip():
+                    rows.append((number, row := parse_json(line)))
+                    if not isinstance(row, dict):
+                        raise InputError(
+                            f"{path}, line {number}: not a JSON object: a .jsonl file has one a line."
+                        )
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it.") from None
+    except ValueError as error:
+        raise InputError(f"{path}, line {number}: not JSON ({first_line(error)}): correct it.") from None
+    except BROKEN_ARCHIVE as error:
+        raise InputError(f"{path} cannot be unpacked ({error}): download it again.") from None
+    if not rows:
+        raise InputError(f"{path} has no rows: give another file.")
+    return rows
+
+
+def _problem(row: Mapping[str, Any], shape: Mapping[str, Any]) -> str:
+    """What is wrong with a row, in words; nothing if it can be asked."""
+    for name in shape["fields"]:
+        if name not in row:
+            return f"no field {name!r}, unlike the rows before it; all rows of a file need the same fields"
+        if name not in ("choices", "gold") and not isinstance(row[name], str):
+            return f"{name!r} is not text"
+        if name in ("target", "answer") and not row[name].strip():
+            return f"{name!r} is empty"
+    if "blank" in shape and "_" not in row[shape["blank"]]:
+        return f"{shape['blank']!r} has no blank (_) for the choices"
+    if "choices" not in shape["fields"]:
+        return ""
+    choices, gold = row["choices"], row["gold"]
+    good = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
+    if not good or len(choices) < 2:
+        return "'choices' must be a list of two or more texts, none of them empty"
+    if "subject" in shape["fields"] and len(choices) > _LETTERS:
+        return f"{len(choices)} choices; there are letters for {_LETTERS}"
+    if type(gold) is not int or not 0 <= gold < len(choices):
+        return (
+            f"'gold' is {gold!r}; it must be the number of one of the {len(choices)} choices, counted from 0"
+        )
+    return ""
+
+
+def sample(
+    total: int, limit: int | None, few_shot: int, seed: str, where: str
+) -> tuple[list[int], list[int]]:
+    """The indices of the rows that are asked, in order, and of those for few-shot examples, which are disjoint."""
+    order = list(range(total))
+    random.Random(seed).shuffle(order)
+    spare = min(_POOL, max(few_shot, total - (limit or total))) if few_shot else 0
+    if total - spare < 1:
+        raise InputError(
+            f"{where} has {total} rows: too few for --few-shot {few_shot} and a row to ask; lower it."
+        )
+    asked = order[: min(limit or total, total - spare)]
+    return sorted(asked), sorted(order[len(asked) : len(asked) + spare])
+
+
+# the harness's own tasks --------------------------------------------------------------------------
 
 
 @cache
@@ -162,29 +266,18 @@ def _manager() -> Any:
         return TaskManager()
 
 
-def _check_names(names: Sequence[str]) -> None:
-    for name in names:
-        if not name.endswith((".yaml", ".yml")) and name not in _manager().all_tasks:
-            close = difflib.get_close_matches(name, _manager().all_tasks, 3)
-            hint = f" (near: {', '.join(close)})" if close else ""
-            raise InputError(
-                f"The task {name} is neither a local file or folder nor a task of lm-evaluation-harness{hint}: "
-                "check the spelling; `lm-eval ls tasks` lists them."
-            )
-
-
-def _loaded(manager: Any, name: str, settings: EvalSettings) -> list[EvalTask]:
+def _named(name: str, settings: EvalSettings) -> list[EvalTask]:
     """The tasks with that name, which may be a group; their documents are downloaded."""
     try:
         with quiet():
-            tasks = manager.load(name)["tasks"]
+            tasks = _manager().load(name)["tasks"]
             return [_from_harness(own, task, name, settings) for own, task in tasks.items()]
     except NblError:
         raise
     except Exception as error:  # the harness, the Hub client and the tasks' own code raise anything
         raise InputError(
-            f"The task {name} cannot be loaded ({type(error).__name__}: {_first_line(error)}): its data comes from "
-            "the Hugging Face Hub, so check the network."
+            f"The task {name} cannot be loaded ({type(error).__name__}: {first_line(error)[:200]}): its data comes "
+            "from the Hugging Face Hub, so check the network."
         ) from None
 
 
@@ -201,33 +294,23 @@ def _from_harness(own: str, task: Any, source: str, settings: EvalSettings) -> E
         task.set_config("num_fewshot", settings.few_shot)
     total = len(task.eval_docs)
     indices, _ = sample(total, settings.limit, 0, f"{settings.seed}:{own}", own)
-    digest = sha256_of_json(
-        {
-            "documents": [jsonable(dict(task.eval_docs[i])) for i in indices],
-            # A function without source code is shown with its address, which changes in every run.
-            "config": re.sub(r" at 0x[0-9a-fA-F]+", "", str(sorted(task.dump_config().items()))),
-            "asked": _asked(settings),
-        }
-    )
-    return EvalTask(own, source, digest, total, lambda: task, None if len(indices) == total else indices)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")[:200]
+    # A function without source code is shown with its address, which changes in every run.
+    config = re.sub(r" at 0x[0-9a-fA-F]+", "", str(sorted(task.dump_config().items())))
+    documents = [jsonable(dict(task.eval_docs[i])) for i in indices]
+    digest = sha256_of_json([documents, config, _asked(settings)])
+    return EvalTask(own, source, digest, total, task, None if len(indices) == total else indices)
 
 
 def run_task(lm: DecoderLM, task: EvalTask, settings: EvalSettings) -> Outcome:
     """Run ``task`` with the model ``lm``; raises :class:`InputError` if the harness cannot."""
     from lm_eval.evaluator import evaluate
 
-    built = task.build()
-
     try:
         with quiet():
-            built.set_fewshot_seed(settings.seed)  # the same examples for both models
+            task.built.set_fewshot_seed(settings.seed)  # the same examples for both models
             found = evaluate(
                 lm,
-                {"tasks": {task.name: built}, "groups": {}},
+                {"tasks": {task.name: task.built}, "groups": {}},
                 samples=None if task.indices is None else {task.name: list(task.indices)},
                 bootstrap_iters=0,
                 log_samples=True,
@@ -237,24 +320,24 @@ def run_task(lm: DecoderLM, task: EvalTask, settings: EvalSettings) -> Outcome:
         raise
     except Exception as error:
         raise InputError(
-            f"lm-evaluation-harness does not run the task {task.name} ({type(error).__name__}: {_first_line(error)}): "
-            "leave it out."
+            f"lm-evaluation-harness does not run the task {task.name} ({type(error).__name__}: "
+            f"{first_line(error)[:200]}): leave it out."
         ) from error
-    return _outcome(task, built, found["results"][task.name], found["samples"][task.name])
+    return _outcome(task, found["results"][task.name], found["samples"][task.name])
 
 
-def _outcome(task: EvalTask, built: Any, results: Mapping[str, Any], samples: Sequence[Any]) -> Outcome:
+def _outcome(task: EvalTask, results: Mapping[str, Any], samples: Sequence[Any]) -> Outcome:
     # A task may have several filters of the answers; the first one is used.
-    filters = list(dict.fromkeys(s["filter"] for s in samples))
-    filtered = [s for s in samples if s["filter"] == filters[0]]
+    first = samples[0]["filter"]
+    filtered = [s for s in samples if s["filter"] == first]
     metrics = {
         name: float(value)
         for key, value in results.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and key.endswith(f",{filters[0]}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key.endswith(f",{first}")
         for name in [key.rpartition(",")[0]]
         if not name.endswith("_stderr")
     }
-    better = built.higher_is_better()
+    better = task.built.higher_is_better()
     scores = {
         name: [float(s[name]) for s in filtered]
         for name in metrics
@@ -263,11 +346,6 @@ def _outcome(task: EvalTask, built: Any, results: Mapping[str, Any], samples: Se
     # Recovery is only defined for a metric that is the mean of its documents' scores.
     scores = {n: v for n, v in scores.items() if abs(sum(v) / len(v) - metrics[n]) < 1e-9}
     scored = task.scored if task.scored in scores else next((n for n in _HEADLINES if n in scores), None)
-    return Outcome(metrics, scores, [_chance(task, built, s) for s in filtered], scored, len(filtered))
-
-
-def _chance(task: EvalTask, built: Any, sample: Mapping[str, Any]) -> float:
-    """The expected score of random guessing on a document: one over the number of choices."""
-    if not task.guessed or built.OUTPUT_TYPE != "multiple_choice":
-        return 0.0
-    return 1.0 / len(built.doc_to_choice(sample["doc"]))
+    chosen = task.built.OUTPUT_TYPE == "multiple_choice"
+    chance = [1.0 / len(task.built.doc_to_choice(s["doc"])) if chosen else 0.0 for s in filtered]
+    return Outcome(metrics, scores, chance, scored, len(filtered))

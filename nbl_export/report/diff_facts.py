@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from nbl_export.checks import Check
 from nbl_export.errors import InputError
-from nbl_export.evaluate.recovery import Estimate
+from nbl_export.evaluate.results import Estimate
 from nbl_export.files import read_json, sha256_of_file
 from nbl_export.graph.summary import GraphFacts, GraphSummary
 from nbl_export.records import to_json

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from nbl_export.evaluate.recovery import Estimate
-from nbl_export.evaluate.results import Compared, MeanRecovery, Means, RetrievalResult, TaskResult
+from nbl_export.evaluate.results import Compared, Estimate, MeanRecovery, Means, RetrievalResult, TaskResult
 from nbl_export.files import write_json, write_text
 from nbl_export.report.drawing import Table, number
 from nbl_export.report.render import markdown_page, write_junit

@@ -25,7 +25,7 @@ from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.evaluate.recovery import Paired
+    from nbl_export.evaluate.results import Paired
     from nbl_export.evaluate.retrieval import Answers, Filler, Question
     from nbl_export.evaluate.tasks import EvalTask, Outcome
     from nbl_export.report.evaluation import Evaluation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,11 @@ import pytest
 from nbl_export.errors import InputError
 from nbl_export.evaluate.scoring import Limits
 from nbl_export.evaluate.tasks import EvalTask, find_tasks, run_task
-from nbl_export.export.torch import export_torch
-from nbl_export.models.load import load_model, load_tokenizer, quiet
+from nbl_export.models.load import load_tokenizer, quiet
 from nbl_export.models.source import find_model
-from nbl_export.models.weights import resident
 from nbl_export.progress import Silent
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.settings import EvalSettings
-from tests.exhaustive import exhaustive
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'nbl-export[eval]'")
 
@@ -46,10 +42,11 @@ def answers(lm: Any, task: EvalTask) -> tuple[Mapping[str, Any], list[Any]]:
     """The harness's results and samples."""
     from lm_eval.evaluator import evaluate
 
-    built = task.build()
-    built.set_fewshot_seed(0)
+    task.built.set_fewshot_seed(0)
     with quiet():
-        found = evaluate(lm, {"tasks": {task.name: built}, "groups": {}}, bootstrap_iters=0, log_samples=True)
+        found = evaluate(
+            lm, {"tasks": {task.name: task.built}, "groups": {}}, bootstrap_iters=0, log_samples=True
+        )
     return found["results"][task.name], found["samples"][task.name]
 
 
@@ -83,9 +80,7 @@ def stories(stories_out: Path, stories_folder: Path, stories_model: Any) -> tupl
 
 
 NAMES = (
-    "arc_easy_train",
     "boolq_valid",
-    "hellaswag_valid",
     "lambada_openai_test",
     "mmlu_dev",
     "winogrande_xl_valid",
@@ -131,29 +126,6 @@ def test_generated_answers_come_out_as_with_transformers(stories: tuple[Any, Any
     assert_same_answers(*stories, task)
 
 
-def test_outcomes_pair_by_document(stories: tuple[Any, Any], shared_data: Path) -> None:
-    (task,) = find_tasks([str(shared_data / "eval" / "arc_easy_train.jsonl.gz")], EvalSettings(limit=20))
-    outcome = run_task(stories[0], task, EvalSettings(limit=20))
-    assert outcome.scored == "acc_norm" and set(outcome.scores) == {"acc", "acc_norm"}
-    assert outcome.documents == len(outcome.chance) == len(outcome.scores["acc"]) == 20
-    assert set(outcome.scores["acc"]) <= {0.0, 1.0} and set(outcome.chance) <= {1 / 3, 1 / 4, 1 / 5}
-    assert outcome.metrics["acc"] == pytest.approx(np.mean(outcome.scores["acc"]))
-
-
-def _arc(row: Mapping[str, Any]) -> dict[str, Any]:
-    labels = list("ABCDE"[: len(row["choices"])])
-    return {
-        "question": row["question"],
-        "choices": {"text": row["choices"], "label": labels},
-        "answerKey": labels[row["gold"]],
-    }
-
-
-def _piqa(row: Mapping[str, Any]) -> dict[str, Any]:
-    first, second = row["choices"]
-    return {"goal": row["question"], "sol1": first, "sol2": second, "label": row["gold"]}
-
-
 def _winogrande(row: Mapping[str, Any]) -> dict[str, Any]:
     first, second = row["choices"]
     return {
@@ -166,8 +138,6 @@ def _winogrande(row: Mapping[str, Any]) -> dict[str, Any]:
 
 # The harness's task → its data on the Hub, the split it asks, our file of such rows, and a row as it is on the Hub.
 ON_THE_HUB: Mapping[str, tuple[str, str, str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
-    "arc_easy": ("allenai/ai2_arc", "test", "arc_easy_train", _arc),
-    "piqa": ("baber/piqa", "validation", "piqa_valid", _piqa),
     "winogrande": ("allenai/winogrande", "validation", "winogrande_xl_valid", _winogrande),
     "lambada_openai": (
         "EleutherAI/lambada_openai",
@@ -188,7 +158,7 @@ def test_a_task_of_the_hub_is_asked_as_its_rows_in_a_file_are(
     path, split, file, on_the_hub = ON_THE_HUB[name]
     settings = EvalSettings(limit=12)
     (local,) = find_tasks([str(shared_data / "eval" / f"{file}.jsonl.gz")], settings)
-    rows = [on_the_hub(row) for row in local.build().eval_docs]
+    rows = [on_the_hub(row) for row in local.built.eval_docs]
     served: list[str] = []
 
     def load_dataset(path: str, **_: Any) -> Any:
@@ -200,13 +170,6 @@ def test_a_task_of_the_hub_is_asked_as_its_rows_in_a_file_are(
     assert served == [path] and named.total == 12
     found, expected = (run_task(stories[0], task, settings) for task in (named, local))
     assert found == expected
-
-
-def test_perplexities_have_no_recovery(stories: tuple[Any, Any], shared_data: Path) -> None:
-    (task,) = find_tasks([str(shared_data / "eval" / "lambada_openai_test.jsonl.gz")], EvalSettings(limit=5))
-    outcome = run_task(stories[0], task, EvalSettings(limit=5))
-    assert set(outcome.metrics) == {"acc", "perplexity"} and set(outcome.scores) == {"acc"}
-    assert outcome.chance == [0.0] * 5 and outcome.scored == "acc"
 
 
 def test_sampled_answers_are_refused(stories: tuple[Any, Any]) -> None:
@@ -226,21 +189,3 @@ def test_a_conversation_is_written_by_the_tokenizers_template(stories: tuple[Any
         assert lm.apply_chat_template([{"role": "user", "content": "Hi"}]) == "<user>Hi<me>"
     finally:
         lm.tokenizer.chat_template = before
-
-
-@pytest.mark.slow
-@exhaustive
-def test_smollm2_comes_out_as_with_transformers(shared_data: Path, tmp_path: Path) -> None:
-    """A real model, whose tokenizer puts a token of its own first."""
-    gguf = Path(os.environ.get("NBL_EXPORT_SMOLLM2", ""))
-    if not gguf.is_file():
-        pytest.skip("needs SmolLM2: scripts/test.sh fetches it and sets NBL_EXPORT_SMOLLM2")
-    source = find_model(str(gguf))
-    model, tokenizer = load_model(source), load_tokenizer(source)
-    export_torch(model, tmp_path / "model.onnx")
-    lm = ours(tmp_path / "model.onnx", tokenizer, 2048)
-    with resident(model):  # lm-eval asks the weights for their device
-        reference = theirs(model, tokenizer)
-        for name, limit in (("arc_easy_train", 12), ("winogrande_xl_valid", 8)):
-            (task,) = find_tasks([str(shared_data / "eval" / f"{name}.jsonl.gz")], EvalSettings(limit=limit))
-            assert_same_answers(lm, reference, task)

@@ -91,28 +91,12 @@ def assert_same(found: Sequence[Scored], wanted: Sequence[Scored], atol: float =
 
 
 @pytest.mark.parametrize("form", FLOAT)
-@pytest.mark.parametrize("batch", [1, 3, 64])
-def test_log_likelihoods_are_pytorchs(
-    path_of: Callable[[str], Path], model: Any, form: str, batch: int
-) -> None:
+def test_log_likelihoods_are_pytorchs(path_of: Callable[[str], Path], model: Any, form: str) -> None:
     pairs, done = pairs_of_all_kinds(), []
     stream = ort_stream(path_of(form), 64)
-    found = log_likelihoods(stream, pairs, Limits(64, VOCAB, batch), done.append)
+    found = log_likelihoods(stream, pairs, Limits(64, VOCAB, 3), done.append)
     assert_same(found, [expected(model, pair) for pair in pairs])
     assert sum(done) == len(pairs)
-
-
-@pytest.mark.parametrize("form", FLOAT)
-def test_what_greedy_decoding_would_write_is_told(
-    path_of: Callable[[str], Path], model: Any, form: str
-) -> None:
-    rng = np.random.default_rng(1)
-    prompts = [random_tokens(rng, n) for n in (12, 5, 20)]
-    written = [transformers_greedy(model, p, 6) for p in prompts]
-    wrong = [(*w[:-1], (w[-1] + 1) % VOCAB) for w in written]
-    pairs = [Pair(p, tuple(w)) for many in (written, wrong) for p, w in zip(prompts, many, strict=True)]
-    found = log_likelihoods(ort_stream(path_of(form), 64), pairs, Limits(64, VOCAB))
-    assert [s.greedy for s in found] == [True] * 3 + [False] * 3
 
 
 def test_a_quantized_graph_is_scored_as_it_computes(path_of: Callable[[str], Path]) -> None:
@@ -136,7 +120,7 @@ def test_a_quantized_graph_is_scored_as_it_computes(path_of: Callable[[str], Pat
     )
 
 
-@pytest.mark.parametrize("form", FLOAT)
+@pytest.mark.parametrize("form", ["ours-concat", "whole"])
 def test_what_is_too_long_loses_its_beginning(path_of: Callable[[str], Path], model: Any, form: str) -> None:
     rng = np.random.default_rng(2)
     context, continuation = random_tokens(rng, 40), random_tokens(rng, 8)
@@ -276,13 +260,10 @@ def transformers_greedy(model: Any, prompt: Sequence[int], most: int) -> list[in
 
 
 @pytest.mark.parametrize("form", FLOAT)
-@pytest.mark.parametrize("batch", [1, 2, 8])
-def test_greedy_answers_are_transformers(
-    path_of: Callable[[str], Path], model: Any, form: str, batch: int
-) -> None:
+def test_greedy_answers_are_transformers(path_of: Callable[[str], Path], model: Any, form: str) -> None:
     rng = np.random.default_rng(7)
     prompts = [(1, *random_tokens(rng, n)) for n in (11, 3, 24, 6)]
-    found = greedy(ort_stream(path_of(form), 64), prompts, 12, lambda _i, _t: False, Limits(64, VOCAB, batch))
+    found = greedy(ort_stream(path_of(form), 64), prompts, 12, lambda _i, _t: False, Limits(64, VOCAB, 2))
     assert found == [transformers_greedy(model, p, 12) for p in prompts]
 
 

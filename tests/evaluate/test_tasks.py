@@ -1,9 +1,11 @@
-"""Tasks of the harness: by name, by file and of rows; what they score, and which are refused before any work."""
+"""Tasks of the harness: local rows, by name, by file; how they are asked, what they score, and which are refused."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,185 @@ import pytest
 
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.evaluate import tasks
-from nbl_export.evaluate.tasks import check_tasks, find_tasks, require_lm_eval, run_task
+from nbl_export.evaluate.tasks import (
+    check_tasks,
+    find_tasks,
+    require_lm_eval,
+    run_task,
+    sample,
+    shapes,
+    task_files,
+)
 from nbl_export.packages import pip_line
 from nbl_export.settings import EvalSettings
-from tests.evaluate.test_local_tasks import QUESTION, written
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'nbl-export[eval]'")
+
+QUESTION = {"question": "What is wet?", "choices": ["water", "sand"], "gold": 0, "id": "1"}
+
+
+def written(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def requests_of(path: Path, few_shot: int = 0) -> list[tuple[Any, ...]]:
+    """What the harness asks a model for the rows of a file."""
+    (task,) = find_tasks([str(path)], EvalSettings(few_shot=few_shot))
+    task.built.set_fewshot_seed(0)
+    task.built.build_all_requests()
+    return [i.args for i in task.built.instances]
+
+
+# local rows ---------------------------------------------------------------------------------------
+
+
+ASKED: Mapping[str, tuple[Mapping[str, Any], list[tuple[Any, ...]]]] = {
+    "question": (
+        QUESTION,
+        [("Question: What is wet?\nAnswer:", " water"), ("Question: What is wet?\nAnswer:", " sand")],
+    ),
+    "ctx": (
+        {"ctx": "A boy runs. He", "choices": ["falls.", "swims."], "gold": 1},
+        [("A boy runs. He", " falls."), ("A boy runs. He", " swims.")],
+    ),
+    "passage": (
+        {"passage": "Tea is hot.", "question": "is tea hot?", "choices": ["no", "yes"], "gold": 1},
+        [
+            ("Tea is hot.\nQuestion: is tea hot?\nAnswer:", " no"),
+            ("Tea is hot.\nQuestion: is tea hot?\nAnswer:", " yes"),
+        ],
+    ),
+    "subject": (
+        {"subject": "high_school_physics", "question": " Up? ", "choices": ["a", "'b'", "3"], "gold": 2},
+        [
+            (
+                "The following are multiple choice questions (with answers) about high school physics.\n\n"
+                "Up?\nA. a\nB. 'b'\nC. 3\nAnswer:",
+                f" {letter}",
+            )
+            for letter in "ABC"
+        ],
+    ),
+    # What stands before the blank and the choice is the context; what follows the blank is scored.
+    "sentence": (
+        {"sentence": 'The _ fits in the "box" as it\'s big.', "choices": ["cup's", "cat"], "gold": 1},
+        [("The cup's", ' fits in the "box" as it\'s big.'), ("The cat", ' fits in the "box" as it\'s big.')],
+    ),
+    "target": ({"context": "It was a {{dark}}", "target": "42"}, [("It was a {{dark}}", " 42")]),
+    "text": ({"text": "Once."}, [("Once.",)]),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_how_a_row_is_asked(tmp_path: Path, name: str) -> None:
+    row, wanted = ASKED[name]
+    assert requests_of(written(tmp_path / "rows.jsonl", [row])) == wanted
+
+
+def test_a_free_answer_is_generated(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", [{"question": "1+1?", "answer": "2"}])
+    ((prompt, kwargs),) = requests_of(path)
+    assert prompt == "Question: 1+1?\nAnswer:"
+    assert kwargs == {"until": ["\n"], "max_gen_toks": 32, "do_sample": False}
+    assert set(shapes()) == {*ASKED, "answer"}
+
+
+def test_rows_are_sampled_over_the_whole_file(shared_data: Path) -> None:
+    file = str(shared_data / "eval" / "mmlu_test.jsonl.gz")
+    (task,), (again,), (other,) = (find_tasks([file], EvalSettings(limit=100, seed=s)) for s in (0, 0, 1))
+    # The file is in the order of its 57 subjects; its first hundred rows are of one or two.
+    assert len({row["subject"] for row in task.built.eval_docs}) > 30 and task.total == 7014
+    assert again.digest == task.digest != other.digest
+
+
+def test_few_shot_examples_are_no_rows_that_are_asked(tmp_path: Path) -> None:
+    rows = [{**QUESTION, "question": f"Q{i}?"} for i in range(30)]
+    prompts = {args[0] for args in requests_of(written(tmp_path / "rows.jsonl", rows), few_shot=3)}
+    assert all(p.count("Answer: water") == 3 and p.count("Question: ") == 4 for p in prompts)
+    for total, limit, few_shot, sizes in ((10, None, 3, (7, 3)), (10, 10, 3, (7, 3)), (100, 20, 2, (20, 64))):
+        found = sample(total, limit, few_shot, "0", "")
+        assert tuple(map(len, found)) == sizes and not set(found[0]) & set(found[1])
+    with pytest.raises(InputError, match="2 rows: too few for --few-shot 2"):
+        requests_of(written(tmp_path / "rows.jsonl", rows[:2]), few_shot=2)
+
+
+def test_packed_files_are_the_same_tasks(tmp_path: Path) -> None:
+    plain = written(tmp_path / "a.jsonl", [QUESTION, QUESTION])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    zstd = pytest.importorskip(
+        "backports.zstd", reason="needs backports.zstd: pip install 'nbl-export[text]'"
+    )
+    (tmp_path / "c.jsonl.zst").write_bytes(zstd.compress(plain.read_bytes()))
+    found = find_tasks([str(tmp_path)], EvalSettings())
+    assert [task.name for task in found] == ["a", "b", "c"] and len({task.digest for task in found}) == 1
+
+
+BAD = {
+    "broken": (["{broken"], "line 2: not JSON"),
+    "list": (["[1]"], "line 2: not a JSON object"),
+    "high gold": (
+        [{**QUESTION, "gold": 2}],
+        "line 2: 'gold' is 2; it must be the number of one of the 2 choices",
+    ),
+    "true gold": ([{**QUESTION, "gold": True}], "line 2: 'gold' is True"),
+    "one choice": ([{**QUESTION, "choices": ["a"]}], "line 2: 'choices' must be a list of two or more"),
+    "number": ([{**QUESTION, "question": 3}], "line 2: 'question' is not text"),
+    "other": ([{"ctx": "a", "choices": ["a", "b"], "gold": 0}], "line 2: no field 'question'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_is_named(tmp_path: Path, name: str) -> None:
+    rows, words = BAD[name]
+    path = written(tmp_path / "rows.jsonl", [QUESTION, *rows])
+    with pytest.raises(InputError) as refusal:
+        find_tasks([str(tmp_path)], EvalSettings())
+    assert str(path) in str(refusal.value) and words in str(refusal.value)
+
+
+FIRST = {
+    "unknown fields": ({"prompt": "a", "label": 1}, "no task has rows with the fields prompt, label"),
+    "no blank": ({"sentence": "None.", "choices": ["a", "b"], "gold": 0}, "has no blank"),
+    "empty target": ({"context": "a", "target": " "}, "'target' is empty"),
+    "too many letters": (
+        {"subject": "s", "question": "q", "choices": [str(i) for i in range(27)], "gold": 0},
+        "27 choices; there are letters for 26",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_bad_first_row_is_named(tmp_path: Path, name: str) -> None:
+    row, words = FIRST[name]
+    with pytest.raises(InputError, match=f"line 1: .*{words}"):
+        find_tasks([str(written(tmp_path / "rows.jsonl", [row]))], EvalSettings())
+
+
+def test_paths_that_name_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no tasks"):
+        task_files(str(tmp_path))
+    for missing in (str(tmp_path / "none"), "./none", "none.jsonl.gz"):
+        with pytest.raises(InputError, match="does not exist"):
+            task_files(missing)
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    with pytest.raises(InputError, match="is not a task"):
+        task_files(str(tmp_path / "rows.csv"))
+    assert task_files("hellaswag") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.jsonl", b"\n", "has no rows"),
+        ("rows.jsonl", b'{"text": "\xff"}\n', "not UTF-8 text"),
+        ("rows.jsonl.gz", gzip.compress(b"{}\n" * 99)[:20], "cannot be unpacked"),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        find_tasks([str(tmp_path)], EvalSettings())
 
 
 # finding them -------------------------------------------------------------------------------------
@@ -95,7 +270,6 @@ def mine(folder: Path, rows: Sequence[Any], **how: str) -> str:
     [
         ("{do_sample: true, until: ['.']}", True),
         ("{temperature: 0.7, until: ['.']}", True),
-        ("{do_sample: false, temperature: 0.0, until: ['.']}", False),
         ("{until: ['.']}", False),
     ],
 )

@@ -11,11 +11,11 @@ import pytest
 
 from nbl_export.checks import Check
 from nbl_export.errors import InputError
-from nbl_export.evaluate.recovery import Estimate
 from nbl_export.evaluate.results import (
     Both,
     Compared,
     Depth,
+    Estimate,
     MeanRecovery,
     Means,
     RetrievalResult,
