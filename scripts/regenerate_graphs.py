@@ -39,7 +39,7 @@ from nbl_export.export.torch import export_torch
 from nbl_export.files import read_json, write_json
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.models.compat import CONFIG, TOKENIZER, readable_config, readable_tokenizer_config
+from nbl_export.models.folder import CONFIG, TOKENIZER, readable_config, readable_tokenizer_config
 from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
 

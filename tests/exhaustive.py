@@ -56,8 +56,7 @@ USUAL: Mapping[str, tuple[str, ...]] = {
     "export/test_stand_ins.py::test_every_precision": ("fp16-True",),
     "generate/test_reader.py::test_a_text_that_grows_is_read_once": ("ours-concat", "whole"),
     "graph/test_external_data.py::test_six_gigabytes_take_little_memory": ("kernel",),
-    "models/test_row_positions.py::test_300_tokens_are_decoded_across_it": ("static",),
-    "models/test_row_positions.py::test_the_temperature_follows_each_rows_positions": ("concat",),
+    "models/test_attention.py::test_the_temperature_follows_each_rows_positions": ("concat",),
     "rewrite/test_prove_rounding.py::test_another_fine_tune_is_refused": (
         "fp16-",
         "fp16-mlp",

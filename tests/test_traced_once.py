@@ -16,9 +16,8 @@ from nbl_export.export.embeds import reading_embeds
 from nbl_export.export.forms import FORMS, STATIC, encoder_form
 from nbl_export.graph.io import save_graph
 from nbl_export.models.load import load_model
-from nbl_export.models.pooling import Pooling
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import task_named
+from nbl_export.models.tasks import Pooling, task_named
 from nbl_export.models.weights import resident
 from nbl_export.settings.graphs import ExportSettings
 from nbl_export.stages.export import _of_opset

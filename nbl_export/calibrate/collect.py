@@ -41,11 +41,10 @@ from nbl_export.calibrate.store import InMemory, Store
 from nbl_export.checkpoint import saving_to
 from nbl_export.errors import CalibrationError, InputError
 from nbl_export.files import parse_json
-from nbl_export.models.candidates import block_modules
+from nbl_export.models.candidates import block_modules, choices, observing
 from nbl_export.models.device import as_setting
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import hidden_size, main_input
-from nbl_export.models.spans import choices, observing
 from nbl_export.models.walk import Step, segments, walking
 from nbl_export.models.weights import device_of, dtype_of, weights_like
 from nbl_export.progress import Listener, Silent

@@ -137,7 +137,7 @@ def token_ids(tokenizer: Any, text: str, need: int) -> I32:
         ids = tokenizer(text[: need * _PER_TOKEN], add_special_tokens=False, verbose=False)["input_ids"]
         return as_tokens(ids)
     except BaseException as error:  # a panic of the library is no Exception
-        raise refused(error, f"The tokenizer fails on the text that begins with {text[:20]!r}") from None
+        raise refused(f"The tokenizer fails on the text that begins with {text[:20]!r}", error) from None
 
 
 def as_tokens(ids: Sequence[int]) -> I32:
@@ -179,7 +179,7 @@ def frame_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
             for special in (True, False)
         )
     except BaseException as error:  # a panic of the library is no Exception
-        raise refused(error, "The tokenizer fails on the text 'a'") from None
+        raise refused("The tokenizer fails on the text 'a'", error) from None
     at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), len(framed))
     return framed[:at], framed[at + len(plain) :]
 

@@ -17,8 +17,8 @@ from nbl_export.errors import InputError
 from nbl_export.files import atomic_path, write_json
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.models.candidates import blocks_of
-from nbl_export.models.compat import save_tokenizer
 from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.folder import save_tokenizer
 from nbl_export.models.modeling_nbl import FILE
 from nbl_export.models.registered import ATTENTION, MLP, PREFIX, TYPES, source_of
 from nbl_export.progress import Listener

@@ -20,7 +20,7 @@ from nbl_export.convert.shards import Shards
 from nbl_export.errors import InputError
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import Plan
-from nbl_export.models.compat import save_tokenizer
+from nbl_export.models.folder import save_tokenizer
 from nbl_export.progress import Listener
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from nbl_export.graph.cache import KVPair, kv_layers, kv_pairs
 from nbl_export.graph.io import load_graph, save_beside, save_graph
 from nbl_export.graph.operators import int_attribute
 from nbl_export.linearize.plan import Plan
-from nbl_export.models.compat import save_tokenizer
 from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.folder import save_tokenizer
 from nbl_export.packages import missing
 from nbl_export.progress import Listener
 from nbl_export.rewrite.replace import rewrite_file

@@ -22,7 +22,7 @@ from nbl_export.calibrate.documents import BROKEN_ARCHIVE, open_packed
 from nbl_export.datafile import read_table
 from nbl_export.errors import InputError, MissingDependencyError, NblError, first_line
 from nbl_export.files import jsonable, parse_json, sha256_of_json, user_path
-from nbl_export.models.load import quiet
+from nbl_export.models.libraries import quiet
 from nbl_export.packages import part
 from nbl_export.settings import EvalSettings
 

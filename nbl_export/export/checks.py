@@ -37,7 +37,7 @@ from nbl_export.models.forward import run_uncached
 from nbl_export.models.layers import backbone, vocabulary
 from nbl_export.models.layers import positions as positions_of
 from nbl_export.models.lengths import BEYOND, REHEARSAL, Length, Room, crossed_by, crossing_prompts
-from nbl_export.models.load import quiet
+from nbl_export.models.libraries import quiet
 from nbl_export.models.small_copy import small_copy, small_lengths
 from nbl_export.models.weights import resident, room
 from nbl_export.progress import Listener, Silent

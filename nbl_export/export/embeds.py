@@ -22,11 +22,10 @@ from nbl_export.batch.names import BATCH, EMBEDDINGS, PER_LAYER, POSITIONS, SEQU
 from nbl_export.errors import InputError
 from nbl_export.export.forms import Form
 from nbl_export.models.dummy_run import example_inputs
-from nbl_export.models.families import family_of
 from nbl_export.models.forward import CachedDecoder, embedded
-from nbl_export.models.layers import backbone, has_per_layer, hidden_size, model_type, position_rows
+from nbl_export.models.layers import backbone, family_of, has_per_layer, hidden_size, position_rows
+from nbl_export.models.libraries import quiet
 from nbl_export.models.multimodal import placeholders
-from nbl_export.models.quiet import quiet
 from nbl_export.settings.choices import OPSETS
 
 
@@ -43,7 +42,7 @@ class _Embedding(CachedDecoder):
 
 def _instead(model: torch.nn.Module) -> int | None:
     """The token whose embeddings of each layer stand in the places of images and sounds, if it is another."""
-    if not family_of(model_type(model)).padding_stands_in:
+    if not family_of(model).padding_stands_in:
         return None
     config: Any = model.config
     return int(config.get_text_config().pad_token_id)

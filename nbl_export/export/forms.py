@@ -26,14 +26,13 @@ from nbl_export.batch.names import BATCH, MASK, MAX, PAST, PER_LAYER, PIXELS, SE
 from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN, GraphStates, rows_of
-from nbl_export.models.caches import Entry, PastLayer, cache_layer, cache_with, entry_in
-from nbl_export.models.compat import cache_argument, query_length
+from nbl_export.models.caches import Entry, PastLayer, cache_layer, cache_with, entry_in, query_length
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.encoder import INPUT_ORDER, encoder_of, encoder_outputs
 from nbl_export.models.forward import CachedDecoder, Tokens, run_with_past
-from nbl_export.models.layers import accepted_arguments, accepts, positions
-from nbl_export.models.pooling import Pooling
-from nbl_export.models.tasks import Task
+from nbl_export.models.layers import positions
+from nbl_export.models.libraries import accepted_arguments, accepts, cache_argument
+from nbl_export.models.tasks import Pooling, Task
 from nbl_export.settings.choices import OPSETS
 
 ENCODER = "encoder"  # the name of every encoder's form

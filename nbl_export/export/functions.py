@@ -31,10 +31,8 @@ import torch
 
 from nbl_export.errors import InputError
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN, use_recurrences
-from nbl_export.models.attending import takes_attention
-from nbl_export.models.compat import growing_mask
-from nbl_export.models.replacing import replaced
-from nbl_export.models.row_positions import count_positions
+from nbl_export.models.attention import count_positions, takes_attention
+from nbl_export.models.libraries import replaced
 
 _NAME = "nbl_export"
 # What a family hands to its attention where an index has chosen the keys of each query.
@@ -202,13 +200,13 @@ def _use_attention(
     model: Any, mask: Callable[..., torch.Tensor] | None, attend: Callable[..., Any], undo: ExitStack
 ) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
     before = model.config._attn_implementation
     undo.callback(model.set_attn_implementation, before)
     if takes_attention(model):
         AttentionInterface.register(_NAME, attend)
-        AttentionMaskInterface.register(_NAME, mask or growing_mask())
+        AttentionMaskInterface.register(_NAME, mask or sdpa_mask)
         model.set_attn_implementation(_NAME)
         return
     model.set_attn_implementation("eager")  # some models ignore this

@@ -24,8 +24,8 @@ from nbl_export.child_process import die_with_parent
 from nbl_export.errors import BuildError, MissingDependencyError
 from nbl_export.files import TEMPORARY, publish, read_json, sync
 from nbl_export.graph.io import delete_graphs
-from nbl_export.models.compat import CONFIG, TOKENIZER, make_readable, readable_folder
-from nbl_export.models.load import quiet
+from nbl_export.models.folder import CONFIG, TOKENIZER, make_readable, readable_folder
+from nbl_export.models.libraries import quiet
 from nbl_export.models.weights import resident
 from nbl_export.packages import part
 from nbl_export.progress import Listener

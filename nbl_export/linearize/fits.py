@@ -28,9 +28,8 @@ from nbl_export.calibrate.states import States, states_for
 from nbl_export.linearize.lmmse import LinearFit
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
-from nbl_export.models.candidates import block_modules
+from nbl_export.models.candidates import block_modules, choices, observing
 from nbl_export.models.layers import hidden_size, observed
-from nbl_export.models.spans import choices, observing
 from nbl_export.models.walk import Batch, Step, segments, walking
 from nbl_export.models.weights import device_of, weights_like
 from nbl_export.settings.choices import FitInput

@@ -34,8 +34,7 @@ from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import block_stack, hidden_size, vocabulary
 from nbl_export.models.media_tokens import written
-from nbl_export.models.partial_forward import beginning, recording_inputs, starting_at
-from nbl_export.models.walk import after_blocks
+from nbl_export.models.walk import after_blocks, first_needed, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, streams, weights_like
 from nbl_export.progress import Listener
 from nbl_export.settings.choices import FitInput
@@ -308,7 +307,7 @@ class LossMeter:
         """
         if self.together:
             return self.measure_versions([Version(first, change=change)])[0]
-        kl, excess, first = [], [], beginning(self.model, first)
+        kl, excess, first = [], [], first_needed(self.model, first)
         later = {layer_of(i) for i in self._blocks if layer_of(i) > first}
         with torch.inference_mode(), change:
             for number, (states, row) in enumerate(zip(self._states, self._rows, strict=True)):

@@ -43,7 +43,7 @@ from nbl_export.linearize.plan import LinearLayer, Replacement
 from nbl_export.linearize.swap import LinearReplacement, replaced
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.layers import attention_layers, block_stack, hidden_size, layer_count
-from nbl_export.models.partial_forward import beginning, recomputed, recording_inputs, starting_at
+from nbl_export.models.walk import first_needed, recomputed, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, held, resident, room, size, streams, weights_like
 from nbl_export.progress import Listener, Silent
 from nbl_export.settings.choices import FitInput
@@ -194,8 +194,8 @@ class _Original:
     """
 
     def __init__(self, model: torch.nn.Module, first: int, keeping: bool, tokens: int) -> None:
-        self._model, self._first = model, beginning(model, first)
-        self._last = beginning(model, attention_layers(model)[-1].index)
+        self._model, self._first = model, first_needed(model, first)
+        self._last = first_needed(model, attention_layers(model)[-1].index)
         weight = weights_like(model)
         self._keeping = keeping and 2 * tokens * hidden_size(model) * weight.element_size() <= _KEPT_BYTES
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -241,7 +241,7 @@ class _Training:
         model = self._task.model
         with ExitStack() as stack:
             modules = stack.enter_context(replaced(model, self._task.replaced, self._task.fit_input))
-            stack.enter_context(starting_at(model, beginning(model, self.first), states))
+            stack.enter_context(starting_at(model, first_needed(model, self.first), states))
             stack.enter_context(_adding(model, self._adapters))
             for index, one in self._maps.items():
                 stack.enter_context(_merging(modules[index], one))

@@ -15,12 +15,7 @@ from nbl_export.linearize.adapters import adapted
 from nbl_export.linearize.plan import Dropped, Plan, Replacement
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import (
-    hidden_size,
-    hidden_states,
-    layer_count,
-    plain_attributes,
-)
+from nbl_export.models.layers import hidden_size, hidden_states, layer_count, plain_attributes
 from nbl_export.models.weights import weights_like
 from nbl_export.settings.choices import FitInput
 

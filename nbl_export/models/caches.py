@@ -1,4 +1,4 @@
-"""What a model keeps between tokens, block by block, and transformers' caches that hold it.
+"""Read what a model keeps between tokens, block by block, and make transformers' caches that hold it.
 
 Softmax attention keeps keys and values, which grow with each token. Other layers keep states of a fixed size: a
 convolution its last inputs, a state-space model or a linear attention one matrix for each head. A block may keep both,
@@ -15,14 +15,9 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from transformers import cache_utils
-from transformers.cache_utils import DynamicCache, DynamicLayer
-
-from nbl_export.models.compat import query_length
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
 Entry = tuple[torch.Tensor, ...]
-# Before transformers 5 each family has a cache of its own for states; such models are refused.
-_LinearAttentionLayer: Any = getattr(cache_utils, "LinearAttentionLayer", DynamicLayer)
 _CONV, _RECURRENT = "conv", "recurrent"
 
 
@@ -94,20 +89,15 @@ def _limited(
 def block_caches(cache: Any, count: int) -> tuple[BlockCache, ...]:
     """What each of ``count`` blocks keeps, by a filled cache of transformers."""
     layers = [*getattr(cache, "layers", []), *[None] * count]
-    return tuple(
-        BlockCache(
-            _kv_shape(layers[index]),
-            tuple(StateShape(kind, tuple(state.shape[1:])) for kind, state in _states(cache, index)),
-        )
-        for index in range(count)
-    )
-
-
-def _kv_shape(layer: Any) -> CacheShape | None:
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if keys is None or values is None or keys.ndim != 4 or keys.shape[:3] != values.shape[:3]:
-        return None
-    return CacheShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
+    found = []
+    for index in range(count):
+        keys, values = (getattr(layers[index], name, None) for name in ("keys", "values"))
+        kv = None
+        if keys is not None and values is not None and keys.ndim == 4 and keys.shape[:3] == values.shape[:3]:
+            kv = CacheShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
+        states = (StateShape(kind, tuple(state.shape[1:])) for kind, state in _states(cache, index))
+        found.append(BlockCache(kv, tuple(states)))
+    return tuple(found)
 
 
 def _states(cache: Any, index: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -144,12 +134,17 @@ class PastLayer(DynamicLayer):  # type: ignore[misc]
         return self.past_length + query_length(query), 0
 
 
-class StateLayer(_LinearAttentionLayer):  # type: ignore[misc]
+def query_length(query: Any) -> Any:
+    """The number of queries given to a cache or mask function; transformers 5.0 passes their slots [sequence]."""
+    return query.shape[0] if hasattr(query, "shape") else query
+
+
+class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
     """A cache layer that holds ``states`` of these ``shapes``; none yet if it is ``fresh``."""
 
     def __init__(self, shapes: Sequence[StateShape], states: Sequence[torch.Tensor], fresh: bool) -> None:
         numbers = [_number(shape.kind) for shape in shapes]
-        _LinearAttentionLayer.__init__(self, number_of_states=max(numbers, default=0) + 1)
+        LinearAttentionLayer.__init__(self, number_of_states=max(numbers, default=0) + 1)
         for number, shape, state in zip(numbers, shapes, states, strict=True):
             if fresh:
                 continue
@@ -162,13 +157,6 @@ class StateLayer(_LinearAttentionLayer):  # type: ignore[misc]
             else:
                 self.recurrent_states[number] = state.clone()
                 self.is_recurrent_states_initialized[number] = True
-
-
-def _side_by_side(past: PastLayer, made: StateLayer) -> Any:
-    """The cache layer of a block with attention and states side by side."""
-    layer: Any = object.__new__(type("HybridLayer", (type(made), PastLayer), {}))
-    vars(layer).update(vars(made) | vars(past))
-    return layer
 
 
 def _number(kind: str) -> int:
@@ -184,7 +172,11 @@ def cache_layer(
     if not block.states:
         return past
     made = of_states(block.states, states, isinstance(past_length, int) and past_length == 0)
-    return _side_by_side(past, made) if block.kv else made
+    if not block.kv:
+        return made
+    both: Any = object.__new__(type("HybridLayer", (type(made), PastLayer), {}))
+    vars(both).update(vars(made) | vars(past))
+    return both
 
 
 _NOTHING = (torch.zeros(1, 1, 0, 1), torch.zeros(1, 1, 0, 1))

@@ -1,30 +1,55 @@
-"""What can be linearized: attention layers whose keys and values no other layer attends to, and MLPs that are found."""
+"""Find what can be linearized: attention layers whose keys and values no other layer attends to, MLPs, and spans.
+
+A span of layers can be replaced by one affine map if its layers only add to the residual stream. The map stands where
+the attention of the first layer was, and everything else of the span is dropped:
+
+    before    h ─► layer a ─► layer a + 1 ─► … ─► layer b ─► h'
+    after     h ─► norm ─► MatMul(Wᵀ) ─► Add(b) ─►+ ─► h'
+              └───────────────────────────────────┘
+
+So a layer must return h + c · (its attention's y) where its MLP adds nothing, with the same c for every y. This is
+tried, not read from the code: in a forward pass every attention gives numbers of our own, and every MLP zeros. A layer
+with a norm on y, as of Gemma, or with another path beside the stream, returns something else.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from nbl_export.batch.names import PIXELS
-from nbl_export.blocks import ATTENTION, MLP, Block, Mlp, part_of
+import torch
+
+from nbl_export.batch.names import PIXELS, TOKENS
+from nbl_export.blocks import ATTENTION, MLP, SPAN, Block, Mlp, Span, part_of, spans_of
 from nbl_export.errors import InputError
-from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.attention import shared_keys
+from nbl_export.models.dummy_run import dummy_run, example_inputs
 from nbl_export.models.layers import (
     BlockModules,
+    Observer,
     Structure,
     attention_layers,
     backbone,
     block_stack,
+    hidden_states,
+    layer_count,
     main_input,
+    observed,
+    states_in,
     structure,
 )
-from nbl_export.models.load import quiet
+from nbl_export.models.libraries import quiet
 from nbl_export.models.mlps import MlpPaths, mlp_paths
-from nbl_export.models.sharing import shared_keys
+from nbl_export.models.walk import Segment, Step, segments, walking
+from nbl_export.models.weights import origin
 
-if TYPE_CHECKING:
-    import torch
+# What a layer may return beside h + c · y, relative to c · y: more than rounding to bfloat16, less than any norm.
+_TOLERANCE = 0.02
 
 
 def candidates(
@@ -35,31 +60,23 @@ def candidates(
     return tuple(one for one in blocks_of(model) if one.index not in kept and part_of(one.index) in parts)
 
 
+def choices(model: torch.nn.Module, parts: Collection[str]) -> list[Block]:
+    """What can become linear of ``model``, ascending: attentions, MLPs and spans, of these ``parts``."""
+    spans = spans_of(adding(model).scales) if SPAN in parts else []
+    return sorted([*(one.index for one in candidates(model, parts)), *spans])
+
+
 def blocks_of(model: torch.nn.Module) -> tuple[BlockModules[Block], ...]:
     """Every attention layer and every MLP of ``model`` that is found, in order."""
     facts, (path, _) = dummy_run(model), block_stack(model)
     found: list[Any] = list(attention_layers(model))
     for index, paths in mlp_paths(model).items():
         if isinstance(paths, MlpPaths) and index in facts.mlp_streams and index not in facts.odd_mlps:
-            stream = facts.mlp_streams[index]
-            block = f"{path}.{index}"
+            block, stream = f"{path}.{index}", facts.mlp_streams[index]
             found.append(
                 BlockModules(Mlp(index), block, paths.module, paths.output, paths.adds, MLP, stream=stream)
             )
     return tuple(sorted(found, key=lambda one: one.index))
-
-
-def check_parts(model: torch.nn.Module, parts: Collection[str]) -> None:
-    """Refuse MLPs as candidates of a ``model`` of which none can become linear: :class:`InputError` with the reason."""
-    if MLP not in parts or any(isinstance(one.index, Mlp) for one in blocks_of(model)):
-        return
-    why = [found for found in mlp_paths(model).values() if isinstance(found, str)]
-    why = why or list(dummy_run(model).odd_mlps.values()) or ["it does not run them as they are"]
-    [(reason, _)] = Counter(why).most_common(1)
-    raise InputError(
-        f"--blocks asks for MLPs, and none of {type(model).__name__} can become linear ({reason}): use --blocks "
-        "attention."
-    )
 
 
 def block_modules(model: torch.nn.Module, block: Block) -> BlockModules[Block]:
@@ -67,25 +84,40 @@ def block_modules(model: torch.nn.Module, block: Block) -> BlockModules[Block]:
     return next(one for one in blocks_of(model) if one.index == block)
 
 
+def check_blocks(model: torch.nn.Module, parts: Collection[str]) -> None:
+    """Refuse ``parts`` of which the ``model`` has none: :class:`InputError` with the reason."""
+    name = type(model).__name__
+    if MLP in parts and not any(isinstance(one.index, Mlp) for one in blocks_of(model)):
+        why = [found for found in mlp_paths(model).values() if isinstance(found, str)]
+        why = why or list(dummy_run(model).odd_mlps.values()) or ["it does not run them as they are"]
+        raise InputError(
+            f"--blocks asks for MLPs, and none of {name} can become linear ({Counter(why).most_common(1)[0][0]}): use "
+            "--blocks attention."
+        )
+    if SPAN in parts and not (found := adding(model)).scales:
+        reason = Counter(found.why_not.values()).most_common(1)[0][0]
+        raise InputError(
+            f"--blocks all asks for spans of layers, and no layer of {name} can be in one ({reason}): use --blocks "
+            "both."
+        )
+
+
 def reasons(model: torch.nn.Module) -> Mapping[int, str]:
     """Why each of the other attention layers keeps its attention."""
-    readers: dict[int, list[int]] = {}
+    readers: dict[int, list[str]] = {}
     for borrower, lender in sorted(dummy_run(model).shared.items()):
-        readers.setdefault(lender, []).append(borrower)
-    return {lender: _read_by(borrowers) for lender, borrowers in readers.items()}
-
-
-def _read_by(layers: list[int]) -> str:
-    named = ", ".join(map(str, layers[:-1]))
-    return f"its keys and values are read by layer{'s' if named else ''} {named}{' and ' if named else ''}{layers[-1]}"
+        readers.setdefault(lender, []).append(str(borrower))
+    found: dict[int, str] = {}
+    for lender, (*most, last) in readers.items():
+        named = f"layers {', '.join(most)} and {last}" if most else f"layer {last}"
+        found[lender] = f"its keys and values are read by {named}"
+    return found
 
 
 def shared_without_numbers(model: torch.nn.Module) -> Mapping[int, int]:
     """The layer whose keys and values each borrowing layer attends to, of a ``model`` on the meta device, by the shapes
     of one pass; empty where its code looks at numbers.
     """
-    import torch
-
     run: Any = backbone(model)
     tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
     if main_input(model) == PIXELS:
@@ -105,3 +137,146 @@ def described(model: torch.nn.Module) -> dict[str, Any]:
         layer.index: f"{layer.kind}: {kept[layer.index]}" for layer in found.layers if layer.index in kept
     }
     return Structure(layers, dict(sorted({**found.others, **others}.items()))).as_json()
+
+
+# spans --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Adding:
+    """``scales``: of each layer that can be in a span, the c that its attention's y is multiplied by where it is added.
+    ``why_not``: why the others cannot, in words.
+    """
+
+    scales: Mapping[int, float]
+    why_not: Mapping[int, str]
+
+
+_DONE: weakref.WeakKeyDictionary[torch.nn.Module, Adding] = weakref.WeakKeyDictionary()
+
+
+def adding(model: torch.nn.Module) -> Adding:
+    """Which layers of the *original* ``model`` can be in a span; it is run at the first call."""
+    known = origin(model)
+    if known not in _DONE:
+        _DONE[known] = _adding(model)
+    return _DONE[known]
+
+
+def _adding(model: torch.nn.Module) -> Adding:
+    layers = range(layer_count(model))
+    if main_input(model) != TOKENS:
+        return Adding({}, dict.fromkeys(layers, "it reads no tokens"))
+    if any(part.stop - part.start > 1 for part in segments(model)):
+        return Adding({}, dict.fromkeys(layers, "its layers take more than the stream from each other"))
+    modules = {one.index: one for one in blocks_of(model)}
+    scales, kept, why_not = _scales(model, modules), reasons(model), {}
+    for layer in layers:
+        attention, mlp = modules.get(layer), modules.get(Mlp(layer))
+        if attention is None or layer in kept:
+            why_not[layer] = "its attention cannot become linear"
+        elif mlp is None:
+            why_not[layer] = "its MLP cannot become linear"
+        elif attention.adds or mlp.adds:
+            why_not[layer] = "one of its modules adds the residual itself"
+        elif layer not in scales:
+            why_not[layer] = (
+                "it does more than add its attention and its MLP to the stream, such as a norm between"
+            )
+    return Adding({layer: scale for layer, scale in scales.items() if layer not in why_not}, why_not)
+
+
+def _scales(model: torch.nn.Module, modules: Mapping[Block, BlockModules[Any]]) -> dict[int, float]:
+    """The scale of each layer that returns h + c · y for an attention's output y of our own."""
+    found: dict[int, float] = {}
+    generator = torch.Generator().manual_seed(0)
+    given: dict[int, torch.Tensor] = {}
+    streams: dict[int, torch.Tensor] = {}
+
+    def instead(_module: Any, _args: Any, output: Any, of: BlockModules[Any]) -> Any:
+        y = states_in(output)
+        if isinstance(of.index, Mlp):
+            y = torch.zeros_like(y)
+        else:
+            # Tokens of different sizes, which a norm would make alike.
+            sizes = torch.logspace(-1, 1, y.shape[-2])[:, None]
+            y = given[of.index] = (torch.randn(y.shape, generator=generator) * sizes).to(y)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def begins(_module: Any, args: Any, kwargs: Any, layer: int) -> None:
+        streams[layer] = hidden_states(args, kwargs)
+
+    def ends(_module: Any, _args: Any, output: Any, layer: int) -> None:
+        after, h, y = states_in(output), streams.pop(layer), given.pop(layer, None)
+        if y is None or h.shape != y.shape or after.shape != y.shape:
+            return
+        added, y = (after.double() - h.double()), y.double()
+        scale = float((added * y).sum() / y.square().sum())
+        # Token by token, since small ones are where a norm shows; a sum in 16 bits is rounded by the larger summand.
+        rounding = 1.0 if h.element_size() == 2 else 0.0
+        room = _TOLERANCE * (abs(scale) * y.norm(dim=-1) + h.double().norm(dim=-1) * rounding)
+        if scale > 0 and bool(((added - scale * y).norm(dim=-1) <= room).all()):
+            found[layer] = round(scale, 3 if rounding else 6)
+
+    path, _ = block_stack(model)
+    batch = example_inputs(model)
+    dummy_run(model)
+    states: Any = None
+    with ExitStack() as hooks, torch.inference_mode(), walking(model) as run:
+        for one in modules.values():
+            module = model.get_submodule(one.output)
+            hooks.callback(module.register_forward_hook(partial(instead, of=one)).remove)
+        for layer in range(layer_count(model)):
+            block = model.get_submodule(f"{path}.{layer}")
+            before = partial(begins, layer=layer)
+            hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_hook(partial(ends, layer=layer)).remove)
+        for part in segments(model):
+            with run(part) as step:
+                states = step(batch, states)
+    return found
+
+
+@contextmanager
+def observing(
+    model: torch.nn.Module,
+    run: Callable[..., AbstractContextManager[Step]],
+    part: Segment,
+    wanted: Collection[Block],
+    observer: Observer[Any],
+) -> Iterator[Step]:
+    """The step of ``part``, in which ``observer`` is called for each of ``wanted``, which begin in it.
+
+    Of a span ``residual`` and ``normed`` are those of the attention of its first layer, as :func:`.observed` has them;
+    ``output`` is what the span adds to the stream, for an attention's y in its place. Rows go on through the longest of
+    the spans; the states are those after the part.
+    """
+    modules = tuple(one for one in blocks_of(model) if one.index in wanted)
+    spans = [block for block in wanted if isinstance(block, Span)]
+    with ExitStack() as hooks:
+        step = hooks.enter_context(run(part, max([part.stop, *(span.last + 1 for span in spans)])))
+        hooks.enter_context(observed(model, modules, observer))
+        if spans:
+            first = spans[0].layer
+            own = next(one for one in attention_layers(model) if one.index == first)
+            scale, path = adding(model).scales[first], block_stack(model)[0]
+            seen: dict[str, torch.Tensor] = {}
+
+            def keep(_module: Any, args: Any, kwargs: Any, name: str) -> None:
+                seen[name] = hidden_states(args, kwargs)
+
+            def ends(_module: Any, _args: Any, output: Any, span: Span) -> None:
+                # A difference of large numbers: in float64 nothing more is lost.
+                added = (states_in(output).double() - seen["residual"].double()) / scale
+                observer(span, seen["residual"], seen["normed"], added)
+
+            for name, place in (("residual", own.stream), ("normed", own.module)):
+                before = partial(keep, name=name)
+                module = model.get_submodule(place)
+                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            for span in spans:
+                block = model.get_submodule(f"{path}.{span.last}")
+                # Before the hook that ends the run.
+                after = partial(ends, span=span)
+                hooks.callback(block.register_forward_hook(after, prepend=True).remove)
+        yield step

@@ -1,4 +1,4 @@
-"""Facts about a model that its configuration and modules do not give, found by a tiny forward pass.
+"""Find facts about a model that its configuration and modules do not give, by a tiny forward pass.
 
 These are the number of values its attention returns, the heads and head_dim of its KV cache in each layer, whether it
 is causal, and its outputs. Configurations have different keys for these, or none; a forward pass works for every
@@ -9,29 +9,31 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.blocks import Block, Mlp, layer_of
 from nbl_export.errors import InputError, first_line
-from nbl_export.models.compat import cache_argument, with_head
+from nbl_export.models.attention import shared_keys
 from nbl_export.models.layers import (
-    accepted_arguments,
     attention_layers,
     backbone,
+    hidden_states,
     image_shape,
+    language_head,
     layer_count,
     main_input,
     observed,
     scoring_head,
+    states_in,
     structure,
 )
-from nbl_export.models.load import quiet
-from nbl_export.models.mlps import MlpPaths, WatchedMlps, mlp_paths
-from nbl_export.models.sharing import shared_keys
+from nbl_export.models.libraries import accepted_arguments, cache_argument, quiet
+from nbl_export.models.mlps import MlpPaths, mlp_paths
 from nbl_export.models.tasks import FEATURES, GENERATION, Task, task_named
 from nbl_export.models.weights import origin, weights_like
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 _TOKENS = 8
 _LOGITS = ("logits",)
+_NOT_YET = "this architecture is not supported yet"
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,12 @@ def cache_shapes(model: torch.nn.Module) -> dict[int, CacheShape]:
     return {i: block.kv for i, block in enumerate(dummy_run(model).cache) if block.kv is not None}
 
 
+def state_kinds(model: torch.nn.Module) -> dict[int, str]:
+    """The states of each block that keeps any, by its index, in words."""
+    cache = dummy_run(model).cache
+    return {i: " and ".join(s.kind for s in b.states) for i, b in enumerate(cache) if b.states}
+
+
 def check_supported(
     model: torch.nn.Module,
     cached: bool = True,
@@ -111,77 +120,52 @@ def check_supported(
     ``cached`` requires that a decoder has a KV cache, ``states`` allows layers that keep something else than keys and
     values. A decoder without its head is served if its states are ``pooled``.
     """
-    found, task = structure(model), task or task_named(GENERATION)
+    found, task, name = structure(model), task or task_named(GENERATION), type(model).__name__
     facts = dummy_run(model)
     if task.causal and not facts.causal:
         raise InputError(
-            f"{type(model).__name__} is not causal (an earlier token depends on a later token), so it is not a "
-            "decoder: if it is an encoder, name its encoder class, as BertModel, in `architectures` in its config.json."
+            f"{name} is not causal (an earlier token depends on a later token), so it is not a decoder: if it is an "
+            "encoder, name its encoder class, as BertModel, in `architectures` in its config.json."
         )
+    why = f"takes and returns other states than [rows, tokens, width] ({facts.odd})" if facts.odd else ""
     if not task.causal:
-        _check_encoder(model, facts, task, pooled)
-    if facts.odd:
-        raise InputError(
-            f"The attention of {type(model).__name__} does not take and return [rows, tokens, width] ({facts.odd}): "
-            "this architecture is not supported yet."
-        )
+        if facts.causal and task.name == FEATURES and not pooled:
+            from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+            whole = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+            raise InputError(
+                f"{name} is a decoder without its language-model head: only decoders with it are supported"
+                f"{f', saved as {whole.__name__}' if whole else ''}."
+            )
+        if facts.causal and task.pools and scoring_head(model) is None:
+            why = "has more than one linear layer on the states of the last token behind it"
+        elif not facts.linear_output:
+            why = "has a sum or a norm after its output projection, so its output is not that of the attention alone"
+        elif not facts.repeatable or (main_input(model) == TOKENS and facts.tokens != _TOKENS):
+            why = "is not given each row's tokens unchanged"
+        elif not set(task.outputs) & set(facts.outputs):
+            why = f"is in a model with none of the outputs {', '.join(task.outputs)}"
+    if why:
+        raise InputError(f"The attention of {name} {why}: {_NOT_YET}.")
     if not task.causal:
         return
-    has_cache = {layer.index: facts.cache[layer.index].kv is not None for layer in found.layers}
-    without = [index for index, own in has_cache.items() if not own and index not in facts.shared]
-    if any(has_cache.values()) and without:  # a family without any cache is allowed
+    own = {layer.index for layer in found.layers if facts.cache[layer.index].kv is not None}
+    without = [layer.index for layer in found.layers if layer.index not in own | facts.shared.keys()]
+    if own and without:  # a family without any cache is allowed
         raise InputError(
-            f"Layer {without[0]} of {type(model).__name__} has no keys and values of its own, and which layer's it "
-            "attends to cannot be seen: this architecture is not supported yet."
+            f"Layer {without[0]} of {name} has no keys and values of its own, and which layer's it attends to cannot "
+            f"be seen: {_NOT_YET}."
         )
-    if not cached:
-        return
-    if not cache_shapes(model):
+    if cached and not cache_shapes(model):
         raise InputError(
-            f"{type(model).__name__} has no keys and values of its own in a KV cache, so a graph with a cache is not "
-            "supported yet: use --kv-cache none."
+            f"{name} has no keys and values of its own in a KV cache, so a graph with a cache is not supported yet: "
+            "use --kv-cache none."
         )
-    if not states and (other := {**found.others, **state_kinds(model)}):
+    if cached and not states and (other := {**found.others, **state_kinds(model)}):
         index, kind = next(iter(other.items()))
         raise InputError(
-            f"{len(other)} layers of {type(model).__name__} are not self-attention (layer {index}: {kind}), and a "
-            "graph with a static cache or of another exporter has no inputs for their states: use --exporter torch "
-            "with --kv-cache concat."
-        )
-
-
-def state_kinds(model: torch.nn.Module) -> dict[int, str]:
-    """The states of each block that keeps any, by its index, in words."""
-    cache = dummy_run(model).cache
-    return {i: " and ".join(s.kind for s in b.states) for i, b in enumerate(cache) if b.states}
-
-
-def _check_encoder(model: torch.nn.Module, facts: DummyRun, task: Task, pooled: bool) -> None:
-    name = type(model).__name__
-    if facts.causal and task.pools and scoring_head(model) is None:
-        raise InputError(
-            f"{name} is a decoder whose classification head is not one linear layer on the states of the last token: "
-            "this architecture is not supported yet."
-        )
-    if facts.causal and task.name == FEATURES and not pooled:
-        whole = with_head(model)
-        raise InputError(
-            f"{name} is a decoder without its language-model head: only decoders with it are supported"
-            f"{f', saved as {whole}' if whole else ''}."
-        )
-    if not facts.linear_output:
-        raise InputError(
-            f"The attention of {name} has a sum or a norm after its output projection, so its output is not that of "
-            "the attention alone: this architecture is not supported yet."
-        )
-    if not facts.repeatable or (main_input(model) == TOKENS and facts.tokens != _TOKENS):
-        raise InputError(
-            f"{name} does not pass each row's tokens to its attention unchanged: this architecture is not supported "
-            "yet."
-        )
-    if not set(task.outputs) & set(facts.outputs):
-        raise InputError(
-            f"{name} has none of the outputs {', '.join(task.outputs)}: this architecture is not supported yet."
+            f"{len(other)} layers of {name} are not self-attention (layer {index}: {kind}), and a graph with a static "
+            "cache or of another exporter has no inputs for their states: use --exporter torch with --kv-cache concat."
         )
 
 
@@ -204,98 +188,162 @@ def example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {TOKENS: ids}
 
 
+def unrunnable(model: torch.nn.Module, error: Exception) -> InputError:
+    """One sentence for what a model's own code raised."""
+    return InputError(f"{type(model).__name__} cannot be run: {first_line(error)[:300]}.")
+
+
+class _Watch:
+    """Hooks on the modules of a model, and what they have seen in its passes; fields are as in :class:`DummyRun`."""
+
+    def __init__(self, model: torch.nn.Module, hooks: ExitStack) -> None:
+        self.model, self.hooks = model, hooks
+        self.returns: dict[Block, int | None] = {}
+        self.block_returns: dict[int, int | None] = {}
+        self.times: Counter[int] = Counter()
+        self.written: list[torch.Tensor] = []
+        self.linear: list[torch.Tensor] = []
+        self.odd: dict[int, str] = {}
+        self.mlp_streams: dict[int, str] = {}
+        self.odd_mlps: dict[int, str] = {}
+        self.separate = self.first = True
+        self._beside: list[torch.Tensor] = []  # what blocks have returned beside their states
+        self._normed: dict[str, Any] = {}
+        self._shape: Any = None  # of the states of the block that runs
+        self._read: Any = None  # of what its MLP reads
+
+    def on(self, path: str, before: Callable[[Any, Any], None] | None, after: Callable[[Any], None]) -> None:
+        """Have ``before`` told of the arguments of the module at ``path``, and ``after`` of its output."""
+        module = self.model.get_submodule(path)
+
+        def told(_module: Any, args: Any, kwargs: Any) -> None:
+            assert before is not None
+            before(args, kwargs)
+
+        def tell(_module: Any, _args: Any, output: Any) -> None:
+            after(output)
+
+        if before is not None:
+            self.hooks.callback(module.register_forward_pre_hook(told, with_kwargs=True).remove)
+        self.hooks.callback(module.register_forward_hook(tell).remove)
+
+    def note(self, store: dict[Any, int | None], index: Any, output: Any) -> None:
+        store[index] = len(output) if isinstance(output, tuple) else None
+
+    def enter(self, index: int, args: Any, kwargs: dict[str, Any]) -> None:
+        """A block begins; it may take what an earlier one has returned beside its states.
+
+        Such are a table of relative positions that only the first block has, and keys and values that others share.
+        """
+        self.times[index] += 1
+        if args or "hidden_states" in kwargs:
+            self._shape = getattr(hidden_states(args, kwargs), "shape", None)
+        given = _tensors((args[1:], list(kwargs.values())))
+        handed = any(one is other for one in given for other in self._beside)
+        self.separate &= not handed and not any(isinstance(v, dict) for v in (*args, *kwargs.values()))
+
+    def leave(self, index: int, output: Any) -> None:
+        self.note(self.block_returns, index, output)
+        if isinstance(output, tuple):
+            self._beside += _tensors(output[1:])
+
+    def normed(self, path: str, output: Any) -> None:
+        self._normed[path] = output
+
+    def mlp_reads(self, index: int, path: str, args: Any, kwargs: dict[str, Any]) -> None:
+        import torch
+
+        if not self.first:  # an MLP that runs twice in one run is odd
+            return
+        if not args and "hidden_states" not in kwargs:
+            self.odd_mlps[index] = "it takes no hidden_states"
+            return
+        u, rows = hidden_states(args, kwargs), self._shape
+        # As it is, or with all tokens of the rows in one list.
+        listed = rows is not None and getattr(u, "shape", None) == (rows[:-1].numel(), rows[-1])
+        if index in self.mlp_streams or not (listed or getattr(u, "ndim", 0) == 3):
+            self.odd_mlps[index] = "it is run more than once, or not on [rows, tokens, width]"
+            return
+        norms = {path: t for path, t in self._normed.items() if getattr(t, "shape", None) == u.shape}
+        same = [path for path, normed in norms.items() if torch.equal(normed, u)]
+        self.mlp_streams[index], self._read = same[-1] if same else path, u.shape
+
+    def mlp_writes(self, index: int, output: Any) -> None:
+        if self.first and getattr(states_in(output), "shape", None) != self._read:
+            self.odd_mlps.setdefault(index, "it does not return what it was given, [rows, tokens, width]")
+
+    def attention(self, index: int, residual: torch.Tensor, normed: torch.Tensor, output: Any) -> None:
+        shape = getattr(output, "shape", ())
+        if not (len(shape) == 3 and residual.shape == normed.shape == shape):
+            given = " and ".join(str(list(t.shape)) for t in (residual, normed))
+            what = list(shape) if hasattr(output, "shape") else f"a {type(output).__name__}"
+            self.odd.setdefault(
+                index, f"layer {index} has a stream and an input of {given} and an output of {what}"
+            )
+
+
 def _run(model: torch.nn.Module) -> DummyRun:
     import torch
 
     from nbl_export.models.caches import block_caches
 
-    returns: dict[Block, int | None] = {}
-    block_returns: dict[Block, int | None] = {}
-    written: list[torch.Tensor] = []
-    odd: dict[int, str] = {}
-    linear_outputs: list[torch.Tensor] = []
-    inputs = example_inputs(model)
-    layers = attention_layers(model)
-    paths = {i: found for i, found in mlp_paths(model).items() if isinstance(found, MlpPaths)}
+    name, inputs, layers = type(model).__name__, example_inputs(model), attention_layers(model)
+    stack, count = layers[0].block.rpartition(".")[0], layer_count(model)
     # A language-model head has the size of several blocks, and nothing to tell.
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = language_head(model)
     run: Any = model if head is None else backbone(model)
-    scored = False
-    times: Counter[int] = Counter()
+    scored, passes = False, 2 if PIXELS in inputs else 1
     with ExitStack() as hooks, torch.inference_mode(), quiet():
-        stack = layers[0].block.rpartition(".")[0]
-        watched: list[tuple[dict[Block, int | None], Block, str]]
-        watched = [(returns, layer.index, layer.module) for layer in layers]
-        watched += [(returns, Mlp(i), one.module) for i, one in paths.items()]
-        watched += [(block_returns, i, f"{stack}.{i}") for i in range(layer_count(model))]
-        for store, index, path in watched:
-
-            def note(
-                _module: Any,
-                _args: Any,
-                output: Any,
-                store: dict[Block, int | None] = store,
-                index: Block = index,
-            ) -> None:
-                store[index] = len(output) if isinstance(output, tuple) else None
-
-            hooks.callback(model.get_submodule(path).register_forward_hook(note).remove)
-
-        mlps = WatchedMlps(model, paths, stack)
-        one_run = hooks.enter_context(ExitStack())
-        mlps.watch(one_run)
-        handed = Handed()
-        for index in range(layer_count(model)):
-            block = model.get_submodule(f"{stack}.{index}")
-            hooks.callback(block.register_forward_pre_hook(lambda *_, i=index: times.update([i])).remove)
-            hooks.callback(block.register_forward_pre_hook(handed.taken, with_kwargs=True).remove)
-            hooks.callback(block.register_forward_hook(handed.given).remove)
-
-        def write(_module: Any, _args: Any, output: Any) -> None:
-            written.append(output[0] if isinstance(output, tuple | list) else output)
-
-        def look(index: int, *activations: Any) -> None:
-            odd.setdefault(index, _oddness(index, *activations))
-
-        def keep(_module: Any, _args: Any, output: Any) -> None:
-            linear_outputs.append(output)
-
-        y = model.get_submodule(layers[-1].output)
-        for module in y.modules():
+        seen = _Watch(model, hooks)
+        for layer in layers:
+            seen.on(layer.module, None, partial(seen.note, seen.returns, layer.index))
+        for index in range(count):
+            block = f"{stack}.{index}"
+            seen.on(block, partial(seen.enter, index), partial(seen.leave, index))
+            for child, module in model.get_submodule(block).named_children():
+                if "norm" in f"{child} {type(module).__name__}".lower():
+                    seen.on(f"{block}.{child}", None, partial(seen.normed, f"{block}.{child}"))
+        for index, mlp in mlp_paths(model).items():
+            if isinstance(mlp, MlpPaths):
+                reads = partial(seen.mlp_reads, index, mlp.module)
+                seen.on(mlp.module, reads, partial(seen.note, seen.returns, Mlp(index)))
+                seen.on(mlp.output, None, partial(seen.mlp_writes, index))
+        last = layers[-1].output
+        for inner, module in model.get_submodule(last).named_modules():
             # A matrix, also of a convolution or a transposed layer; the weight of a norm is a vector.
             if getattr(getattr(module, "weight", None), "ndim", 0) >= 2:
-                hooks.callback(module.register_forward_hook(keep).remove)
-        hooks.callback(y.register_forward_hook(write).remove)
-        hooks.enter_context(observed(model, layers, look))
+                seen.on(f"{last}.{inner}".rstrip("."), None, seen.linear.append)
+        seen.on(
+            last,
+            None,
+            lambda output: seen.written.append(output[0] if isinstance(output, list) else states_in(output)),
+        )
+        hooks.enter_context(observed(model, layers, seen.attention))
         try:
             output = run(**inputs, **accepted_arguments(run, use_cache=True))
-            if PIXELS in inputs:
-                one_run.close()  # an MLP that runs twice in one run is odd
+            seen.first = False
+            if passes == 2:
                 run(**inputs)
         except InputError:  # of its weights
             raise
-        except ValueError as error:
-            # transformers scores the last token of several rows only where it knows the padding token.
-            if scoring_head(model) is None:
-                raise unrunnable(model, error) from error
-            times.clear()
-            output, scored = backbone(model)(**inputs), True
         except Exception as error:  # a model's own code may raise anything
-            raise unrunnable(model, error) from error
-    once = 2 if PIXELS in inputs else 1
-    if repeated := [index for index, count in sorted(times.items()) if count > once]:
+            # transformers scores the last token of several rows only where it knows the padding token.
+            if not isinstance(error, ValueError) or scoring_head(model) is None:
+                raise unrunnable(model, error) from error
+            seen.times.clear()
+            output, scored = backbone(model)(**inputs), True
+    if repeated := [index for index, times in sorted(seen.times.items()) if times > passes]:
         raise InputError(
-            f"{type(model).__name__} runs block {repeated[0]} {times[repeated[0]] // once} times in one pass, each "
-            "with other states, and one W and b is for one of them: this architecture is not supported."
+            f"{name} runs block {repeated[0]} {seen.times[repeated[0]] // passes} times in one pass, each with other "
+            "states, and one W and b is for one of them: this architecture is not supported."
         )
-    if silent := [layer.index for layer in layers if layer.index not in returns]:
+    if silent := [layer.index for layer in layers if layer.index not in seen.returns]:
         raise InputError(
-            f"{type(model).__name__} does not run the attention of layer {silent[0]} as it is, but replaces it at run "
-            "time: this architecture is not supported yet."
+            f"{name} does not run the attention of layer {silent[0]} as it is, but replaces it at run time: {_NOT_YET}."
         )
-    first, states = written[0], written[-1]
+    states = seen.written[-1]
     cache = getattr(output, "get", lambda _name: None)(cache_argument(run))
-    blocks = block_caches(cache, layer_count(model))
+    blocks = block_caches(cache, count)
     kept = [layer for layer in layers if blocks[layer.index].kv is not None]
     shared: dict[int, int] = {}
     if 0 < len(kept) < len(layers):
@@ -303,60 +351,25 @@ def _run(model: torch.nn.Module) -> DummyRun:
             shared = shared_keys(
                 model, layers, lambda: run(**inputs, **accepted_arguments(run, use_cache=True))
             )
-    seen = states[:, :-1].float()
-    causal = TOKENS in inputs and bool((seen[0] - seen[1]).norm() <= 1e-3 * seen[0].norm())
+    named: Any = getattr(output, "items", tuple)()  # a model's own code may return a plain tuple
+    tensors = tuple(name for name, value in named if isinstance(value, torch.Tensor))
+    before = states[:, :-1].float()
     return DummyRun(
-        returns,
+        seen.returns,
         blocks,
-        causal,
+        TOKENS in inputs and bool((before[0] - before[1]).norm() <= 1e-3 * before[0].norm()),
         tokens=states.shape[1],
-        outputs=_LOGITS if head is not None or scored else _tensors_of(output),
-        linear_output=any(isinstance(m, torch.Tensor) and _same(m, states) for m in linear_outputs),
-        repeatable=_same(first, states),
-        block_returns={layer_of(i): length for i, length in block_returns.items()},
-        separate=not handed.on,
+        outputs=_LOGITS if head is not None or scored else tensors,
+        linear_output=any(isinstance(m, torch.Tensor) and _same(m, states) for m in seen.linear),
+        repeatable=_same(seen.written[0], states),
+        block_returns={layer_of(i): length for i, length in seen.block_returns.items()},
+        separate=seen.separate,
         shared=shared,
-        odd=next((what for _, what in sorted(odd.items()) if what), ""),
+        odd=next((what for _, what in sorted(seen.odd.items())), ""),
         cache_class=type(cache) if hasattr(cache, "linear_cache") else None,
-        mlp_streams=mlps.streams,
-        odd_mlps=mlps.odd,
+        mlp_streams=seen.mlp_streams,
+        odd_mlps=seen.odd_mlps,
     )
-
-
-def _oddness(index: int, residual: torch.Tensor, normed: torch.Tensor, output: Any) -> str:
-    """What is odd about the attention of layer ``index``; empty for one as others."""
-    shape = getattr(output, "shape", None)
-    if shape is None:
-        return f"layer {index} returns a {type(output).__name__}"
-    if len(shape) == 3 and residual.shape == normed.shape == shape:
-        return ""
-    given = " and ".join(str(list(t.shape)) for t in (residual, normed))
-    return f"layer {index} has a stream and an input of {given} and an output of {list(shape)}"
-
-
-def unrunnable(model: torch.nn.Module, error: Exception) -> InputError:
-    """One sentence for what a model's own code raised."""
-    return InputError(f"{type(model).__name__} cannot be run: {first_line(error)[:300]}.")
-
-
-class Handed:
-    """Watches blocks: ``on`` is true once one takes what an earlier one has returned beside its states.
-
-    Such are a table of relative positions that only the first block has, and keys and values that others share.
-    """
-
-    def __init__(self) -> None:
-        self.on = False
-        self._returned: list[torch.Tensor] = []
-
-    def given(self, _block: Any, _args: Any, output: Any) -> None:
-        if isinstance(output, tuple):
-            self._returned += _tensors(output[1:])
-
-    def taken(self, _block: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        found = _tensors((args[1:], list(kwargs.values())))
-        shared = any(one is other for one in found for other in self._returned)
-        self.on = self.on or shared or any(isinstance(value, dict) for value in (*args, *kwargs.values()))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -365,13 +378,6 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []
-
-
-def _tensors_of(output: Any) -> tuple[str, ...]:
-    import torch
-
-    named: Any = getattr(output, "items", tuple)()  # a model's own code may return a plain tuple
-    return tuple(name for name, value in named if isinstance(value, torch.Tensor))
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

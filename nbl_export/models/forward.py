@@ -1,4 +1,4 @@
-"""Forward passes of a model as functions of tensors: with an explicit KV cache, or without a cache."""
+"""Run a model as a function of tensors: with an explicit KV cache, or without a cache."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, TOKENS
 from nbl_export.batch.rows import Inputs
 from nbl_export.models.caches import Entry, StateLayer, cache_layer, cache_with, entry_in, limited_steps
-from nbl_export.models.compat import cache_argument
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import accepted_arguments, backbone, has_per_layer
+from nbl_export.models.layers import backbone, has_per_layer
+from nbl_export.models.libraries import accepted_arguments, cache_argument
 from nbl_export.models.weights import weights_like
 
 # Of a decoder that reads embeddings those of each layer, too.
@@ -94,8 +94,6 @@ def run_uncached(model: torch.nn.Module, inputs: Inputs) -> Any:
 
     Pixels are rounded to the model's precision; an input that the model does not accept is left out.
     """
-    import torch
-
     like = weights_like(model)
     tensors = {name: torch.from_numpy(array).to(like.device) for name, array in inputs.items()}
     tensors = {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}

@@ -15,12 +15,14 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from os.path import commonprefix
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from nbl_export.blocks import Block, Mlp, layer_of, part_of
+from nbl_export.blocks import Block, Mlp, layer_of
+from nbl_export.datafile import read_table
 from nbl_export.errors import InputError
-from nbl_export.models.families import Family, family_of
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +50,36 @@ _NEEDS = {
 }
 _AXES = ("time", "height", "width")
 _NO_SELF_ATTENTION = ("cross", "encoder", "linear", "lightning", "delta", "mamba")
+_NOT_YET = "this architecture is not supported yet"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family has its attention and MLP; None means the common structure. The fields are those of the file."""
+
+    models: tuple[str, ...] = ()
+    layers: str | None = None
+    attention: str | None = None
+    output: str | None = None
+    adds: str | None = None
+    stream: str | None = None
+    mlp: str | None = None
+    mlp_output: str | None = None
+    mlp_adds: str | None = None
+    padding_stands_in: bool = False
+    refused: str | None = None
+
+
+@cache
+def _families() -> dict[str, Family]:
+    table = read_table(Path(__file__).parent / "families.toml")
+    rows = [Family(**{**row, "models": tuple(row["models"])}) for row in table.values()]
+    return {model_type: row for row in rows for model_type in row.models}
+
+
+def family_of(model: torch.nn.Module) -> Family:
+    """The row of the family of ``model``, or the common structure."""
+    return _families().get(str(getattr(text_config(model), "model_type", "")), Family())
 
 
 @dataclass(frozen=True)
@@ -97,50 +129,49 @@ def attention_layers(model: torch.nn.Module) -> tuple[AttentionModules, ...]:
     return structure(model).layers
 
 
-def plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module that a model may read, as `attention_type`; a replacement needs them too."""
-    return {k: v for k, v in vars(module).items() if not k.startswith("_") and not callable(v)}
-
-
 def structure(model: torch.nn.Module) -> Structure:
     """Every block of ``model``, classified by how it mixes tokens.
 
     Raises :class:`InputError` if there is not exactly one stack of blocks, or if the attention of a block is not
     found: such a model is refused before calibration.
     """
-    family = family_of(model_type(model))
+    family, name, config = family_of(model), type(model).__name__, text_config(model)
     if family.refused:
-        raise InputError(f"{type(model).__name__} is not supported: {family.refused}.")
+        raise InputError(f"{name} is not supported: {family.refused}.")
     stack_path, stack = block_stack(model)
+    types = getattr(config, "layer_types", None) or []
     layers, others = [], {}
     for index, block in enumerate(stack.children()):
-        declared = _declared_kind(model, index)
+        declared = str(types[index]) if index < len(types) else "full_attention"
         found = [family.attention] if family.attention else _self_attention(block)
         if declared not in _SOFTMAX or not found:
-            others[index] = declared if declared not in _SOFTMAX else _mixer(block)
+            # The token mixer is the first child that is not a norm.
+            classes = [type(child).__name__ for child in block.children()]
+            mixer = next((kind for kind in classes if "norm" not in kind.lower()), type(block).__name__)
+            others[index] = mixer if declared in _SOFTMAX else declared
             continue
         if len(found) != 1 or not has_module(block, found[0]):
             raise InputError(
                 f"Layer {index} ({type(block).__name__}) has {len(found)} attention modules where one is expected: "
-                "this architecture is not supported yet."
+                f"{_NOT_YET}."
             )
         attention = block.get_submodule(found[0])
         if family.adds is None and "residual" in inspect.signature(attention.forward).parameters:
             raise InputError(
                 f"The attention of layer {index} ({type(block).__name__}) adds the residual itself, so its output is "
-                "not the attention's alone: this architecture is not supported yet."
+                f"not the attention's alone: {_NOT_YET}."
             )
+        window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
+        windowed = SLIDING if window and getattr(config, "use_sliding_window", True) else FULL
         path = f"{stack_path}.{index}"
-        output = family.output or found[0]
-        kind = _kind(model, attention, declared)
         layers.append(
             BlockModules(
                 index,
                 path,
                 f"{path}.{found[0]}",
-                f"{path}.{output}",
+                f"{path}.{family.output or found[0]}",
                 family.adds,
-                kind,
+                _SOFTMAX[declared] if types else windowed,
                 stream=f"{path}.{family.stream}" if family.stream else path,
             )
         )
@@ -148,15 +179,39 @@ def structure(model: torch.nn.Module) -> Structure:
     why = next((f"{kind}, in which {_NEEDS[kind]}" for kind in kinds if kind in _NEEDS), "")
     if why:
         raise InputError(
-            f"{type(model).__name__} has layers of {why}; a graph would need that cache as inputs and outputs, and has "
-            "none: this architecture is not supported yet."
+            f"{name} has layers of {why}; a graph would need that cache as inputs and outputs: {_NOT_YET}."
         )
     if not layers:
         raise InputError(
-            f"{type(model).__name__} has no attention of a kind that is exported, which are full, windows and chunks: "
-            f"its layers are {', '.join(kinds)}."
+            f"{name} has no attention of a kind that is exported, which are full, windows and chunks: its layers are "
+            f"{', '.join(kinds)}."
         )
     return Structure(tuple(layers), others)
+
+
+def block_stack(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
+    """The stack of blocks of ``model`` and its path; raises :class:`InputError` if there is not exactly one."""
+    import torch
+
+    family, count = family_of(model), layer_count(model)
+
+    def attends(block: torch.nn.Module) -> bool:
+        return has_module(block, family.attention) if family.attention else bool(_self_attention(block))
+
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+        and len(module) == count
+        and (name.endswith(family.layers) if family.layers else any(map(attends, module)))
+    ]
+    if len(stacks) != 1:
+        found = f"{len(stacks)} lists" if stacks else "no list"
+        raise InputError(
+            f"{type(model).__name__} has {found} of its {count} layers in which an attention is known, where one is "
+            f"expected: {_NOT_YET}."
+        )
+    return stacks[0]
 
 
 def has_module(block: torch.nn.Module, path: str) -> bool:
@@ -166,59 +221,24 @@ def has_module(block: torch.nn.Module, path: str) -> bool:
 
 def _self_attention(block: torch.nn.Module) -> list[str]:
     # The family's name, with which both classes begin, says nothing: Kimi Linear has softmax attention.
-    own = type(block).__name__
-    kinds = {name: type(child).__name__ for name, child in block.named_children()}
-    return [
-        name
-        for name, kind in kinds.items()
-        if _is_self_attention(name, kind, commonprefix([own, kind]))  # noqa: RUF071  of names, not of paths
-    ]
+    found = []
+    for name, child in block.named_children():
+        kind = type(child).__name__
+        own = kind.removeprefix(commonprefix([type(block).__name__, kind]))  # noqa: RUF071  of names, not of paths
+        other = any(word in f"{name} {own}".lower() for word in _NO_SELF_ATTENTION)
+        found += [name] * ("attention" in kind.lower() and not other)
+    return found
 
 
-def _is_self_attention(name: str, kind: str, family: str) -> bool:
-    words = f"{name} {kind.removeprefix(family)}".lower()
-    return "attention" in kind.lower() and not any(w in words for w in _NO_SELF_ATTENTION)
-
-
-def _mixer(block: torch.nn.Module) -> str:
-    """The class of the token mixer of a block without self-attention: its first child that is not a norm."""
-    for child in block.children():
-        if "norm" not in (name := type(child).__name__).lower():
-            return name
-    return type(block).__name__
-
-
-def _declared_kind(model: torch.nn.Module, index: int) -> str:
-    types = getattr(_config(model), "layer_types", None) or []
-    return str(types[index]) if index < len(types) else "full_attention"
-
-
-def _kind(model: torch.nn.Module, attention: torch.nn.Module, declared: str) -> str:
-    config = _config(model)
-    if getattr(config, "layer_types", None):
-        return _SOFTMAX[declared]
-    window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
-    return SLIDING if window and getattr(config, "use_sliding_window", True) else FULL
-
-
-def _config(model: torch.nn.Module) -> Any:
+def text_config(model: torch.nn.Module) -> Any:
+    """The configuration of ``model``, of a multimodal one that of its language model."""
     config: Any = model.config
     return config.get_text_config()
-
-
-def model_type(model: torch.nn.Module) -> str:
-    """The family's name in the configuration."""
-    return str(getattr(_config(model), "model_type", ""))
 
 
 def hidden_size(model: torch.nn.Module) -> int:
     """Width d of the residual stream."""
     return _configured(model, "hidden_size", "width")
-
-
-def vocabulary(model: torch.nn.Module) -> int:
-    """Number of the tokens that a decoder predicts."""
-    return int(_config(model).vocab_size)
 
 
 def layer_count(model: torch.nn.Module) -> int:
@@ -227,18 +247,22 @@ def layer_count(model: torch.nn.Module) -> int:
 
 
 def _configured(model: torch.nn.Module, key: str, what: str) -> int:
-    found = getattr(_config(model), key, None)
+    found = getattr(text_config(model), key, None)
     if not isinstance(found, int):
         raise InputError(
-            f"The configuration of {type(model).__name__} has no {key}, one {what} for all its blocks: this "
-            "architecture is not supported yet."
+            f"The configuration of {type(model).__name__} has no {key}, one {what} for all its blocks: {_NOT_YET}."
         )
     return found
 
 
+def vocabulary(model: torch.nn.Module) -> int:
+    """Number of the tokens that a decoder predicts."""
+    return int(text_config(model).vocab_size)
+
+
 def positions(model: torch.nn.Module) -> int | None:
     """The model's number of positions; None if its configuration has no limit."""
-    config = _config(model)
+    config = text_config(model)
     found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if not found or int(found) < 0:
         return None
@@ -250,13 +274,13 @@ def positions(model: torch.nn.Module) -> int | None:
 
 def position_rows(model: torch.nn.Module) -> int:
     """The number of positions that each token has: three (time, height, width) with M-RoPE, else one."""
-    rope = getattr(_config(model), "rope_parameters", None) or {}
+    rope = getattr(text_config(model), "rope_parameters", None) or {}
     return len(_AXES) if rope.get("mrope_section") else 1
 
 
 def image_shape(model: torch.nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of the images, from the configuration."""
-    config = _config(model)
+    config = text_config(model)
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     return int(getattr(config, "num_channels", 3)), int(height), int(width)
@@ -273,19 +297,14 @@ def has_per_layer(body: Any) -> bool:
     return hasattr(body, "get_per_layer_inputs") and bool(getattr(config, "hidden_size_per_layer_input", 0))
 
 
-def accepts(model: torch.nn.Module, argument: str) -> bool:
-    """Whether the forward function of ``model`` has an argument with that name."""
-    return argument in inspect.signature(model.forward).parameters
-
-
-def accepted_arguments(model: torch.nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Those of ``arguments`` that the forward function of ``model`` has: not every family takes positions."""
-    return {name: value for name, value in arguments.items() if accepts(model, name)}
-
-
 def backbone(model: torch.nn.Module) -> Any:
     """The model without its language-model head, which takes a fifth of a small model's time."""
     return getattr(model, "base_model", model)
+
+
+def language_head(model: torch.nn.Module) -> Any:
+    """The module that makes logits of states; None if ``model`` has none."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def scoring_head(model: torch.nn.Module) -> str | None:
@@ -297,45 +316,10 @@ def scoring_head(model: torch.nn.Module) -> str | None:
 
     body = backbone(model)
     weighted = [
-        name
-        for name, child in model.named_children()
-        if child is not body and any(True for _ in child.parameters())
+        (n, m) for n, m in model.named_children() if m is not body and any(True for _ in m.parameters())
     ]
-    if body is model or len(weighted) != 1:
-        return None
-    return weighted[0] if isinstance(getattr(model, weighted[0]), torch.nn.Linear) else None
-
-
-def block_stack(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
-    """The stack of blocks of ``model`` and its path; raises :class:`InputError` if there is not exactly one."""
-    import torch
-
-    family = family_of(model_type(model))
-    count = layer_count(model)
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList)
-        and len(module) == count
-        and (name.endswith(family.layers) if family.layers else _mixes_tokens(module, family))
-    ]
-    if not stacks:
-        raise InputError(
-            f"{type(model).__name__} has no list of its {count} layers in which an attention is known: this "
-            "architecture is not supported yet."
-        )
-    if len(stacks) != 1:
-        raise InputError(
-            f"{type(model).__name__} has {len(stacks)} stacks of {count} blocks with attention where one is "
-            "expected: this architecture is not supported yet."
-        )
-    return stacks[0]
-
-
-def _mixes_tokens(stack: torch.nn.Module, family: Family) -> bool:
-    if family.attention:
-        return any(has_module(block, family.attention) for block in stack.children())
-    return any(_self_attention(block) for block in stack.children())
+    alone = body is not model and len(weighted) == 1 and isinstance(weighted[0][1], torch.nn.Linear)
+    return weighted[0][0] if alone else None
 
 
 Observer = Callable[[B, "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]
@@ -352,47 +336,41 @@ def observed(
     """
     with ExitStack() as hooks:
         for layer in layers:
-            for handle in _observe(model, layer, observer):
-                hooks.callback(handle.remove)
+            seen: dict[str, torch.Tensor] = {}
+            for name, path in (("block", layer.block), ("residual", layer.stream), ("normed", layer.module)):
+
+                def keep(_m: Any, args: Any, kwargs: Any, name: str = name, seen: Any = seen) -> None:
+                    seen[name] = hidden_states(args, kwargs)
+
+                module = model.get_submodule(path)
+                hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+
+            def give(_m: Any, _a: Any, output: Any, layer: BlockModules[B] = layer, seen: Any = seen) -> None:
+                if "normed" not in seen or "residual" not in seen:
+                    raise InputError(
+                        f"{type(model).__name__} does not run the block of {layer.named}, the module itself and its "
+                        f"output once each in this order, but replaces it at run time: {_NOT_YET}."
+                    )
+                given = (seen.pop("residual"), seen.pop("normed"), states_in(output))
+                # Some families have all tokens in one list while they compute an MLP.
+                rows = [t.reshape(seen["block"].shape) if getattr(t, "ndim", 0) == 2 else t for t in given]
+                observer(layer.index, *rows)
+
+            hooks.callback(model.get_submodule(layer.output).register_forward_hook(give).remove)
         yield
-
-
-def _observe(model: torch.nn.Module, layer: BlockModules[B], observer: Observer[B]) -> list[Any]:
-    seen: dict[str, torch.Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def take(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[name] = hidden_states(args, kwargs)
-
-        return take
-
-    def in_rows(tensor: torch.Tensor) -> torch.Tensor:
-        # Some families have all tokens in one list while they compute an MLP.
-        return tensor.reshape(seen["block"].shape) if getattr(tensor, "ndim", None) == 2 else tensor
-
-    def attention_output(_module: Any, _args: Any, output: Any) -> None:
-        y = output[0] if isinstance(output, tuple) else output
-        if "normed" not in seen:
-            raise InputError(
-                f"{type(model).__name__} does not run {layer.named} as it is, but replaces it "
-                "at run time: this architecture is not supported yet."
-            )
-        if "residual" not in seen:
-            raise InputError(
-                f"Layer {layer_of(layer.index)} of {type(model).__name__} does not run its block, its "
-                f"{part_of(layer.index)} and the projection of its output once each in this order: this architecture "
-                "is not supported yet."
-            )
-        observer(layer.index, in_rows(seen.pop("residual")), in_rows(seen.pop("normed")), in_rows(y))
-
-    read = {"block": layer.block, "residual": layer.stream, "normed": layer.module}
-    hooks: list[Any] = [model.get_submodule(layer.output).register_forward_hook(attention_output)]
-    for name, path in read.items():
-        hooks.append(model.get_submodule(path).register_forward_pre_hook(keep(name), with_kwargs=True))
-    return hooks
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The hidden states in the arguments of the ``forward`` of a block or an attention."""
     value: torch.Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     return value
+
+
+def states_in(output: Any) -> Any:
+    """The hidden states in what a block, an attention or an MLP returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module that a model may read, as `attention_type`; a replacement needs them too."""
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and not callable(v)}

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer or image processor into PyTorch, in float32 and without console output."""
+"""Load a model and its tokenizer or processor into PyTorch, in float32 and without console output."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.batch.names import PIXELS
 from nbl_export.errors import InputError, first_line
 from nbl_export.files import parse_json
-from nbl_export.models.compat import enable_softcapping, is_transformers_4, neutral_folder, readable_folder
-from nbl_export.models.limits import check_built, weights_of
-from nbl_export.models.merged import Merged, put_off
+from nbl_export.models.attention import count_positions
+from nbl_export.models.folder import PREPROCESSOR, has_vocabulary, readable
+from nbl_export.models.libraries import quiet
 from nbl_export.models.multimodal import as_decoder, text_only
-from nbl_export.models.quiet import quiet as quiet
-from nbl_export.models.row_positions import count_positions
 from nbl_export.models.source import ModelSource, check_config
 from nbl_export.models.stored import (
+    Merged,
     gguf_parsed_once,
     gguf_readers,
+    put_off,
     same_weights,
     stored_tensors,
     take_buffers,
 )
 from nbl_export.models.tasks import task_named
-from nbl_export.models.tokenizer_limits import check_tokenizer, has_vocabulary
 from nbl_export.models.weights import (
     Read,
     Stored,
@@ -40,20 +40,10 @@ from nbl_export.models.weights import (
     streamed,
     streaming_of,
 )
+from nbl_export.packages import missing
 
 if TYPE_CHECKING:
     import torch
-
-
-@contextmanager
-def readable(source: ModelSource) -> Iterator[str]:
-    """The folder of ``source`` with configurations that the installed transformers reads correctly.
-
-    They choose no implementation and name no file.
-    """
-    made = readable_folder if is_transformers_4() else neutral_folder
-    with tempfile.TemporaryDirectory() as scratch:
-        yield str(made(Path(source.path), Path(scratch) / Path(source.path).name))
 
 
 def load_model(source: ModelSource, done: Callable[[int], None] = lambda _bytes: None) -> torch.nn.Module:
@@ -64,7 +54,8 @@ def load_model(source: ModelSource, done: Callable[[int], None] = lambda _bytes:
     """
     import torch
 
-    return _made(load_stored(source, done), torch.float32)
+    stored = load_stored(source, done)
+    return stored.model if stored.is_plain(torch.float32) else streamed(stored, torch.float32)
 
 
 def load_stored(source: ModelSource, done: Callable[[int], None] = lambda _bytes: None) -> Stored:
@@ -75,33 +66,33 @@ def load_stored(source: ModelSource, done: Callable[[int], None] = lambda _bytes
     """
     import torch
 
-    if source.gguf_file:
-        # A GGUF file has all that a model needs; an adapter beside it would be loaded on top. A bare name is also
-        # looked up in the current folder, before the model's.
-        options = {"gguf_file": str(Path(source.path) / source.gguf_file)}
-        with quiet(), tempfile.TemporaryDirectory() as path:
-            return _from_gguf(source, path, options)
-    with quiet(), readable(source) as path:
-        _check_size(source, path)
+    with _files(source) as (path, options):
+        if source.gguf_file:
+            with _reading(source), gguf_parsed_once():
+                skeleton = _skeleton(source, path, options)
+                dequantized = gguf_readers(options["gguf_file"], skeleton)
+            if dequantized is not None:
+                return _finished(source, skeleton, dequantized, computed=True)
+            return _in_memory(source, _from_files(source, path, {**options, "dtype": torch.float32})[0])
         with _reading(source):
             tensors = stored_tensors(Path(source.path))
         dtype = tensors.dtype or torch.float32
         # In float32 the experts that transformers merges are in memory, like everything that it converts.
         nothing: AbstractContextManager[dict[str, Merged]] = contextlib.nullcontext({})
         with put_off() if dtype != torch.float32 else nothing as merged:
-            model, unused = _from_files(source, path, {"use_safetensors": True, "dtype": dtype})
+            model, unused = _from_files(source, path, {"dtype": dtype})
         if dtype == torch.float32 and not tensors.others:
             return _in_memory(source, model)
         with _reading(source):
             skeleton = _skeleton(source, path, {})
             mapped = tensors.put_others(model, unused) and same_weights(skeleton, model)
         if not mapped:
-            model, _ = _from_files(source, path, {"use_safetensors": True, "dtype": torch.float32})
-            return _in_memory(source, model)
+            return _in_memory(source, _from_files(source, path, {"dtype": torch.float32})[0])
     take_buffers(skeleton, model)
     weights = dict(model.named_parameters(remove_duplicate=False))
     for name, weight in weights.items():
-        for tensor in merged[name].tensors if name in merged else [weight]:
+        made_of = merged[name].sources.values() if name in merged else [[weight]]
+        for tensor in (tensor for group in made_of for tensor in group):
             check_finite(source.source, name, tensor)
             done(tensor.nbytes)
     made: dict[int, Read] = {id(weights[name]): read for name, read in merged.items()}
@@ -111,24 +102,26 @@ def load_stored(source: ModelSource, done: Callable[[int], None] = lambda _bytes
 
 
 @contextmanager
-def _reading(source: ModelSource) -> Iterator[None]:
+def _files(source: ModelSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The folder that transformers reads ``source`` from, and the options that say how, without its output."""
+    with quiet():
+        if source.gguf_file:
+            # A GGUF file has all that a model needs; an adapter beside it would be loaded on top. A bare name is also
+            # looked up in the current folder, before the model's.
+            with tempfile.TemporaryDirectory() as path:
+                yield path, {"gguf_file": str(Path(source.path) / source.gguf_file)}
+        else:
+            with readable(Path(source.path)) as path:
+                yield path, {}
+
+
+@contextmanager
+def _reading(source: ModelSource, what: str = "transformers cannot load") -> Iterator[None]:
     """Say in one sentence why ``source`` cannot be loaded."""
     try:
         yield
     except BaseException as error:  # transformers raises almost anything for an unreadable model
-        raise unreadable(f"transformers cannot load {source.source}", source, error) from error
-
-
-def _from_gguf(source: ModelSource, path: str, options: dict[str, Any]) -> Stored:
-    import torch
-
-    with _reading(source), gguf_parsed_once():
-        skeleton = _skeleton(source, path, options)
-        read = gguf_readers(options["gguf_file"], skeleton)
-    if read is None:
-        model, _ = _from_files(source, path, {**options, "dtype": torch.float32})
-        return _in_memory(source, model)
-    return _finished(source, skeleton, read, computed=True)
+        raise refused(f"{what} {source.source}", error, source) from error
 
 
 def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
@@ -136,23 +129,26 @@ def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> tupl
     import transformers
 
     task = task_named(source.task)
+    if not source.gguf_file:
+        options = {**options, "use_safetensors": True}
     with _reading(source):
         model, info = _class(source).from_pretrained(
             path, output_loading_info=True, **_trusted(source), **options
         )
-    missing = sorted(info["missing_keys"])
-    if not task.causal and missing and all(key.startswith("pooler.") for key in missing):
-        model.pooler, missing = None, []  # saved without one, as sentence-transformers often does
+    missing_keys = sorted(info["missing_keys"])
+    if not task.causal and missing_keys and all(key.startswith("pooler.") for key in missing_keys):
+        model.pooler, missing_keys = None, []  # saved without one, as sentence-transformers often does
     check_config(source.source, model.config.to_dict())
     saved = (getattr(model.config, "architectures", None) or [""])[0]
-    if missing and saved != type(model).__name__ and hasattr(transformers, saved):
+    if missing_keys and saved != type(model).__name__ and hasattr(transformers, saved):
         raise InputError(
             f"{source.source} is saved as {saved}, and {task.loads} of transformers makes a {type(model).__name__} of "
-            f"it, which needs more weights (as {missing[0]}): this architecture is not supported yet."
+            f"it, which needs more weights (as {missing_keys[0]}): this architecture is not supported yet."
         )
-    if missing:
+    if missing_keys:
         raise InputError(
-            f"{source.source} has no weights for {missing[0]} and {len(missing) - 1} more: download the model again."
+            f"{source.source} has no weights for {missing_keys[0]} and {len(missing_keys) - 1} more: download the "
+            "model again."
         )
     return model, set(info["unexpected_keys"])
 
@@ -174,13 +170,6 @@ def _class(source: ModelSource) -> Any:
     of_type = getattr(named, "config_class", None)
     alone = getattr(of_type, "model_type", "") == raw.get("model_type") and of_type not in auto._model_mapping
     return named if alone and "auto_map" not in raw else auto
-
-
-def _from_config(source: ModelSource, config: Any, **options: Any) -> Any:
-    kind = _class(source)
-    if hasattr(kind, "from_config"):
-        return kind.from_config(config, **_trusted(source), **options)
-    return kind._from_config(config, **options)
 
 
 def _trusted(source: ModelSource) -> dict[str, bool]:
@@ -210,16 +199,40 @@ def _finished(source: ModelSource, model: Any, read: Mapping[str, Read], compute
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
         model.hf_quantizer = None
-    enable_softcapping(model)
+    text = model.config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # sdpa has no soft-capped scores
     count_positions(model)
     return Stored(model.eval().requires_grad_(False), read, source.source, computed)
+
+
+def refused(what: str, error: BaseException, source: ModelSource | None = None) -> InputError:
+    """One sentence for what a library raised: its own panics are no ``Exception``. An interrupt is raised again.
+
+    Of a ``source``, code that comes with the model and may not run is told with what to do.
+    """
+    if isinstance(error, (KeyboardInterrupt, SystemExit, InputError)):
+        raise error
+    if source and "trust_remote_code" in str(error) and not source.trust_remote_code:
+        return InputError(
+            f"{source.source} comes with code of its own, which runs only where you say so at this command: read the "
+            f".py files in {source.path}, then give --trust-remote-code."
+        )
+    if source and "does not recognize this architecture" in str(error):
+        import transformers
+
+        return InputError(
+            f"{source.source} has an architecture that transformers {transformers.__version__} does not know: install "
+            "a version that knows it, or correct the model_type in its config.json."
+        )
+    return InputError(f"{what}: {first_line(error)[:300]}.")
 
 
 def load_config(source: ModelSource) -> Any:
     """The configuration of a folder as transformers reads it for the model; raises as :func:`load_stored`."""
     import transformers
 
-    with quiet(), readable(source) as path, _reading(source):
+    with _files(source) as (path, _), _reading(source):
         try:
             return transformers.AutoConfig.from_pretrained(path, **_trusted(source))
         except Exception:
@@ -232,18 +245,9 @@ def load_config(source: ModelSource) -> Any:
 
 def load_skeleton(source: ModelSource) -> torch.nn.Module:
     """The model by its configuration, without bytes: neither weights nor buffers; raises as :func:`load_stored`."""
-
-    with quiet():
-        if source.gguf_file:
-            with tempfile.TemporaryDirectory() as path, _reading(source):
-                model = _skeleton(source, path, {"gguf_file": str(Path(source.path) / source.gguf_file)})
-        else:
-            with readable(source) as path:
-                _check_size(source, path)
-                with _reading(source):
-                    model = _skeleton(source, path, {})
-    made: torch.nn.Module = model.to("meta").eval()
-    return made
+    with _files(source) as (path, options), _reading(source):
+        made: torch.nn.Module = _skeleton(source, path, options).to("meta").eval()
+        return made
 
 
 def _skeleton(source: ModelSource, path: str, options: dict[str, Any]) -> Any:
@@ -255,31 +259,26 @@ def _skeleton(source: ModelSource, path: str, options: dict[str, Any]) -> Any:
     config = transformers.AutoConfig.from_pretrained(path, **_trusted(source), **options)
     if options:
         check_config(source.source, config.to_dict())
+    kind = _class(source)
     with init_empty_weights(include_buffers=False):
-        model = _from_config(source, config, dtype=torch.float32)
+        if hasattr(kind, "from_config"):
+            model = kind.from_config(config, dtype=torch.float32, **_trusted(source))
+        else:
+            model = kind._from_config(config, dtype=torch.float32)
     model.tie_weights()
     return model
 
 
-def _check_size(source: ModelSource, path: str) -> None:
-    """Refuse a model that would be larger than its weight files; it is built on torch's meta device, of no bytes."""
-    import torch
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, **_trusted(source))
-        with torch.device("meta"):
-            model = _from_config(source, config)
-    except Exception:  # loading it says why; what cannot be built on this device is loaded as before
-        return
-    check_built(source.source, model, weights_of(Path(source.path)))
-
-
-def refused(error: BaseException, what: str) -> InputError:
-    """One sentence for what a library raised: its own panics are no ``Exception``. An interrupt is raised again."""
-    if isinstance(error, (KeyboardInterrupt, SystemExit, InputError)):
-        raise error
-    return InputError(f"{what}: {first_line(error)[:300]}.")
+def check_processor(source: ModelSource) -> None:
+    """Refuse, before the model is read, one without the files of its tokenizer or image processor."""
+    if source.reads != PIXELS:
+        if not source.gguf_file and not has_vocabulary(Path(source.path)):
+            load_tokenizer(source)  # some need no file
+    elif not (Path(source.path) / PREPROCESSOR).is_file():
+        raise InputError(
+            f"{source.source} has no {PREPROCESSOR}, which says how its images are scaled: add the one that the "
+            "model was trained with."
+        )
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -287,39 +286,34 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    place: AbstractContextManager[str] = readable(Path(source.path))
     if source.gguf_file:
-        options["gguf_file"] = source.gguf_file
-    with quiet(), contextlib.nullcontext(source.path) if source.gguf_file else readable(source) as path:
-        if not source.gguf_file:
-            check_tokenizer(source.source, Path(source.path))
+        options["gguf_file"], place = source.gguf_file, contextlib.nullcontext(source.path)
+    with quiet(), place as path:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
-            tokenizer.name_or_path = source.path
-            _check_special(source.source, tokenizer)
-            return tokenizer
         except BaseException as error:
             if not source.gguf_file and not has_vocabulary(Path(source.path)):
                 raise InputError(
                     f"{source.source} has no tokenizer: put the tokenizer.json, or the tokenizer.model, of the model "
                     f"into {source.path}."
                 ) from error
-            raise unreadable(f"No tokenizer can be loaded from {source.source}", source, error) from error
+            raise refused(f"No tokenizer can be loaded from {source.source}", error, source) from error
+    tokenizer.name_or_path = source.path
+    return tokenizer
 
 
-def _check_special(source: str, tokenizer: Any) -> None:
-    for name in ("model_max_length", "bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(tokenizer, name, None)
-        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):
-            raise InputError(
-                f"The tokenizer of {source} has {name} {value!r:.100}, which is no number: correct its "
-                "tokenizer_config.json."
-            )
-    names = getattr(tokenizer, "model_input_names", [])
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise InputError(
-            f"The tokenizer of {source} has model_input_names {names!r:.100}, which are no names: correct its "
-            "tokenizer_config.json."
-        )
+def load_image_processor(source: ModelSource) -> Any:
+    """The model's image processor, or an error with the reason why it cannot be loaded."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise missing("pillow", "Reading images") from None
+    from transformers import AutoImageProcessor
+
+    check_processor(source)
+    with quiet(), _reading(source, "No image processor can be loaded from"):
+        return AutoImageProcessor.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
 
 
 def tokenizer_rules(tokenizer: Any) -> dict[str, Any] | None:
@@ -330,39 +324,18 @@ def tokenizer_rules(tokenizer: Any) -> dict[str, Any] | None:
     return {k: v for k, v in parse_json(backend.to_str()).items() if k not in ("padding", "truncation")}
 
 
-def unreadable(what: str, source: ModelSource, error: BaseException) -> InputError:
-    """:func:`refused`, but for code that comes with the model and may not run."""
-    if "trust_remote_code" in str(error) and not source.trust_remote_code:
-        return InputError(
-            f"{source.source} comes with code of its own, which runs only where you say so at this command: read the "
-            f".py files in {source.path}, then give --trust-remote-code."
-        )
-    if "does not recognize this architecture" in str(error):
-        import transformers
-
-        return InputError(
-            f"{source.source} has an architecture that transformers {transformers.__version__} does not know: install "
-            "a version that knows it, or correct the model_type in its config.json."
-        )
-    return refused(error, what)
-
-
 def fast_dtype(device: torch.device | str = "cpu") -> str:
     """The dtype in which ``device`` runs a model fastest: bfloat16 if it multiplies that, else float32."""
     import torch
 
     device = torch.device(device)
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type != "cpu":
-        return "bfloat16"
-
-    def supported(private: str) -> bool:
-        return bool(getattr(torch.cpu, private, lambda: False)())
-
-    # torch 2.13 has a public function for this; earlier releases have only these.
-    bf16 = supported("_is_amx_tile_supported") or supported("_is_avx512_bf16_supported")
-    return "bfloat16" if bf16 else "float32"
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # torch 2.13 has a public function for this; earlier releases have only these.
+        private = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        able = device.type != "cpu" or any(getattr(torch.cpu, name, bool)() for name in private)
+    return "bfloat16" if able else "float32"
 
 
 def in_precision(
@@ -370,9 +343,8 @@ def in_precision(
 ) -> torch.nn.Module:
     """Another ``model`` with its weights in ``dtype`` (float16 …) on ``device``, as transformers would load it.
 
-    Without a ``device`` it is on that of ``model``.
-
-    Buffers that are not part of a checkpoint (rotary frequencies) stay in their precision.
+    Without a ``device`` it is on that of ``model``. Buffers that are not part of a checkpoint (rotary frequencies) stay
+    in their precision.
     """
     import torch
 
@@ -394,7 +366,3 @@ def in_memory(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Mo
     made: torch.nn.Module = copy.deepcopy(streaming.stored.model, memo)
     convert_buffers(made, streaming.dtype, torch.device(device))
     return made
-
-
-def _made(stored: Stored, dtype: torch.dtype) -> torch.nn.Module:
-    return stored.model if stored.is_plain(dtype) else streamed(stored, dtype)

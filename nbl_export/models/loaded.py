@@ -1,4 +1,4 @@
-"""A model with its tokenizer or image processor, loaded on first use."""
+"""Load a model with its tokenizer or image processor on first use, in a precision in which its code runs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from nbl_export.errors import InputError
-from nbl_export.models.pooling import Pooling, find_pooling
+from nbl_export.errors import InputError, NblError, first_line
+from nbl_export.models.folder import weight_files
 from nbl_export.models.source import ModelSource
-from nbl_export.models.tasks import Task, task_named
+from nbl_export.models.tasks import Pooling, Task, find_pooling, task_named
 from nbl_export.progress import Listener, bytes_task
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ class LoadedModel:
             from nbl_export.models.load import load_model
 
             title = f"Loading {Path(self.source.source).name}"
-            if (size := self._bytes) >= _LONG:
+            # All weights are looked at when the model is loaded, but for those of a GGUF file.
+            files = [] if self.source.gguf_file else weight_files(Path(self.source.path))
+            if (size := sum(path.stat().st_size for path in files)) >= _LONG:
                 with bytes_task(self._listener, title, size) as done:
                     self._model = load_model(self.source, done)
             else:
@@ -87,13 +89,6 @@ class LoadedModel:
                 dummy_run(model)
                 task.advance(1)
         return model
-
-    @property
-    def _bytes(self) -> int:
-        """The bytes of the weights that are all looked at when the model is loaded; those of a GGUF file are not."""
-        from nbl_export.models.limits import weights_of
-
-        return 0 if self.source.gguf_file else weights_of(Path(self.source.path)).bytes
 
     def in_dtype(self, dtype: str) -> torch.nn.Module:
         """The model in ``dtype`` on the device, a copy unless that is float32 on the CPU.
@@ -120,7 +115,6 @@ class LoadedModel:
     def _copy(self, dtype: str) -> torch.nn.Module:
         from nbl_export.models.dummy_run import dummy_run
         from nbl_export.models.load import in_precision
-        from nbl_export.models.rehearsal import why_not_run
 
         device = str(self.device)
         if (dtype, device) == ("float32", "cpu"):
@@ -152,7 +146,30 @@ class LoadedModel:
     @property
     def image_processor(self) -> Any:
         if self._processor is None:
-            from nbl_export.models.processors import load_image_processor
+            from nbl_export.models.load import load_image_processor
 
             self._processor = load_image_processor(self.source)
         return self._processor
+
+
+def why_not_run(model: torch.nn.Module) -> str | None:
+    """What the code of ``model`` raises in its precision, in one line, tried with one block of each kind; None if it
+    runs. Tables that a model keeps in float32 may meet states in bfloat16, which not every operator takes.
+    """
+    import torch
+
+    from nbl_export.models.dummy_run import dummy_run, example_inputs
+    from nbl_export.models.layers import backbone
+    from nbl_export.models.libraries import accepted_arguments, quiet
+    from nbl_export.models.walk import one_of_each_kind
+
+    dummy_run(model)
+    run: Any = backbone(model)
+    with quiet(), torch.inference_mode(), one_of_each_kind(model):
+        try:
+            run(**example_inputs(model), **accepted_arguments(run, use_cache=False))
+        except NblError:
+            raise
+        except Exception as error:  # a model's own code may raise anything
+            return first_line(error)[:200]
+    return None

@@ -1,7 +1,7 @@
-"""The language model inside a multimodal checkpoint, found by structure; its other towers are left to the user.
+"""Find the language model inside a multimodal checkpoint, by structure; its other towers are left to the user.
 
 A *wrapper* is a model of which the configuration has the configurations of other models in it: a language model's,
-and those of towers that turn images or sound into embeddings.
+and those of towers that turn images into embeddings.
 
     vision tower ─► projector ─┐
     input_ids ─► embedding ────┴─► language model ─► head ─► logits
@@ -23,34 +23,21 @@ from typing import Any
 import torch
 
 from nbl_export.errors import InputError, first_line
-from nbl_export.models.compat import is_transformers_4, with_head
-from nbl_export.models.config_keys import without_choices
-from nbl_export.models.quiet import quiet
+from nbl_export.models.folder import without_choices
+from nbl_export.models.libraries import quiet
 from nbl_export.models.tasks import nested
 from nbl_export.models.text_decoder import Embedded, Given, TextDecoder
 
 _LEFT_OUT = "_nbl_export_left_out"
 _WHOLE = "_nbl_export_whole"  # the configuration of the wrapper that a decoder is from
-# What a text has in the places of images and sounds is one token, which is called so.
-_PLACEHOLDERS = {
-    "image": ("image_token_id", "image_token_index"),
-    "audio": ("audio_token_id", "audio_token_index"),
-}
-_TOWERS = {"image": ("vision_config",), "audio": ("audio_config",)}
 
 
 def find_wrapper(source: str, config: Mapping[str, Any], architecture: str) -> tuple[str, tuple[str, ...]]:
     """The class of a wrapper, and its modules that are not its language model; it is built without memory.
 
-    Of an ordinary decoder both are empty.
-
-    Raises :class:`InputError` for a wrapper without a language model that could be exported.
+    Of an ordinary decoder both are empty. Raises :class:`InputError` for a wrapper without a language model that could
+    be exported.
     """
-    if is_transformers_4():
-        raise InputError(
-            f"{source} is a multimodal model ({architecture}), whose language model is found with transformers 5 only: "
-            "pip install 'transformers>=5'."
-        )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if config.get("model_type") not in CONFIG_MAPPING:
@@ -61,21 +48,25 @@ def find_wrapper(source: str, config: Mapping[str, Any], architecture: str) -> t
     try:
         with quiet(), torch.device("meta"):
             of_type = CONFIG_MAPPING[config["model_type"]]
-            numbers = getattr(
-                of_type, "_decode_special_floats", lambda given: given
-            )  # infinity has a form of its own
+            # Infinity has a form of its own.
+            numbers = getattr(of_type, "_decode_special_floats", lambda given: given)
             read = of_type.from_dict(numbers(without_choices(config)))
             name = _class_of(read, architecture)
             model = text_only(name)._from_config(read)
+            found: tuple[str, ...] = getattr(model, _LEFT_OUT)
+            if not found and read.get_text_config(decoder=True) is read:
+                return "", ()  # an ordinary decoder, with something in its configuration that nobody reads
+            decoder = as_decoder(model)
+            if isinstance(decoder, TextDecoder):  # a head may need more than states
+                width = decoder.get_input_embeddings().weight.shape[1]
+                decoder.logits_of(torch.zeros(1, 2, width))
     except InputError:
         raise
     except Exception as error:  # transformers raises almost anything for a configuration that it cannot read
         reason = first_line(error)[:300]
-        raise InputError(f"transformers cannot build {source} ({architecture}): {reason}.") from error
-    found: tuple[str, ...] = getattr(model, _LEFT_OUT)
-    if not found and read.get_text_config(decoder=True) is read:
-        return "", ()  # an ordinary decoder, with something in its configuration that nobody reads
-    _check_head(as_decoder(model))
+        raise InputError(
+            f"The language model and head of {source} ({architecture}) cannot be built by transformers: {reason}."
+        ) from error
     return name, found
 
 
@@ -86,11 +77,9 @@ def _class_of(config: Any, architecture: str) -> str:
 
     if getattr(getattr(transformers, architecture, None), "config_class", None) is type(config):
         return architecture
-    for mapping in (auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING):
-        found = mapping.get(type(config), None)
-        if found is not None:
-            return str(found.__name__)
-    return architecture
+    mappings = (auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING)
+    found = (mapping.get(type(config), None) for mapping in mappings)
+    return next((str(kind.__name__) for kind in found if kind is not None), architecture)
 
 
 def check_alone(source: str, config: Mapping[str, Any], architecture: str) -> None:
@@ -112,61 +101,19 @@ def check_alone(source: str, config: Mapping[str, Any], architecture: str) -> No
     )
 
 
-def _check_head(decoder: Any) -> None:
-    """Refuse a wrapper of which the head needs more than states; nothing is computed, as it is without memory."""
-    if not isinstance(decoder, TextDecoder):
-        return
-    width = decoder.get_input_embeddings().weight.shape[1]
-    try:
-        with torch.device("meta"):
-            decoder.logits_of(torch.zeros(1, 2, width))
-    except Exception as error:
-        reason = first_line(error)[:200]
-        raise InputError(
-            f"The head of {type(decoder).__name__} needs more than the states of its language model ({reason}): it is "
-            "not supported."
-        ) from error
-
-
-def _class_named(architecture: str) -> Any:
-    import transformers
-
-    whole = getattr(transformers, architecture, None)
-    if not isinstance(whole, type) or not issubclass(whole, transformers.PreTrainedModel):
-        raise InputError(
-            f"The class {architecture} is not in this version of transformers: install a later one."
-        )
-    return whole
-
-
 def text_only(architecture: str) -> Any:
     """The class ``architecture`` of transformers, of which a model has nothing but its language model and its head.
 
     It has the same name, by which transformers finds how the tensors of a checkpoint are called.
     """
-    whole = _class_named(architecture)
-    begin = vars(whole)["__init__"]
-
-    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        with without_timm():
-            begin(self, config, *args, **kwargs)
-        setattr(self, _LEFT_OUT, _leave_out(self))
-
-    return type(architecture, (whole,), {"__init__": build, "__module__": whole.__module__})
+    return _changed(architecture, False, lambda model, _config: setattr(model, _LEFT_OUT, _leave_out(model)))
 
 
 def towers_only(architecture: str) -> Any:
-    """The class ``architecture`` of transformers, of which a model has all but the blocks of its language model.
+    """The class ``architecture`` of transformers, of which a model has all but the blocks of its language model."""
 
-    Raises :class:`InputError`, when a model is built, for one of which the towers cannot be told from it.
-    """
-    whole = _class_named(architecture)
-    begin = vars(whole)["__init__"]
-
-    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        with without_timm(but_its_own=True):
-            begin(self, config, *args, **kwargs)
-        inner = language_model(self)
+    def without_blocks(model: Any, config: Any) -> None:
+        inner = language_model(model)
         # Towers that are a part of the language model put images among its tokens before its first block.
         first = [_Entry()] if type(inner.config) is type(config) else []
         for module in list(inner.modules()):
@@ -175,6 +122,25 @@ def towers_only(architecture: str) -> Any:
                     continue
                 if len(child) == inner.config.num_hidden_layers:
                     module._modules[name] = torch.nn.ModuleList(first)
+
+    return _changed(architecture, True, without_blocks)
+
+
+def _changed(architecture: str, timm: bool, change: Any) -> Any:
+    """The class ``architecture`` of transformers, of which each model is changed; ``timm`` may make its towers."""
+    import transformers
+
+    whole = getattr(transformers, architecture, None)
+    if not isinstance(whole, type) or not issubclass(whole, transformers.PreTrainedModel):
+        raise InputError(
+            f"The class {architecture} is not in this version of transformers: install a later one."
+        )
+    begin = vars(whole)["__init__"]
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        with without_timm(timm):
+            begin(self, config, *args, **kwargs)
+        change(self, config)
         there = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         tied = getattr(self, "all_tied_weights_keys", {})
         self.all_tied_weights_keys = {a: b for a, b in tied.items() if a in there and b in there}
@@ -189,22 +155,6 @@ class _Entry(torch.nn.Module):
         return hidden_states
 
 
-def entry(model: Any) -> tuple[torch.nn.Module, str]:
-    """The module of a model of :func:`towers_only` that is handed embeddings of text, images and sounds; as what."""
-    found = next((module for module in model.modules() if isinstance(module, _Entry)), None)
-    return (language_model(model), "inputs_embeds") if found is None else (found, "hidden_states")
-
-
-def without_tower(model: Any) -> bool:
-    """Whether a tower of ``model`` is of a library whose code does not run."""
-    return any(isinstance(module, _Nothing) for module in model.modules())
-
-
-def language_model(model: Any) -> Any:
-    """The language model in a wrapper of transformers' own class."""
-    return model.get_submodule(_language_model(model)[0])
-
-
 class _Nothing(torch.nn.Module):
     """Stands for a tower of another library, which is not needed, and whose code may fetch what it is told to."""
 
@@ -213,25 +163,33 @@ class _Nothing(torch.nn.Module):
         self.config = config
 
 
-def _is_of_timm(config: Any) -> bool:
-    """Whether a tower is one of timm's own, which is there: a name that it looks nothing up for, without arguments."""
-    name, arguments = getattr(config, "architecture", None), getattr(config, "model_args", None)
-    known = isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)?", name) and not arguments
-    return bool(known) and find_spec("timm") is not None
+def entry(model: Any) -> tuple[torch.nn.Module, str]:
+    """The module of a model of :func:`towers_only` that is handed embeddings of text and images; as what."""
+    found = next((module for module in model.modules() if isinstance(module, _Entry)), None)
+    return (language_model(model), "inputs_embeds") if found is None else (found, "hidden_states")
+
+
+def without_tower(model: Any) -> bool:
+    """Whether a tower of ``model`` is of a library that is not there."""
+    return any(isinstance(module, _Nothing) for module in model.modules())
 
 
 @contextmanager
-def without_timm(but_its_own: bool = False) -> Iterator[None]:
-    """Within the block no model of timm is built; with ``but_its_own`` those that timm itself has are."""
+def without_timm(but_its_own: bool) -> Iterator[None]:
+    """Within the block no model of timm is built; with ``but_its_own`` those that timm, if it is there, has itself.
+
+    For any other name it would ask the Hub.
+    """
     from transformers import MODEL_MAPPING, AutoModel
 
     plain = AutoModel.__dict__["from_config"]
 
     def from_config(config: Any, **options: Any) -> Any:
         kind = MODEL_MAPPING.get(type(config), None)
-        of_timm = getattr(kind, "__name__", "").startswith("Timm")
-        if of_timm and not (but_its_own and _is_of_timm(config)):
-            return _Nothing(config)
+        if getattr(kind, "__name__", "").startswith("Timm"):
+            own = re.fullmatch(r"\w+(\.\w+)?", str(config.architecture)) and not config.model_args
+            if not (but_its_own and own and find_spec("timm")):
+                return _Nothing(config)
         return plain.__get__(None, AutoModel)(config, **options)
 
     AutoModel.from_config = staticmethod(from_config)
@@ -258,24 +216,28 @@ def _is_model(module: torch.nn.Module) -> bool:
     return isinstance(module, PreTrainedModel)
 
 
-def _language_model(model: Any) -> tuple[str, str]:
+def language_model(model: Any) -> Any:
+    """The language model in a wrapper of transformers' own class."""
+    return model.get_submodule(_paths(model)[0])
+
+
+def _paths(model: Any) -> tuple[str, str]:
     """The paths of the language model in ``model``, and of the model that has its head; both may be the same.
 
     The language model is the first that has the text's configuration; if that is the whole model's own, its body.
     """
-    text = model.config.get_text_config(decoder=True)
+    text, kind = model.config.get_text_config(decoder=True), type(model).__name__
     path = next((n for n, m in model.named_modules() if _is_model(m) and type(m.config) is type(text)), None)
     owners = [] if path is None else [p for p in _above(path) if _is_model(model.get_submodule(p))]
     owner = next((p for p in owners if _head(model.get_submodule(p)) is not None), None)
     if path is None or owner is None:
-        name = type(model).__name__
         raise InputError(
-            f"{name} has no language model with a head that gives logits: there is no decoder in it."
+            f"{kind} has no language model with a head that gives logits: there is no decoder in it."
         )
     if path == "" and owner == "":
         path = next((n for n, m in model.named_modules() if n and m is model.base_model), "")
         if not path:
-            raise InputError(f"{type(model).__name__} has its blocks beside its head: it is not supported.")
+            raise InputError(f"{kind} has its blocks beside its head: it is not supported.")
     return path, owner
 
 
@@ -287,39 +249,30 @@ def _above(path: str) -> list[str]:
 
 def _leave_out(model: Any) -> tuple[str, ...]:
     """Remove from ``model`` what is neither its language model nor its head; returns the names of what is removed."""
-    path, owner = _language_model(model)
+    path, owner = _paths(model)
     found: list[str] = []
-    kept = {path}
+    kept, order = {path}, [name for name, _ in model.named_modules()]
     if path != owner:
         head = _head(model.get_submodule(owner))
         kept |= {name for name, module in model.named_modules() if module is head}
     ancestors = {above for name in kept for above in _above(name)[1:]}
-
-    def visit(prefix: str) -> None:
+    for prefix in [name for name in order if name in ancestors - kept]:
         module = model.get_submodule(prefix)
         for name, child in list(module.named_children()):
-            inner = f"{prefix}.{name}" if prefix else name
-            if inner in ancestors and inner not in kept:
-                visit(inner)
-            elif inner not in kept and _has_weights(child):
+            inner = f"{prefix}.{name}".lstrip(".")
+            weighted = (
+                isinstance(child, _Nothing) or _is_model(child) or any(True for _ in child.parameters())
+            )
+            if inner not in ancestors | kept and weighted:
                 module._modules[name] = None
                 found.append(inner)
-
-    visit("")
     body = model.get_submodule(path)
     # A model with one configuration for everything has its towers among the parts of its body.
     for name, child in list(body.named_children()) if type(body.config) is type(model.config) else ():
         if any(_is_model(inner) for inner in child.modules()):
             body._modules[name] = None
             found.append(f"{path}.{name}")
-    there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied = getattr(model, "all_tied_weights_keys", {})
-    model.all_tied_weights_keys = {a: b for a, b in tied.items() if a in there and b in there}
-    return tuple(found)
-
-
-def _has_weights(module: torch.nn.Module) -> bool:
-    return isinstance(module, _Nothing) or _is_model(module) or next(module.parameters(), None) is not None
+    return tuple(sorted(found, key=order.index))
 
 
 # the decoder --------------------------------------------------------------------------------------
@@ -327,7 +280,9 @@ def _has_weights(module: torch.nn.Module) -> bool:
 
 def as_decoder(model: Any) -> Any:
     """The decoder in a model that was built by :func:`text_only`, which is used up."""
-    path, owner_path = _language_model(model)
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    path, owner_path = _paths(model)
     inner, owner = model.get_submodule(path), model.get_submodule(owner_path)
     generation = getattr(model, "generation_config", None)
     if path == owner_path:  # it has a head of its own
@@ -344,9 +299,13 @@ def as_decoder(model: Any) -> Any:
     if generation is not None:
         decoder.generation_config = generation
     setattr(decoder, _WHOLE, model.config)
-    plain = with_head(decoder)
-    decoder.config.architectures = None if plain is None else [plain]
+    plain = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(decoder.config), None)
+    decoder.config.architectures = None if plain is None else [plain.__name__]
     return decoder
+
+
+def _remade(name: str, config: Any) -> Any:
+    return as_decoder(text_only(name)(config))
 
 
 def whole_config(decoder: Any) -> Any:
@@ -354,21 +313,14 @@ def whole_config(decoder: Any) -> Any:
     return getattr(decoder, _WHOLE, None)
 
 
-def placeholders(decoder: Any) -> dict[str, int]:
-    """The tokens in the places of images and of sounds, by "image" and "audio", as far as its wrapper has them."""
-    return placeholders_in(whole_config(decoder))
-
-
-def placeholders_in(whole: Any) -> dict[str, int]:
-    """:func:`placeholders`, of the configuration of a wrapper."""
+def placeholders(model: Any) -> dict[str, int]:
+    """The tokens in the places of images and of sounds, by "image" and "audio", as far as the wrapper has them."""
     found: dict[str, int] = {}
-    for kind, names in _PLACEHOLDERS.items():
-        places = [whole, *(getattr(whole, tower, None) for tower in _TOWERS[kind])]
-        ids = [getattr(place, name, None) for place in places if place is not None for name in names]
+    whole = getattr(model, _WHOLE, model.config)
+    for kind, tower in (("image", "vision_config"), ("audio", "audio_config")):
+        places = [place for place in (whole, getattr(whole, tower, None)) if place is not None]
+        names = (f"{kind}_token_id", f"{kind}_token_index")
+        ids = [getattr(place, name, None) for place in places for name in names]
         if (token := next((i for i in ids if isinstance(i, int) and i >= 0), None)) is not None:
             found[kind] = token
     return found
-
-
-def _remade(name: str, config: Any) -> Any:
-    return as_decoder(text_only(name)(config))

@@ -18,7 +18,7 @@ from nbl_export.datafile import read_table
 from nbl_export.errors import InputError
 from nbl_export.models.layers import block_stack, layer_count
 from nbl_export.models.lengths import Length
-from nbl_export.models.load import quiet
+from nbl_export.models.libraries import quiet
 
 # Weights of a copy: half a gigabyte in float32.
 _WEIGHTS = 1 << 27

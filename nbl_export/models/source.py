@@ -1,7 +1,7 @@
-"""Where a model comes from: a local folder, a GGUF file, or the Hugging Face Hub.
+"""Find a model: a local folder, a GGUF file, or the Hugging Face Hub.
 
-Resolving reads files only; no weights are loaded. Pickled weights are never read, remote code runs only on request,
-and nothing is downloaded unless the user gives a Hub id.
+Only files are read; no weights are loaded. Pickled weights are never read, remote code runs only on request, and
+nothing is downloaded unless the user gives a Hub id.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,20 +21,30 @@ from nbl_export.errors import InputError
 from nbl_export.files import (
     JSON_LIMIT,
     member,
+    open_data,
     overlap,
     parse_json,
     read_bytes,
+    read_json,
     sha256_of_json,
     user_path,
 )
-from nbl_export.models.config_keys import QUANTIZED, check_beside, check_keys, quantized_by
-from nbl_export.models.limits import check_folder, check_gguf, weight_files
-from nbl_export.models.pooling import find_pooling
-from nbl_export.models.tasks import FEATURES, GENERATION, Task, heads, nests, reads, task_named, task_of
+from nbl_export.models.folder import AGAIN, INDEX, WEIGHTS, check_keys, weight_files
+from nbl_export.models.tasks import (
+    FEATURES,
+    GENERATION,
+    Task,
+    find_pooling,
+    heads,
+    nested,
+    reads,
+    task_named,
+    task_of,
+)
 from nbl_export.records import from_json
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_HUB_FILES = ("*.json", WEIGHTS, "*.model", "*.jinja", "*.txt")
 _TRUST = "trust_remote_code"
 # Files of a model folder that are no weights and that loading, or a client of the graph, reads.
 _READ = ("*.json", "*.model", "*.jinja", "*.py", "*.tiktoken", "vocab.txt", "merges.txt")
@@ -137,23 +147,6 @@ def check_apart(source: ModelSource, out: Path) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """The model that an output folder names. The folder may come from elsewhere: nothing is fetched or run for it."""
-
-    source: str
-    kind: Literal["folder", "gguf", "hub"]
-    gguf_file: str | None
-    fingerprint: str
-    path: str
-    task: str = GENERATION
-    reads: str = TOKENS
-    model: str = ""
-    sidecars: str = ""
-    wrapper: str = ""
-    towers: tuple[str, ...] = ()
-
-
 def same_model(
     info: dict[str, Any],
     trust_remote_code: bool = False,
@@ -163,38 +156,34 @@ def same_model(
 ) -> ModelSource:
     """Find the model recorded in an output folder, on this machine; refuse it if its bytes changed.
 
-    With ``at``, it is there now, wherever it was.
-    Files whose ``digests`` are known are not read for it; ``early`` is that of :func:`find_model`.
-
-    A record of an earlier release says whether the model's code may run; that is not obeyed.
+    With ``at``, it is there now, wherever it was. The folder may come from elsewhere: nothing is fetched for it, and
+    that code may run is never taken from it. ``digests`` and ``early`` are those of :func:`find_model`.
     """
     digests = digests or Digests()
     remedy = "start again with another --output"
-    recorded = from_json(
-        _Recorded, {k: v for k, v in info.items() if k != _TRUST}, "The record of the model", remedy
-    )
+    told = {name: value for name, value in info.items() if name != _TRUST}
+    recorded = from_json(ModelSource, told, "The record of the model", remedy)
     if at is not None:
         return expected(
             find_model(at, trust_remote_code, digests, early), recorded.source, recorded.fingerprint
         )
     folder = Path(recorded.path)
-    if not folder.is_absolute():
-        raise InputError(f"The record of the model is damaged (path {recorded.path!r}): {remedy}.")
-    gone = (
-        f"is not there any more: put it back, say where it is now (`nbl-export verify --model`), or {remedy}."
-    )
-    if recorded.kind == "gguf":
-        gguf = member(folder, recorded.gguf_file, "The recorded GGUF file")
-        if not gguf.is_file():
-            raise InputError(f"The model {gguf} {gone}")
-        found = _from_gguf(recorded.source, gguf, digests, early)
+    if not folder.is_absolute() or (recorded.kind == "hub" and not _HUB_ID.match(recorded.source)):
+        raise InputError(
+            f"The record of the model is damaged ({recorded.source!r}, path {recorded.path!r}): {remedy}."
+        )
+    if recorded.kind == "hub" and not folder.is_dir():
+        folder = _hub_snapshot(recorded.source, trust_remote_code, fetch=False)
+    gguf = recorded.kind == "gguf"
+    place = member(folder, recorded.gguf_file if gguf else "config.json", "The recorded model")
+    if not place.is_file():
+        raise InputError(
+            f"The model {place if gguf else folder} is not there any more: put it back, say where it is now "
+            f"(`nbl-export verify --model`), or {remedy}."
+        )
+    if gguf:
+        found = _from_gguf(recorded.source, place, digests, early)
     else:
-        if recorded.kind == "hub" and not _HUB_ID.match(recorded.source):
-            raise InputError(f"The record of the model is damaged (source {recorded.source!r}): {remedy}.")
-        if recorded.kind == "hub" and not folder.is_dir():
-            folder = _hub_snapshot(recorded.source, trust_remote_code, fetch=False)
-        if not (folder / "config.json").is_file():
-            raise InputError(f"The model {folder} {gone}")
         found = _from_folder(recorded.source, folder, recorded.kind, trust_remote_code, digests, early)
     if found.fingerprint != recorded.fingerprint:
         raise InputError(
@@ -215,25 +204,31 @@ def expected(found: ModelSource, source: str, fingerprint: str) -> ModelSource:
 
 
 def _hub_snapshot(repo: str, code: bool, fetch: bool = True) -> Path:
+    """The folder of a model of the Hub: its small files, and those of its weights that loading opens."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = [*_HUB_FILES, *(["*.py"] if code else [])]
-    if not fetch:
-        try:
-            return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
-        except (HFValidationError, LocalEntryNotFoundError, OSError):
+    def get(*patterns: str) -> Path:
+        return Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=not fetch))
+
+    try:
+        folder = get(*_HUB_FILES, *(("*.py",) if code else ()))
+        if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+            index = read_json(folder / INDEX, "The list of the model's weight files", AGAIN)
+            names = index.get("weight_map") if isinstance(index, dict) else None
+            if isinstance(names, dict):
+                folder = get(*sorted({str(name) for name in names.values()}))
+        return folder
+    except (RepositoryNotFoundError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if not fetch:
             raise InputError(
                 f"The model {repo} of the Hugging Face Hub is not on this machine: fetch it with `hf download {repo}`."
             ) from None
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except (RepositoryNotFoundError, HFValidationError):
-        raise InputError(
-            f"{repo} is neither a local path nor a model on the Hugging Face Hub that you can read: "
-            "check the spelling, or log in with `hf auth login`."
-        ) from None
-    except (LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, RepositoryNotFoundError | HFValidationError):
+            raise InputError(
+                f"{repo} is neither a local path nor a model on the Hugging Face Hub that you can read: "
+                "check the spelling, or log in with `hf auth login`."
+            ) from None
         raise InputError(
             f"{repo} is not a local path, and the Hugging Face Hub cannot be reached "
             f"({type(error).__name__}): check the spelling and the network, or give a folder or a .gguf file."
@@ -241,7 +236,9 @@ def _hub_snapshot(repo: str, code: bool, fetch: bool = True) -> Path:
 
 
 def _from_gguf(source: str, path: Path, digests: Digests, early: Early) -> ModelSource:
-    check_gguf(path)
+    with open_data(path) as file:
+        if (magic := file.read(4)) != b"GGUF":
+            raise InputError(f"{path} is not a GGUF file (it starts with {magic!r}): download it again.")
     where = str(path.parent.resolve())
     found = ModelSource(source, "gguf", path.name, "", path=where, model="", sidecars="")
     early(found)
@@ -250,30 +247,29 @@ def _from_gguf(source: str, path: Path, digests: Digests, early: Early) -> Model
 
 
 def _from_folder(
-    source: str, path: Path, kind: Literal["folder", "hub"], trust: bool, digests: Digests, early: Early
+    source: str,
+    path: Path,
+    kind: Literal["folder", "gguf", "hub"],
+    trust: bool,
+    digests: Digests,
+    early: Early,
 ) -> ModelSource:
     try:
         config = parse_json(read_bytes(path / "config.json", JSON_LIMIT))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{source}: config.json cannot be read ({error}): download the model again."
-        ) from None
-    if not isinstance(config, dict):
-        raise InputError(
-            f"{source}: config.json cannot be read (it is not a JSON object): download the model again."
-        )
+        raise InputError(f"{source}: config.json cannot be read ({error}): {AGAIN}.") from None
     task = check_config(source, config)
     if find_pooling(path):
         task = task_named(FEATURES)  # pooling uses the hidden states, whatever head was saved
-    check_keys(source, config, towers=task.causal and nests(config) and "auto_map" not in config)
-    check_beside(source, path)
+    check_keys(source, path, config)
     weights = weight_files(path)
     if not weights:
         raise InputError(
             f"{source} has no .safetensors weights: pickled weights (.bin) are not loaded; convert them with "
             "`save_pretrained` of transformers."
         )
-    check_folder(source, path, config)
     wrapper, towers = _wrapper(source, config, task)
     found = ModelSource(
         source,
@@ -291,76 +287,68 @@ def _from_folder(
     )
     early(found)
     fingerprint = _fingerprint(path, weights, config, digests)
-    loaded, sidecars = _other_files(path, digests)
+    beside = {f for pattern in _READ for place in ("", "*/") for f in path.glob(place + pattern)}
+    others = {f.relative_to(path).as_posix(): digests.of(f) for f in sorted(beside) if f.is_file()}
+    del others["config.json"]  # is in the fingerprint
+    sidecars = {n: others.pop(n) for n in list(others) if any(fnmatch(n, pattern) for pattern in _SIDECARS)}
     return replace(
         found,
         fingerprint=fingerprint,
-        model=sha256_of_json([fingerprint, loaded]),
+        model=sha256_of_json([fingerprint, others]),
         sidecars=sha256_of_json(sidecars),
     )
 
 
 def _wrapper(source: str, config: dict[str, Any], task: Task) -> tuple[str, tuple[str, ...]]:
     """The class of a multimodal model and its towers; nothing for any other, and for one that comes with its code."""
-    architectures = config.get("architectures") or [""]
-    if not nests(config) or "auto_map" in config:
-        return "", ()
-    if not task.causal and task != task_named(FEATURES):
+    if not nested(config) or "auto_map" in config or not (task.causal or task.name == FEATURES):
         return "", ()
     from nbl_export.models.multimodal import check_alone, find_wrapper
 
-    if not task.causal:
-        check_alone(source, config, architectures[0])
-        return "", ()
-    return find_wrapper(source, config, architectures[0])
+    architecture = (config.get("architectures") or [""])[0]
+    if task.causal:
+        return find_wrapper(source, config, architecture)
+    check_alone(source, config, architecture)
+    return "", ()
 
 
-def _other_files(folder: Path, digests: Digests) -> tuple[dict[str, str], dict[str, str]]:
-    """SHA-256 of the files beside the weights: those that loading reads, and those that only travel with a graph."""
-    files = sorted(
-        {f for pattern in _READ for place in ("", "*/") for f in folder.glob(place + pattern) if f.is_file()}
-    )
-    found = {f.relative_to(folder).as_posix(): digests.of(f) for f in files}
-    found.pop("config.json", None)  # is in the fingerprint
-    travels = {name for name in found if any(fnmatch(name, pattern) for pattern in _SIDECARS)}
-    return {n: d for n, d in found.items() if n not in travels}, {n: found[n] for n in travels}
-
-
-def check_config(source: str, config: dict[str, Any]) -> Task:
+def check_config(source: str, config: Mapping[str, Any]) -> Task:
     """The task of a model; refuses, before any work, a model that is not supported, with the reason."""
-    kind = config.get("model_type")
-    if not isinstance(kind, str | None) or not isinstance(config.get("is_encoder_decoder"), bool | None):
+    kind, architectures = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(kind, str | None) or not all(isinstance(a, str) for a in architectures):
         raise InputError(
-            f"{source}: config.json cannot be read (model_type is {kind!r:.100}, is_encoder_decoder is "
-            f"{config.get('is_encoder_decoder')!r:.100}): download the model again."
-        )
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
-        raise InputError(
-            f"{source}: config.json cannot be read (architectures is {architectures!r}): download the model again."
+            f"{source}: config.json cannot be read (model_type {kind!r:.100}, architectures {architectures!r:.100}): "
+            f"{AGAIN}."
         )
     if config.get("is_encoder_decoder"):
         part = "the encoder of " if any(a.endswith("EncoderModel") for a in architectures) else ""
         raise InputError(
-            f"{source} is {part}an encoder-decoder model ({config.get('model_type')}): only decoder-only language "
-            "models and encoders are supported."
+            f"{source} is {part}an encoder-decoder model ({kind}): only decoder-only language models and encoders are "
+            "supported."
         )
     task = task_of(architectures)
-    if task is None and nests(config) and "auto_map" not in config:
+    if task is None and nested(config) and "auto_map" not in config:
         task = task_named(GENERATION)  # unless its structure says otherwise
     if task is None:
         raise InputError(
             f"{source} is for a task that is not supported (architecture {', '.join(architectures)}): supported are "
             f"{heads()}."
         )
-    quantization = config.get("quantization_config")
-    method = quantized_by(quantization) if isinstance(quantization, dict) else None
-    if method is not None:
-        raise InputError(f"{source} is {QUANTIZED.format(method=method)}.")
+    for part in (config, *(config[key] for key in nested(config))):
+        given = part.get("quantization_config") or part.get("compression_config")
+        if not isinstance(given, Mapping):
+            continue
+        bits = given.get("load_in_8bit") or given.get("load_in_4bit")
+        method = "bitsandbytes" if bits else given.get("quant_method")
+        if method not in (None, "gguf"):  # what is read from GGUF has ordinary weights
+            raise InputError(
+                f"{source} is a quantized checkpoint ({method!s:.100}): dequantize it first, or use the original or a "
+                "GGUF file."
+            )
     return task
 
 
-def _fingerprint(folder: Path, weights: Iterable[Path], config: dict[str, Any], digests: Digests) -> str:
+def _fingerprint(folder: Path, weights: list[Path], config: dict[str, Any], digests: Digests) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path, content in digests.of_all(weights, f"Reading {folder.name}").items():
         digest.update(f"{path.relative_to(folder).as_posix()}:{content};".encode())

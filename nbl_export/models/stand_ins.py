@@ -1,4 +1,4 @@
-"""Tensors that stand for the weights of a model, for whatever does not look at their numbers: a trace of it."""
+"""Make tensors that stand for the weights of a model, for whatever does not look at their numbers: a trace of it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StandIn:
 
 @contextmanager
 def standing_in(model: torch.nn.Module) -> Iterator[list[StandIn]]:
-    """Within the block, the weights of ``model`` are there for whatever does not look at their numbers.
+    """Within the block, the weights of ``model`` are there for whatever does not look at their numbers: a trace of it.
 
     Matrices are tensors over a file without content, which takes neither memory nor disk; what is small is real. An
     ordinary model is not changed: the list is empty.
@@ -50,7 +50,11 @@ def standing_in(model: torch.nn.Module) -> Iterator[list[StandIn]]:
         acquired(streaming, [w for w in weights if all(w is not other for other in large)]),
     ):
         for number, weight in enumerate(large):
-            tensor = _without_content(Path(folder) / str(number), weight.shape, streaming.dtype)
+            path, count = Path(folder) / str(number), math.prod(weight.shape)
+            with path.open("wb") as file:
+                file.truncate(count * streaming.dtype.itemsize)
+            tensor = torch.from_file(str(path), shared=True, size=count, dtype=streaming.dtype)
+            tensor = tensor.view(weight.shape)
             streaming.put(weight, tensor)
             weight.users += 1
             found.append(StandIn(weight.name, tensor, partial(streaming.value, weight), weight.read))
@@ -58,10 +62,3 @@ def standing_in(model: torch.nn.Module) -> Iterator[list[StandIn]]:
             yield found
         finally:
             streaming.release(large)
-
-
-def _without_content(path: Path, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    size = math.prod(shape)
-    with path.open("wb") as file:
-        file.truncate(size * dtype.itemsize)
-    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

@@ -1,10 +1,13 @@
-"""The tensors of a checkpoint as they are stored: their dtypes, and the readers of a GGUF file."""
+"""Read the tensors of a checkpoint as they are stored: of safetensors mapped, of GGUF dequantized one by one.
+
+transformers makes some weights of several tensors of a checkpoint, such as those of the experts of a layer, all of them
+while it loads a model. Within :func:`put_off` such a weight is made when it is read, of the mapped tensors.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,12 +18,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from nbl_export.models.compat import names_in
-from nbl_export.models.limits import INDEX, WEIGHTS, indexed
-from nbl_export.models.replacing import replaced
+from nbl_export.models.folder import weight_files
+from nbl_export.models.libraries import replaced
 from nbl_export.models.weights import Read, floating
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_Tensors = Mapping[str, Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class StoredTensors:
         places = {
             name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
         }
-        named = names_in(model) if self.others else str
+        named = _names_in(model) if self.others else str
         for key, path in self.others.items():
             if key in unused or named(key) in unused:
                 continue
@@ -46,6 +49,36 @@ class StoredTensors:
             if not names or not _put(model, names[0], tensor):
                 return False
         return True
+
+
+def stored_tensors(folder: Path) -> StoredTensors:
+    """What the weight files of ``folder`` store, by their headers."""
+    kinds: dict[str, tuple[str, Path]] = {}
+    sizes: Counter[str] = Counter()
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(name)
+                kind = tensor.get_dtype()
+                if kind in _FLOATS:
+                    kinds[name] = kind, path
+                    sizes[kind] += int(np.prod(tensor.get_shape()))
+    if not sizes:
+        return StoredTensors(None, {})
+    most = max(sizes, key=lambda kind: sizes[kind])
+    return StoredTensors(_FLOATS[most], {n: path for n, (kind, path) in kinds.items() if kind != most})
+
+
+def _names_in(model: Any) -> Callable[[str], str]:
+    """What gives the name in ``model`` of a tensor of a checkpoint, by the renamings of transformers."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    return lambda name: str(rename_source_key(name, renamings, converters, prefix, state)[0])
 
 
 def _put(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> bool:
@@ -69,30 +102,61 @@ def take_buffers(skeleton: torch.nn.Module, model: torch.nn.Module) -> None:
             own[name].copy_(buffer)
 
 
-def stored_tensors(folder: Path) -> StoredTensors:
-    """What the weight files of ``folder`` store, by their headers."""
-    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
-    if not files and (folder / INDEX).is_file():
-        files = sorted(indexed(folder))
-    kinds: dict[str, tuple[str, Path]] = {}
-    sizes: Counter[str] = Counter()
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                tensor = file.get_slice(name)
-                kind = tensor.get_dtype()
-                if kind in _FLOATS:
-                    kinds[name] = kind, path
-                    sizes[kind] += int(np.prod(tensor.get_shape()))
-    if not sizes:
-        return StoredTensors(None, {})
-    most = max(sizes, key=lambda kind: sizes[kind])
-    return StoredTensors(_FLOATS[most], {n: path for n, (kind, path) in kinds.items() if kind != most})
-
-
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     """Whether two models have weights of the same names and shapes."""
     return [(n, p.shape) for n, p in floating(a)] == [(n, p.shape) for n, p in floating(b)]
+
+
+# weights of several tensors -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Makes the weight ``name`` of the ``sources``, the tensors of each pattern of transformers' conversion."""
+
+    name: str
+    sources: _Tensors
+    make: Callable[[_Tensors], dict[str, torch.Tensor]]
+
+    def __call__(self) -> torch.Tensor:
+        return self.make(self.sources)[self.name]
+
+
+@contextmanager
+def put_off() -> Iterator[dict[str, Merged]]:
+    """Within the block, a weight that transformers makes while it loads a model has no bytes.
+
+    The value is what makes it, by its name. What cannot be put off is made at once.
+    """
+    from transformers.core_model_loading import WeightConverter
+
+    found: dict[str, Merged] = {}
+    plain = WeightConverter.convert
+
+    def convert(self: Any, layer_name: str, model: Any = None, **options: Any) -> dict[str, Any]:
+        sources = self.materialize_tensors()
+
+        def make(tensors: _Tensors) -> dict[str, torch.Tensor]:
+            self.collected_tensors.update({pattern: list(group) for pattern, group in tensors.items()})
+            values = plain(self, layer_name, model=model, config=options.get("config"))
+            return {name: v[0] if isinstance(v, list) else v for name, v in values.items()}
+
+        try:
+            shapes = make({pattern: [t.to("meta") for t in group] for pattern, group in sources.items()})
+            for name in shapes:
+                model.get_parameter(name)
+        except Exception:  # an operation that needs the numbers, or what is no parameter
+            self.collected_tensors.clear()
+            self.collected_tensors.update(sources)
+            return dict(plain(self, layer_name, model=model, **options))
+        found.update({name: Merged(name, sources, make) for name in shapes})
+        return {name: torch.zeros((), dtype=s.dtype).expand(s.shape) for name, s in shapes.items()}
+
+    with replaced(WeightConverter, "convert", convert):
+        yield found
+
+
+# GGUF ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -126,8 +190,7 @@ def gguf_readers(path: str, model: Any) -> dict[str, Read] | None:
     reader = GGUFReader(path)
     architecture = read_field(reader, "general.architecture")[0]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    takes_processor = "processor" in inspect.signature(get_gguf_hf_weights_map).parameters
-    names = get_gguf_hf_weights_map(model, processor) if takes_processor else get_gguf_hf_weights_map(model)
+    names = get_gguf_hf_weights_map(model, processor)
     weights = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, Read] = {}
     for tensor in reader.tensors:

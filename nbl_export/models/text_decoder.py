@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from nbl_export.models.compat import cache_argument
-from nbl_export.models.layers import accepted_arguments
+from nbl_export.models.libraries import accepted_arguments, cache_argument
 
 
 class Given(torch.nn.Module):

@@ -20,9 +20,8 @@ from nbl_export.batch.arrays import F32
 from nbl_export.batch.media_ids import FIRST
 from nbl_export.batch.names import PER_LAYER
 from nbl_export.errors import InputError, MissingDependencyError, first_line
-from nbl_export.models.layers import accepted_arguments
-from nbl_export.models.limits import check_built, weights_of
-from nbl_export.models.load import load_tokenizer, readable
+from nbl_export.models.folder import readable
+from nbl_export.models.libraries import accepted_arguments, quiet
 from nbl_export.models.media_tokens import (
     I32,
     LATER,
@@ -32,10 +31,9 @@ from nbl_export.models.media_tokens import (
     MediaTokens,
     masks,
 )
-from nbl_export.models.multimodal import entry, language_model, placeholders_in, towers_only, without_tower
-from nbl_export.models.partial_forward import Reached
-from nbl_export.models.quiet import quiet
+from nbl_export.models.multimodal import entry, language_model, placeholders, towers_only, without_tower
 from nbl_export.models.source import ModelSource
+from nbl_export.models.walk import Reached
 from nbl_export.packages import part
 
 _TEXT_INSTEAD = "calibrate it on text"
@@ -73,7 +71,7 @@ class Towers:
         self._name, self._source = source.wrapper, source.source
         self._processor = load_processor(source)
         self._model = _load(source)
-        self._tokens = placeholders_in(self._model.config)
+        self._tokens = placeholders(self._model)
         if not self._tokens:
             raise InputError(
                 f"{self._name} names no token in the places of images or sounds, so they are not found: "
@@ -345,8 +343,7 @@ def load_processor(source: ModelSource) -> Any:
     """The processor of ``source``, of text with images, sounds or both; raises :class:`InputError` if it has none."""
     from transformers import AutoProcessor
 
-    load_tokenizer(source)  # which refuses one that is made to hurt
-    with quiet(), readable(source) as path:
+    with quiet(), readable(Path(source.path)) as path:
         try:
             # Not None: transformers would ask whether its code may run.
             processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
@@ -369,15 +366,9 @@ def load_processor(source: ModelSource) -> Any:
 
 
 def _load(source: ModelSource) -> Any:
-    from transformers import AutoConfig
-
     kind = towers_only(source.wrapper)
-    with quiet(), readable(source) as path:
+    with quiet(), readable(Path(source.path)) as path:
         try:
-            with torch.device("meta"):
-                check_built(
-                    source.source, kind(AutoConfig.from_pretrained(path)), weights_of(Path(source.path))
-                )
             model, info = kind.from_pretrained(
                 path, output_loading_info=True, use_safetensors=True, dtype=torch.float32
             )

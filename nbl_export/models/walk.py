@@ -1,4 +1,4 @@
-"""Run rows through a model one block at a time: the unit of work of a model that may be larger than memory.
+"""Run rows through a model one block at a time, or from one of its blocks on: for a model that is larger than memory.
 
 The weights of a block are read once, every batch goes through it, and what is kept between blocks are the states: the
 input of the next block, [batch, sequence, d] for each batch.
@@ -13,16 +13,17 @@ values others attend to up to the last of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import accepted_arguments, backbone, block_stack, hidden_states
-from nbl_export.models.partial_forward import Reached, skipped, with_states
+from nbl_export.models.layers import backbone, block_stack, hidden_states, plain_attributes, states_in
+from nbl_export.models.libraries import accepted_arguments
 from nbl_export.models.weights import held, outside_blocks
 from nbl_export.progress import Listener, Silent
 
@@ -30,6 +31,10 @@ from nbl_export.progress import Listener, Silent
 Batch = Mapping[str, Any]
 # One batch and its states, None before the first block, to the states after.
 Step = Callable[[Batch, torch.Tensor | None], torch.Tensor]
+
+
+class Reached(Exception):
+    """Raised by a hook to stop a run."""
 
 
 @dataclass(frozen=True)
@@ -53,83 +58,68 @@ def segments(model: torch.nn.Module) -> list[Segment]:
 
 
 @contextmanager
-def walking(model: torch.nn.Module) -> Iterator[Callable[[Segment], Any]]:
-    """Within the block, ``model`` keeps what lies beside its blocks; the value makes the context of a segment.
+def passing_blocks(model: torch.nn.Module, listener: Listener | None = None) -> Iterator[Iterator[Segment]]:
+    """The :func:`segments` of ``model``; each that has been passed is reported to the ``listener``."""
+    parts = segments(model)
+    with (listener or Silent()).task("Running the blocks", parts[-1].stop, "blocks") as task:
 
-    The context's value runs a batch through the segment; the segment's weights are in memory while it is open.
-    """
-    dummy_run(model)  # before any hook is registered, since its own run would trigger them
-    with outside_blocks(model):
-        yield lambda segment: _segment(model, segment)
+        def passed() -> Iterator[Segment]:
+            for part in parts:
+                yield part
+                task.advance(part.stop - part.start)
+
+        yield passed()
 
 
 @contextmanager
-def _segment(model: torch.nn.Module, segment: Segment) -> Iterator[Step]:
+def walking(model: torch.nn.Module) -> Iterator[Callable[..., AbstractContextManager[Step]]]:
+    """Within the block, ``model`` keeps what lies beside its blocks; the value makes the context of a segment.
+
+    The context's value runs a batch through the segment; the segment's weights are in memory while it is open. With a
+    ``stop`` rows go on up to that block; the states are those after the segment all the same.
+    """
+    dummy_run(model)  # before any hook is registered, since its own run would trigger them
+    with outside_blocks(model):
+        yield lambda segment, stop=None: _segment(model, segment, stop or segment.stop)
+
+
+@contextmanager
+def _segment(model: torch.nn.Module, segment: Segment, stop: int) -> Iterator[Step]:
     path, stack = block_stack(model)
     blocks: Any = stack
     run: Any = backbone(model)
-    given: list[torch.Tensor] = []
     found: list[torch.Tensor] = []
 
-    def put_in(_block: Any, args: Any, kwargs: Any) -> Any:
-        return with_states(given[0], args, kwargs)
-
-    def stop(_block: Any, args: Any, kwargs: Any) -> None:
+    def stopped(_block: Any, args: Any, kwargs: Any) -> None:
         found.append(hidden_states(args, kwargs))
         raise Reached
 
+    def keep(_block: Any, _args: Any, output: Any) -> None:
+        found.append(states_in(output))
+
     def end(_block: Any, _args: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
+        keep(_block, _args, output)
         raise Reached
 
     with ExitStack() as within:
-        names = [f"{path}.{index}" for index in range(segment.start, segment.stop)]
-        within.enter_context(held(model, names))
-        if segment.start:
-            within.enter_context(skipped(model, segment.start))
-            hook = blocks[segment.start].register_forward_pre_hook(put_in, with_kwargs=True, prepend=True)
-            within.callback(hook.remove)
+        within.enter_context(held(model, [f"{path}.{index}" for index in range(segment.start, stop)]))
+        given = within.enter_context(starting_at(model, segment.start)) if segment.start else []
         # First of all hooks, so that the weights of the next block are not read.
-        if segment.stop < len(blocks):
-            hook = blocks[segment.stop].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+        if stop < len(blocks):
+            hook = blocks[stop].register_forward_pre_hook(stopped, with_kwargs=True, prepend=True)
         else:
-            hook = blocks[segment.stop - 1].register_forward_hook(end)
+            hook = blocks[stop - 1].register_forward_hook(end)
         within.callback(hook.remove)
+        if stop != segment.stop:
+            within.callback(blocks[segment.stop - 1].register_forward_hook(keep).remove)
 
         def step(batch: Batch, states: torch.Tensor | None) -> torch.Tensor:
             given[:], found[:] = [] if states is None else [states], []
             with suppress(Reached):
                 run(**{**accepted_arguments(run, use_cache=False), **batch})
-            return found.pop()
+            return found[0]
 
         yield step
-
-
-@contextmanager
-def passing(
-    model: torch.nn.Module, run: Callable[[Segment], Any], part: Segment, stop: int
-) -> Iterator[Step]:
-    """The step of ``part`` whose rows go on up to block ``stop``, which is at least where the part ends."""
-    if stop == part.stop:
-        with run(part) as step:
-            yield step
-        return
-    after: list[torch.Tensor] = []
-
-    def keep(_block: Any, _args: Any, output: Any) -> None:
-        after.append(output[0] if isinstance(output, tuple) else output)
-
-    def passed(batch: Batch, states: torch.Tensor | None) -> torch.Tensor:
-        step(batch, states)
-        return after.pop()
-
-    blocks: Any = block_stack(model)[1]
-    hook = blocks[part.stop - 1].register_forward_hook(keep)
-    try:
-        with run(Segment(part.start, stop)) as step:
-            yield passed
-    finally:
-        hook.remove()
 
 
 def through(
@@ -159,20 +149,6 @@ def through(
 
 
 @contextmanager
-def passing_blocks(model: torch.nn.Module, listener: Listener | None = None) -> Iterator[Iterator[Segment]]:
-    """The :func:`segments` of ``model``; each that has been passed is reported to the ``listener``."""
-    parts = segments(model)
-    with (listener or Silent()).task("Running the blocks", parts[-1].stop, "blocks") as task:
-
-        def passed() -> Iterator[Segment]:
-            for part in parts:
-                yield part
-                task.advance(part.stop - part.start)
-
-        yield passed()
-
-
-@contextmanager
 def after_blocks(model: torch.nn.Module) -> Iterator[Callable[[Batch, torch.Tensor], Any]]:
     """Within the block, the value makes the output of ``model`` of a batch and its states after the last block."""
     dummy_run(model)
@@ -186,9 +162,161 @@ def after_blocks(model: torch.nn.Module) -> Iterator[Callable[[Batch, torch.Tens
         given[:] = [states]
         return model(**{**accepted_arguments(model, use_cache=False), **batch})
 
-    with outside_blocks(model, head=True), skipped(model, len(blocks)):
+    with outside_blocks(model, head=True), _without(model, range(len(blocks))):
         hook = blocks[len(blocks) - 1].register_forward_hook(put_out)
         try:
             yield finish
         finally:
             hook.remove()
+
+
+# from one block on --------------------------------------------------------------------------------
+
+
+@contextmanager
+def recording_inputs(model: torch.nn.Module, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the block, every forward pass records the input [batch, seq, d] of these ``layers``, by number."""
+    recorded: dict[int, torch.Tensor] = {}
+    stack: Any = block_stack(model)[1]
+    with ExitStack() as hooks:
+        for number in layers:
+
+            def record(_block: Any, args: Any, kwargs: Any, index: int = number) -> None:
+                recorded[index] = hidden_states(args, kwargs)
+
+            hooks.callback(stack[number].register_forward_pre_hook(record, with_kwargs=True).remove)
+        yield recorded
+
+
+@contextmanager
+def starting_at(
+    model: torch.nn.Module, index: int, states: torch.Tensor | None = None
+) -> Iterator[list[torch.Tensor]]:
+    """Within the block, ``model`` starts at layer ``index`` with ``states`` [batch, seq, d] as its input.
+
+    The value holds them, for other states in each pass.
+    """
+    dummy_run(model)  # before any hook is registered, since its own run would trigger them
+    stack: Any = block_stack(model)[1]
+    given = [] if states is None else [states]
+
+    def put_in(_block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": given[0]}
+        return (given[0], *args[1:]), kwargs
+
+    hook = stack[index].register_forward_pre_hook(put_in, with_kwargs=True, prepend=True)
+    try:
+        with _without(model, range(index)):
+            yield given
+    finally:
+        hook.remove()
+
+
+def first_needed(model: torch.nn.Module, index: int) -> int:
+    """The layer at which a run must be started so that layer ``index`` and all after it have what they read.
+
+    It is an earlier one where they attend to its keys and values.
+    """
+    shared = dummy_run(model).shared
+    earlier = [lender for borrower, lender in shared.items() if lender < index <= borrower]
+    return first_needed(model, min(earlier)) if earlier else index
+
+
+@contextmanager
+def one_of_each_kind(model: torch.nn.Module) -> Iterator[int]:
+    """Within the block, ``model`` has the first block of each kind, and the others return their input.
+
+    The value is the number of those that are left. Blocks of a kind have the same modules of the same sizes with the
+    same settings, but for their own number, as ``layer_idx``. Where blocks take more from each other than the states,
+    all are left.
+    """
+    stack: Any = block_stack(model)[1]
+    simple = bool | int | float | str | tuple | None  # type: ignore[type-arg]
+    settings = [
+        {
+            (name, key): value
+            for name, module in block.named_modules()
+            for key, value in plain_attributes(module).items()
+            if isinstance(value, simple)
+        }
+        for block in stack
+    ]
+    keys = {key for own in settings for key in own}
+    numbers = {key for key in keys if all(own.get(key, i) == i for i, own in enumerate(settings))}
+    types = getattr(model.config.get_text_config(), "layer_types", None) or []  # type: ignore[operator, union-attr]
+    first: dict[Any, int] = {}
+    for index, (block, own) in enumerate(zip(stack, settings, strict=True)):
+        kind = [(key, repr(value)) for key, value in sorted(own.items()) if key not in numbers]
+        sizes = [(name, weight.shape) for name, weight in block.named_parameters()]
+        modules = [(name, type(module)) for name, module in block.named_modules()]
+        declared = types[index] if index < len(types) else None
+        first.setdefault((declared, tuple(kind), tuple(sizes), tuple(modules)), index)
+    facts = dummy_run(model)
+    left = set(first.values()) if facts.separate else set(range(len(stack)))
+    left |= {facts.shared[i] for i in left if i in facts.shared}
+    with _without(model, [index for index in range(len(stack)) if index not in left]):
+        yield len(left)
+
+
+@contextmanager
+def recomputed(model: torch.nn.Module, first: int) -> Iterator[None]:
+    """Within the block, a backward pass through ``model`` has one block's activations and weights at a time.
+
+    Each block from ``first`` on is computed again when the backward pass comes to it: the same bits. Blocks that take
+    more from each other than the states are not.
+    """
+    facts = dummy_run(model)
+    last = first if facts.shared or not facts.separate else len(list(block_stack(model)[1].children()))
+    with _replaced_blocks(model, range(first, last), lambda _index, block: _Recomputed(block)):
+        yield
+
+
+@contextmanager
+def _without(model: torch.nn.Module, indices: Iterable[int]) -> Iterator[None]:
+    """Within the block, these blocks return their input."""
+    returns = dummy_run(model).block_returns
+    with _replaced_blocks(model, indices, lambda index, _block: _Skipped(returns[index])):
+        yield
+
+
+@contextmanager
+def _replaced_blocks(
+    model: torch.nn.Module,
+    indices: Iterable[int],
+    instead: Callable[[int, torch.nn.Module], torch.nn.Module],
+) -> Iterator[None]:
+    stack: Any = block_stack(model)[1]
+    before = {index: stack[index] for index in indices}
+    try:
+        for index, block in before.items():
+            stack[index] = instead(index, block)
+            # Models read attributes of their blocks, such as the kind of attention.
+            vars(stack[index]).update(plain_attributes(block))
+        yield
+    finally:
+        for index, block in before.items():
+            stack[index] = block
+
+
+class _Skipped(torch.nn.Module):
+    """Replaces a block and returns its input in the form of the block's output."""
+
+    def __init__(self, returns: int | None) -> None:
+        super().__init__()
+        self.returns = returns
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        h = hidden_states(args, kwargs)
+        return h if self.returns is None else (h, *[None] * (self.returns - 1))
+
+
+class _Recomputed(torch.nn.Module):
+    """Stands for a block, and keeps only its input for the backward pass, in which the block is computed again."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -16,8 +16,9 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psutil
@@ -84,7 +85,7 @@ class Streaming:
     def acquire(self, weights: Iterable[Weight]) -> None:
         for weight in weights:
             if not weight.users:
-                self._put(weight)
+                self.put(weight, self.value(weight))
             weight.users += 1
 
     def release(self, weights: Iterable[Weight]) -> None:
@@ -104,9 +105,6 @@ class Streaming:
                 self._finite.add(weight.name)
             dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
             return tensor.to(device=self.device, dtype=dtype)
-
-    def _put(self, weight: Weight) -> None:
-        self.put(weight, self.value(weight))
 
     def put(self, weight: Weight, tensor: torch.Tensor) -> None:
         """Give the places of ``weight`` the ``tensor``."""
@@ -152,20 +150,16 @@ def device_of(model: torch.nn.Module) -> torch.device:
     return streaming.device if streaming else next(model.parameters()).device
 
 
-def torch_dtype_of(model: torch.nn.Module) -> torch.dtype:
-    """The dtype that ``model`` computes in."""
+def weights_like(model: torch.nn.Module) -> torch.Tensor:
+    """An empty tensor of the dtype and device that ``model`` computes in and on."""
     streaming = _STREAMED.get(model)
-    return streaming.dtype if streaming else next(model.parameters()).dtype
+    dtype = streaming.dtype if streaming else next(model.parameters()).dtype
+    return torch.empty(0, dtype=dtype, device=device_of(model))
 
 
 def dtype_of(model: torch.nn.Module) -> str:
     """The name of the dtype that ``model`` computes in, as ``bfloat16``."""
-    return str(torch_dtype_of(model)).removeprefix("torch.")
-
-
-def weights_like(model: torch.nn.Module) -> torch.Tensor:
-    """An empty tensor of the dtype and device that ``model`` computes in and on."""
-    return torch.empty(0, dtype=torch_dtype_of(model), device=device_of(model))
+    return str(weights_like(model).dtype).removeprefix("torch.")
 
 
 def origin(model: torch.nn.Module) -> torch.nn.Module:
@@ -187,7 +181,11 @@ def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "c
     """
     device = torch.device(device)
     weights = by_identity(stored.model)
-    absent = {key: _absent(parameter, dtype) for key, (parameter, _) in weights.items()}
+    absent: dict[int, torch.nn.Parameter] = {}
+    for key, (parameter, _) in weights.items():
+        kept = dtype if parameter.is_floating_point() else parameter.dtype
+        empty = torch.empty(parameter.shape, dtype=kept, device="meta")
+        absent[key] = torch.nn.Parameter(empty, requires_grad=False)
     # The copy shares nothing with the original but what is in this table: the places of its weights.
     memo: dict[int, Any] = dict(absent)
     model: torch.nn.Module = copy.deepcopy(stored.model, memo)
@@ -219,11 +217,6 @@ def by_identity(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Parameter, l
     return found
 
 
-def _absent(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Parameter:
-    kept = dtype if parameter.is_floating_point() else parameter.dtype
-    return torch.nn.Parameter(torch.empty(parameter.shape, dtype=kept, device="meta"), requires_grad=False)
-
-
 def _in_place(
     module: torch.nn.Module, read: Read | None, absent: torch.nn.Parameter, device: torch.device
 ) -> torch.nn.Parameter:
@@ -233,18 +226,13 @@ def _in_place(
     table = read()
     if table.device != device:
         return absent
-    module.register_forward_hook(_Rounded(absent.dtype))
+    module.register_forward_hook(partial(_rounded, dtype=absent.dtype))
     return torch.nn.Parameter(table, requires_grad=False)
 
 
-class _Rounded:
-    """A forward hook that gives the output in ``dtype``: the same rows as those of a table in ``dtype``."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, _module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.to(self.dtype)
+def _rounded(_module: Any, _args: Any, output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The rows of a stored table as those of a table in ``dtype``."""
+    return output.to(dtype)
 
 
 def convert_buffers(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -263,7 +251,11 @@ def _make_units(model: torch.nn.Module, streaming: Streaming) -> None:
     taken: set[str] = set()
     children = [name for name, module in model.named_children() if streaming.backbone and module is not inner]
     streaming.beside = {*children, ""} if streaming.backbone else set()
-    for path in dict.fromkeys((*_blocks(model), streaming.backbone, *children, "")):
+    blocks: list[str] = []
+    with suppress(InputError):  # its structure is not supported, which is said where it is asked for
+        stack, modules = block_stack(model)
+        blocks = [f"{stack}.{index}" for index in range(len(list(modules.children())))]
+    for path in dict.fromkeys((*blocks, streaming.backbone, *children, "")):
         prefix = f"{path}." if path else ""
         own = [n for n in streaming.weights if n.startswith(prefix) and n not in taken]
         taken.update(own)
@@ -275,14 +267,6 @@ def _make_units(model: torch.nn.Module, streaming: Streaming) -> None:
             _read_in_forward(model.get_submodule(path), streaming, unit)
             if path == streaming.backbone and path:  # some models run the parts of their backbone themselves
                 _read_in_forward(model, streaming, unit)
-
-
-def _blocks(model: torch.nn.Module) -> list[str]:
-    try:
-        stack, blocks = block_stack(model)
-    except InputError:  # its structure is not supported, which is said where it is asked for
-        return []
-    return [f"{stack}.{index}" for index in range(len(list(blocks.children())))]
 
 
 def _read_in_forward(module: torch.nn.Module, streaming: Streaming, unit: list[Weight]) -> None:
@@ -355,17 +339,18 @@ def streaming_of(model: torch.nn.Module) -> Streaming | None:
 def streams(model: torch.nn.Module) -> bool:
     """Whether a forward pass of ``model`` reads weights: those that do not stay in memory are read at every pass."""
     streaming = _STREAMED.get(model)
-    return streaming is not None and any(
-        not weight.users for unit in streaming.units.values() for weight in unit
-    )
+    units = streaming.units.values() if streaming else ()
+    return any(not weight.users for unit in units for weight in unit)
 
 
 def size(model: torch.nn.Module) -> int:
     """Bytes that all weights of ``model`` take in the dtype in which it computes."""
     streaming = _STREAMED.get(model)
-    if streaming is None:
-        return sum(parameter.nbytes for parameter in model.parameters())
-    return sum(weight.bytes for weight in streaming.every())
+    return (
+        sum(one.bytes for one in streaming.every())
+        if streaming
+        else sum(p.nbytes for p in model.parameters())
+    )
 
 
 def room(model: torch.nn.Module | None = None) -> float:

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.errors import BuildError, first_line
-from nbl_export.models.compat import cache_argument
-from nbl_export.models.load import quiet
+from nbl_export.models.libraries import cache_argument, quiet
 from nbl_export.models.registered import register
 from nbl_export.runtime.stream import RowStream
 

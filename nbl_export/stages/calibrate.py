@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
     from nbl_export.calibrate.probe import Probe
-    from nbl_export.models.claims import Claims
     from nbl_export.models.media_tokens import MediaTokens
     from nbl_export.stages.calibration_data import CalibrationLoader
 
@@ -65,17 +64,19 @@ def check_text(model: str, settings: CalibrateSettings) -> None:
             check_there(source)
 
 
-def check_calibration(source: ModelSource, out: Path, settings: CalibrateSettings) -> Claims:
-    """Refuse, by the model's small files, what no calibration of ``source`` into ``out`` can be asked."""
-    from nbl_export.models.claims import claims_of
-    from nbl_export.models.processors import check_processor
+def check_calibration(source: ModelSource, out: Path, settings: CalibrateSettings) -> Any:
+    """Refuse, by the model's small files, what no calibration of ``source`` into ``out`` can be asked.
+
+    Returns the configuration of the language model; None for a GGUF file, whose own is read with its weights.
+    """
+    from nbl_export.models.load import check_processor, load_config
     from nbl_export.stages.calibration_data import check_sources
 
     check_apart(source, out)
     check_place(out)
     check_sources(source, settings)
     check_processor(source)
-    return claims_of(source)
+    return None if source.gguf_file else load_config(source).get_text_config()
 
 
 def _calibrate(run: Run, settings: CalibrateSettings) -> None:
@@ -83,10 +84,9 @@ def _calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.probe import save_probe
     from nbl_export.calibrate.store import MomentsFolder
     from nbl_export.calibrate.text import MEDIA
-    from nbl_export.models.candidates import described
+    from nbl_export.models.candidates import check_blocks, described
     from nbl_export.models.dummy_run import check_supported
     from nbl_export.models.media_tokens import seeing
-    from nbl_export.models.spans import check_blocks
     from nbl_export.models.weights import dtype_of
     from nbl_export.stages.calibration_data import loader_for
 

@@ -37,9 +37,10 @@ from nbl_export.calibrate.text import (
     save_text,
 )
 from nbl_export.errors import InputError, first_line
-from nbl_export.models.layers import accepts, positions
+from nbl_export.models.folder import PREPROCESSOR
+from nbl_export.models.layers import positions
 from nbl_export.models.lengths import crossed_by, crossing_prompts
-from nbl_export.models.processors import PREPROCESSOR
+from nbl_export.models.libraries import accepts
 from nbl_export.models.source import ModelIdentity, ModelSource
 from nbl_export.models.tasks import task_named
 from nbl_export.places import Places

@@ -99,7 +99,7 @@ def _check(source: ModelSource, settings: ExportSettings, _task: Task) -> None:
 
 def check_export_of(source: ModelSource, settings: ExportSettings) -> None:
     """Refuse, before any work, what reads a model in another way than it is read here, or does not run here."""
-    from nbl_export.models.processors import check_processor
+    from nbl_export.models.load import check_processor
 
     if source.wrapper and settings.exported_by != "torch":
         raise InputError(
@@ -146,7 +146,8 @@ def left_out(source: ModelSource) -> str:
 
 def not_given(model: torch.nn.Module) -> str:
     """What a graph that reads embeddings does not get of ``model``, in one sentence; nothing if it gets all."""
-    from nbl_export.models.layers import accepts, backbone
+    from nbl_export.models.layers import backbone
+    from nbl_export.models.libraries import accepts
     from nbl_export.models.media_tokens import LATER
 
     if not accepts(backbone(model), LATER):
@@ -254,10 +255,10 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
     """Write the configuration and tokenizer files that the exporter did not write itself."""
     from nbl_export.batch.names import TOKENS
     from nbl_export.export.sidecars import GENAI, genai_config, with_embeds, with_states
-    from nbl_export.models.compat import save_tokenizer
     from nbl_export.models.dummy_run import cache_shapes, dummy_run
+    from nbl_export.models.folder import save_tokenizer
     from nbl_export.models.layers import backbone, has_per_layer, position_rows
-    from nbl_export.models.load import quiet
+    from nbl_export.models.libraries import quiet
     from nbl_export.models.multimodal import placeholders, whole_config
 
     graph = run.workspace.baseline

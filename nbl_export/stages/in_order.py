@@ -98,19 +98,18 @@ def check_source(source: ModelSource, out: Path, asked: RunSettings) -> None:
 
     resolved = asked.resolve(task_named(source.task))
     check_export_of(source, resolved.exporting)
-    claims = check_calibration(source, out, resolved.calibration)
-    if claims.layers is not None:
-        most = most_blocks(claims.layers, resolved.calibration.parts)
-        check_selection(resolved.selection, most, claims.width)
+    config = check_calibration(source, out, resolved.calibration)
+    if isinstance(layers := getattr(config, "num_hidden_layers", None), int):
+        most = most_blocks(layers, resolved.calibration.parts)
+        check_selection(resolved.selection, most, getattr(config, "hidden_size", None))
 
 
 def _check_new(work: Run, asked: RunSettings) -> None:
     """Refuse, before the first minute of work, what a later stage would."""
     from nbl_export.calibrate.text import start_tokens
     from nbl_export.linearize.scores import check_selection
-    from nbl_export.models.candidates import described
+    from nbl_export.models.candidates import check_blocks, choices, described
     from nbl_export.models.layers import hidden_size, positions
-    from nbl_export.models.spans import check_blocks, choices
     from nbl_export.runtime.session import require_onnxruntime
     from nbl_export.verify.engines import fitting_prompts
 

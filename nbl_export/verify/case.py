@@ -22,8 +22,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.summary import OnCopy
 from nbl_export.linearize.plan import Plan
-from nbl_export.models.pooling import Pooling
-from nbl_export.models.tasks import Task
+from nbl_export.models.tasks import Pooling, Task
 from nbl_export.progress import Listener
 from nbl_export.settings import VerifySettings
 

@@ -12,7 +12,6 @@ import torch
 from nbl_export.batch.padding import left_padded
 from nbl_export.calibrate.probe import FORMAT, Probe, load_probe, probe_model, save_probe
 from nbl_export.errors import InputError
-from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.tensorfile import save_tensors
@@ -143,7 +142,6 @@ def test_anything_else_is_refused(probe: Probe, tmp_path: Path) -> None:
     refused()
 
 
-@pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
 @pytest.mark.parametrize(
     ("name", "changes", "width", "found"),
     [

@@ -9,7 +9,6 @@ import pytest
 
 from nbl_export import api
 from nbl_export.export import form_check, on_copy
-from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.lengths import Room
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
@@ -17,8 +16,6 @@ from nbl_export.verify import crossing
 from tests.beyond import BEYOND
 from tests.exhaustive import exhaustive
 from tests.tiny import save_tokenizer
-
-pytestmark = pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
 
 TEXT = api.CalibrateSettings(samples=8, seq_len=64, heldout_samples=2)
 VERIFY = api.VerifySettings(decode_steps=4, quality=False, speed=False)

@@ -393,9 +393,9 @@ def test_families(place: Path, tmp_path: Path, model_type: str, model_class: str
     [
         ("albert", "AlbertModel", "all its layers run one block with the same weights"),
         ("mobilebert", "MobileBertModel", "has a sum or a norm after its output projection"),
-        ("canine", "CanineModel", "does not pass each row's tokens to its attention unchanged"),
+        ("canine", "CanineModel", "is not given each row's tokens unchanged"),
         ("llama", "LlamaModel", "is a decoder without its language-model head"),
-        ("vit_mae", "ViTMAEModel", "does not pass each row's tokens to its attention unchanged"),
+        ("vit_mae", "ViTMAEModel", "is not given each row's tokens unchanged"),
         ("convbert", "ConvBertModel", "has a sum or a norm after its output projection"),
     ],
 )

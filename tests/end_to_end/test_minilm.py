@@ -16,8 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.encoder import encoder_of
-from nbl_export.models.pooling import find_pooling
-from nbl_export.models.tasks import task_named
+from nbl_export.models.tasks import find_pooling, task_named
 from nbl_export.report.schema import load_report
 from nbl_export.runtime.torch import TorchEncoder
 from tests.sessions import cpu_session

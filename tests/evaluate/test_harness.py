@@ -13,7 +13,8 @@ import pytest
 from nbl_export.errors import InputError
 from nbl_export.evaluate.scoring import Limits
 from nbl_export.evaluate.tasks import EvalTask, find_tasks, run_task
-from nbl_export.models.load import load_tokenizer, quiet
+from nbl_export.models.libraries import quiet
+from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.runtime.ort import ort_stream

@@ -13,10 +13,10 @@ from transformers import AutoModel
 
 from nbl_export.export.forms import encoder_form
 from nbl_export.export.torch import export_torch
+from nbl_export.models.encoder import SENTENCE
 from nbl_export.models.load import load_model
-from nbl_export.models.pooling import SENTENCE, Pooling
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import task_named
+from nbl_export.models.tasks import Pooling, task_named
 from tests.encoders import IMAGE_TOKENS, PAD, WIDTH, text_encoder, vision_encoder
 from tests.sessions import run_graph
 

@@ -28,7 +28,6 @@ from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC
 from nbl_export.export.torch import export_torch
 from nbl_export.models.dummy_run import check_supported
 from tests.fixtures_graph import original_logits, ragged_rows
-from tests.releases import written_for_5
 from tests.sessions import cpu_session
 from tests.variants import SIZES
 
@@ -92,7 +91,6 @@ def test_opset_24_and_standard_operators_only(proto: onnx.ModelProto, static_gra
     assert all(onnx.defs.get_schema(n.op_type, 24).since_version <= 24 for n in proto.graph.node)
 
 
-@written_for_5
 def test_each_layer_writes_two_buffers_and_attends_once_in_groups(proto: onnx.ModelProto) -> None:
     ops = Counter(n.op_type for n in proto.graph.node)
     assert (ops["TensorScatter"], ops["Attention"]) == (2 * LAYERS, LAYERS)
@@ -112,7 +110,6 @@ def test_each_layer_writes_two_buffers_and_attends_once_in_groups(proto: onnx.Mo
             assert attributes["axis"] == -2 and attributes.get("mode", b"linear") == b"linear"
 
 
-@written_for_5
 def test_weights_are_those_of_the_other_form(proto: onnx.ModelProto, tiny_graph: Path) -> None:
     def weights(model: onnx.ModelProto) -> Counter[tuple[str, tuple[int, ...]]]:
         floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
@@ -273,7 +270,6 @@ def test_window_in_some_layers_only(tmp_path: Path) -> None:
     assert len(masks) == 2
 
 
-@written_for_5
 def test_learned_positions_go_by_position_and_not_by_place(tmp_path: Path) -> None:
     model = randomized(OPTForCausalLM(OPTConfig(**SMALL_OPT)), 3)
     path, _ = export_torch(model, tmp_path / "model.onnx", form=STATIC)

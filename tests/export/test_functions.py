@@ -16,7 +16,6 @@ from nbl_export.batch.arrays import BOOL, F64
 from nbl_export.errors import InputError
 from nbl_export.export import functions
 from nbl_export.export.functions import _inverse_erf, attention, exportable, is_replaced
-from nbl_export.models.compat import is_transformers_4
 from tests.tiny_types import tiny_model
 
 HEADS, KV_HEADS, NEW, TOTAL, SIZE = 4, 2, 3, 5, 8
@@ -112,7 +111,6 @@ def test_caps_and_sinks_are_seen_in_the_numbers_above() -> None:
 # experts -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(is_transformers_4(), reason="needs transformers 5, which has an interface for experts")
 def test_experts_take_the_tokens_that_were_sent_to_them_none_or_many() -> None:
     model: Any = tiny_model("mixtral", num_experts_per_tok=2, num_local_experts=4)
     block = next(m for m in model.modules() if isinstance(m, MixtralSparseMoeBlock)).experts
@@ -205,7 +203,7 @@ def test_what_is_traced_instead_of_the_models_own_is_known() -> None:
     }
     assert is_replaced(tiny_model("llama"))
     assert not is_replaced(tiny_model("llama", rope_parameters=long))
-    assert is_replaced(tiny_model("mixtral")) is not is_transformers_4()
+    assert is_replaced(tiny_model("mixtral"))
 
 
 def test_the_inverse_of_erf_is_computed() -> None:

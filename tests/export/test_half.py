@@ -23,7 +23,6 @@ from nbl_export.runtime.ort import OrtDecoder
 from tests.fixtures_graph import load, pad_left, ragged_rows
 from tests.graph.parsed import casts, interface_types, parsed, weight_types
 from tests.listening import Notes
-from tests.releases import written_for_5
 
 LAYERS, VOCAB = 4, 260
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
@@ -61,7 +60,6 @@ def test_interface_is_half_but_for_logits(exported: Any, full: Path) -> None:
     assert FLOAT not in expected.values()
 
 
-@written_for_5
 def test_weights_are_half_and_rounded_to_nearest(exported: Any, full: Path) -> None:
     name, _, proto = exported
     half = {t.name: t for t in proto.graph.initializer}
@@ -82,7 +80,6 @@ def test_weights_are_half_and_rounded_to_nearest(exported: Any, full: Path) -> N
             assert torch.equal(found, rounded), tensor.name
 
 
-@written_for_5
 def test_only_the_angles_stay_float32(exported: Any, full: Path) -> None:
     _, kept, proto = exported
     assert sorted(k.op for k in kept) == ["Cast", "Cos", "Mul", "Sin"]
@@ -96,7 +93,6 @@ def test_only_the_angles_stay_float32(exported: Any, full: Path) -> None:
     assert last.op_type == "Cast" and casts(proto)[last.input[0], FLOAT] == 1
 
 
-@written_for_5
 def test_what_norms_maps_and_attention_read_is_half(exported: Any) -> None:
     name, _, proto = exported
     graph = proto.graph

@@ -21,7 +21,6 @@ from nbl_export.runtime import intermediates
 from nbl_export.runtime.intermediates import compute_tensors
 from tests.fixtures_graph import pad_left, ragged_rows
 from tests.graph.parsed import parsed
-from tests.releases import written_for_5
 
 VOCAB, BLOCKS = 260, 4
 
@@ -67,7 +66,6 @@ def torch_ranges(model: Any, rows: Sequence[Any], right: bool) -> dict[str, list
     return found
 
 
-@written_for_5
 @pytest.mark.parametrize("lengths", [(24, 24), (17,), (19, 11, 2)], ids=str)
 def test_largest_magnitudes_are_pytorchs(
     graph: Path, tiny_model: torch.nn.Module, lengths: tuple[int, ...]

@@ -17,7 +17,6 @@ from nbl_export.errors import BuildError
 from nbl_export.export.torch import export_torch
 from tests.conftest import ROOT
 from tests.fixtures_graph import load, original_logits, pad_left, ragged_rows
-from tests.releases import written_for_5
 from tests.sessions import cpu_session, empty_past
 from tests.tiny import build
 from tests.tiny_types import tiny_model as random_model
@@ -113,7 +112,6 @@ def distinct(model: torch.nn.Module) -> Counter[tuple[int, ...]]:
     return Counter(shape for shape, _ in weights) + Counter([(DIM // 2,)])
 
 
-@written_for_5
 def test_tied_embeddings_are_stored_once(tiny_graph: Path, tiny_model: torch.nn.Module) -> None:
     assert stored(tiny_graph) == distinct(tiny_model)
     assert stored(tiny_graph)[WIDTH, VOCAB] == 1
@@ -122,7 +120,6 @@ def test_tied_embeddings_are_stored_once(tiny_graph: Path, tiny_model: torch.nn.
     assert 4 * matrices <= size < 4 * matrices + 4096
 
 
-@written_for_5
 def test_untied_head_is_stored_beside_the_embeddings(tmp_path: Path) -> None:
     model = load(build(tmp_path / "untied", num_hidden_layers=1, tie_word_embeddings=False))
     path, data = export_torch(model, tmp_path / "onnx" / "model.onnx")

@@ -17,16 +17,13 @@ from nbl_export.models.caches import (
     entry_in,
     limited_steps,
 )
-from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import accepted_arguments
+from nbl_export.models.libraries import accepted_arguments
 from tests.tiny_types import tiny_model
 
-needs_states = pytest.mark.skipif(is_transformers_4(), reason="states are in caches since transformers 5")
 KV, CONV, MATRIX = CacheShape(2, 8, 8), StateShape("conv", (32, 3)), StateShape("recurrent", (4, 8, 8))
 
 
-@needs_states
 @pytest.mark.parametrize(
     ("model_type", "expected"),
     [
@@ -44,7 +41,6 @@ def test_each_block_keeps_what_its_cache_layer_holds(model_type: str, expected: 
     assert (facts.cache_class is None) == (model_type != "minimax")
 
 
-@needs_states
 @pytest.mark.parametrize("model_type", ["lfm2", "bamba", "minimax", "falcon_h1", "nemotron_h", "qwen3_next"])
 def test_a_text_goes_on_from_its_entries(model_type: str) -> None:
     """A text in two parts, with a cache made anew in between, has the logits of the whole."""
@@ -64,7 +60,6 @@ def test_a_text_goes_on_from_its_entries(model_type: str) -> None:
     torch.testing.assert_close(torch.cat(found), whole, rtol=1e-3, atol=1e-4)
 
 
-@needs_states
 def test_a_step_has_the_limits_of_a_text() -> None:
     """The state after a text and after its tokens one by one; transformers' own steps are 10 % off."""
     model: Any = tiny_model("nemotron_h", time_step_min=0.5)
@@ -90,7 +85,6 @@ def test_a_step_has_the_limits_of_a_text() -> None:
     torch.testing.assert_close(again, own, rtol=0, atol=0)
 
 
-@needs_states
 def test_a_state_that_is_handed_over_is_not_overwritten() -> None:
     model: Any = tiny_model("lfm2")
     facts = dummy_run(model)

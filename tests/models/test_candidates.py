@@ -1,13 +1,38 @@
-"""A layer whose keys and values another one reads is no candidate, and says so."""
+"""What can become linear: attentions that nobody reads from, MLPs that are found, spans that only add to the stream."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
-from nbl_export.blocks import ATTENTION, MLP, PARTS
+import pytest
+import torch
+from transformers import AutoModel
+
+from nbl_export.blocks import ATTENTION, MLP, PARTS, Mlp, Span, spans_of
 from nbl_export.errors import InputError
-from nbl_export.models.candidates import candidates, check_parts, described, reasons
-from nbl_export.models.layers import structure
+from nbl_export.linearize.plan import DROPPED, LinearLayer, by_part
+from nbl_export.linearize.swap import replaced
+from nbl_export.models.candidates import (
+    adding,
+    block_modules,
+    blocks_of,
+    candidates,
+    check_blocks,
+    choices,
+    described,
+    observing,
+    reasons,
+)
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.layers import attention_layers, observed, structure
+from nbl_export.models.load import load_model
+from nbl_export.models.mlps import MlpPaths, mlp_paths
+from nbl_export.models.source import find_model
+from nbl_export.models.walk import segments, walking
+from tests import families
+from tests.encoders import vision_encoder
+from tests.families import LAYERS, WIDTH, unsaved
 from tests.tiny_types import tiny_model
 
 
@@ -47,6 +72,252 @@ def test_mlps_of_which_none_can_become_linear_are_refused_with_the_reason(parts:
     for layer in model.model.layers:  # which runs it once more
         layer.register_forward_hook(lambda block, _args, output: block.mlp(output))
     with pytest.raises(InputError, match=r"none of Llama\w* can become linear \(it is run more than once"):
-        check_parts(model, parts)
-    check_parts(model, (ATTENTION,))
-    check_parts(tiny_model("llama"), parts)
+        check_blocks(model, parts)
+    check_blocks(model, (ATTENTION,))
+    check_blocks(tiny_model("llama"), parts)
+
+
+# MLPs ---------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 89]])
+# Every family whose MLP is one block between two tensors; the module that writes y, and the one that reads h.
+FOUND = {
+    "llama": ("mlp", "post_attention_layernorm"),
+    "gemma2": ("mlp", "pre_feedforward_layernorm"),
+    "olmo2": ("mlp", "mlp"),
+    "phi": ("mlp", "input_layernorm"),
+    "mixtral": ("mlp", "post_attention_layernorm"),
+    "gpt2": ("mlp", "ln_2"),
+    "bloom": ("mlp.dense_4h_to_h", "post_attention_layernorm"),
+    "gpt_oss": ("mlp", "post_attention_layernorm"),
+    "opt": ("fc2", "final_layer_norm"),
+    "opt-post-norm": ("fc2", "fc1"),
+    "gemma3n": ("mlp", "pre_feedforward_layernorm"),
+    "gemma4": ("mlp", "pre_feedforward_layernorm"),
+}
+# Their MLP is modules of the layer, not one, so that there is none to be run alone.
+APART = ("opt", "opt-post-norm")
+# A norm behind the MLP, or the attention beside it, or more than both.
+NOT_ADDED = ("gemma2", "olmo2", "phi", "opt-post-norm", "gemma3n", "gemma4")
+
+
+def kept(seen: dict[Any, tuple[torch.Tensor, ...]]) -> Any:
+    """Keeps what passes; a model may add to it in place."""
+    return lambda index, *rest: seen.update({index: tuple(t.clone() for t in rest)})
+
+
+def unsaved_of(family: str) -> Any:
+    return unsaved(family).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", FOUND)
+def test_the_mlp_of_every_layer_is_found(family: str) -> None:
+    model = unsaved_of(family)
+    found = candidates(model, {MLP})
+    assert [one.index for one in found] == [Mlp(i) for i in range(LAYERS)]
+    output, stream = FOUND[family]
+    assert {one.output.removeprefix(f"{one.block}.") for one in found} == {output}
+    assert {one.stream.removeprefix(f"{one.block}.") for one in found} == {stream}
+
+
+@pytest.mark.parametrize("family", FOUND)
+def test_what_is_seen_is_what_the_mlp_reads_and_adds(family: str) -> None:
+    """The stream after the MLP is the one before it and y, in families that add y as it is."""
+    model = unsaved_of(family)
+    seen: dict[Any, tuple[torch.Tensor, ...]] = {}
+    states: list[torch.Tensor] = []
+    hook = model.get_submodule(blocks_of(model)[0].block).register_forward_hook(
+        lambda _m, _a, output: states.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.inference_mode(), observed(model, blocks_of(model), kept(seen)):
+        model(input_ids=IDS)
+    hook.remove()
+    h, x, y = seen[Mlp(0)]
+    with torch.inference_mode():
+        module = model.get_submodule(block_modules(model, Mlp(0)).module)
+        if family in APART:
+            layer = model.model.decoder.layers[0]
+            given = layer.fc2(layer.activation_fn(module(x)))
+            assert torch.allclose(given, y, atol=1e-6)
+        else:
+            given = module(x, *([torch.zeros_like(x)] if family == "bloom" else []))
+            assert torch.equal(given[0] if isinstance(given, tuple) else given, y)
+    assert h.shape == x.shape == y.shape == (*IDS.shape, WIDTH)
+    if family not in NOT_ADDED:
+        assert torch.allclose(states[0], h + y, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [*FOUND, "falcon", "gpt_neox", "qwen3_next", "lfm2"])
+def test_a_linear_layer_in_the_place_of_an_mlp_computes_w_u_plus_b(family: str) -> None:
+    model = unsaved_of(family)
+    generator = torch.Generator().manual_seed(0)
+    w, b = (torch.randn(shape, generator=generator) for shape in ((WIDTH, WIDTH), (WIDTH,)))
+    linear = {Mlp(1): LinearLayer(w.numpy(), b.numpy())}
+    seen: dict[Any, tuple[torch.Tensor, ...]] = {}
+    with torch.inference_mode():
+        whole = model(input_ids=IDS).logits
+        with replaced(model, linear, "normed"), observed(model, blocks_of(model), kept(seen)):
+            changed = model(input_ids=IDS).logits
+        assert torch.equal(model(input_ids=IDS).logits, whole), "the model is as it was"
+    _, x, y = seen[Mlp(1)]
+    assert torch.allclose(y, x @ w.T + b, atol=1e-4)
+    assert not torch.allclose(changed, whole)
+
+
+def test_an_mlp_in_two_modules_gives_w_u_plus_b_behind_its_activation() -> None:
+    """BERT's is `intermediate` and `output.dense`: what is computed in between is not read."""
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(
+        BertConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=99
+        )
+    ).eval()
+    assert mlp_paths(model)[0] == MlpPaths("encoder.layer.0.intermediate", "encoder.layer.0.output.dense")
+    w, b = torch.randn(16, 16), torch.randn(16)
+    seen: dict[Any, tuple[torch.Tensor, ...]] = {}
+    for fit_input in ("normed", "residual"):
+        with (
+            torch.inference_mode(),
+            replaced(model, {Mlp(0): LinearLayer(w.numpy(), b.numpy())}, fit_input),
+            observed(model, blocks_of(model), kept(seen)),
+        ):
+            model(input_ids=IDS)
+        h, x, y = seen[Mlp(0)]
+        assert torch.equal(h, x), "the norm is behind the sum"
+        assert torch.allclose(y, x @ w.T + b, atol=1e-5)
+
+
+def test_the_mlps_of_a_vision_encoder_are_found_though_it_runs_twice(
+    tmp_path: Path,
+) -> None:
+    model = AutoModel.from_pretrained(vision_encoder(tmp_path)).eval()
+    assert not dummy_run(model).odd_mlps
+    assert [one.stream for one in candidates(model, (MLP,))] == [
+        f"layers.{i}.layernorm_after" for i in range(len(candidates(model)))
+    ]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "olmoe", "phimoe", "mixtral"])
+def test_an_attention_whose_family_is_called_after_its_experts_is_no_mlp(model_type: str) -> None:
+    model = tiny_model(model_type)
+    assert all(isinstance(found, MlpPaths) for found in mlp_paths(model).values())
+    check_blocks(model, PARTS)
+
+
+# spans --------------------------------------------------------------------------------------------
+
+ADDING = (
+    "llama",
+    "mixtral",
+    "phi",
+    "gpt2",
+    "gpt_neox",
+    "phi3",
+    "mistral",
+    "qwen3",
+    "falcon-new",
+    "stablelm",
+    "opt",
+)
+# Family → a part of the reason.
+NOT = {
+    "gemma2": "such as a norm between",
+    "olmo2": "such as a norm between",
+    "bloom": "adds the residual itself",
+    "opt-post-norm": "such as a norm between",
+    "gemma3n": "more than the stream from each other",
+}
+
+
+def made(name: str, folder: Path, **changes: Any) -> Any:
+    return load_model(find_model(str(families.build(name, folder, **changes))))
+
+
+@pytest.mark.parametrize("name", ADDING)
+def test_layers_that_only_add(name: str, tmp_path: Path) -> None:
+    made_of = made(name, tmp_path)
+    found = adding(made_of)
+    assert found.scales == dict.fromkeys(range(families.LAYERS), 1.0)
+    assert found.why_not == {} and choices(made_of, ["span"]) == spans_of(range(families.LAYERS))
+
+
+def test_what_is_added_may_be_scaled(tmp_path: Path) -> None:
+    model = made("granite", tmp_path)
+    scale = model.config.residual_multiplier
+    assert scale != 1.0
+    assert adding(model).scales == pytest.approx(dict.fromkeys(range(families.LAYERS), scale))
+
+
+@pytest.mark.parametrize("name", NOT)
+def test_layers_that_do_more(name: str, tmp_path: Path) -> None:
+    model = made(name, tmp_path)
+    found = adding(model)
+    assert found.scales == {} and choices(model, ["span"]) == []
+    assert all(NOT[name] in why for why in found.why_not.values())
+    if name in ("gemma2", "bloom"):
+        with pytest.raises(InputError, match=rf"no layer of \w+ can be in one .*{NOT[name]}.*--blocks both"):
+            check_blocks(model, ["attention", "mlp", "span"])
+
+
+def test_a_norm_that_changes_next_to_nothing_is_seen(tmp_path: Path) -> None:
+    """A norm of weight 1 gives a y of the same direction, and another size for each token."""
+    model = made("gemma2", tmp_path)
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data.zero_()  # Gemma's norms multiply by 1 + weight
+        layer.post_feedforward_layernorm.weight.data.zero_()
+    assert adding(model).scales == {}
+
+
+@pytest.fixture(scope="module")
+def granite(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return made("granite", tmp_path_factory.mktemp("granite"))
+
+
+def test_what_a_span_adds_is_what_its_map_is_to_write(granite: Any) -> None:
+    """With exactly that in the place of its first attention, and the rest dropped, nothing changes after the span."""
+    ids = torch.arange(3, 27).reshape(2, 12)
+    span, seen = Span(1, 2), {}
+
+    def observe(block: Any, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        seen[block] = (h.clone(), x.clone(), y.clone())
+
+    assert span in choices(granite, ["span"])  # before the hooks of a walk
+    states: Any = None
+    with torch.inference_mode(), walking(granite) as run:
+        for part in segments(granite)[:2]:
+            wanted = [1, Mlp(1), span, Span(1, 1)] if part.start == 1 else []
+            with observing(granite, run, part, wanted, observe) as step:
+                states = step({"input_ids": ids}, states)
+    assert set(seen) == {1, Mlp(1), span, Span(1, 1)}
+    with torch.inference_mode():
+        every = granite(input_ids=ids, output_hidden_states=True).hidden_states
+    # The states are those after the part, not after the span.
+    torch.testing.assert_close(states, every[2])
+    torch.testing.assert_close(seen[span][0], every[1])
+    assert torch.equal(seen[span][1], seen[1][1])
+    y = seen[span][2].float()
+    module = granite.get_submodule(attention_layers(granite)[1].module)
+    with torch.inference_mode(), replaced(granite, by_part({span: DROPPED}), "normed"):
+        module = granite.get_submodule(attention_layers(granite)[1].module)
+        hook = module.register_forward_hook(lambda _m, _a, output: (y, *output[1:]))
+        found = granite(input_ids=ids, output_hidden_states=True).hidden_states
+        hook.remove()
+    torch.testing.assert_close(found[3], every[3], rtol=1e-4, atol=1e-4)
+    assert (seen[Span(1, 1)][2] - seen[span][2]).norm() > 0.1 * y.norm()
+
+
+def test_a_map_stands_for_the_whole_span(granite: Any) -> None:
+    """h + c (W u + b), and nothing else of its layers."""
+    ids = torch.arange(3, 15)[None]
+    generator = torch.Generator().manual_seed(0)
+    w, b = torch.randn(WIDTH, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator)
+    linear = LinearLayer(w.numpy(), b.numpy())
+    with torch.inference_mode(), replaced(granite, by_part({Span(1, 2): linear}), "normed"):
+        states = granite(input_ids=ids, output_hidden_states=True).hidden_states
+    norm = granite.model.layers[1].input_layernorm
+    with torch.inference_mode():
+        expected = states[1] + granite.config.residual_multiplier * (norm(states[1]) @ w.T + b)
+    torch.testing.assert_close(states[2], expected)
+    torch.testing.assert_close(states[3], expected)
+    assert (states[1] - expected).norm() > 0.1 * expected.norm()

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, LlamaModel
+from transformers import BertConfig, BertLMHeadModel, LlamaModel
 
 from nbl_export.blocks import Mlp
 from nbl_export.errors import InputError
 from nbl_export.models.caches import BlockCache, CacheShape, StateShape
-from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.dummy_run import cache_shapes, check_supported, dummy_run, example_inputs
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
@@ -44,10 +43,6 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         check_supported(model)
 
 
-def test_a_causal_model_is_served(tiny_folder: Path) -> None:
-    check_supported(LlamaForCausalLM.from_pretrained(tiny_folder).eval())
-
-
 # what is seen ------------------------------------------------------------------------------------
 
 
@@ -75,17 +70,6 @@ def test_blocks_without_keys_and_values_have_no_shape() -> None:
         InputError, match=r"2 layers of Lfm2ForCausalLM are not self-attention \(layer 0: conv\)"
     ):
         check_supported(model)
-
-
-def test_a_model_is_tried_once() -> None:
-    model: Any = random_model("llama")
-    runs: list[Any] = []
-    hook = model.model.register_forward_hook(lambda *_: runs.append(1))
-    assert dummy_run(model) is dummy_run(model)
-    hook.remove()
-    assert len(runs) == 1
-    # Nothing of the trial is left on it.
-    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_what_attention_and_blocks_return_is_what_they_return() -> None:
@@ -151,7 +135,6 @@ def test_a_model_that_cannot_be_run_says_so_in_one_sentence(monkeypatch: pytest.
         dummy_run(model)
 
 
-@pytest.mark.skipif(is_transformers_4(), reason="a model of transformers 5")
 def test_a_block_that_runs_twice_in_a_pass_is_refused() -> None:
     # Of its states in each of both runs W and b could be right for one.
     with pytest.raises(
@@ -166,7 +149,8 @@ def test_attention_of_another_form_is_refused() -> None:
         transformers.OpenAIGPTConfig(vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=32)
     ).eval()
     with pytest.raises(
-        InputError, match=r"does not take and return \[rows, tokens, width\] \(layer 0 returns a list"
+        InputError,
+        match=r"takes and returns other states than \[rows, tokens, width\] \(layer 0 .* an output of a list",
     ):
         check_supported(model)
     images = transformers.VitDetModel(
@@ -178,7 +162,7 @@ def test_attention_of_another_form_is_refused() -> None:
         InputError, match=r"layer 0 has a stream and an input of \[2, 16, 4, 4\] and \[2, 4, 4, 16\]"
     ):
         check_supported(images, task=task_named("feature-extraction"))
-    with pytest.raises(InputError, match=r"SqueezeBertModel does not run its block"):
+    with pytest.raises(InputError, match=r"SqueezeBertModel does not run the block"):
         check_supported(
             transformers.SqueezeBertModel(
                 transformers.SqueezeBertConfig(

@@ -10,11 +10,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from nbl_export.models.encoder import INPUT_ORDER, encoder_of, encoder_outputs
+from nbl_export.models.encoder import INPUT_ORDER, SENTENCE, encoder_of, encoder_outputs
 from nbl_export.models.load import load_model
-from nbl_export.models.pooling import SENTENCE, Pooling
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import task_named
+from nbl_export.models.tasks import Pooling, task_named
 from tests.encoders import IMAGE_TOKENS, PAD, VOCAB, WIDTH, text_encoder, vision_encoder
 
 IDS = np.array([[257, 20, 30, 40, 258], [257, 50, 258, PAD, PAD]])

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.layers import positions
 from nbl_export.models.lengths import (
     REHEARSAL,
@@ -21,8 +20,6 @@ from nbl_export.models.lengths import (
 )
 from tests.beyond import BEYOND, ENCODERS
 from tests.tiny_types import tiny_model
-
-pytestmark = pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
 
 _ALTERNATING = ["sliding_attention", "full_attention"]
 

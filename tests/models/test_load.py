@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
-from nbl_export.models.compat import is_transformers_4
-from nbl_export.models.load import fast_dtype, in_precision, load_model, load_tokenizer
+from nbl_export.models.folder import PREPROCESSOR
+from nbl_export.models.load import (
+    check_processor,
+    in_precision,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+)
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of, resident
-from tests.encoders import build
+from tests.encoders import build, vision_encoder
 from tests.models.spoiled import edit_config, one_sentence
 
 
@@ -30,13 +35,6 @@ def load_refusal(source: Path | str) -> str:
     with pytest.raises(InputError) as caught:
         load_model(find_model(str(source)))
     return one_sentence(caught)
-
-
-@pytest.mark.parametrize("keep", [0, 100, -100])
-def test_truncated_weights(folder: Path, keep: int) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    assert str(path) in load_refusal(folder)
 
 
 def test_a_gguf_file_that_is_only_magic(tmp_path: Path) -> None:
@@ -115,15 +113,6 @@ def test_nothing_beside_a_gguf_file_is_loaded_with_it(
     assert listed == [[]]
 
 
-def test_a_missing_shard(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    shards = [f"model-0000{1 + i % 2}-of-00002.safetensors" for i in range(len(weights))]
-    index = {"metadata": {}, "weight_map": dict(zip(weights, shards, strict=True))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-00002-of-00002.safetensors" in load_refusal(folder)
-
-
 def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.1.self_attn.o_proj.weight"
@@ -152,14 +141,6 @@ def test_an_architecture_that_transformers_does_not_know(folder: Path) -> None:
         f"{folder} has an architecture that transformers {transformers.__version__} does not know: install "
     )
     assert load_refusal(folder).startswith(known)
-
-
-def test_a_folder_without_a_tokenizer(folder: Path) -> None:
-    for path in folder.glob("*token*"):
-        path.unlink()
-    with pytest.raises(InputError) as caught:
-        load_tokenizer(find_model(str(folder)))
-    assert one_sentence(caught).startswith(f"{folder} has no tokenizer: put the tokenizer.json")
 
 
 def test_a_tokenizer_that_cannot_be_read(folder: Path) -> None:
@@ -205,39 +186,6 @@ def test_a_copy_in_half_keeps_what_no_checkpoint_holds(tiny_folder: Path, dtype:
         assert torch.equal(half(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs the processor's flags of /proc/cpuinfo")
-def test_half_is_fast_where_the_processor_has_an_instruction_for_it() -> None:
-    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
-    has = bool(flags & {"amx_tile", "avx512_bf16"})
-    assert fast_dtype() == ("bfloat16" if has else "float32")
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_copy_in_half_is_what_transformers_would_load(
-    stories_folder: Path, stories_model: Any, dtype: str
-) -> None:
-    before = {n: t.clone() for n, t in [*stories_model.named_parameters(), *stories_model.named_buffers()]}
-    half = in_precision(stories_model, dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(stories_folder, dtype=getattr(torch, dtype)).eval()
-    assert dtype_of(half) == dtype
-    frequencies = half.model.rotary_emb.inv_freq  # type: ignore[union-attr]
-    assert frequencies.dtype == loaded.model.rotary_emb.inv_freq.dtype == torch.float32
-    with resident(half):
-        assert half.lm_head.weight is half.model.embed_tokens.weight  # type: ignore[union-attr]
-        assert {p.dtype for p in half.parameters()} == {getattr(torch, dtype)}
-    stories_model.set_attn_implementation("sdpa")
-    half.set_attn_implementation("sdpa")  # type: ignore[operator]
-    ids = torch.arange(3, 300)[None]  # far out, where halved frequencies would turn by whole radians
-    with torch.inference_mode():
-        assert torch.equal(half(ids).logits, loaded(ids).logits)
-    with torch.no_grad(), resident(half):
-        for parameter in half.parameters():
-            parameter.zero_()
-    after = dict([*stories_model.named_parameters(), *stories_model.named_buffers()])
-    assert before.keys() == after.keys()
-    assert all(t.dtype == after[n].dtype and torch.equal(t, after[n]) for n, t in before.items())
-
-
 def test_a_class_that_no_auto_class_makes_is_named(tmp_path: Path) -> None:
     config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
     transformers.T5EncoderModel(config).save_pretrained(tmp_path)
@@ -245,7 +193,6 @@ def test_a_class_that_no_auto_class_makes_is_named(tmp_path: Path) -> None:
         load_model(find_model(str(tmp_path)))
 
 
-@pytest.mark.skipif(is_transformers_4(), reason="a model of transformers 5")
 def test_a_decoder_that_the_class_of_its_task_does_not_list_is_loaded_by_its_own(tmp_path: Path) -> None:
     sizes = {
         "num_hidden_layers": 1,
@@ -281,3 +228,46 @@ def test_bert_for_pretraining_gives_the_logits_of_its_tokens(tmp_path: Path) -> 
     with torch.inference_mode():
         expected = BertForPreTraining.from_pretrained(tmp_path).eval()(input_ids=ids).prediction_logits
         assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+# processors --------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_a_vocabulary_has_no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    source = find_model(str(folder))
+    with pytest.raises(InputError) as caught:
+        check_processor(source)
+    assert one_sentence(caught) == (
+        f"{folder} has no tokenizer: put the tokenizer.json, or the tokenizer.model, of the model into {folder}."
+    )
+    with pytest.raises(InputError, match="has no tokenizer"):
+        load_tokenizer(source)
+
+
+def test_a_tokenizer_of_characters_needs_no_file(tmp_path: Path) -> None:
+    """CANINE's has the code points of Unicode: nothing of it is in the folder."""
+    folder = build(
+        tmp_path / "m",
+        "canine",
+        "CanineModel",
+        max_position_embeddings=64,
+        num_hash_buckets=64,
+        upsampling_kernel_size=4,
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CanineTokenizer"}))
+    source = find_model(str(folder))
+    check_processor(source)
+    assert load_tokenizer(source)("ab")["input_ids"][1:3] == [ord("a"), ord("b")]
+
+
+def test_an_image_processor_that_is_missing(tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="needs pillow: pip install 'nbl-export[vision]'")
+    folder = vision_encoder(tmp_path / "vit")
+    source = find_model(str(folder))
+    check_processor(source)
+    assert load_image_processor(source).size["height"] == 32
+    (folder / PREPROCESSOR).unlink()
+    for refused in (check_processor, load_image_processor):
+        with pytest.raises(InputError, match=r"has no preprocessor_config\.json, which says how its images"):
+            refused(source)

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.models import load, processors
-from nbl_export.models.dummy_run import is_known
-from nbl_export.models.loaded import LoadedModel
-from nbl_export.models.pooling import Pooling
+from nbl_export.models import load
+from nbl_export.models.dummy_run import dummy_run, is_known
+from nbl_export.models.layers import block_stack
+from nbl_export.models.loaded import LoadedModel, why_not_run
 from nbl_export.models.source import find_model
+from nbl_export.models.tasks import Pooling
 from nbl_export.models.weights import dtype_of, resident
 from nbl_export.progress import Silent
 from tests.encoders import as_sentence_transformer, text_encoder, vision_encoder
@@ -30,14 +31,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the name of every function of loading that runs."""
     ran: list[str] = []
     for name in ("load_model", "load_tokenizer", "load_image_processor", "in_precision"):
-        room = processors if name == "load_image_processor" else load
-        plain = getattr(room, name)
+        plain = getattr(load, name)
 
         def counting(*args: Any, name: str = name, plain: Any = plain) -> Any:
             ran.append(name)
             return plain(*args)
 
-        monkeypatch.setattr(room, name, counting)
+        monkeypatch.setattr(load, name, counting)
     return ran
 
 
@@ -131,3 +131,20 @@ def test_a_model_whose_code_does_not_run_fast_is_run_in_float32(mixed: Path, tin
         model.in_dtype("bfloat16")
     other = LoadedModel(find_model(str(tiny_folder)), Silent())
     assert dtype_of(other.in_dtype("auto")) == "bfloat16" == other.fast_dtype
+
+
+def test_what_runs_says_nothing_and_stays_as_it_was() -> None:
+    model: Any = tiny_model("llama")
+    dummy_run(model)
+    blocks = list(block_stack(model)[1].children())
+    assert why_not_run(model.to(torch.bfloat16)) is None
+    assert list(block_stack(model)[1].children()) == blocks
+
+
+def test_what_does_not_run_says_why_in_a_line() -> None:
+    model: Any = tiny_model("llama")
+    dummy_run(model)
+    model.model.norm.to(torch.bfloat16)
+    model.model.layers[0].mlp.to(torch.bfloat16)
+    why = why_not_run(model)
+    assert why is not None and "dtype" in why and "\n" not in why

@@ -10,15 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
-from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.layers import attention_layers, block_stack, layer_count
 from nbl_export.models.lengths import Length, lengths
 from nbl_export.models.small_copy import small_copy, small_lengths
 from tests.beyond import BEYOND
 from tests.fixtures_graph import load
 from tests.multimodal import build
-
-pytestmark = pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
 
 
 def large(name: str, **changes: Any) -> Any:

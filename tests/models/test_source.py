@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from nbl_export.errors import InputError
@@ -16,6 +17,7 @@ from nbl_export.models.load import load_model, load_tokenizer
 from nbl_export.models.source import find_model, same_model
 from tests.models.spoiled import edit_config, flip_last_byte, one_sentence
 
+INDEX = "model.safetensors.index.json"
 EMPTY_GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)  # no tensors and no keys
 
 
@@ -82,18 +84,6 @@ def test_one_byte_of_the_weights_changes_the_fingerprint(folder: Path) -> None:
     assert len({before, changed, find_model(str(folder)).fingerprint}) == 3
 
 
-def test_the_name_of_a_shard_is_part_of_the_fingerprint(folder: Path) -> None:
-    before = find_model(str(folder)).fingerprint
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    assert find_model(str(folder)).fingerprint != before
-
-
-def test_a_tokenizer_is_not_part_of_the_fingerprint(folder: Path) -> None:
-    before = find_model(str(folder)).fingerprint
-    (folder / "README.md").write_text("about this model")
-    assert find_model(str(folder)).fingerprint == before
-
-
 def test_the_same_model_is_found_again_and_a_changed_one_refused(folder: Path) -> None:
     info = json.loads(json.dumps(find_model(str(folder)).as_json()))
     assert same_model(info) == find_model(str(folder))
@@ -132,14 +122,6 @@ def test_a_file_that_is_no_gguf(tiny_folder: Path) -> None:
     message = refusal(tiny_folder / "model.safetensors")
     assert "is not a .gguf file" in message
     assert "a folder with config.json" in message
-
-
-@pytest.mark.parametrize("content", [b"", b"GG", b"ggml and more", b"\x00" * 50])
-def test_a_gguf_file_without_the_magic(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "fake.gguf").write_bytes(content)
-    message = refusal(tmp_path / "fake.gguf")
-    assert f"it starts with {content[:4]!r}" in message
-    assert "download it again" in message
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
@@ -201,17 +183,43 @@ def test_a_masked_language_model_as_transformers_saves_it(tmp_path: Path) -> Non
     assert (found.task, found.reads) == ("fill-mask", "input_ids")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
-def test_a_quantized_checkpoint(folder: Path, method: str) -> None:
-    edit_config(folder, quantization_config={"quant_method": method, "bits": 4})
-    message = refusal(folder)
-    assert f"is a quantized checkpoint ({method})" in message
-    assert "dequantize it first" in message
-
-
 @pytest.mark.parametrize("source", ["someone/no-such-model", "no-such-model"])
 def test_a_hub_id_without_a_network(source: str) -> None:
     message = refusal(source)
     assert message.startswith(f"{source} is not a local path")
     assert "Hub cannot be reached" in message
     assert "spelling and the network" in message
+
+
+def test_a_gguf_file_without_the_magic(tmp_path: Path) -> None:
+    (tmp_path / "fake.gguf").write_bytes(b"ggml and more")
+    message = refusal(tmp_path / "fake.gguf")
+    assert "it starts with b'ggml'" in message and "download it again" in message
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_of_the_hub_the_files_that_loading_opens_are_fetched(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    there = [path.name for path in tiny_folder.iterdir()]
+    there += ["consolidated.safetensors", "pytorch_model.bin", "modeling.py", "onnx/model.safetensors"]
+    shards = ["model.safetensors-00001-of-00002.safetensors", "model.safetensors-00002-of-00002.safetensors"]
+    if sharded:
+        there = [name for name in there if name != "model.safetensors"] + [*shards, INDEX]
+    fetched: set[str] = set()
+
+    def snapshot(repo: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert repo == "someone/model" and not local_files_only
+        for name in filter_repo_objects(there, allow_patterns=allow_patterns):
+            fetched.add(name)
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            own = tiny_folder / name
+            (tmp_path / name).write_bytes(own.read_bytes() if own.exists() else b"")
+        if sharded:
+            (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert find_model("someone/model").kind == "hub"
+    weights = {name for name in fetched if not name.endswith((".json", ".jinja", ".txt", ".model"))}
+    assert weights == ({*shards} if sharded else {"model.safetensors"})

@@ -24,9 +24,9 @@ from nbl_export.errors import InputError
 from nbl_export.models import towers
 from nbl_export.models.media_tokens import joined, seeing
 from nbl_export.models.multimodal import language_model
-from nbl_export.models.partial_forward import Reached
 from nbl_export.models.source import find_model
 from nbl_export.models.towers import Towers, load_processor
+from nbl_export.models.walk import Reached
 from tests.fixtures_graph import load
 from tests.multimodal import whole
 from tests.pictures import PLACE, PROCESSORS, RATE, SOUND_PLACE, picture, save_processor, skip_without, sound

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,24 @@ import torch
 from transformers import AutoModel
 
 from nbl_export.batch.names import PIXELS, TOKENS
-from nbl_export.models.dummy_run import Handed, dummy_run
-from nbl_export.models.layers import attention_layers, main_input, observed
+from nbl_export.models.dummy_run import _Watch, dummy_run
+from nbl_export.models.layers import attention_layers, block_stack, hidden_size, main_input, observed
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
-from nbl_export.models.walk import Segment, after_blocks, segments, walking
+from nbl_export.models.walk import (
+    Segment,
+    after_blocks,
+    first_needed,
+    one_of_each_kind,
+    recomputed,
+    recording_inputs,
+    segments,
+    starting_at,
+    walking,
+)
 from tests import families
 from tests.encoders import text_encoder, vision_encoder
+from tests.families import unsaved
 from tests.models.test_weights import absent, reads, stored_in
 from tests.tiny_types import tiny_model
 
@@ -116,19 +128,6 @@ def test_each_block_is_read_once_for_all_batches(tmp_path: Path) -> None:
     assert absent(model) >= names
 
 
-def test_only_the_segment_is_in_memory(tmp_path: Path) -> None:
-    folder = stored_in(families.build("llama", tmp_path / "m"), torch.bfloat16)
-    model: Any = load_model(find_model(str(folder)))
-    blocks = list(model.model.layers)  # which are skipped in their turn
-    with torch.inference_mode(), walking(model) as run:
-        states: Any = None
-        for index, segment in enumerate(segments(model)):
-            with run(segment) as step:
-                states = step({TOKENS: ROWS[0]}, states)
-                there = [not block.self_attn.q_proj.weight.is_meta for block in blocks]
-                assert there == [i == index for i in range(len(there))]
-
-
 def test_blocks_that_share_something_are_run_together() -> None:
     model: Any = families.unsaved("llama").eval()
     # As the keys and values that some layers of a family take from others.
@@ -149,28 +148,6 @@ def test_blocks_that_share_something_are_run_together() -> None:
     assert_same(seen, expected)
 
 
-def test_what_only_the_first_block_makes_is_seen_to_be_handed_on() -> None:
-    x, table = torch.ones(1, 2, 3), torch.ones(1, 2, 2)
-    for taken, on in (
-        ({"position_bias": table}, True),
-        ({"bias": (None, table)}, True),
-        ({"mask": table + 0}, False),
-    ):
-        handed = Handed()
-        handed.given(None, (), (x, table))
-        handed.taken(None, (x,), taken)
-        assert handed.on == on, taken
-    handed = Handed()
-    handed.given(None, (), (x, table))
-    handed.taken(None, (x, table), {})
-    assert handed.on
-    handed = Handed()
-    handed.given(None, (), (x,))
-    handed.given(None, (), x)
-    handed.taken(None, (x,), {"hidden_states": x})
-    assert not handed.on, "the states themselves"
-
-
 def test_layers_that_share_keys_and_values_are_run_together() -> None:
     model = tiny_model(
         "gemma4_text", num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3
@@ -179,3 +156,224 @@ def test_layers_that_share_keys_and_values_are_run_together() -> None:
     assert segments(model) == [Segment(0, 1), Segment(1, 2), Segment(2, 6)]
     batches = [{TOKENS: rows} for rows in ROWS]
     assert_same(by_blocks(model, batches)[0], whole(model, batches))
+
+
+def test_what_only_the_first_block_makes_is_seen_to_be_handed_on() -> None:
+    """As a table of relative positions: blocks that take it cannot be run apart."""
+    x, table = torch.ones(1, 2, 3), torch.ones(1, 2, 2)
+    for args, taken, apart in (
+        ((x,), {"position_bias": table}, False),
+        ((x,), {"bias": (None, table)}, False),
+        ((x, table), {}, False),
+        ((x,), {"mask": table + 0}, True),
+        ((), {"hidden_states": x}, True),
+    ):
+        seen = _Watch(torch.nn.Module(), ExitStack())
+        seen.leave(0, (x, table))
+        seen.enter(1, args, taken)
+        assert seen.separate == apart, taken
+
+
+# from one block on --------------------------------------------------------------------------------
+
+# Windows and rope tables that differ by layer, parallel and sequential blocks, alibi, learned positions, factors
+# on the stream, projections around the blocks, experts, convolutions between the attention.
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "gemma2",
+    "gemma3-text",
+    "gpt2",
+    "gpt_neox",
+    "falcon",
+    "falcon-alibi",
+    "bloom",
+    "opt-post-norm",
+    "granite",
+    "gpt_oss",
+    "phi",
+)
+TYPES = ("lfm2", "gpt_neo", "mixtral", "deepseek_v2")
+_MADE: dict[str, Any] = {}
+
+
+def made(name: str) -> Any:
+    if name not in _MADE:
+        model = tiny_model(name) if name in TYPES else unsaved(name)
+        _MADE[name] = model.eval().requires_grad_(False)
+        dummy_run(_MADE[name])  # whose own run is not to be counted
+    return _MADE[name]
+
+
+@pytest.fixture(params=[*FAMILIES, *TYPES])
+def model(request: pytest.FixtureRequest) -> Any:
+    return made(request.param)
+
+
+IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def run(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@contextmanager
+def calls(model: Any) -> Iterator[list[int]]:
+    """Within the block, the numbers of the blocks that were run, in order."""
+    found: list[int] = []
+    stack = attention_layers(model)[0].block.rpartition(".")[0]
+    hooks = [
+        block.register_forward_hook(lambda *_, i=i: found.append(i))
+        for i, block in enumerate(model.get_submodule(stack))
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def modules(model: Any) -> dict[str, tuple[int, int, int]]:
+    """Every module by its name, as an object, with the number of its hooks."""
+    return {
+        name: (id(m), len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()
+    }
+
+
+def test_a_run_from_any_layer_on_gives_the_same_bits(model: Any) -> None:
+    layers = attention_layers(model)
+    whole, before = run(model), None
+    with recording_inputs(model, [layer.index for layer in layers]) as kept:
+        assert torch.equal(run(model), whole)
+    assert sorted(kept) == [layer.index for layer in layers]
+    for index, states in kept.items():
+        with calls(model) as ran, starting_at(model, index, states):
+            assert torch.equal(run(model), whole), index
+        assert min(ran) == index, "the blocks before it are not run"
+        # The states are what counts, not the tokens before them.
+        with starting_at(model, index, states * 0.5):
+            other = run(model)
+        assert not torch.allclose(other, whole)
+        assert before is None or not torch.allclose(other, before)
+        before = other
+
+
+def test_the_model_is_as_it_was(model: Any) -> None:
+    layers = attention_layers(model)
+    dummy_run(model)
+    before = modules(model)
+    with recording_inputs(model, [layer.index for layer in layers]) as kept:
+        whole = run(model)
+    last = layers[-1].index
+    with starting_at(model, last, kept[last]):
+        assert modules(model) != before
+    assert modules(model) == before
+    with pytest.raises(RuntimeError, match="stop"), starting_at(model, last, kept[last]):
+        raise RuntimeError("stop")
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        recording_inputs(model, [layer.index for layer in layers]),
+    ):
+        raise RuntimeError("stop")
+    assert modules(model) == before
+    assert torch.equal(run(model), whole)
+
+
+def test_states_are_those_of_transformers_own_outputs() -> None:
+    for name in ("llama", "gemma3-text", "gpt2", "falcon"):
+        model = made(name)
+        with (
+            torch.inference_mode(),
+            recording_inputs(model, [layer.index for layer in attention_layers(model)]) as kept,
+        ):
+            states = model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states
+        for index in kept:
+            assert torch.equal(kept[index], states[index]), (name, index)
+
+
+# backward -----------------------------------------------------------------------------------------
+
+
+def gradient(model: Any, block: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the logits' squares after a shift of what ``block`` gives, and its gradient by the shift."""
+    shift = torch.zeros(hidden_size(model), requires_grad=True)
+
+    def add(_block: Any, _args: Any, output: Any) -> Any:
+        return (output[0] + shift, *output[1:]) if isinstance(output, tuple) else output + shift
+
+    hook = block.register_forward_hook(add)
+    total = model(input_ids=IDS, use_cache=False).logits.square().sum()
+    total.backward()
+    hook.remove()
+    assert shift.grad is not None
+    return total.detach(), shift.grad
+
+
+def test_blocks_computed_again_give_the_same_gradient(model: Any) -> None:
+    stack = block_stack(model)[1]
+    before = list(stack.children())
+    calls = [0] * len(before)
+    total, expected = gradient(model, before[1])
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+        for i, block in enumerate(before)
+    ]
+    try:
+        with recomputed(model, 1):
+            found = gradient(model, before[1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(found[0], total) and torch.equal(found[1], expected) and expected.any()
+    assert calls == [1, 1, *[2] * (len(before) - 2)], "nothing before the shift is asked for"
+    assert list(stack.children()) == before
+
+
+KINDS = {
+    "llama": [0],
+    "gpt_oss": [0, 1],  # a window, and none
+    "gpt_neo": [0, 1],
+    "lfm2": [0, 1],  # a convolution, and attention
+    "deepseek_v2": [0, 2],  # an MLP, and experts
+    "smollm3": [0, 3],  # with and without rotary embedding
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_block_of_each_kind_is_left(name: str) -> None:
+    model = made(name) if name != "smollm3" else unsaved(name).eval()
+    dummy_run(model)
+    stack: Any = block_stack(model)[1]
+    before, whole = list(stack), run(model)
+    with one_of_each_kind(model) as count:
+        assert [i for i, block in enumerate(stack) if block is before[i]] == KINDS[name]
+        assert count == len(KINDS[name])
+        assert not torch.equal(run(model), whole)
+    assert list(stack) == before and torch.equal(run(model), whole)
+
+
+def test_all_blocks_that_share_more_than_states_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    facts = replace(dummy_run(model), separate=False)
+    monkeypatch.setattr("nbl_export.models.walk.dummy_run", lambda _: facts)
+    with one_of_each_kind(model) as count:
+        assert count == 4
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_a_run_begins_where_its_keys_and_values_are_made(model_type: str) -> None:
+    model = tiny_model(model_type)  # layer 2 reads those of layer 0, layer 3 those of 1
+    assert [first_needed(model, index) for index in range(4)] == [0, 0, 0, 0]
+    one = tiny_model(
+        model_type,
+        layer_types=["full_attention", "sliding_attention", *["full_attention"] * 2],
+        num_kv_shared_layers=1,
+    )
+    assert [first_needed(one, index) for index in range(4)] == [0, 1, 2, 2]
+    expected = run(one)
+    with recording_inputs(one, [layer.index for layer in attention_layers(one)]) as states:
+        run(one)
+    for index in range(3):
+        with starting_at(one, index, states[index]):
+            assert torch.equal(run(one), expected)

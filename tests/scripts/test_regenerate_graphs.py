@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import MissingDependencyError
-from tests.releases import written_for_5
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +28,6 @@ def _script() -> Any:
 SCRIPT = _script()
 
 
-@written_for_5
 @pytest.mark.parametrize("pair", SCRIPT.PAIRS, ids="-".join)
 def test_reference_graphs_are_up_to_date(tmp_path: Path, pair: tuple[str, str]) -> None:
     try:

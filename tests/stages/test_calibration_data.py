@@ -17,7 +17,6 @@ from transformers import AutoModel
 from nbl_export.blocks import ATTENTION
 from nbl_export.calibrate.text import CalibrationText
 from nbl_export.errors import InputError
-from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
@@ -190,7 +189,6 @@ def test_images_of_a_size_that_the_model_does_not_take(place: Path, tmp_path: Pa
         material.probe(model, images, (ATTENTION,))
 
 
-@pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
 def test_ranges_are_of_text_beyond_a_length_too() -> None:
     rows = np.random.default_rng(0).integers(3, 250, (4, 48)).astype(np.int32)
     text = CalibrationText(rows, rows, rows, rows, rows, np.array([2], np.int32))
@@ -207,7 +205,6 @@ def test_ranges_are_of_text_beyond_a_length_too() -> None:
     assert batch["input_ids"][4].tolist() == np.resize(rows, 208).tolist()
 
 
-@pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
 @pytest.mark.parametrize(("width", "longest"), [(220, 208), (120, 120)])
 def test_a_row_of_the_probe_of_a_text_encoder_goes_beyond_a_length(
     loaded: Callable[[str], LoadedModel], width: int, longest: int

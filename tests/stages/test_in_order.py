@@ -14,9 +14,9 @@ from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
 from nbl_export.linearize.scores import check_selection
 from nbl_export.models import load
+from nbl_export.models.candidates import choices
 from nbl_export.models.layers import hidden_size
 from nbl_export.models.source import ModelSource, find_model
-from nbl_export.models.spans import choices
 from nbl_export.settings import RunSettings
 from nbl_export.stages import in_order
 from nbl_export.stages.in_order import check_source

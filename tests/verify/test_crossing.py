@@ -17,7 +17,6 @@ from nbl_export.calibrate.text import CalibrationText
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.summary import OnCopy
-from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.lengths import Crossed, Length
 from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
@@ -31,8 +30,6 @@ from nbl_export.verify.decoder import measure_parity
 from nbl_export.verify.parity.figures import Crossing
 from tests.beyond import BEYOND, SWITCH, VOCAB
 from tests.families import Calibrated
-
-pytestmark = pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
 
 STEPS, LAYER = 8, 1
 TOKENS = np.random.default_rng(5).integers(3, VOCAB - 5, (12, 160)).astype(np.int32)

@@ -23,7 +23,6 @@ from nbl_export.export.torch import export_torch
 from nbl_export.graph.summary import OnCopy
 from nbl_export.linearize.lmmse import fit_lmmse
 from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.tasks import FEATURES, task_named
 from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
@@ -32,8 +31,6 @@ from nbl_export.verify import encoder as module
 from nbl_export.verify.case import EncoderCase
 from nbl_export.verify.encoder import measure_encoder
 from tests.beyond import ENCODERS, SWITCH, VOCAB
-
-pytestmark = pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
 
 LAYER, TASK = 1, task_named(FEATURES)
 TOKEN_ROWS = np.random.default_rng(5).integers(3, VOCAB, (16, 150))

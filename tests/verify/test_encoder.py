@@ -15,9 +15,8 @@ from nbl_export.calibrate.passages import heldout_rows
 from nbl_export.calibrate.text import load_text
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.load import load_model
-from nbl_export.models.pooling import find_pooling
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import task_named
+from nbl_export.models.tasks import find_pooling, task_named
 from nbl_export.settings import VerifySettings
 from nbl_export.verify import encoder as module
 from nbl_export.verify.case import EncoderCase

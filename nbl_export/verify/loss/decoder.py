@@ -18,7 +18,7 @@ from nbl_export.linearize.selection import exp
 from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
 from nbl_export.models.media_tokens import written
-from nbl_export.models.partial_forward import beginning, recording_inputs, starting_at
+from nbl_export.models.walk import first_needed, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, streams
 from nbl_export.progress import Listener, Silent
 from nbl_export.verify.loss.figures import MethodLoss
@@ -78,7 +78,7 @@ def _both(
             yield logits, changed
         return
     # Nothing is changed before the first of the plan's layers: the second run begins there.
-    first = beginning(model, layer_of(min(plan.chosen))) if plan.chosen else 0
+    first = first_needed(model, layer_of(min(plan.chosen))) if plan.chosen else 0
     for row in rows:
         with recording_inputs(model, [first]) as states:
             logits = row_logits(model, row)

@@ -13,7 +13,7 @@ from nbl_export.batch.arrays import F32, I64
 from nbl_export.batch.padding import left_padded
 from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, version_of, within
-from nbl_export.models.layers import accepted_arguments
+from nbl_export.models.libraries import accepted_arguments
 from nbl_export.models.walk import Segment, through
 from nbl_export.models.weights import device_of, streams
 from nbl_export.progress import Listener, Silent

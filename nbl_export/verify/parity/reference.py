@@ -23,9 +23,8 @@ from nbl_export.batch.padding import left_padded
 from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, version_of, within
 from nbl_export.models.caches import Entry, cache_layer, cache_with, entry_in, limited_steps
-from nbl_export.models.compat import cache_argument
 from nbl_export.models.dummy_run import cache_shapes, dummy_run
-from nbl_export.models.layers import accepted_arguments
+from nbl_export.models.libraries import accepted_arguments, cache_argument
 from nbl_export.models.routers import Routers
 from nbl_export.models.walk import Segment, through
 from nbl_export.models.weights import device_of, streams, weights_like

@@ -299,7 +299,7 @@ class TorchPrompt(Prompt):
     ) -> None:
         import torch
 
-        from nbl_export.models.layers import accepted_arguments
+        from nbl_export.models.libraries import accepted_arguments
         from nbl_export.models.weights import device_of
 
         self._model, self._forward = model, model if forward is None else forward
@@ -327,7 +327,7 @@ class TorchPrompt(Prompt):
     def _run(self, ids: torch.Tensor) -> None:
         import torch
 
-        from nbl_export.models.compat import cache_argument
+        from nbl_export.models.libraries import cache_argument
 
         with torch.inference_mode():
             argument = {cache_argument(self._model): self._cache} if self._cache is not None else {}

@@ -16,9 +16,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoMode
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.encoder import encoder_of
 from nbl_export.models.load import load_model
-from nbl_export.models.pooling import find_pooling
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import task_named
+from nbl_export.models.tasks import find_pooling, task_named
 from nbl_export.runtime.torch import TorchEncoder
 from nbl_export.verify.loss.encoder import measure_likeness
 from nbl_export.verify.loss.figures import Likeness
