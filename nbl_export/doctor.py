@@ -315,7 +315,7 @@ def _try(names: list[str], tell: Tell) -> None:
 
 
 def _driver_answers() -> dict[str, Any]:
-    from nbl_export.engine.gpu import find_gpus
+    from nbl_export.engine.library import find_gpus
 
     found = find_gpus()
     gpus = [

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from nbl_export import api
 from nbl_export.cli.terminal import TerminalListener
-from nbl_export.engine.gpu import find_gpu
+from nbl_export.engine.library import find_gpu
 from nbl_export.export.others import VARIABLE
 from nbl_export.verify.speed.values import CellResult
 

@@ -38,8 +38,6 @@ USUAL: Mapping[str, tuple[str, ...]] = {
         "inspect something else",
     ),
     "cli/test_main.py::test_unusable_text_exits_2": ("empty.txt--words0", "binary.txt-content2-words2"),
-    "engine/test_pair.py::test_a_failure_in_the_second_build_leaves_the_first_engines": ("error0",),
-    "engine/test_weights.py::test_mlps_of_the_plan_are_gone": ("llama-3",),
     "export/test_embeds.py::test_a_decoder_of_embeddings_is_the_model": (
         "gemma3-concat-layers0",
         "qwen2.5-vl-static-layers2",

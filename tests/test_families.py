@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.engine.build import Built
-from nbl_export.engine.child import build_in_child
+from nbl_export.engine.build import Built, build_in_child
 from nbl_export.engine.library import import_library
-from nbl_export.engine.profiles import Limits
+from nbl_export.engine.network import Limits
 from nbl_export.errors import BuildError, InputError
 from nbl_export.export.checks import check_form
 from nbl_export.export.forms import FORMS

@@ -26,7 +26,7 @@ from nbl_export.report.tables import engines_table, graph_table, report_tables, 
 
 if TYPE_CHECKING:
     from nbl_export.doctor import Diagnosis
-    from nbl_export.engine.pair import EngineFile
+    from nbl_export.engine.build import EngineFile
     from nbl_export.report.diff import Diff
     from nbl_export.report.evaluation import Evaluation
     from nbl_export.report.schema import BenchReport, Conversion

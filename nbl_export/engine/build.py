@@ -1,56 +1,85 @@
-"""Graph → engine: parse, check and build.
+"""Build engines of both graphs with the same settings, each in a child process: parse, check, build.
 
-A graph with a static cache has a symbolic cache length, but a native cache update of TensorRT needs a fixed one.
-So a temporary copy is parsed in which the length is ``max_context``.
+A library that crashes or hangs on a graph costs a sentence, not the run. A graph with a static cache has a symbolic
+cache length, but a native cache update of TensorRT needs a fixed one: a temporary copy is parsed in which it is
+``max_context``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from nbl_export.batch.names import MAX
-from nbl_export.engine.library import Library
+from nbl_export import __version__
+from nbl_export.batch.names import LINEARIZED, MAX
+from nbl_export.child_process import Tell, in_child
+from nbl_export.engine.library import Gpu, Library, library_of
+from nbl_export.engine.manifest import Manifest, manifest_path, manifest_text
 from nbl_export.engine.network import (
+    Limits,
     NetworkFacts,
     Parsed,
+    Profile,
     check_network,
     check_operators,
     check_precision,
     let_attention_decompose,
     parse_network,
+    profiles,
 )
-from nbl_export.engine.profiles import Limits, Profile, profiles
-from nbl_export.engine.weights import NetworkWeights, network_weights
 from nbl_export.errors import BuildError
-from nbl_export.graph.cache import is_static
+from nbl_export.files import atomic_path, sha256_of_file
+from nbl_export.graph.cache import is_static, kv_layers
 from nbl_export.graph.io import load_graph, scratch_copy
 from nbl_export.graph.operators import fused_op
 from nbl_export.graph.precision import graph_precision
-from nbl_export.progress import Task
+from nbl_export.graph.tensors import external_files
+from nbl_export.linearize.plan import Plan
+from nbl_export.progress import Listener
+from nbl_export.records import from_json, to_json
+
+TIMINGS = "timing.cache"
+# Seconds without progress after which the library hangs. One step of a large model's build may take minutes.
+PATIENCE = 1800
+_REMEDY = "leave the engines out, or export again with another --kv-cache or --precision"
+_WHOLE = 1000  # of the progress of a build
 
 
 @dataclass(frozen=True)
-class Job:
-    """An engine to build: of ``graph``, a decoder with ``attention`` attention layers, into the file ``engine``.
+class Source:
+    """A graph to build: its role, its path, its number of attention layers, and the path of the engine."""
 
-    ``parsed`` is the file that the library reads, ``graph`` or a copy of it (:func:`parsable`); ``timings`` the file of
-    a :class:`TimingCache`; ``capabilities`` are those to build for ahead of time.
+    role: str
+    graph: Path
+    attention: int
+    engine: Path
+
+
+@dataclass(frozen=True)
+class Target:
+    """What engines are built with and for: the library, this machine's GPU if there is one, shapes, capabilities.
+
+    ``capabilities`` are those to build for ahead of time, such as ``SM86``; empty for the GPU alone.
     """
 
-    graph: Path
-    parsed: Path
-    attention: int
+    library: Library
+    gpu: Gpu | None
     limits: Limits
     capabilities: tuple[str, ...]
-    engine: Path
-    timings: Path
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """A written engine and its manifest."""
+
+    path: Path
+    manifest: Manifest
 
 
 @dataclass(frozen=True)
@@ -58,96 +87,146 @@ class Built:
     """The facts about an engine of ``size`` bytes. ``fused`` is False if attention was decomposed."""
 
     facts: NetworkFacts
-    weights: NetworkWeights
     profiles: tuple[Profile, ...]
     fused: bool
     seconds: float
     size: int
 
 
-class TimingCache:
-    """Kernel timings shared between the builds of one library on one GPU, kept in a file.
+def build_pair(
+    target: Target, sources: Sequence[Source], plan: Plan, plan_hash: str, listener: Listener
+) -> tuple[list[EngineFile], list[Path]]:
+    """Build every source; returns the engines and all written files.
 
-    A library that builds ahead of time has no timing cache.
+    The engines are moved into place only after all are built.
     """
+    library, gpu = target.library, target.gpu
+    capabilities = target.capabilities
+    if not capabilities and gpu is not None:
+        capabilities = (f"SM{gpu.compute_capability.replace('.', '')}",)
+    engines: list[EngineFile] = []
+    # All temporary files are written before the first is moved into place: the disk may be full.
+    with ExitStack() as writing:
+        temporaries = [writing.enter_context(atomic_path(source.engine)) for source in sources]
+        for source, temporary in zip(sources, temporaries, strict=True):
+            timings = source.engine.with_name(TIMINGS)
+            with listener.task(f"Building {source.role} engine", _WHOLE, "‰") as task:
+                built = build_in_child(target, source, temporary, timings, task.advance)
+            linear = plan.blocks if source.role == LINEARIZED else ()
+            model = load_graph(source.graph)
+            manifest = Manifest(
+                role=source.role,
+                library=library.package,
+                library_version=library.version,
+                ahead_of_time=library.ahead_of_time,
+                capabilities=capabilities,
+                gpu=None if library.ahead_of_time or gpu is None else gpu.name,
+                precision=graph_precision(model).name,
+                kv_cache="static" if is_static(model) else "concat",
+                limits=target.limits,
+                profiles=built.profiles,
+                kv_layers=kv_layers(model),
+                linear_layers=linear,
+                attention="none" if not source.attention else "fused" if built.fused else "decomposed",
+                network=built.facts,
+                hashes=_hashes(source.graph, model, temporary) | ({"plan": plan_hash} if linear else {}),
+                build_seconds=round(built.seconds, 3),
+                size=built.size,
+                created_by=f"nbl-export {__version__}",
+            )
+            described = writing.enter_context(atomic_path(manifest_path(source.engine)))
+            described.write_text(manifest_text(manifest), encoding="utf-8")
+            engines.append(EngineFile(source.engine, manifest))
+    return engines, [file for one in engines for file in (one.path, manifest_path(one.path))]
 
-    def __init__(self, library: Library, path: Path) -> None:
-        self.library, self.path = library, path
-        self._data = path.read_bytes() if path.is_file() else b""
-        self._cache: Any = None
 
-    def attach(self, config: Any) -> None:
-        """Make a build read the existing timings and add its own."""
-        if self.library.ahead_of_time:
-            return
-        self._cache = config.create_timing_cache(self._data)
-        # A cache of another GPU or version is not accepted: start with an empty one.
-        if self._cache is None or not config.set_timing_cache(self._cache, False):
-            self._cache = config.create_timing_cache(b"")
-            config.set_timing_cache(self._cache, False)
-
-    def collect(self) -> None:
-        """Store the timings that a build has measured."""
-        if self._cache is not None:
-            self._data = bytes(self._cache.serialize())
-
-    def save(self) -> list[Path]:
-        """Write the timings, if there are any; returns the files written."""
-        from nbl_export.files import atomic_path
-
-        if self.library.ahead_of_time or not self._data:
-            return []
-        with atomic_path(self.path) as temporary:
-            temporary.write_bytes(self._data)
-        return [self.path]
+def _hashes(graph: Path, model: ir.Model, engine: Path) -> dict[str, str]:
+    hashes = {"engine": sha256_of_file(engine), "onnx": sha256_of_file(graph)}
+    for data in external_files(model):
+        hashes["onnx_data" if data.parent == graph.parent else "shared_data"] = sha256_of_file(data)
+    return hashes
 
 
-def build_engine(library: Library, job: Job, task: Task) -> Built:
-    """Build an engine and write it; ``task`` is advanced to 1000.
+def build_in_child(
+    target: Target, source: Source, engine: Path, timings: Path, advance: Callable[[int], None]
+) -> Built:
+    """:func:`build_engine` of ``source`` into the file ``engine``, in a child process.
 
-    Raises :class:`InputError` for a graph with operators or weights that the library does not know, and
-    :class:`BuildError` if parsing, the check of the network or the build fails.
+    Raises what that raises, and :class:`ChildError` if the library crashes or hangs; what is at ``engine`` is then of
+    no use.
+    """
+    with parsable(source.graph, target.limits.max_context) as parsed:
+        asked = {
+            "package": target.library.package,
+            "paths": [str(path) for path in (source.graph, parsed, engine, timings)],
+            "attention": source.attention,
+            "limits": to_json(target.limits),
+            "capabilities": list(target.capabilities),
+        }
+        what = f"The build of an engine of {source.graph} with {target.library}"
+        built = in_child(_work, asked, what, _REMEDY, PATIENCE, advance)
+    return from_json(Built, built, "What the build of an engine said", _REMEDY)
+
+
+def _work(asked: Any, tell: Tell) -> Any:
+    graph, parsed, engine, timings = map(Path, asked["paths"])
+    library, limits = library_of(asked["package"]), Limits(**asked["limits"])
+    built = build_engine(
+        library, graph, parsed, engine, timings, asked["attention"], limits, asked["capabilities"], tell
+    )
+    return to_json(built)
+
+
+def build_engine(
+    library: Library,
+    graph: Path,
+    parsed_graph: Path,
+    engine: Path,
+    timings: Path,
+    attention: int,
+    limits: Limits,
+    capabilities: Sequence[str],
+    advance: Callable[[int], object],
+) -> Built:
+    """Build an engine of ``graph``, a decoder with ``attention`` attention layers, and write it.
+
+    The library reads ``parsed_graph`` (:func:`parsable`); ``timings`` is the file of its timing cache; ``advance`` is
+    told thousandths. Raises :class:`InputError` for a graph with operators or weights that the library does not know,
+    and :class:`BuildError` if parsing, the check of the network or the build fails.
     """
     start = time.perf_counter()
-    path = job.graph
-    model = load_graph(path)
-    check_operators(model, path)
+    model = load_graph(graph)
+    check_operators(model, graph)
     precision = graph_precision(model)
-    check_precision(precision, path)
-    static = is_static(model)
-    float32_bytes = sum(
-        v.const_value.nbytes
-        for v in model.graph.initializers.values()
-        if v.const_value is not None and v.dtype == ir.DataType.FLOAT
-    )
-    parsed = parse_network(library, job.parsed, path)
+    check_precision(precision, graph)
+    stored = (v.const_value for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT)
+    float32_bytes = sum(value.nbytes for value in stored if value is not None)
+    parsed = parse_network(library, parsed_graph, graph)
     operators = sum(fused_op(node) is not None for node in model.graph)
-    check_network(parsed.facts, precision, job.attention, static, float32_bytes, operators)
+    check_network(parsed.facts, precision, attention, is_static(model), float32_bytes, operators)
     shapes = {
         str(v.name): [d if isinstance(d, int) else str(d.value) for d in v.shape or ()]
         for v in model.graph.inputs
         if v.const_value is None  # for TensorRT an input with a default is a constant
     }
-    found = profiles(shapes, job.limits)
+    found = profiles(shapes, limits)
     # Fused attention has no float32 kernel. In half precision a fused kernel is required first, to see if there is one.
     fused = precision.name != "fp32" and operators > 0
-    progress, timings = Progress(task), TimingCache(library, job.timings)
+    progress = Progress(advance)
     if not fused:
         let_attention_decompose(library, parsed.network)
-    data = _serialize(library, parsed, found, job.capabilities, timings, progress)
+    data = _serialize(library, parsed, found, capabilities, timings, progress)
     if data is None and fused and "decomposable" in " ".join(parsed.messages.errors):
         # There is no fused kernel for this head_dim; the manifest says "decomposed".
         fused = False
         parsed.messages.errors.clear()
         let_attention_decompose(library, parsed.network)
-        data = _serialize(library, parsed, found, job.capabilities, timings, progress)
+        data = _serialize(library, parsed, found, capabilities, timings, progress)
     if data is None:
-        raise BuildError(f"{library} does not build {path}: {parsed.messages.first()}.")
-    size = job.engine.write_bytes(memoryview(data))
-    timings.save()
-    progress.finish()
-    weights = network_weights(library, parsed.network, model)
-    return Built(parsed.facts, weights, found, fused, time.perf_counter() - start, size)
+        raise BuildError(f"{library} does not build {graph}: {parsed.messages.first()}.")
+    size = engine.write_bytes(memoryview(data))
+    progress.reach(1)
+    return Built(parsed.facts, found, fused, time.perf_counter() - start, size)
 
 
 @contextmanager
@@ -172,7 +251,7 @@ def _serialize(
     parsed: Parsed,
     found: Sequence[Profile],
     capabilities: Sequence[str],
-    timings: TimingCache,
+    timings: Path,
     progress: Progress,
 ) -> Any:
     trt = library.module
@@ -183,28 +262,65 @@ def _serialize(
             made.set_shape(name, *shapes)
         if config.add_optimization_profile(made) < 0:
             raise BuildError(f"{library} refuses the {profile.name} profile: {parsed.messages.first()}.")
-    if library.ahead_of_time:
+    # Needed to inspect the layers of the engine.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    cache = None
+    if library.ahead_of_time:  # nothing is timed
         config.num_compute_capabilities = len(capabilities)
         for index, name in enumerate(capabilities):
             config.set_compute_capability(library.capabilities[name], index)
-    # Needed to inspect the layers of the engine.
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    timings.attach(config)
+    else:
+        cache = timing_cache(config, timings)
     # In a name: the library keeps no reference of its own.
     config.progress_monitor = monitor = _monitor(library, progress)
     data = parsed.builder.build_serialized_network(parsed.network, config)
     del monitor
-    if data is not None:
-        timings.collect()
+    if data is not None and cache is not None:
+        with atomic_path(timings) as temporary:
+            temporary.write_bytes(bytes(cache.serialize()))
     return data
+
+
+def timing_cache(config: Any, path: Path) -> Any:
+    """The kernel timings in the file ``path``, which ``config`` reads and adds to.
+
+    Those of another GPU or version are not accepted: then it begins with none.
+    """
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+class Progress:
+    """Phases of known length → the progress of the build in thousandths.
+
+    Phases are nested; those without a parent count, and each step of another says that the library is alive.
+    """
+
+    def __init__(self, advance: Callable[[int], object]) -> None:
+        self._advance, self._reached = advance, 0
+        self._steps: dict[str, int] = {}  # of the phases without a parent
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        if parent is None:
+            self._steps[name] = max(1, steps)
+
+    def step(self, name: str, step: int) -> None:
+        self.reach(min(1.0, (step + 1) / self._steps[name]) if name in self._steps else 0)
+
+    def reach(self, share: float) -> None:
+        """Report that this ``share`` of the build is done."""
+        more = max(0, int(_WHOLE * share) - self._reached)
+        self._reached += more
+        self._advance(more)
 
 
 def _monitor(library: Library, progress: Progress) -> Any:
     base: Any = library.module.IProgressMonitor
 
     class _Monitor(base):  # type: ignore[misc]
-        """Reports nested phases as one progress bar."""
-
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             progress.start(name, parent, steps)
 
@@ -213,49 +329,6 @@ def _monitor(library: Library, progress: Progress) -> Any:
             return True
 
         def phase_finish(self, name: str) -> None:
-            progress.end(name)
+            """A phase that ends has made all its steps."""
 
     return _Monitor()
-
-
-class Progress:
-    """Nested phases of known length → the progress of the build in thousandths.
-
-    A nested phase is one step of its parent; phases with the same name may follow each other.
-    """
-
-    def __init__(self, task: Task) -> None:
-        self._task, self._reported = task, 0
-        self._phases: dict[str, tuple[str | None, int, int]] = {}  # name: parent, steps, done
-
-    def start(self, name: str, parent: str | None, steps: int) -> None:
-        self._phases[name] = (parent, max(1, steps), 0)
-
-    def step(self, name: str, step: int) -> None:
-        if name in self._phases:
-            parent, steps, _ = self._phases[name]
-            self._phases[name] = (parent, steps, min(steps, step + 1))
-            self._report()
-
-    def end(self, name: str) -> None:
-        self._phases.pop(name, None)
-
-    def finish(self) -> None:
-        """Report that everything is done."""
-        self._task.advance(1000 - self._reported)
-        self._reported = 1000
-
-    def _report(self) -> None:
-        done = int(
-            1000 * max((self._done(name) for name, p in self._phases.items() if p[0] is None), default=0)
-        )
-        if done > self._reported:
-            self._task.advance(done - self._reported)
-            self._reported = done
-
-    def _done(self, name: str) -> float:
-        _, steps, done = self._phases[name]
-        inside = max(
-            (self._done(n) for n, (parent, *_) in self._phases.items() if parent == name), default=0.0
-        )
-        return min(1.0, (done + inside) / steps)

@@ -1,4 +1,4 @@
-"""What trtexec and Polygraphy need to build what we build.
+"""Write what trtexec and Polygraphy need to build what we build.
 
 model.fixed.onnx            beside model.onnx and over the same data: a static cache has its length there, for which
                             TensorRT asks and which the graph leaves open
@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from nbl_export.batch.names import MASK, MAX, POSITIONS, TOKENS, WRITE_INDICES
 from nbl_export.engine.manifest import Manifest
-from nbl_export.engine.profiles import DECODE, Profile, Shape
+from nbl_export.engine.network import DECODE, Profile
 from nbl_export.files import atomic_path, write_text
 from nbl_export.graph.io import load_graph
 
@@ -74,7 +74,9 @@ def write_for_others(graph: Path, engine: Path, manifest: Manifest) -> list[Path
     if ir.DataType.BFLOAT16 not in inputs.values():
         files.append(engine.with_name(f"{engine.stem}_rows.py"))
         rounds = [_round(profile, manifest.limits.max_context, inputs) for profile in manifest.profiles]
-        write_text(files[-1], _loader(above, files[-1].name, rounds))
+        names = {"positions": POSITIONS, "tokens": TOKENS, "mask": MASK, "indices": WRITE_INDICES}
+        told_rounds = json.dumps(rounds, indent=1)
+        write_text(files[-1], _LOADER.format(graph=above, name=files[-1].name, rounds=told_rounds, **names))
     return files
 
 
@@ -94,14 +96,10 @@ def _trtexec(graph: str, name: str, profiles: Sequence[Profile]) -> str:
     for number, profile in enumerate(profiles):
         lines.append(f"--profile={number}")
         for which, place in (("min", 0), ("opt", 1), ("max", 2)):
-            shapes = ",".join(f"{n}:{_shape(told[place])}" for n, told in profile.shapes.items())
+            shapes = ",".join(f"{n}:{'x'.join(map(str, at[place]))}" for n, at in profile.shapes.items())
             lines.append(f"--{which}Shapes={shapes}")
     command = " \\\n  ".join(["trtexec", *map(shlex.quote, lines), '"$@"'])
     return _SCRIPT.format(name=name, command=command)
-
-
-def _shape(shape: Shape) -> str:
-    return "x".join(map(str, shape))
 
 
 def _round(profile: Profile, context: int, dtypes: Mapping[str, ir.DataType | None]) -> tuple[int, Any]:
@@ -112,8 +110,3 @@ def _round(profile: Profile, context: int, dtypes: Mapping[str, ir.DataType | No
     return past, {
         name: ((dtypes[name] or ir.DataType.FLOAT).numpy().name, best) for name, best in shapes.items()
     }
-
-
-def _loader(graph: str, name: str, rounds: Sequence[tuple[int, Any]]) -> str:
-    names = {"positions": POSITIONS, "tokens": TOKENS, "mask": MASK, "indices": WRITE_INDICES}
-    return _LOADER.format(graph=graph, name=name, rounds=json.dumps(rounds, indent=1), **names)

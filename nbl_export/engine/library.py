@@ -1,52 +1,118 @@
-"""The two TensorRT libraries: which is installed, what it can build for, and how they differ.
+"""Find the TensorRT libraries, what they can build for, and the NVIDIA GPUs of this machine.
 
 ``tensorrt`` builds on the GPU that will run the engine. ``tensorrt-rtx`` builds ahead of time, on any machine, for
-the listed compute capabilities. Their Python API is the same; the differences are data in this module.
+the listed compute capabilities. Their Python API is the same; the differences are data in this module. GPUs are found
+through the driver: no CUDA build of torch is needed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nbl_export.engine.gpu import Gpu
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.packages import Part, part
-from nbl_export.settings.choices import LIBRARIES
+from nbl_export.packages import part
+
+# CUdevice_attribute, cuda.h: the major and the minor number of the compute capability
+_CAPABILITY = (75, 76)
+_DRIVER, _MANAGEMENT = "libcuda.so.1", "libnvidia-ml.so.1"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """The facts about one of the two libraries that are known before it is imported."""
+class Gpu:
+    """A visible device: its name and its compute capability, as ``8.9``."""
 
-    part: Part
-    oldest: tuple[int, int]
-    ahead_of_time: bool
-    own_cuda_graphs: bool
+    name: str
+    compute_capability: str
 
 
-_KINDS = {
-    "tensorrt": _Kind(part("tensorrt"), (10, 15), ahead_of_time=False, own_cuda_graphs=False),
-    "rtx": _Kind(part("tensorrt-rtx"), (1, 5), ahead_of_time=True, own_cuda_graphs=True),
-}
+@dataclass(frozen=True)
+class Gpus:
+    """All visible devices, in the driver's order, and the bytes of memory of each.
+
+    ``driver`` is its version, as ``570.86.15``, or what CUDA it is for; ``why_none`` is the reason where there is no
+    device.
+    """
+
+    devices: tuple[Gpu, ...] = ()
+    memory: tuple[int, ...] = ()
+    driver: str = ""
+    why_none: str = ""
+
+
+def find_gpu() -> Gpu | None:
+    """The first visible NVIDIA GPU, or None without a driver or a device."""
+    return next(iter(find_gpus().devices), None)
+
+
+def find_gpus() -> Gpus:
+    """Every visible NVIDIA GPU, or why there is none."""
+    try:
+        driver = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return Gpus(why_none=f"no NVIDIA driver ({_DRIVER} does not load)")
+    hidden = f"; {VISIBLE} is {os.environ[VISIBLE]!r}" if VISIBLE in os.environ else ""
+    if code := driver.cuInit(0):
+        error = ctypes.c_char_p()
+        driver.cuGetErrorName(code, ctypes.byref(error))
+        said = (error.value or b"error %d" % code).decode(errors="replace")
+        return Gpus(why_none=f"the NVIDIA driver does not start ({said}{hidden})")
+    count, device, value, size = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    devices, memory = [], []
+    for number in range(count.value):
+        if driver.cuDeviceGet(ctypes.byref(device), number):
+            continue  # one that cannot be asked
+        name, version = ctypes.create_string_buffer(256), []
+        driver.cuDeviceGetName(name, len(name), device)
+        for attribute in _CAPABILITY:
+            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+            version.append(str(value.value))
+        driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+        devices.append(Gpu(name.value.decode(errors="replace"), ".".join(version)))
+        memory.append(size.value)
+    if not devices:
+        return Gpus(why_none=f"the NVIDIA driver shows no device{hidden}")
+    return Gpus(tuple(devices), tuple(memory), _version(driver))
+
+
+def _version(driver: Any) -> str:
+    """That of the driver, which only the management library says; else of the CUDA that it is for."""
+    try:
+        management: Any = ctypes.CDLL(_MANAGEMENT)
+        text = ctypes.create_string_buffer(80)
+        if not management.nvmlInit_v2() and not management.nvmlSystemGetDriverVersion(text, len(text)):
+            return text.value.decode(errors="replace")
+    except (OSError, AttributeError):
+        pass
+    cuda = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(cuda))
+    return f"for CUDA {cuda.value // 1000}.{cuda.value % 1000 // 10}"
+
+
+# Of --trt, by name: the package and the oldest version that serves.
+_PARTS = {"tensorrt": part("tensorrt"), "rtx": part("tensorrt-rtx")}
+_OLDEST = {"tensorrt": (10, 15), "rtx": (1, 5)}
 
 
 @dataclass(frozen=True)
 class Library:
     """An imported TensorRT library.
 
-    ``package`` is its PyPI name, ``ahead_of_time`` whether it builds without a GPU, ``own_cuda_graphs`` whether it
-    captures CUDA graphs itself (it compiles kernels at run time, so the caller cannot know when to capture).
+    ``package`` is its PyPI name. One that builds ``ahead_of_time``, without a GPU, compiles kernels at run time and
+    captures CUDA graphs itself, since the caller cannot know when to.
     """
 
     package: str
     version: str
     module: Any
     ahead_of_time: bool
-    own_cuda_graphs: bool
 
     def __str__(self) -> str:
         return f"{self.package} {self.version}"
@@ -65,45 +131,45 @@ def choose_library(choice: str, gpu: Gpu | None) -> Library:
     ``auto`` is tensorrt if it is installed and there is a GPU, else rtx. Raises :class:`MissingDependencyError`
     with the pip command to run if no library can be used.
     """
-    if choice not in LIBRARIES:
-        raise InputError(f"--trt {choice!r} is unknown; choose {', '.join(LIBRARIES)}.")
-    if choice == "tensorrt" or (choice == "auto" and gpu is not None and _is_importable("tensorrt")):
-        if gpu is None:
-            raise MissingDependencyError(
-                "tensorrt builds on the GPU that runs the engine, and no NVIDIA GPU is visible: use --trt rtx "
-                f"({_pip('rtx')}) to build ahead of time without one."
-            )
-        return import_library("tensorrt")
-    library = import_library("rtx")
+    if choice == "tensorrt" and gpu is None:
+        raise MissingDependencyError(
+            "tensorrt builds on the GPU that runs the engine, and no NVIDIA GPU is visible: use --trt rtx "
+            f"({_PARTS['rtx'].pip}) to build ahead of time without one."
+        )
+    if choice == "auto" and gpu is not None:
+        try:
+            return import_library("tensorrt")
+        except MissingDependencyError:
+            pass
+    library = import_library("tensorrt" if choice == "tensorrt" else "rtx")
     if choice == "auto" and gpu is not None and not runs_here(tuple(library.capabilities), gpu):
         raise MissingDependencyError(
             f"{library} does not build for this machine's {gpu.name} (compute capability "
-            f"{gpu.compute_capability}): {_pip('tensorrt')}, or use --trt rtx to build for other GPUs."
+            f"{gpu.compute_capability}): {_PARTS['tensorrt'].pip}, or use --trt rtx to build for other GPUs."
         )
     return library
 
 
 def import_library(kind: str) -> Library:
     """Import one of the two; raises :class:`MissingDependencyError` if it is missing or too old."""
-    facts = _KINDS[kind]
-    package = facts.part.package
+    own = _PARTS[kind]
     try:
-        module = importlib.import_module(facts.part.module)
+        module = importlib.import_module(own.module)
         version = str(module.__version__)
     except (ImportError, AttributeError, OSError) as error:  # OSError: its shared libraries do not load
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MissingDependencyError(f"{package} cannot be imported ({why}): {_pip(kind)}.") from None
-    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < facts.oldest:
-        oldest = ".".join(map(str, facts.oldest))
+        raise MissingDependencyError(f"{own.package} cannot be imported ({why}): {own.pip}.") from None
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < _OLDEST[kind]:
+        oldest = ".".join(map(str, _OLDEST[kind]))
         raise MissingDependencyError(
-            f"{package} {version} is too old, {oldest} or newer is needed: {_pip(kind)}."
+            f"{own.package} {version} is too old, {oldest} or newer is needed: {own.pip}."
         )
-    return Library(package, version, module, facts.ahead_of_time, facts.own_cuda_graphs)
+    return Library(own.package, version, module, ahead_of_time=kind == "rtx")
 
 
 def library_of(package: str) -> Library:
     """The installed library whose PyPI name is ``package``."""
-    kind = next((k for k, facts in _KINDS.items() if facts.part.package == package), None)
+    kind = next((k for k, own in _PARTS.items() if own.package == package), None)
     if kind is None:
         raise InputError(
             f"The engine was built by {package!r}, which nbl-export does not know: build it again."
@@ -140,15 +206,3 @@ def check_capabilities(library: Library, wanted: Sequence[str]) -> tuple[str, ..
 def runs_here(capabilities: Sequence[str], gpu: Gpu) -> bool:
     """Whether an engine built ahead of time for ``capabilities`` runs on ``gpu``."""
     return f"SM{gpu.compute_capability.replace('.', '')}" in capabilities
-
-
-def _is_importable(kind: str) -> bool:
-    try:
-        import_library(kind)
-    except MissingDependencyError:
-        return False
-    return True
-
-
-def _pip(kind: str) -> str:
-    return _KINDS[kind].part.pip

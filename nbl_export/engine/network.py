@@ -1,16 +1,29 @@
-"""An ONNX graph as a TensorRT network: parse it, count its layers, and check them against the plan."""
+"""Parse an ONNX graph into a TensorRT network, check its layers against the plan, and derive the shapes to build for.
+
+A profile gives each symbolic dimension a minimum, an optimum and a maximum. The shapes of all inputs are derived
+from these, so ids, mask, positions and cache are consistent.
+
+            batch        sequence      past                          total = past + sequence
+prefill     1 … B        1 … S         0 … C - S (chunked prefill)   1 … C
+decode      1 … B        1             1 … C - 1                     2 … C
+
+B, S, C are ``max_batch``, ``max_seq`` and ``max_context``. A static cache always has C slots.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.batch.names import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.engine.library import Library
 from nbl_export.errors import BuildError, InputError
+from nbl_export.settings.choices import MAX_CONTEXT, MAX_SEQ
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,6 +35,8 @@ _STANDARD = ("", "ai.onnx")
 _ATTENTION = "ATTENTION_OUTPUT"
 # TensorRT's names of the dtypes.
 _DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+# The parser adds scalars such as epsilons in float32.
+_PARSER_BYTES = 4096
 
 
 class Messages:
@@ -120,10 +135,10 @@ def parse_network(library: Library, path: Path, shown: Path | None = None) -> Pa
         raise BuildError(
             f"{library} does not take the operator {error.node_operator()} ({error.node_name()}) of {name}: {reason}."
         )
-    return Parsed(builder, network, parser, messages, network_facts(library, network))
+    return Parsed(builder, network, parser, messages, _facts(library, network))
 
 
-def network_facts(library: Library, network: Any) -> NetworkFacts:
+def _facts(library: Library, network: Any) -> NetworkFacts:
     """Count a network's layers and read its dtypes."""
     trt = library.module
     kinds: Counter[str] = Counter()
@@ -133,10 +148,7 @@ def network_facts(library: Library, network: Any) -> NetworkFacts:
         kinds[layer.type.name] += 1
         if layer.type == trt.LayerType.CONSTANT:
             output = layer.get_output(0)
-            size = 1
-            for dim in output.shape:
-                size *= dim
-            weights[output.dtype.name] += int(size * output.dtype.itemsize)
+            weights[output.dtype.name] += int(prod(output.shape) * output.dtype.itemsize)
     return NetworkFacts(
         layers=network.num_layers,
         attention=kinds[_ATTENTION],
@@ -159,10 +171,6 @@ def let_attention_decompose(library: Library, network: Any) -> None:
         if layer.type.name == _ATTENTION:
             layer.__class__ = trt.IAttentionOutputLayer  # the binding returns the base class
             layer.attention.decomposable = True
-
-
-# The parser adds scalars such as epsilons in float32.
-_PARSER_BYTES = 4096
 
 
 def check_network(
@@ -194,15 +202,12 @@ def check_network(
     for what, (found, expected) in counts.items():
         if found != expected:
             raise BuildError(f"The TensorRT network has {found} {what}, expected {expected}.")
-    for tensor in (*past, *present):
-        if tensor.dtype != wanted:
-            raise BuildError(f"The TensorRT network's {tensor.name} is {tensor.dtype}, expected {wanted}.")
-    for tensor in facts.outputs:
-        if tensor.name == "logits" and tensor.dtype != "FLOAT":
-            raise BuildError(f"The TensorRT network's logits are {tensor.dtype}, expected FLOAT.")
-    for tensor in facts.inputs:
-        if tensor not in past and tensor.dtype != "INT64":
-            raise BuildError(f"The TensorRT network's {tensor.name} is {tensor.dtype}, expected INT64.")
+    types = dict.fromkeys((*past, *present), wanted)
+    types |= {tensor: "INT64" for tensor in facts.inputs if tensor not in past}
+    types |= {tensor: "FLOAT" for tensor in facts.outputs if tensor.name == "logits"}
+    for tensor, dtype in types.items():
+        if tensor.dtype != dtype:
+            raise BuildError(f"The TensorRT network's {tensor.name} is {tensor.dtype}, expected {dtype}.")
     other = sum(b for d, b in facts.weight_bytes.items() if d in _DTYPES.values() and d != wanted)
     total = sum(facts.weight_bytes.values())
     if other > float32_bytes + _PARSER_BYTES:
@@ -210,3 +215,82 @@ def check_network(
             f"{other:,} of {total:,} bytes of the TensorRT network's weights are not {wanted}; the graph keeps "
             f"{float32_bytes:,}."
         )
+
+
+# Profiles ----------------------------------------------------------------------------------------
+
+Shape = tuple[int, ...]
+Range = tuple[int, int, int]
+PREFILL, DECODE = "prefill", "decode"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One profile: each input's (minimum, optimum, maximum) shape."""
+
+    name: str
+    shapes: Mapping[str, tuple[Shape, Shape, Shape]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The maximum batch size, tokens per pass, and tokens of context of an engine."""
+
+    max_batch: int
+    max_seq: int
+    max_context: int
+
+
+def limits(max_batch: int, max_seq: int | None, max_context: int | None, model_context: int | None) -> Limits:
+    """The requested limits; the defaults are 2,048 tokens of context and 512 per pass, or less if the model has less.
+
+    ``model_context`` is the model's number of positions, None if unlimited. Raises :class:`InputError` for a limit
+    beyond it, or for limits that contradict each other.
+    """
+    bound = model_context or 1 << 31
+    context = min(MAX_CONTEXT, bound) if max_context is None else max_context
+    sequence = min(MAX_SEQ, context) if max_seq is None else max_seq
+    if context > bound:
+        raise InputError(f"--max-context is {context:,}; the model has {bound:,} positions.")
+    if sequence > context:
+        raise InputError(f"--max-seq is {sequence:,}, more than --max-context ({context:,}).")
+    for option, value, least in (("batch", max_batch, 1), ("seq", sequence, 1), ("context", context, 2)):
+        if value < least:
+            raise InputError(f"--max-{option} is {value}; it must be at least {least}.")
+    return Limits(max_batch, sequence, context)
+
+
+def profiles(inputs: Mapping[str, Sequence[int | str]], limits: Limits) -> tuple[Profile, Profile]:
+    """The prefill and the decode profile for a graph's ``inputs``, shapes of integers and dimension names.
+
+    Raises :class:`BuildError` for an unknown dimension name.
+    """
+    b, s, c = limits.max_batch, limits.max_seq, limits.max_context
+    batch, buffer = (1, 1, b), (c, c, c)
+    half = max(1, c // 2)
+    tables: dict[str, dict[str, Range]] = {
+        PREFILL: {SEQUENCE: (1, s, s), PAST: (0, 0, c - s), TOTAL: (1, s, c)},
+        DECODE: {
+            SEQUENCE: (1, 1, 1),
+            PAST: (1, min(half, c - 1), c - 1),
+            TOTAL: (2, min(half, c - 1) + 1, c),
+        },
+    }
+    found = []
+    for name, table in tables.items():
+        # optimum writes the sum where others use a name.
+        dims = {BATCH: batch, MAX: buffer, **table, f"{PAST} + {SEQUENCE}": table[TOTAL]}
+        found.append(Profile(name, {i: _shapes(i, shape, dims) for i, shape in inputs.items()}))
+    return found[0], found[1]
+
+
+def _shapes(name: str, shape: Sequence[int | str], dims: Mapping[str, Range]) -> tuple[Shape, Shape, Shape]:
+    for dim in shape:
+        if not isinstance(dim, int) and dim not in dims:
+            raise BuildError(
+                f"The graph's input {name} has the dimension {dim!r}, for which no profile has a range."
+            )
+    low, opt, high = (
+        tuple(dim if isinstance(dim, int) else dims[dim][which] for dim in shape) for which in range(3)
+    )
+    return low, opt, high

@@ -31,7 +31,7 @@ from nbl_export.settings.converting import PRECISIONS
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.engine.pair import EngineFile
+    from nbl_export.engine.build import EngineFile
     from nbl_export.linearize.plan import Plan
     from nbl_export.models.source import ModelSource
     from nbl_export.verify.measurement import Measurement

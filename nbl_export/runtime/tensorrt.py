@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import BOOL, F32
 from nbl_export.batch.names import WRITE_INDICES
 from nbl_export.batch.padding import left_padded, prefix_mask, right_padded
-from nbl_export.engine.gpu import find_gpu
-from nbl_export.engine.library import Library
+from nbl_export.engine.library import Library, find_gpu
 from nbl_export.engine.manifest import Manifest, check_runs, load_manifest
-from nbl_export.engine.profiles import DECODE, PREFILL
+from nbl_export.engine.network import DECODE, PREFILL
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.runtime.stream import KV, Stream
 
@@ -157,11 +156,11 @@ def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
             )
         contexts[profile.name] = context
     device.synchronize()
-    return LoadedEngine(manifest, engine, contexts, device, not library.own_cuda_graphs, runtime)
+    return LoadedEngine(manifest, engine, contexts, device, not library.ahead_of_time, runtime)
 
 
 def _context(library: Library, engine: Any) -> Any:
-    if not library.own_cuda_graphs:
+    if not library.ahead_of_time:
         return engine.create_execution_context()
     config = engine.create_runtime_config()
     config.cuda_graph_strategy = library.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE

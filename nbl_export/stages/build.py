@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbl_export.blocks import Mlp, attentions
+from nbl_export.blocks import attentions
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file
-from nbl_export.linearize.plan import Plan, load_plan
+from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
 from nbl_export.settings import EngineSettings
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
@@ -19,8 +19,8 @@ from nbl_export.workspace import Workspace
 if TYPE_CHECKING:
     import torch
 
-    from nbl_export.engine.pair import EngineFile
-    from nbl_export.engine.profiles import Limits
+    from nbl_export.engine.build import EngineFile
+    from nbl_export.engine.network import Limits
     from nbl_export.models.source import ModelSource
     from nbl_export.models.tasks import Task
 
@@ -46,11 +46,10 @@ def build(
 
 def _build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     from nbl_export.batch.names import BASE, LINEARIZED
+    from nbl_export.engine.build import EngineFile, Source, Target, build_pair
     from nbl_export.engine.elsewhere import write_for_others
-    from nbl_export.engine.gpu import find_gpu
-    from nbl_export.engine.library import check_capabilities, choose_library
+    from nbl_export.engine.library import check_capabilities, choose_library, find_gpu
     from nbl_export.engine.manifest import load_manifest
-    from nbl_export.engine.pair import EngineFile, Source, Target, build_pair
     from nbl_export.graph.io import load_graph
     from nbl_export.graph.states import state_pairs
 
@@ -85,9 +84,7 @@ def _build(run: Run, settings: EngineSettings) -> list[EngineFile]:
         ]
         plan_hash = sha256_of_file(ws.plan)
         target = Target(library, gpu, shapes, tuple(capabilities))
-        engines, files = build_pair(
-            target, sources, plan, plan_hash, mlp_weights(ws.baseline, plan), listener
-        )
+        engines, files = build_pair(target, sources, plan, plan_hash, listener)
         for source, engine in zip(sources, engines, strict=True):
             files += write_for_others(source.graph, source.engine, engine.manifest)
         return files
@@ -96,27 +93,12 @@ def _build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     return [EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine)]
 
 
-def mlp_weights(baseline: Path, plan: Plan) -> dict[Mlp, tuple[str, ...]]:
-    """The names of the weights of each MLP that the ``plan`` replaces, in the graph at ``baseline``."""
-    from nbl_export.engine.weights import weight_name
-    from nbl_export.graph.io import load_graph
-    from nbl_export.graph.regions import find_regions
-    from nbl_export.rewrite.planned import planned_attentions, planned_mlps
-
-    if attentions(plan.chosen) == plan.chosen:
-        return {}
-    graph = load_graph(baseline)
-    found = planned_mlps(graph, planned_attentions(graph, find_regions(graph), plan), plan)
-    return {mlp.layer: tuple(map(weight_name, mlp.linear_nodes)) for mlp in found if mlp.layer in plan.chosen}
-
-
 def check_engines(_source: ModelSource | None, settings: EngineSettings, _task: Task | None = None) -> None:
     """Refuse, before any work, shapes that contradict each other, and a library that is not here.
 
     Raises :class:`InputError` or :class:`MissingDependencyError`.
     """
-    from nbl_export.engine.gpu import find_gpu
-    from nbl_export.engine.library import check_capabilities, choose_library
+    from nbl_export.engine.library import check_capabilities, choose_library, find_gpu
 
     check_limits(settings, None)
     check_capabilities(choose_library(settings.library, find_gpu()), settings.sm)
@@ -139,7 +121,7 @@ def _keeps_states(what: str) -> InputError:
 
 def check_limits(settings: EngineSettings, positions: int | None) -> Limits:
     """The shapes to build for, held to the model's number of positions where that is known."""
-    from nbl_export.engine.profiles import limits
+    from nbl_export.engine.network import limits
 
     return limits(settings.max_batch, settings.max_seq, settings.max_context, positions)
 
@@ -164,8 +146,8 @@ def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
 
     :func:`passed_over` says why those are not current that there are.
     """
+    from nbl_export.engine.build import EngineFile
     from nbl_export.engine.manifest import load_manifest
-    from nbl_export.engine.pair import EngineFile
 
     if ws.record("build") is None or ws.stale("build"):
         return ()

@@ -138,7 +138,7 @@ def _regions(model: ir.Model) -> Table:
 
 
 def _engine(path: Path) -> list[Table]:
-    from nbl_export.engine.gpu import find_gpu
+    from nbl_export.engine.library import find_gpu
     from nbl_export.engine.manifest import check_runs, load_manifest
     from nbl_export.errors import NblError
 

@@ -22,7 +22,7 @@ from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.engine.pair import EngineFile
+    from nbl_export.engine.build import EngineFile
     from nbl_export.models.loaded import LoadedModel
     from nbl_export.verify.case import EncoderCase
     from nbl_export.verify.measurement import Measurement

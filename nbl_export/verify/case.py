@@ -16,7 +16,7 @@ from nbl_export.batch.media_ids import words
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.batch.rows import Inputs
 from nbl_export.calibrate.text import CalibrationText
-from nbl_export.engine.pair import EngineFile
+from nbl_export.engine.build import EngineFile
 from nbl_export.graph.half_emulation import UNTIMED, needs_emulation
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision

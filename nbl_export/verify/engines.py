@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.checks import Check, Status
-from nbl_export.engine.gpu import Gpu, find_gpu
-from nbl_export.engine.pair import EngineFile
-from nbl_export.engine.profiles import Limits
+from nbl_export.engine.build import EngineFile
+from nbl_export.engine.library import Gpu, find_gpu
+from nbl_export.engine.network import Limits
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.graph.precision import Precision, precision_of
 from nbl_export.linearize.plan import Plan

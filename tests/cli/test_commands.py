@@ -33,7 +33,7 @@ SMALL = ["--max-batch", "1", "--max-seq", "16", "--max-context", "64", "--sm", "
 def place(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run in `out`: K = 2, `--trt` as the last word, no GPU."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nbl-export[rtx]'")
-    from nbl_export.engine.gpu import find_gpu
+    from nbl_export.engine.library import find_gpu
 
     if find_gpu() is not None:
         pytest.skip("is about machines without a GPU")

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from nbl_export.engine.manifest import Manifest
-from nbl_export.engine.network import NetworkFacts
-from nbl_export.engine.profiles import Limits, Profile
+from nbl_export.engine.network import Limits, NetworkFacts, Profile
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nbl_export.engine.gpu import find_gpu
+from nbl_export.engine.library import find_gpu
 
 HERE = Path(__file__).parent
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from nbl_export import api
-from nbl_export.engine.gpu import Gpu, find_gpu
-from nbl_export.engine.library import import_library, runs_here
+from nbl_export.engine.library import Gpu, find_gpu, import_library, runs_here
 from nbl_export.engine.manifest import load_manifest
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.linearize.plan import load_plan

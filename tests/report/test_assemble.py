@@ -12,7 +12,7 @@ import pytest
 
 from nbl_export import __version__
 from nbl_export.checks import Check
-from nbl_export.engine.pair import EngineFile
+from nbl_export.engine.build import EngineFile
 from nbl_export.errors import InputError
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import load_plan

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nbl_export.engine.manifest import Manifest
-from nbl_export.engine.network import NetworkFacts, NetworkTensor
-from nbl_export.engine.profiles import Limits, Profile, profiles
+from nbl_export.engine.network import Limits, NetworkFacts, NetworkTensor, Profile, profiles
 from nbl_export.export.forms import FORMS
 from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import trace

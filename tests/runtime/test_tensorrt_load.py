@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.engine.gpu import Gpu
+from nbl_export.engine.library import Gpu
 from nbl_export.engine.manifest import load_manifest
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.runtime import tensorrt as module

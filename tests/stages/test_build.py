@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nbl_export import api
-from nbl_export.engine.gpu import find_gpu
+from nbl_export.engine.library import find_gpu
 from nbl_export.workspace import Workspace
 from tests.command_line import assert_interrupted, assert_refused, interrupted, nbl, no_leftovers
 from tests.fixtures_graph import rerecord

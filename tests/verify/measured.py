@@ -11,7 +11,7 @@ import onnx
 
 from nbl_export.calibrate.text import CalibrationText
 from nbl_export.checks import Check
-from nbl_export.engine.pair import EngineFile
+from nbl_export.engine.build import EngineFile
 from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Silent
 from nbl_export.settings import VerifySettings

@@ -13,9 +13,9 @@ import pytest
 import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
-from nbl_export.engine.gpu import Gpu
-from nbl_export.engine.pair import EngineFile
-from nbl_export.engine.profiles import Limits
+from nbl_export.engine.build import EngineFile
+from nbl_export.engine.library import Gpu
+from nbl_export.engine.network import Limits
 from nbl_export.errors import InputError, NblError
 from nbl_export.progress import Silent
 from nbl_export.report.speed import ENGINES, speed_table

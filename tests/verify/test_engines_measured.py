@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from nbl_export.calibrate.text import CalibrationText
-from nbl_export.engine.gpu import Gpu
-from nbl_export.engine.pair import EngineFile
-from nbl_export.engine.profiles import Limits
+from nbl_export.engine.build import EngineFile
+from nbl_export.engine.library import Gpu
+from nbl_export.engine.network import Limits
 from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.lengths import Crossed, Length

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from nbl_export.engine.profiles import Limits
+from nbl_export.engine.network import Limits
 from nbl_export.errors import NblError
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.runtime.session import CUDA
