@@ -26,7 +26,7 @@ from nbl_export.engine.library import (
     runs_here,
 )
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.installed import pip_line
+from nbl_export.packages import pip_line
 from nbl_export.settings.choices import LIBRARIES
 
 ADA = Gpu("NVIDIA Test", "8.9")
