@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Listener
-from nbl_export.records import from_json, to_json
 
 TIMINGS = "timing.cache"
 # Seconds without progress after which the library hangs. One step of a large model's build may take minutes.
@@ -156,45 +155,34 @@ def build_in_child(
     no use.
     """
     with parsable(source.graph, target.limits.max_context) as parsed:
-        asked = {
-            "package": target.library.package,
-            "paths": [str(path) for path in (source.graph, parsed, engine, timings)],
-            "attention": source.attention,
-            "limits": to_json(target.limits),
-            "capabilities": list(target.capabilities),
-        }
+        made = replace(source, engine=engine)
+        asked = (target.library.package, made, parsed, timings, target.limits, target.capabilities)
         what = f"The build of an engine of {source.graph} with {target.library}"
-        built = in_child(_work, asked, what, _REMEDY, PATIENCE, advance)
-    return from_json(Built, built, "What the build of an engine said", _REMEDY)
+        built: Built = in_child(_work, asked, what, _REMEDY, PATIENCE, advance)
+    return built
 
 
-def _work(asked: Any, tell: Tell) -> Any:
-    graph, parsed, engine, timings = map(Path, asked["paths"])
-    library, limits = library_of(asked["package"]), Limits(**asked["limits"])
-    built = build_engine(
-        library, graph, parsed, engine, timings, asked["attention"], limits, asked["capabilities"], tell
-    )
-    return to_json(built)
+def _work(asked: Any, tell: Tell) -> Built:
+    package, source, parsed, timings, limits, capabilities = asked
+    return build_engine(library_of(package), source, parsed, timings, limits, capabilities, tell)
 
 
 def build_engine(
     library: Library,
-    graph: Path,
+    source: Source,
     parsed_graph: Path,
-    engine: Path,
     timings: Path,
-    attention: int,
     limits: Limits,
     capabilities: Sequence[str],
     advance: Callable[[int], object],
 ) -> Built:
-    """Build an engine of ``graph``, a decoder with ``attention`` attention layers, and write it.
+    """Build an engine of ``source``, and write it.
 
     The library reads ``parsed_graph`` (:func:`parsable`); ``timings`` is the file of its timing cache; ``advance`` is
     told thousandths. Raises :class:`InputError` for a graph with operators or weights that the library does not know,
     and :class:`BuildError` if parsing, the check of the network or the build fails.
     """
-    start = time.perf_counter()
+    start, graph = time.perf_counter(), source.graph
     model = load_graph(graph)
     check_operators(model, graph)
     precision = graph_precision(model)
@@ -203,7 +191,7 @@ def build_engine(
     float32_bytes = sum(value.nbytes for value in stored if value is not None)
     parsed = parse_network(library, parsed_graph, graph)
     operators = sum(fused_op(node) is not None for node in model.graph)
-    check_network(parsed.facts, precision, attention, is_static(model), float32_bytes, operators)
+    check_network(parsed.facts, precision, source.attention, is_static(model), float32_bytes, operators)
     shapes = {
         str(v.name): [d if isinstance(d, int) else str(d.value) for d in v.shape or ()]
         for v in model.graph.inputs
@@ -224,7 +212,7 @@ def build_engine(
         data = _serialize(library, parsed, found, capabilities, timings, progress)
     if data is None:
         raise BuildError(f"{library} does not build {graph}: {parsed.messages.first()}.")
-    size = engine.write_bytes(memoryview(data))
+    size = source.engine.write_bytes(memoryview(data))
     progress.reach(1)
     return Built(parsed.facts, found, fused, time.perf_counter() - start, size)
 

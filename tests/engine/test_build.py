@@ -106,14 +106,14 @@ def test_a_library_that_breaks_costs_a_sentence(
     monkeypatch.syspath_prepend(tmp_path / "broken")
     if how == "hangs":  # the others end by themselves, on a busy machine after more than two seconds
         monkeypatch.setattr(module, "PATIENCE", 2)
-    before = {p: p.read_bytes() for p in built_copy.rglob("*") if p.is_file()}
+    before = engines(built_copy)
     with pytest.raises(BuildError) as caught:
         api.build(built_copy, OTHER)
     message = str(caught.value)
     graph = built_copy / "baseline" / "model.onnx"
     assert message.startswith(f"The build of an engine of {graph} with tensorrt-rtx 1."), message
     assert f" {said}: " in message and message.endswith("--precision.") and "\n" not in message
-    assert {p: p.read_bytes() for p in built_copy.rglob("*") if p.is_file()} == before
+    assert engines(built_copy) == before
     assert psutil.Process().children() == []
 
 
