@@ -15,7 +15,6 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from nbl_export.batch.arrays import F32
 from nbl_export.models.media_tokens import MediaTokens
 
 RATE = 16_000  # of all sounds, samples per second
@@ -246,7 +245,6 @@ PROCESSORS["gemma3n-timm"] = replace(
     needs="timm",
 )
 PLACE = {name: row.image for name, row in PROCESSORS.items()}
-SOUND_PLACE = {name: row.sound for name, row in PROCESSORS.items()}
 
 
 def skip_without(name: str) -> None:
@@ -283,18 +281,6 @@ def save_processor(name: str, target: Path) -> Path:
 
 def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
-
-
-def sound(seed: int, seconds: float = 0.4) -> F32:
-    """Noise at :data:`RATE`, [samples] float32."""
-    return np.random.default_rng(seed).normal(0, 0.1, round(seconds * RATE)).astype(np.float32)
-
-
-def save_sound(path: Path, seed: int, seconds: float = 0.4) -> None:
-    """Noise of two channels at half of :data:`RATE` in the file ``path``; skips the test without soundfile."""
-    soundfile = pytest.importorskip("soundfile", reason="needs soundfile")
-    samples = sound(seed, seconds)
-    soundfile.write(path, samples.reshape(-1, 2), RATE // 2)
 
 
 def save_documents(folder: Path, rows: list[dict[str, Any]]) -> Path:

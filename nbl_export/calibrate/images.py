@@ -1,6 +1,10 @@
-"""Images for calibration and held-out evaluation: files, folders and glob patterns, scaled by the model's processor.
+"""Read images: those of a vision encoder, and those in documents of a multimodal model.
 
-Every eighth image is held out from the fit.
+A vision encoder gets files, folders and patterns, of which every eighth image is held out from the fit. A row of a
+.jsonl file for a multimodal model has the text, with the placeholder of the model's processor where an image is, and
+the files, which are in the folder of the .jsonl file or below it; nothing is fetched:
+
+    {"text": "What is this? <image>\\nA cat on a mat.", "images": ["photos/cat.jpg"]}
 """
 
 from __future__ import annotations
@@ -15,17 +19,62 @@ import numpy as np
 
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.names import PIXELS
+from nbl_export.calibrate.documents import documents, field_of, local_files
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
-from nbl_export.calibrate.text import HELD_OUT_EVERY
-from nbl_export.errors import InputError
-from nbl_export.files import open_data, user_path
+from nbl_export.calibrate.text import HELD_OUT_EVERY, Document
+from nbl_export.errors import InputError, first_line
+from nbl_export.files import member, user_path
 from nbl_export.packages import missing
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
+from nbl_export.settings.choices import SELF
 from nbl_export.tensorfile import load_as, save_tensors
 
 FORMAT = "nbl-export/images/1"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def document_of(row: Any, field: str, where: str, folder: Path | None) -> str | Document:
+    """The document of a row: its text alone, or with the files of its images.
+
+    Raises :class:`InputError` for a file that is not there, or not below the ``folder`` of the one that names it.
+    """
+    text = field_of(row, field, where, folder)
+    names = row.get("images") or []
+    if folder is None or not names:
+        return text
+    if not isinstance(names, list):
+        raise InputError(f"{where}: 'images' is no list of file names: correct the row.")
+    images = tuple(member(folder, name, f"{where}: the image") for name in names)
+    if gone := next((file for file in images if not file.is_file()), None):
+        raise InputError(f"{where}: the image {gone} does not exist: correct the row, or put the file there.")
+    return Document(text, images, where)
+
+
+def images_in(sources: Iterable[str], field: str) -> list[Path]:
+    """The files of images that the rows of local .jsonl files among ``sources`` name."""
+    files = [file for source in sources if source != SELF for file in local_files(source) or ()]
+    rows = documents([str(file) for file in files if ".jsonl" in file.suffixes], field, document_of)
+    return [*dict.fromkeys(image for one in rows if isinstance(one, Document) for image in one.images)]
+
+
+def open_image(file: Path) -> Any:
+    """The image of ``file`` in red, green and blue, as pillow has it; raises :class:`InputError` if it is none.
+
+    One of more pixels than pillow takes for a bomb is refused, too.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise missing("pillow", "Reading images") from None
+    try:
+        with Image.open(file) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        raise InputError(f"{file} is not a readable image: remove it, or download it again.") from None
+
+
+# vision encoders ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -93,30 +142,13 @@ def read_images(
     return CalibrationImages(np.stack(splits[False]), np.stack(splits[True]))
 
 
-def open_image(file: Path) -> Any:
-    """The image of ``file`` in red, green and blue, as pillow has it; raises :class:`InputError` if it is none.
-
-    One of more pixels than pillow takes for a bomb is refused, too.
-    """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise missing("pillow", "Reading images") from None
-    try:
-        with open_data(file) as data, Image.open(data) as opened:
-            return opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-        raise InputError(f"{file} is not a readable image: remove it, or download it again.") from None
-
-
 def _pixels(file: Path, processor: Any) -> F32:
     image = open_image(file)
     try:
         pixels = processor(images=[image], return_tensors="np")[PIXELS][0]
     except Exception as error:  # a processor's own code may raise anything
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"The model's image processor does not accept {file} ({first[:200]}): remove it."
+            f"The model's image processor does not accept {file} ({first_line(error)[:200]}): remove it."
         ) from None
     return np.asarray(pixels, dtype=np.float32)
 
@@ -128,8 +160,4 @@ def save_images(path: Path, images: CalibrationImages) -> None:
 
 def load_images(path: Path) -> CalibrationImages:
     """Read what :func:`save_images` wrote; raises :class:`InputError` for anything else."""
-    images = load_as(CalibrationImages, path, FORMAT, CALIBRATE_AGAIN)
-    both = (images.calibration, images.heldout)
-    if any(a.ndim != 4 or a.dtype != np.float32 or not a.size or not np.isfinite(a).all() for a in both):
-        raise InputError(f"{path} is damaged (its arrays are not images): {CALIBRATE_AGAIN}.")
-    return images
+    return load_as(CalibrationImages, path, FORMAT, CALIBRATE_AGAIN)

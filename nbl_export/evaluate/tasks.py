@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib.util
-import io
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -18,10 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.calibrate.documents import BROKEN_ARCHIVE, open_packed
+from nbl_export.calibrate.documents import documents
 from nbl_export.datafile import read_table
 from nbl_export.errors import InputError, MissingDependencyError, NblError, first_line
-from nbl_export.files import jsonable, parse_json, sha256_of_json, user_path
+from nbl_export.files import jsonable, sha256_of_json, user_path
 from nbl_export.models.libraries import quiet
 from nbl_export.packages import part
 from nbl_export.settings import EvalSettings
@@ -192,22 +191,13 @@ def task_of_rows(path: Path, settings: EvalSettings) -> EvalTask:
 
 def _read_rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
     """The objects of a .jsonl file (.gz and .zst too) with their line numbers."""
-    rows = []
-    try:
-        with open_packed(path) as raw:
-            for number, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n"), 1):
-                if line.strip():
-                    rows.append((number, row := parse_json(line)))
-                    if not isinstance(row, dict):
-                        raise InputError(
-                            f"{path}, line {number}: not a JSON object: a .jsonl file has one a line."
-                        )
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it.") from None
-    except ValueError as error:
-        raise InputError(f"{path}, line {number}: not JSON ({first_line(error)}): correct it.") from None
-    except BROKEN_ARCHIVE as error:
-        raise InputError(f"{path} cannot be unpacked ({error}): download it again.") from None
+
+    def read(row: Any, _field: str, where: str, _folder: Any) -> tuple[int, Mapping[str, Any]]:
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: not a JSON object: a .jsonl file has one a line.")
+        return int(where.rpartition(" ")[2]), row
+
+    rows = list(documents([str(path)], "", read))
     if not rows:
         raise InputError(f"{path} has no rows: give another file.")
     return rows

@@ -1,4 +1,4 @@
-"""What a multimodal model's processor and towers make of images and sounds: the inputs of its language model.
+"""What a multimodal model's processor and towers make of images: the inputs of its language model.
 
 transformers' own class runs, with its towers, up to its language model, of which the blocks are not loaded. What it
 hands over then is held against what :mod:`.media_tokens` derives, for every text: anything else is refused.
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbl_export.batch.arrays import F32
 from nbl_export.batch.media_ids import FIRST
 from nbl_export.batch.names import PER_LAYER
 from nbl_export.errors import InputError, MissingDependencyError, first_line
@@ -37,7 +36,7 @@ from nbl_export.models.walk import Reached
 from nbl_export.packages import part
 
 _TEXT_INSTEAD = "calibrate it on text"
-# What else a language model is given, which says nothing of images and sounds.
+# What else a language model is given, which says nothing of images.
 _PLAIN = {
     "cache",
     "past_key_values",
@@ -49,12 +48,11 @@ _PLAIN = {
 }
 _PLAIN |= {"output_attentions", "output_hidden_states", "position_embeddings"}
 _HANDLED = {"inputs_embeds", "position_ids", "attention_mask", PER_LAYER, PLACES, LATER}
-_HIGHEST_RATE = 96_000  # samples per second
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A text: its tokens ``ids`` [n], and what is known of those of its images and sounds, in their order."""
+    """A text: its tokens ``ids`` [n], and what is known of those of its images, in their order."""
 
     ids: I32
     media: MediaTokens
@@ -74,23 +72,14 @@ class Towers:
         self._tokens = placeholders(self._model)
         if not self._tokens:
             raise InputError(
-                f"{self._name} names no token in the places of images or sounds, so they are not found: "
+                f"{self._name} names no token in the places of images, so they are not found: "
                 f"{_TEXT_INSTEAD}."
             )
         self._seen = self._blocks = 0
 
-    def sampling_rate(self, where: str) -> int:
-        """Samples per second of the sounds that the processor takes; those of ``where`` are refused if it has none."""
-        rate = getattr(_hearing(self._processor), "sampling_rate", None)
-        if "audio" not in self._tokens or not isinstance(rate, int) or not 0 < rate <= _HIGHEST_RATE:
-            raise InputError(
-                f"{where}: {self._name} takes no sounds, or its processor does not say at which rate: remove them."
-            )
-        return rate
-
     @torch.inference_mode()
-    def read(self, text: str, images: Sequence[Any], sounds: Sequence[F32], where: str) -> Seen:
-        """The tokens of ``text``, which begins at ``where``, with ``images`` (of PIL) and ``sounds`` [samples].
+    def read(self, text: str, images: Sequence[Any], where: str) -> Seen:
+        """The tokens of ``text``, which begins at ``where``, with ``images`` (of PIL).
 
         The numbers of tokens go on from one text to the next. Raises :class:`InputError` if the processor or the model
         does not take them, or if the language model is given something that cannot be derived of its tokens.
@@ -98,28 +87,21 @@ class Towers:
         self._check_towers(images, where)
         try:
             with quiet():
-                inputs = self._processed(text, images, sounds, where)
+                inputs = self._processed(text, images)
                 given = self._handed_over(inputs)
         except InputError:
             raise
         except Exception as error:  # a processor's and a model's own code may raise anything
-            counted = [
-                f"{len(files)} {name}{'s' if len(files) != 1 else ''}"
-                for name, files in (("image", images), ("sound", sounds))
-                if files
-            ]
             raise InputError(
-                f"{where}: {self._name} does not take this text with {' and '.join(counted)} "
+                f"{where}: {self._name} does not take this text with its images "
                 f"({first_line(error)[:300]}): put the placeholder of its processor once for each, and leave out what "
                 "it does not take."
             ) from error
         ids = inputs["input_ids"].long()
-        for kind, files in (("image", images), ("audio", sounds)):
-            if files and self._tokens.get(kind) not in ids:
-                raise InputError(
-                    f"{where}: the processor of {self._source} makes no tokens of its {kind}: leave out what is too "
-                    "short, or correct the processor."
-                )
+        if images and self._tokens.get("image") not in ids:
+            raise InputError(
+                f"{where}: the processor of {self._source} makes no tokens of its images: correct the processor."
+            )
         return self._checked(ids, given, where)
 
     def _check_towers(self, images: Sequence[Any], where: str) -> None:
@@ -134,13 +116,8 @@ class Towers:
                 f": add the one that the model was trained with, or {_TEXT_INSTEAD}."
             )
 
-    def _processed(
-        self, text: str, images: Sequence[Any], sounds: Sequence[F32], where: str
-    ) -> Mapping[str, Any]:
+    def _processed(self, text: str, images: Sequence[Any]) -> Mapping[str, Any]:
         given: dict[str, Any] = {"images": [list(images)]} if images else {}
-        if sounds:
-            rate = self.sampling_rate(where)
-            given |= {"audio": list(sounds), "audio_kwargs": {"sampling_rate": rate}}
         found: Mapping[str, Any] = self._processor(
             text=[text], return_tensors="pt", add_special_tokens=False, **given
         )
@@ -176,13 +153,12 @@ class Towers:
         if embedded is None or more:
             what = ", ".join(more) or "no embeddings"
             raise InputError(
-                f"{self._name} hands its language model {what} for an image or a sound, which is not known: "
+                f"{self._name} hands its language model {what} for an image, which is not known: "
                 f"calibration on them is not supported, {_TEXT_INSTEAD}."
             )
         kinds = ids[0]
         there = self._places(kinds, embedded[0])
         begins = there & (kinds != torch.nn.functional.pad(kinds, (1, 0), value=-1)[:-1])
-        # The tokens of sounds attend to none after them, whatever those of images do.
         block = torch.where(
             kinds == self._tokens.get("image", -1), self._blocks + begins.cumsum(0) - 1, NO_BLOCK
         )[there]
@@ -200,7 +176,7 @@ class Towers:
         )
         if not all(np.isfinite(rows).all() for rows in (media.features, media.later)):
             raise InputError(
-                f"{where}: the embeddings of its images or sounds are NaN or infinite: check the model's weights."
+                f"{where}: the embeddings of its images are NaN or infinite: check the model's weights."
             )
         self._check_derived(media, marked[None], given, where)
         moved = torch.where(there, marked + self._seen, marked)
@@ -252,13 +228,13 @@ class Towers:
             rows = positions if positions.ndim == 3 else positions[None]
             expected = media.positions(ids)
             if not torch.equal(rows[-expected.shape[0] :], expected):
-                wrong.append("positions that do not go on after an image or a sound")
+                wrong.append("positions that do not go on after an image")
         made = masks(media, ids, self._model.config.get_text_config(), embedded)
         if not _as_derived(given.get("attention_mask"), made):
             wrong.append("a mask of another kind")
         if wrong:
             raise InputError(
-                f"{where}: {self._name} hands its language model {wrong[0]}: calibration on its images and sounds is "
+                f"{where}: {self._name} hands its language model {wrong[0]}: calibration on its images is "
                 f"not supported, {_TEXT_INSTEAD}."
             )
 
@@ -333,14 +309,8 @@ def _or_causal(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(like, dtype=torch.bool).tril() if mask is None else _allowed(mask)
 
 
-def _hearing(processor: Any) -> Any:
-    """The part of ``processor`` that takes sounds; None if it has none."""
-    names = ("feature_extractor", "audio_processor")
-    return next((found for name in names if (found := getattr(processor, name, None)) is not None), None)
-
-
 def load_processor(source: ModelSource) -> Any:
-    """The processor of ``source``, of text with images, sounds or both; raises :class:`InputError` if it has none."""
+    """The processor of ``source``, of text with images; raises :class:`InputError` if it has none."""
     from transformers import AutoProcessor
 
     with quiet(), readable(Path(source.path)) as path:
@@ -357,11 +327,6 @@ def load_processor(source: ModelSource) -> Any:
                 f"No processor can be loaded from {source.source} ({first_line(error)[:300]}): add the processor's "
                 f"files that the model was trained with, or {_TEXT_INSTEAD}."
             ) from error
-    if not hasattr(processor, "image_processor") and _hearing(processor) is None:
-        raise InputError(
-            f"{source.source} has no processor of images or sounds (preprocessor_config.json, processor_config.json): "
-            f"add the one that the model was trained with, or {_TEXT_INSTEAD}."
-        )
     return processor
 
 

@@ -14,7 +14,6 @@ from nbl_export.models.source import ModelSource, check_apart
 from nbl_export.progress import Listener
 from nbl_export.ranks import together
 from nbl_export.settings import CalibrateSettings
-from nbl_export.settings.choices import SELF
 from nbl_export.settings.size import bytes_of
 from nbl_export.stage_record import MODEL, key_of
 from nbl_export.stages.needs import check_disk, disk_to_calibrate, sizes_of_source
@@ -88,11 +87,11 @@ def _calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.models.dummy_run import check_supported
     from nbl_export.models.media_tokens import seeing
     from nbl_export.models.weights import dtype_of
-    from nbl_export.stages.calibration_data import loader_for
+    from nbl_export.stages.calibration_data import files_of, loader_for
 
     ws, source = run.workspace, run.model.source
     loader, ranks = loader_for(source), run.ranks
-    stamps = ranks.shared(lambda: sha256_of_json(_stamps(ws.digests, _files(source, settings))))
+    stamps = ranks.shared(lambda: sha256_of_json(_stamps(ws.digests, files_of(source, settings))))
     made_of = {MODEL: source.model, loader.unit: stamps}
     device, asked = run.on(settings.device), settings.as_json()
     key = key_of("calibrate", asked, made_of)
@@ -103,7 +102,14 @@ def _calibrate(run: Run, settings: CalibrateSettings) -> None:
         pooled = run.model.pooling is not None
         check_supported(model, cached=False, task=run.model.task, pooled=pooled)
         check_blocks(model, settings.parts)
-        in_dtype = run.model.in_dtype(ranks.shared(lambda: dtype_of(run.model.in_dtype(settings.dtype))))
+        made: list[torch.nn.Module] = []
+
+        def converted() -> str:
+            made.append(run.model.in_dtype(settings.dtype))
+            return dtype_of(made[0])
+
+        dtype = ranks.shared(converted)
+        in_dtype = made[0] if made else run.model.in_dtype(dtype)
         probes: list[Probe] = []
         media: list[MediaTokens | None] = []
 
@@ -142,17 +148,6 @@ def _calibrate(run: Run, settings: CalibrateSettings) -> None:
         return [loader.path(ws), *beside, *store.publish(), ws.probe]
 
     run.stage("calibrate", asked, made_of, work, device)
-
-
-def _files(source: ModelSource, settings: CalibrateSettings) -> list[Path]:
-    """The local files that are read: those of the sources, and what they name for a multimodal model."""
-    from nbl_export.calibrate.illustrated import media_files
-    from nbl_export.stages.calibration_data import loader_for
-
-    files = loader_for(source).files(settings.sources)
-    if source.wrapper:
-        files += media_files(name for name in settings.sources if name != SELF)
-    return files
 
 
 def _check_exports(run: Run, probe: Probe) -> None:

@@ -16,24 +16,28 @@ from numpy.typing import NDArray
 from nbl_export.batch.media_ids import are_media, words
 from nbl_export.batch.names import EMBEDDINGS, MASK, PIXELS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import batch_of_rows
-from nbl_export.calibrate.documents import check_readable, documents, local_files
-from nbl_export.calibrate.illustrated import (
-    HasMedia,
-    check_illustrated,
-    illustrated,
-    pack_illustrated,
-    seen_by,
-    words_alone,
+from nbl_export.calibrate.documents import check_readable, documents, field_of, local_files
+from nbl_export.calibrate.images import (
+    document_of,
+    image_files,
+    images_in,
+    load_images,
+    open_image,
+    read_images,
+    save_images,
 )
-from nbl_export.calibrate.images import image_files, load_images, read_images, save_images
-from nbl_export.calibrate.passages import frame_of, heldout_rows, longest_row, read_passages
 from nbl_export.calibrate.probe import Probe, probe_inputs, probe_lengths, probe_model, tokens_beyond
 from nbl_export.calibrate.sampling import sample_from_model
 from nbl_export.calibrate.text import (
     CalibrationText,
+    Document,
     check_tokens,
+    frame_of,
+    heldout_rows,
     load_text,
+    longest_row,
     pack,
+    read_passages,
     save_text,
 )
 from nbl_export.errors import InputError, first_line
@@ -89,13 +93,21 @@ def check_sources(source: ModelSource, settings: CalibrateSettings) -> None:
     """Refuse, before any work, ``--calibration self`` for a model that does not generate, and what cannot be read."""
     loader = loader_for(source)
     if SELF not in settings.sources:
-        check = check_illustrated if source.wrapper else loader.check
-        check(settings.sources, settings.field)
+        if source.wrapper:
+            check_readable(settings.sources, settings.field, document_of)
+        else:
+            loader.check(settings.sources, settings.field)
     elif not task_named(source.task).causal:
         raise InputError(
             f"{source.source} is an encoder and cannot generate its own calibration {loader.unit}: name some with "
             "--calibration."
         )
+
+
+def files_of(source: ModelSource, settings: CalibrateSettings) -> list[Path]:
+    """The local files that are read: those of the sources, and what they name for a multimodal model."""
+    files = loader_for(source).files(settings.sources)
+    return files + images_in(settings.sources, settings.field) if source.wrapper else files
 
 
 # decoders ----------------------------------------------------------------------------------------
@@ -108,23 +120,19 @@ def _text_files(sources: Sequence[str]) -> list[Path]:
 def _read_text(model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> Any:
     if settings.sources == (SELF,):
         text = sample_from_model(model.in_dtype(settings.dtype), model.tokenizer, settings, listener)
-    else:
-        text = _packed(model, settings, listener)
-    return _embedded(model, text)
+        return _embedded(model, text)
+    towers: list[Any] = []
 
-
-def _packed(model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> CalibrationText:
-    """The text, with what a multimodal model makes of its images and sounds."""
-    if not model.source.wrapper:
-        return pack(documents(settings.sources, settings.field), model.tokenizer, settings, listener)
-    try:
-        texts = words_alone(illustrated(settings.sources, settings.field))
-        return pack(texts, model.tokenizer, settings, listener)
-    except HasMedia:
+    def see(document: Document) -> tuple[NDArray[Any], Any]:
         from nbl_export.models.towers import Towers
 
-        found, see = illustrated(settings.sources, settings.field), seen_by(Towers(model.source))
-        return pack_illustrated(found, see, model.tokenizer, settings, listener)
+        if not towers:
+            towers.append(Towers(model.source))
+        seen = towers[0].read(document.text, [open_image(file) for file in document.images], document.where)
+        return seen.ids, seen.media
+
+    found = documents(settings.sources, settings.field, document_of if model.source.wrapper else field_of)
+    return _embedded(model, pack(found, model.tokenizer, settings, listener, see))
 
 
 def _embedded(model: LoadedModel, text: CalibrationText) -> CalibrationText:

@@ -176,7 +176,7 @@ def _encoder_case(
     settings: VerifySettings,
     listener: Listener,
 ) -> EncoderCase:
-    from nbl_export.calibrate.passages import frame_of
+    from nbl_export.calibrate.text import frame_of
     from nbl_export.stages.calibration_data import loader_for
     from nbl_export.verify.case import EncoderCase
 

@@ -1,4 +1,4 @@
-"""Calibration images: which files are found and in which order, every eighth held out, and refusals in words."""
+"""Images of documents and of vision encoders: which files are found, every eighth held out, refusals in words."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.calibrate.images import image_files, load_images, read_images, save_images
+from nbl_export.calibrate.documents import documents
+from nbl_export.calibrate.images import (
+    document_of,
+    image_files,
+    images_in,
+    load_images,
+    read_images,
+    save_images,
+)
+from nbl_export.calibrate.text import Document
 from nbl_export.errors import InputError
 from nbl_export.progress import Silent
 from nbl_export.settings import CalibrateSettings
 from tests.listening import Notes
+from tests.pictures import save_documents
 
 Image = pytest.importorskip("PIL.Image", reason="needs pillow: pip install 'nbl-export[vision]'")
 
@@ -44,6 +54,43 @@ def numbers(images: Any) -> list[int]:
     return [int(image[0, 0, 0]) for image in images]
 
 
+# documents ---------------------------------------------------------------------------------------
+
+
+def test_rows_with_and_without_images(tmp_path: Path) -> None:
+    files = write(tmp_path, 2)
+    rows = [
+        {"text": "one", "images": ["000.png", "001.png"]},
+        {"text": "two", "images": []},
+        {"text": "three", "images": None},
+        {"text": "four", "images": ["001.png"]},
+    ]
+    path = save_documents(tmp_path, rows)
+    first, *others = documents([str(path)], "text", document_of)
+    assert first == Document("one", tuple(files), f"{path}, line 1")
+    assert others == ["two", "three", Document("four", (files[1],), f"{path}, line 4")]
+    assert images_in([str(path)], "text") == files
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (["missing.png"], r"line 1: the image .*missing\.png does not exist"),
+        (["../secret.png"], "which is not the name of a file in"),
+        (["out.png"], "which is not the name of a file in"),  # a link that leaves the folder
+        ([{"url": "a.png"}], "which is not the name of a file in"),
+        ("a.png", "is no list of file names"),
+    ],
+)
+def test_what_names_no_image_of_the_folder_is_refused(images: Any, said: str, tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"")
+    (tmp_path / "corpus" / "out.png").symlink_to(tmp_path / "secret.png")
+    path = save_documents(tmp_path / "corpus", [{"text": "one", "images": images}])
+    with pytest.raises(InputError, match=said):
+        list(documents([str(path)], "text", document_of))
+
+
 # found -------------------------------------------------------------------------------------------
 
 
@@ -65,7 +112,7 @@ def test_files_folders_and_patterns_in_the_order_given(
     assert image_files(["~/a/000.PNG"]) == upper
 
 
-@pytest.mark.parametrize("source", ["nowhere", "empty", "*.nothing"])
+@pytest.mark.parametrize("source", ["empty", "*.nothing"])
 def test_a_source_that_names_no_image(tmp_path: Path, source: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(
@@ -87,14 +134,6 @@ def test_every_eighth_is_held_out(tmp_path: Path) -> None:
     assert found.calibration.dtype == found.heldout.dtype == np.float32
     assert listener.tasks == [("Reading images", 23, "images", 0)] and sum(listener.advanced) == 23
     assert listener.notes == []
-
-
-def test_no_more_is_read_than_is_asked_for(tmp_path: Path) -> None:
-    files = write(tmp_path, 24)
-    for path in files[10:]:
-        path.write_text("never opened")
-    found = read_images(files, processor, CalibrateSettings(samples=6, heldout_samples=1), Silent())
-    assert numbers(found.calibration) == list(range(6)) and numbers(found.heldout) == [7]
 
 
 def test_what_there_is_is_used_with_a_note(tmp_path: Path) -> None:
@@ -128,7 +167,7 @@ def test_images_of_different_sizes_are_refused(tmp_path: Path) -> None:
         read_images(files, processor, CalibrateSettings(), Silent())
 
 
-@pytest.mark.parametrize("damage", [b"", b"no image", None], ids=["empty", "text", "cut"])
+@pytest.mark.parametrize("damage", [b"no image", None], ids=["text", "cut"])
 def test_a_file_that_is_no_image_is_named(tmp_path: Path, damage: bytes | None) -> None:
     files = write(tmp_path, 8, size=(64, 64))
     files[2].write_bytes(files[2].read_bytes()[:60] if damage is None else damage)

@@ -20,7 +20,7 @@ from tests.clients.greedy import greedy
 from tests.exhaustive import exhaustive
 from tests.listening import Notes
 from tests.multimodal import WRAPPERS
-from tests.pictures import PLACE, SOUND_PLACE, picture, save_documents, save_processor, save_sound
+from tests.pictures import PLACE, picture, save_documents, save_processor
 
 PROMPT, COUNT = [5, 9, 33, 77, 120, 44, 8, 91, 17, 3], 12
 
@@ -71,22 +71,15 @@ WORDS = [
 
 
 def with_media(name: str, folder: Path, root: Path) -> tuple[Path, Path]:
-    """A copy of the model in ``folder`` with its processor, and documents, of which two of three have an image, a sound
-    of two channels at another rate, or both, as the model takes them."""
+    """A copy of the model in ``folder`` with its processor, and documents, of which two of three have an image."""
     model = save_processor(name, Path(shutil.copytree(folder, root / "model")))
     numbers = np.random.default_rng(0)
     rows: list[dict[str, object]] = []
     for i in range(90):
         before, after = (" ".join(numbers.choice(WORDS, 4)) for _ in range(2))
-        files: dict[str, list[str]] = {}
-        if PLACE[name]:
-            picture(i).save(root / f"{i}.png")
-            files["images"] = [f"{i}.png"]
-        if SOUND_PLACE[name]:
-            save_sound(root / f"{i}.wav", i)
-            files["audio"] = [f"{i}.wav"]
-        place = f"{PLACE[name]} {SOUND_PLACE[name]}"
-        rows.append({"text": f"{before} {place if i % 3 else ''} {after}", **(files if i % 3 else {})})
+        picture(i).save(root / f"{i}.png")
+        files = {"images": [f"{i}.png"]} if i % 3 else {}
+        rows.append({"text": f"{before} {PLACE[name] if i % 3 else ''} {after}", **files})
     return model, save_documents(root, rows)
 
 
@@ -116,7 +109,7 @@ def test_images_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_pat
     assert report.method_loss.tokens == int((~there[:, 1:]).sum())
     (check,) = [check for check in report.checks if check.name == "parity with media"]
     assert check.status == "passed" and "over 2 texts with images or sounds" in check.detail
-    (said,) = [note for note in report.notes if "Images and sounds: calibration" in note]
+    (said,) = [note for note in report.notes if "Images: calibration" in note]
     assert f"held-out {int(there.sum()) // 4} ({int(there.sum())} of 256 tokens)" in said
 
     notes = Notes()
@@ -130,24 +123,6 @@ def test_images_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_pat
     words.write_text("\n".join(" ".join(WORDS) for _ in range(2000)))
     api.calibrate(model, out, api.CalibrateSettings((str(words),), samples=12, seq_len=64, heldout_samples=4))
     assert not (out / "nbl" / "media.safetensors").exists()
-
-
-def test_sounds_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """Every stage of a model that hears, from files of its sounds; another sound is another calibration."""
-    model, documents = with_media("qwen2-audio", wrapper_folder("qwen2-audio"), tmp_path)
-    out = tmp_path / "out"
-    asked = api.CalibrateSettings(
-        (str(documents),), samples=8, seq_len=64, heldout_samples=4, selection_samples=2
-    )
-    report = verified(model, out, asked)
-    (check,) = [check for check in report.checks if check.name == "parity with media"]
-    assert check.status == "passed"
-    text = load_text(out / "nbl" / "text.safetensors")
-    assert text.media is not None and len(text.media) and are_media(text.calibration).any()
-    notes = Notes()
-    save_sound(tmp_path / "1.wav", 999)
-    api.calibrate(model, out, asked, notes)
-    assert [note for note in notes.notes if "done again" in note]
 
 
 @pytest.mark.parametrize(

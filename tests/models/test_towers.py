@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.batch.arrays import F32
 from nbl_export.batch.media_ids import FIRST, are_media
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import Moments
@@ -29,7 +28,7 @@ from nbl_export.models.towers import Towers, load_processor
 from nbl_export.models.walk import Reached
 from tests.fixtures_graph import load
 from tests.multimodal import whole
-from tests.pictures import PLACE, PROCESSORS, RATE, SOUND_PLACE, picture, save_processor, skip_without, sound
+from tests.pictures import PLACE, picture, save_processor, skip_without
 
 END = 257
 
@@ -56,41 +55,28 @@ def folder_of(
     return made
 
 
-def texts(name: str, kinds: str = "images") -> list[tuple[str, list[Any], list[F32]]]:
-    """Two documents with an image, a sound, or both, of its own size each, and one with two."""
-    sizes, lengths = [(40, 30), (60, 90), (90, 40), (40, 30)], [0.4, 0.3, 0.5, 0.4]
-    lengths = [0.4] * 4 if name in OF_ONE_LENGTH else lengths
-    pictures = [picture(i, size) if "images" in kinds else None for i, size in enumerate(sizes)]
-    sounds = [sound(i, seconds) if "sounds" in kinds else None for i, seconds in enumerate(lengths)]
-    places = (PLACE[name] if "images" in kinds else "", SOUND_PLACE[name] if "sounds" in kinds else "")
-    place = " or ".join(filter(None, places))
-
-    def document(text: str, first: int, last: int) -> tuple[str, list[Any], list[F32]]:
-        return text, [p for p in pictures[first:last] if p], [s for s in sounds[first:last] if s is not None]
-
+def texts(name: str) -> list[tuple[str, list[Any]]]:
+    """Two documents with an image of its own size each, and one with two."""
+    pictures = [picture(i, size) for i, size in enumerate([(40, 30), (60, 90), (90, 40), (40, 30)])]
+    place = PLACE[name]
     return [
-        document(f"A small one {place} is here.", 0, 1),
-        document(f"{place} came first.", 1, 2),
-        document(f"Two: {place} and {place} again", 2, 4),
+        (f"A small one {place} is here.", pictures[:1]),
+        (f"{place} came first.", pictures[1:2]),
+        (f"Two: {place} and {place} again", pictures[2:]),
     ]
 
 
-def independent(name: str, kinds: str, folder: Path) -> dict[int, dict[str, Any]]:
+def independent(name: str, folder: Path) -> dict[int, dict[str, Any]]:
     """Sums of each layer over one text of all documents, by transformers' own class with its towers in float64."""
     dtype = torch.float32 if base(name) in SINGLE else torch.float64
     model = whole(name, dtype=dtype)
-    found = texts(base(name), kinds)
-    given = {
-        "images": [[one for _, images, _ in found for one in images]],
-        "audio": [one for _, _, sounds in found for one in sounds],
-    }
-    text = "".join(f"{text}</s>" for text, _, _ in found)
+    found = texts(base(name))
+    text = "".join(f"{text}</s>" for text, _ in found)
     inputs = load_processor(find_model(str(folder)))(
         text=[text],
         return_tensors="pt",
         add_special_tokens=False,
-        audio_kwargs={"sampling_rate": RATE},
-        **{key: files for key, files in given.items() if files not in ([], [[]])},
+        images=[[one for _, images in found for one in images]],
     )
     numbers = {k: v.to(dtype) if v.is_floating_point() else v for k, v in dict(inputs).items()}
     sums: dict[int, dict[str, Any]] = {}
@@ -114,8 +100,6 @@ def independent(name: str, kinds: str, folder: Path) -> dict[int, dict[str, Any]
 
 # Towers that do not run in float64, or that place patches by numbers that it rounds otherwise.
 SINGLE = ("gemma4", "phi4-multimodal")
-# Of these the end of a sound is not the same beside a longer one.
-OF_ONE_LENGTH = ("gemma3n", "phi4-multimodal")
 # What must move the moments, of models of which it says something.
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "features": lambda rows: -rows[::-1],
@@ -125,43 +109,39 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "both_ways": np.zeros_like,
 }
 CASES = [
-    ("llava", "images", set()),
-    ("llava-next", "images", set()),
-    ("mistral3", "images", set()),
-    ("idefics3", "images", set()),
-    ("internvl", "images", set()),
-    ("llama4", "images", set()),
-    ("gemma3", "images", {"both_ways"}),
-    ("gemma4", "images and sounds", {"stand_in"}),
-    ("gemma4-both-ways", "images", {"both_ways"}),
-    ("gemma4-both-ways", "images and sounds", {"both_ways"}),
-    ("gemma3n", "sounds", {"stand_in"}),
-    ("gemma3n-timm", "images", {"stand_in"}),
-    ("qwen2-vl", "images", {"offsets"}),
-    ("qwen2.5-vl", "images", {"offsets"}),
-    ("qwen3-vl", "images", {"offsets", "later"}),
-    ("glm4v", "images", {"offsets"}),
-    ("phi4-multimodal", "images and sounds", set()),
-    ("phi4-multimodal", "sounds", set()),
-    ("qwen2-audio", "sounds", set()),
+    ("llava", set()),
+    ("llava-next", set()),
+    ("mistral3", set()),
+    ("idefics3", set()),
+    ("internvl", set()),
+    ("llama4", set()),
+    ("gemma3", {"both_ways"}),
+    ("gemma4", {"stand_in"}),
+    ("gemma4-both-ways", {"both_ways"}),
+    ("gemma3n-timm", {"stand_in"}),
+    ("qwen2-vl", {"offsets"}),
+    ("qwen2.5-vl", {"offsets"}),
+    ("qwen3-vl", {"offsets", "later"}),
+    ("glm4v", {"offsets"}),
+    ("phi4-multimodal", set()),
 ]
 
 
-@pytest.mark.parametrize(("name", "kinds", "says"), CASES)
+@pytest.mark.parametrize(("name", "says"), CASES)
 def test_moments_are_those_of_the_whole_model(
-    name: str, kinds: str, says: set[str], folder_of: Callable[[str], Path]
+    name: str, says: set[str], folder_of: Callable[[str], Path]
 ) -> None:
     """Three documents in one row: positions go on after each image, and masks are those of the wrapper."""
     folder = folder_of(name)
     towers_of = Towers(find_model(str(folder)))
-    seen = [towers_of.read(*document, "here") for document in texts(base(name), kinds)]
+    seen = [towers_of.read(*document, "here") for document in texts(base(name))]
     media = joined([one.media for one in seen])
     row = np.concatenate([np.append(one.ids, END) for one in seen]).astype(np.int32)
     assert np.array_equal(row[are_media(row)], FIRST + np.arange(len(media)))
     model = load(folder)
     with seeing(model, media):
         found = collect_moments(model, row[None])
-    expected = independent(name, kinds, folder)
+    expected = independent(name, folder)
     assert found.layers and found.layers.keys() <= expected.keys()
     for index, layer in found.layers.items():
         assert layer.n == expected[index].pop("n") == len(row)
@@ -197,84 +177,24 @@ def test_no_block_of_the_language_model_is_read(name: str, folder_of: Callable[[
     assert not [name for name in names if re.match(r"(model\.|language_model\.)*layers\.", name)]
 
 
-SOUND, QWEN_SOUND = "<|audio|>", "<|audio_bos|><|AUDIO|><|audio_eos|>"
-
-
 @pytest.mark.parametrize(
-    ("name", "text", "images", "sounds", "words"),
+    ("name", "text", "images", "words"),
     [
-        ("llava", "<image> and <image>", 1, 0, "does not take this text with 1 image ("),
-        ("llava", "no place", 1, 0, "does not take this text with 1 image ("),
-        ("llava", "<image>", 2, 0, "does not take this text with 2 images ("),
-        ("gemma3", "<start_of_image>", 2, 0, "does not take this text with 2 images ("),
-        ("gemma3", "no place", 1, 0, "put the placeholder of its processor once for each"),
-        ("qwen2.5-vl", "no place", 1, 0, "put the placeholder of its processor once for each"),
-        ("qwen3-vl", "<|image_pad|> and <|image_pad|>", 1, 0, "does not take this text with 1 image ("),
-        ("phi4-multimodal", "<|image|>", 2, 0, "does not take this text with 2 images ("),
-        ("qwen2-audio", "no place", 0, 1, "does not take this text with 1 sound ("),
-        ("qwen2-audio", QWEN_SOUND, 0, 2, "does not take this text with 2 sounds ("),
-        ("qwen2-audio", f"{QWEN_SOUND} and {QWEN_SOUND}", 0, 1, "does not take this text with 1 sound ("),
-        ("gemma3n", f"{SOUND} and {SOUND}", 0, 1, "does not take this text with 1 sound ("),
-        ("gemma3n", "no place", 0, 1, "does not take this text with 1 sound ("),
-        ("gemma4", "no place", 0, 1, "does not take this text with 1 sound ("),
-        ("gemma4", SOUND, 0, 2, "does not take this text with 2 sounds ("),
-        ("gemma4", f"<|image|> {SOUND}", 1, 2, "does not take this text with 1 image and 2 sounds ("),
-        ("phi4-multimodal", SOUND, 0, 2, "does not take this text with 2 sounds ("),
+        ("llava", "<image>", 2, "does not take this text with its images ("),
+        ("gemma3", "no place", 1, "put the placeholder of its processor once for each"),
+        ("qwen3-vl", "<|image_pad|> and <|image_pad|>", 1, "does not take this text with its images ("),
+        ("qwen2-audio", "", 1, "has no processor of images"),
+        ("gemma3n", "", 1, "is of timm, and is not there: pip install timm"),
     ],
 )
-def test_other_numbers_of_places_and_of_files_are_refused(
-    name: str, text: str, images: int, sounds: int, words: str, folder_of: Callable[[str], Path]
+def test_images_that_a_model_does_not_take_are_refused(
+    name: str, text: str, images: int, words: str, folder_of: Callable[[str], Path]
 ) -> None:
     found = Towers(find_model(str(folder_of(name))))
     with pytest.raises(InputError) as caught:
-        found.read(
-            text, [picture(i) for i in range(images)], [sound(i) for i in range(sounds)], "rows.jsonl, line 3"
-        )
+        found.read(text, [picture(i) for i in range(images)], "rows.jsonl, line 3")
     assert str(caught.value).startswith("rows.jsonl, line 3: ") and words in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "images", "sounds", "words"),
-    [
-        ("llava", 0, 1, r"LlavaForConditionalGeneration takes no sounds, .*: remove them\."),
-        ("gemma3", 1, 1, r"Gemma3ForConditionalGeneration takes no sounds, .*: remove them\."),
-        ("qwen2-audio", 1, 0, r"has no processor of images .*: add the one .* or calibrate it on text\."),
-        (
-            "gemma3n",
-            1,
-            0,
-            r"the tower of images of Gemma3nForConditionalGeneration is of timm, and is not there: pip install timm",
-        ),
-    ],
-)
-def test_what_a_model_does_not_take_is_refused(
-    name: str, images: int, sounds: int, words: str, folder_of: Callable[[str], Path]
-) -> None:
-    found = Towers(find_model(str(folder_of(name))))
-    text = " ".join([PROCESSORS[name].image] * images + [PROCESSORS[name].sound] * sounds)
-    with pytest.raises(InputError, match=rf"^here: .*{words}"):
-        found.read(text, [picture(0)] * images, [sound(0)] * sounds, "here")
-
-
-def test_a_sound_without_a_token_is_refused(folder_of: Callable[[str], Path]) -> None:
-    found = Towers(find_model(str(folder_of("qwen2-audio"))))
-    with pytest.raises(
-        InputError, match=r"^here: .* makes no tokens of its audio: leave out what is too short"
-    ):
-        found.read(PROCESSORS["qwen2-audio"].sound, [], [sound(0, 0.005)], "here")
-
-
-def test_sounds_are_refused_by_a_processor_without_a_feature_extractor(
-    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a model that hears: such a processor ignores them."""
-    folder = folder_of("gemma4")
-    processor = load_processor(find_model(str(folder)))
-    processor.feature_extractor = None
-    monkeypatch.setattr(towers, "load_processor", lambda _source: processor)
-    with pytest.raises(InputError, match=r"^here: Gemma4.* its processor does not say at which rate: remove"):
-        Towers(find_model(str(folder))).read(SOUND, [], [sound(0)], "here")
 
 
 @pytest.mark.parametrize(
@@ -282,9 +202,9 @@ def test_sounds_are_refused_by_a_processor_without_a_feature_extractor(
     [
         (
             lambda given: {"more": given["inputs_embeds"]},
-            "model more for an image or a sound, which is not known",
+            "model more for an image, which is not known",
         ),
-        (lambda given: {"inputs_embeds": None}, "no embeddings for an image or a sound, which is not known"),
+        (lambda given: {"inputs_embeds": None}, "no embeddings for an image, which is not known"),
         (lambda given: {"inputs_embeds": given["inputs_embeds"] + 1}, "other embeddings of the text"),
         (lambda given: {"inputs_embeds": given["inputs_embeds"] * math.nan}, "NaN or infinite"),
         (lambda given: {"position_ids": given["position_ids"] + 1}, "positions that do not go on"),
@@ -319,11 +239,10 @@ def test_other_embeddings_of_each_layer_and_masks_are_refused(
     folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, key, words in (
-        ("gemma3n", "per_layer_inputs", "per_layer_inputs that are not those of its tokens"),
+        ("gemma4", "per_layer_inputs", "per_layer_inputs that are not those of its tokens"),
         ("gemma4-both-ways", "attention_mask", "a mask of another kind"),
     ):
         found = Towers(find_model(str(folder_of(name))))
-        kinds = "sounds" if name == "gemma3n" else "images"
         own = found._handed_over
 
         def other(inputs: Any, key: str = key, own: Any = own) -> dict[str, Any]:
@@ -335,7 +254,7 @@ def test_other_embeddings_of_each_layer_and_masks_are_refused(
 
         monkeypatch.setattr(found, "_handed_over", other)
         with pytest.raises(InputError, match=words):
-            found.read(*texts(base(name), kinds)[0], "here")
+            found.read(*texts(base(name))[0], "here")
 
 
 def test_a_checkpoint_without_a_processor_is_refused(
@@ -346,7 +265,7 @@ def test_a_checkpoint_without_a_processor_is_refused(
         (folder / name).unlink(missing_ok=True)
     monkeypatch.undo()
     monkeypatch.setattr(towers, "find_spec", lambda _name: object())  # with and without torchvision
-    words = r"(has no processor of images or sounds|No processor can be loaded).* or calibrate it on text"
+    words = r"(has no processor of images|No processor can be loaded).* or calibrate it on text"
     with pytest.raises(InputError, match=words):
         Towers(find_model(str(folder)))
 

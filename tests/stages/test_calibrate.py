@@ -16,12 +16,12 @@ from nbl_export import api
 from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.probe import load_probe
 from nbl_export.errors import InputError
-from nbl_export.linearize import fits
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
+from nbl_export.stages.select import fitting
 from nbl_export.workspace import Workspace
 
 
@@ -69,8 +69,7 @@ def test_another_dtype_is_another_calibration(
         np.testing.assert_array_equal(again[index].xx, layer.xx)
 
 
-@pytest.mark.parametrize("fit", ["weighted", "sequential"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("fit", "dtype"), [("weighted", "bfloat16"), ("sequential", "float32")])
 def test_fits_that_read_the_text_again_read_it_in_the_same_dtype(
     stories_folder: Path,
     tmp_path: Path,
@@ -81,13 +80,13 @@ def test_fits_that_read_the_text_again_read_it_in_the_same_dtype(
 ) -> None:
     seen = []
     for name in ("weighted_moments", "sequential_fits"):
-        real = getattr(fits, name)
+        real = getattr(fitting, name)
 
         def spy(model: torch.nn.Module, *args: Any, real: Any = real, name: str = name) -> Any:
             seen.append((name.partition("_")[0], dtype_of(model)))
             return real(model, *args)
 
-        monkeypatch.setattr(fits, name, spy)
+        monkeypatch.setattr(fitting, name, spy)
     calibrated(stories_folder, tmp_path / "out", replace(settings, dtype=dtype))
     api.select(tmp_path / "out", api.SelectSettings(k=2, criterion="cca", fit=fit))
     assert seen == [(fit, dtype)]

@@ -11,8 +11,7 @@ import pytest
 
 from nbl_export import api
 from nbl_export.batch.names import PIXELS
-from nbl_export.calibrate.passages import heldout_rows
-from nbl_export.calibrate.text import load_text
+from nbl_export.calibrate.text import heldout_rows, load_text
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
