@@ -1,4 +1,4 @@
-"""Operators as data: linear operators, fused attention, and operators that read only a tensor's shape.
+"""Operators as data: linear operators and how they store weights, fused attention, and what has a known dtype.
 
 Exporters and optimizers use different operators for the same thing. The rest of this package uses these tables
 and knows no exporter. Input and output indices are those of the operator specifications:
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 MICROSOFT = "com.microsoft"
 
@@ -73,7 +74,23 @@ SHAPE_ONLY = frozenset({"Shape", "Size"})
 # These return the same values with another shape or dtype.
 VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast", "Identity", "Dropout", "CastLike"})
 QUANTIZE = "DynamicQuantizeLinear"
-_MOST_STEPS = 1000  # nodes that a weight is computed by; exporters write a dozen
+# Linear operators with dynamic quantization, and the index of the input that is the weight's zero point.
+DYNAMIC = {"MatMulInteger": 3, "DynamicQuantizeMatMul": 3}
+# What operators write that do not write the dtype of their first input: a dtype, or that of another input by its index.
+_WRITES: dict[str, ir.DataType | int] = {
+    **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"), ir.DataType.BOOL),
+    **dict.fromkeys(("And", "Or", "Not", "Xor", "IsNaN", "IsInf"), ir.DataType.BOOL),
+    **dict.fromkeys(("Shape", "Size", "ArgMax", "ArgMin", "NonZero"), ir.DataType.INT64),
+    "Where": 1,
+    "DequantizeLinear": 1,
+    "GatherBlockQuantized": 2,
+    "CastLike": 1,
+}
+# The same of their further outputs: places, and statistics of fused norms.
+_WRITES_ALSO = {
+    ("TopK", 1): ir.DataType.INT64,
+    **{(op, i): ir.DataType.FLOAT for _, op in SKIP_NORMS for i in (1, 2)},
+}
 
 
 def key(node: ir.Node) -> tuple[str, str]:
@@ -119,11 +136,9 @@ def fused_op(node: ir.Node) -> FusedOp | None:
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether ``value`` is a weight: an initializer, or computed from initializers and constants in few steps."""
+    """Whether ``value`` is a weight: an initializer, or computed from initializers and constants."""
     stack, seen = [value], set[ir.Value]()
     while stack:
-        if len(seen) > _MOST_STEPS:
-            return False
         current = stack.pop()
         if current is None:
             return False
@@ -173,3 +188,63 @@ def captured(node: ir.Node) -> list[ir.Value]:
             reads = [v for n in graph for v in (*n.inputs, *captured(n)) if v is not None]
             found += [v for v in (*reads, *graph.outputs) if v not in inner]
     return found
+
+
+def weight_bits(node: ir.Node) -> int:
+    """Bits per weight of the linear operator ``node``; 0 if it is not quantized."""
+    if key(node) == (MICROSOFT, "MatMulNBits"):
+        return int_attribute(node, "bits", 4)
+    if node.op_type == "MatMulBnb4":
+        return 4
+    if node.op_type in DYNAMIC:
+        return 8
+    dequantize = dequantizer(node)
+    quantized = dequantize.inputs[0] if dequantize is not None else None
+    return quantized.dtype.bitwidth if quantized is not None and quantized.dtype is not None else 0
+
+
+def weight_format(node: ir.Node) -> str:
+    """The weight format of the linear operator ``node``, for display: ``fp32``, ``int4 in blocks of 32``."""
+    bits = weight_bits(node)
+    if not bits:
+        value = node.inputs[1]
+        while value is not None and value.dtype is None and (made := value.producer()) is not None:
+            value = made.inputs[0] if made.inputs else None
+        return str(value.dtype).lower() if value is not None and value.dtype is not None else "unknown"
+    maker = dequantizer(node) or node
+    block = int_attribute(maker, "block_size")
+    return f"int{bits}" + (f" in blocks of {block}" if block else "")
+
+
+def dequantizer(neighbour: ir.Node) -> ir.Node | None:
+    """The DequantizeLinear that produces the neighbour's weight, or None if there is none."""
+    value = neighbour.inputs[1]
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "DequantizeLinear":
+            return node
+        value = node.inputs[0] if node.inputs else None
+    return None
+
+
+def infer_types(model: ir.Model) -> None:
+    """Set the dtype (and the shape, if ONNX infers it) of every tensor in place; an unknown dtype stays None.
+
+    ONNX's inference stops at operators of other domains, and everything downstream is unknown.
+    """
+    ShapeInferencePass()(model)
+    for node in model.graph:
+        for index, value in enumerate(node.outputs):
+            if value.dtype is None and (dtype := _dtype(node, index)) is not None:
+                value.type = ir.TensorType(dtype)
+
+
+def _dtype(node: ir.Node, index: int) -> ir.DataType | None:
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes["to"].as_int())
+    if node.op_type in ("Constant", "ConstantOfShape") and "value" in node.attributes:
+        return node.attributes["value"].as_tensor().dtype
+    written = _WRITES_ALSO.get((node.op_type, index), _WRITES.get(node.op_type, 0))
+    if isinstance(written, ir.DataType):
+        return written
+    value = node.inputs[written] if len(node.inputs) > written else None
+    return value.dtype if value is not None else None

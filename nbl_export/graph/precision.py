@@ -30,10 +30,9 @@ from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import PRESENT
-from nbl_export.graph.operators import captured, linear_op
+from nbl_export.graph.operators import captured, linear_op, weight_bits
 from nbl_export.graph.states import state_pairs
 from nbl_export.graph.summary import Float32Node
-from nbl_export.graph.weights import weight_bits
 from nbl_export.settings import choices
 
 F32 = ir.DataType.FLOAT

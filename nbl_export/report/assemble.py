@@ -11,7 +11,7 @@ from nbl_export import __version__
 from nbl_export.blocks import counted
 from nbl_export.checks import Check
 from nbl_export.files import read_json
-from nbl_export.graph.summary import ExportSummary
+from nbl_export.graph.summary import ExportSummary, RewriteSummary
 from nbl_export.linearize.selection import Scores
 from nbl_export.places import Places
 from nbl_export.records import from_json
@@ -26,7 +26,6 @@ from nbl_export.report.schema import (
     environment,
     load_bench,
 )
-from nbl_export.rewrite.summary import RewriteSummary
 from nbl_export.settings.converting import PRECISIONS
 from nbl_export.workspace import Workspace
 

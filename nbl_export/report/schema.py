@@ -19,11 +19,10 @@ from nbl_export.checks import Check
 from nbl_export.engine.manifest import Manifest
 from nbl_export.errors import InputError
 from nbl_export.files import read_json
-from nbl_export.graph.summary import Float32Node, OnCopy
+from nbl_export.graph.summary import Float32Node, OnCopy, RewriteSummary
 from nbl_export.linearize.selection import Scores
 from nbl_export.models.source import ModelIdentity
 from nbl_export.records import from_json, to_json
-from nbl_export.rewrite.summary import RewriteSummary
 from nbl_export.verify.loss.figures import Likeness, MethodLoss
 from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, EngineParity, Parity
 from nbl_export.verify.speed.values import Speed

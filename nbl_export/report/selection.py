@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import cast
 
 from nbl_export.blocks import ATTENTION, Block, all_parts, part_of
+from nbl_export.graph.summary import ProofErrors
 from nbl_export.linearize.selection import Candidate, Curve, Loss, PlanLoss, per_saving
 from nbl_export.report.drawing import Table, figure, finite, listed, number
 from nbl_export.report.schema import Selection
-from nbl_export.rewrite.summary import ProofErrors
 from nbl_export.settings import Budget
 from nbl_export.settings.size import bytes_of
 

@@ -28,12 +28,12 @@ from nbl_export.files import (
     write_json,
 )
 from nbl_export.graph.io import load_graph
+from nbl_export.graph.summary import ForeignSummary
 from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener, Silent
 from nbl_export.records import from_json, to_json
 from nbl_export.rewrite.replace import RewriteResult, kept_layers, rewrite_file, rewrite_summary
-from nbl_export.rewrite.summary import ForeignSummary
 from nbl_export.workspace import is_workspace
 
 

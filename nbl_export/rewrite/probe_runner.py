@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.batch.rows import rows_of_batch
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.nudge import nudge, nudged_values
-from nbl_export.graph.routers import tell, told_ranks
+from nbl_export.graph.rounding import nudge, nudged_values
 from nbl_export.linearize.plan import Plan
+from nbl_export.rewrite.routers import tell, told_ranks
 from nbl_export.runtime.intermediates import Arrays, compute_tensors, prefill_rows, unbatched
 
 # Tensors by name, of each row.

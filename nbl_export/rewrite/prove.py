@@ -6,7 +6,7 @@ and the errors of the layers before do not add up in it. A tensor that merely ha
 stream one layer on, fails this in any precision.
 
 A graph that is not float32 differs from PyTorch by what its own rounding costs, which is measured: the numbers of its
-weights are moved as rounding moves them (:mod:`nbl_export.graph.nudge`), and as far as that moves a tensor, a little
+weights are moved as rounding moves them (:mod:`nbl_export.graph.rounding`), and as far as that moves a tensor, a little
 more, the tensor may be from PyTorch's, and over all layers less still. Other weights, if only by the size of that
 rounding, are further away.
 
@@ -29,13 +29,14 @@ from numpy.typing import NDArray
 
 from nbl_export.blocks import Block
 from nbl_export.errors import BuildError
+from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import SKIP_NORMS, captured, constant_tensor, key
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.regions import Output, Region, later_bias
+from nbl_export.graph.summary import ProofErrors
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite.probe_runner import Found, ProbeRunner, cause_and_remedy, relative_error
-from nbl_export.rewrite.routing import RouterProof, router_proofs, told_scores
-from nbl_export.rewrite.summary import ProofErrors
+from nbl_export.rewrite.routers import RouterProof, router_proofs, told_scores
 
 _C = TypeVar("_C")
 _ROUNDING = 1.5
@@ -86,6 +87,12 @@ class Proof:
     output_error: float
     shapes: tuple[tuple[int, ...], ...] = ()
     allowed: Tolerance = field(default=Tolerance(float("inf"), float("inf")))
+
+    @property
+    def proven(self) -> tuple[ir.Value, Output]:
+        """u and y of a proof that holds."""
+        assert self.u is not None and self.y is not None
+        return self.u, self.y
 
     @property
     def errors(self) -> ProofErrors:
@@ -170,7 +177,7 @@ class _Proving:
         self.regions, self.plan, self.precision = regions, plan, precision
         self.tolerance = PROOF_TOLERANCE[precision.name]
         self.runner = ProbeRunner(path, plan, progress)
-        self.scores = told_scores(path, plan)
+        self.scores = told_scores(load_graph(path), plan.probe_routes)
         self.routers: list[RouterProof] = []
 
     def proofs(self) -> dict[Block, Proof]:
@@ -195,7 +202,7 @@ class _Proving:
             shapes = tuple(a.shape for a in self._rows(self.own, u))
             proofs[region.layer] = Proof(region.layer, u, y, errors[region.layer][u], error, shapes)
         if self.precision.name == "fp32":
-            self.routers = router_proofs(self.scores, self.plan, self.own)
+            self.routers = router_proofs(self.scores, self.plan.probe_routes, self.own)
             return proofs
         return self._with_allowed(proofs)
 
@@ -304,7 +311,7 @@ class _Proving:
         narrow = self.plan.hidden_size < _WIDE
         seeds, room = range(_DRAWS if narrow else 1), _ROOM * (_BY_CHANCE if narrow else 1)
         moved = [self.runner.run([*inputs, *self.scores], {}, nudged=seed) for seed in seeds]
-        self.routers = router_proofs(self.scores, self.plan, self.own, moved, room)
+        self.routers = router_proofs(self.scores, self.plan.probe_routes, self.own, moved, room)
         # Each as proven: from the layer's u alone, which the layers before do not change.
         exact = self._run_fed(fed, outputs)
         moved_y = [

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -25,32 +25,11 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.errors import BuildError
-from nbl_export.graph.operators import MICROSOFT, int_attribute, key
-from nbl_export.graph.weights import DYNAMIC, dequantizer, weight_bits
+from nbl_export.graph.operators import DYNAMIC, MICROSOFT, dequantizer, int_attribute, key, weight_bits
 
 U8 = NDArray[np.uint8]
-
-
-class Weight(Protocol):
-    """A weight [output, input] that is loaded when it is needed: all layers together may exceed memory."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    def __call__(self) -> F32: ...
-
-
-class Initialize(Protocol):
-    """Adds an initializer to the graph: the suffix of its name, its values or a function of them, and the dtype."""
-
-    def __call__(
-        self,
-        name: str,
-        numbers: NDArray[Any] | Callable[[], NDArray[Any]],
-        dtype: ir.DataType,
-        shape: tuple[int, ...] | None = None,
-    ) -> ir.Value: ...
-
+# Adds an initializer: the suffix of its name, its values, their dtype; or a function of the values, and the shape.
+Add = Callable[..., ir.Value]
 
 _TYPES = {
     ir.DataType.INT4: (4, True),
@@ -58,10 +37,9 @@ _TYPES = {
     ir.DataType.INT8: (8, True),
     ir.DataType.UINT8: (8, False),
 }
-
-
 # The accuracy level of MatMulNBits at which it rounds its activations to 8 bits.
 _INT8_ACTIVATIONS = 4
+_N_BITS = (MICROSOFT, "MatMulNBits")
 
 
 @dataclass(frozen=True)
@@ -117,47 +95,61 @@ def pack(numbers: U8, bits: int) -> U8:
     return packed
 
 
-def stands_for(w: F32, node: ir.Node) -> F32:
-    """What the numbers mean that ``w`` [output, input] becomes in the format of ``node``, a product with a weight."""
-    if key(node) == (MICROSOFT, "MatMulNBits"):
-        scales = node.inputs[2]
-        symmetric = len(node.inputs) < 4 or node.inputs[3] is None
-        blocks = quantize_blocks(
+def _quantized(w: F32, node: ir.Node, symmetric: bool) -> Blocks:
+    """``w`` [output, input] in the blocks of ``node``'s weight, which is quantized, or is its DequantizeLinear."""
+    if key(node) == _N_BITS:
+        return quantize_blocks(
             w, int_attribute(node, "bits", 4), int_attribute(node, "block_size"), symmetric
         )
-        return _of_blocks(blocks, scales, w.shape)
     if node.op_type in DYNAMIC:
-        scale = node.inputs[DYNAMIC[node.op_type]]
-        each = scale is not None and scale.shape is not None and len(scale.shape) == 1 and scale.shape[0] != 1
+        zero = _input(node, DYNAMIC[node.op_type])
+        each = zero is not None and zero.shape is not None and len(zero.shape) == 1 and zero.shape[0] != 1
         rows = w if each else w.reshape(1, -1)
-        return (
-            quantize_blocks(rows, 8, rows.shape[1], symmetric=True, positive=True).values().reshape(w.shape)
-        )
-    dequantize = dequantizer(node)
-    if dequantize is not None:
-        quantized, scales = dequantize.inputs[0], dequantize.inputs[1]
-        assert quantized is not None and quantized.dtype is not None
-        bits, signed = _TYPES[quantized.dtype]
-        each_block = int_attribute(dequantize, "block_size") or w.shape[1]
+        return quantize_blocks(rows, 8, rows.shape[1], symmetric=True, positive=True)
+    bits, _ = _typed(node, node.inputs[0])
+    block = int_attribute(node, "block_size") or w.shape[1]  # without blocks: one scale per output channel
+    return quantize_blocks(w, bits, block, symmetric, positive=True)
+
+
+def _typed(node: ir.Node, stored: ir.Value | None) -> tuple[int, bool]:
+    """The bits of each of the numbers ``stored``, and whether they have a sign."""
+    dtype = stored.dtype if stored is not None else None
+    if dtype not in _TYPES:
+        raise BuildError(f"{node.name} reads weights of {dtype}: quantize the graph with 4 or 8 bits.")
+    return _TYPES[dtype]
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if len(node.inputs) > index else None
+
+
+def stands_for(w: F32, node: ir.Node) -> F32:
+    """What the numbers mean that ``w`` [output, input] becomes in the format of ``node``, a product with a weight."""
+    dequantize, scales = dequantizer(node), None
+    if key(node) == _N_BITS:
+        scales = node.inputs[2]
+        blocks = _quantized(w, node, _input(node, 3) is None)
+    elif node.op_type in DYNAMIC:
+        blocks = _quantized(w, node, symmetric=True)
+    elif dequantize is not None:
+        scales, zeros = dequantize.inputs[1], _input(dequantize, 2)
+        bits, signed = _typed(dequantize, dequantize.inputs[0])
         # Numbers without a sign have zero points also where the scales are symmetric, so these tell nothing.
-        zeros = dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
         symmetric = zeros is None or (not signed and _all_equal(zeros, 1 << (bits - 1)))
-        return _of_blocks(quantize_blocks(w, bits, each_block, symmetric, positive=True), scales, w.shape)
-    stored = node.inputs[1]
-    dtype = stored.dtype if stored is not None and stored.dtype is not None else ir.DataType.FLOAT
-    return w.astype(dtype.numpy()).astype(np.float32)
+        blocks = _quantized(w, dequantize, symmetric)
+    else:
+        stored = node.inputs[1]
+        dtype = stored.dtype if stored is not None and stored.dtype is not None else ir.DataType.FLOAT
+        return w.astype(dtype.numpy()).astype(np.float32)
+    dtype = scales.dtype if scales is not None and scales.dtype is not None else ir.DataType.FLOAT
+    rounded = replace(blocks, scales=blocks.scales.astype(dtype.numpy()).astype(np.float32))
+    values: F32 = rounded.values().reshape(len(w), -1)[:, : w.shape[1]]
+    return values
 
 
 def _all_equal(value: ir.Value, number: int) -> bool:
     tensor = value.const_value
     return tensor is not None and bool((tensor.numpy().astype(np.int16) == number).all())
-
-
-def _of_blocks(blocks: Blocks, scales: ir.Value | None, shape: tuple[int, ...]) -> F32:
-    dtype = scales.dtype if scales is not None and scales.dtype is not None else ir.DataType.FLOAT
-    rounded = replace(blocks, scales=blocks.scales.astype(dtype.numpy()).astype(np.float32))
-    values: F32 = rounded.values().reshape(shape[0], -1)[:, : shape[1]]
-    return values
 
 
 def computed(u: F32, weights: Sequence[F32], nodes: Sequence[ir.Node], b: F32, dtype: ir.DataType) -> F32:
@@ -191,112 +183,93 @@ def _activations(x: F32, node: ir.Node) -> F32:
 
 
 def product(
-    x: ir.Value, weight: Weight, dtype: ir.DataType, neighbour: ir.Node, initialize: Initialize
+    x: ir.Value,
+    weight: Callable[[], F32],
+    shape: tuple[int, int],
+    dtype: ir.DataType,
+    neighbour: ir.Node,
+    add: Add,
 ) -> list[ir.Node]:
-    """The nodes of x · weightᵀ, the last of which writes it; the weight is stored like ``neighbour``'s.
+    """The nodes of x · weightᵀ, the last of which writes it; the weight [output, input] is stored like ``neighbour``'s.
 
-    ``neighbour`` is a linear operator of the same graph; ``dtype`` is that of x and of the result.
+    ``neighbour`` is a linear operator of the same graph; ``dtype`` is that of x and of the result. A plain weight of
+    the ``shape`` is loaded when it is written: all layers together may exceed memory.
     """
-    if key(neighbour) == (MICROSOFT, "MatMulNBits"):
-        return [_n_bits(x, weight(), neighbour, initialize)]
+    if key(neighbour) == _N_BITS:
+        return [_n_bits(x, weight(), neighbour, add)]
     if neighbour.op_type in DYNAMIC:
-        return _dynamic(x, weight(), dtype, neighbour, initialize)
-    if weight_bits(neighbour) and dequantizer(neighbour) is None:
+        return _dynamic(x, weight(), dtype, neighbour, add)
+    if (dequantize := dequantizer(neighbour)) is not None:
+        return _dequantized(x, weight(), dtype, dequantize, add)
+    if weight_bits(neighbour):
         raise BuildError(
             f"{neighbour.name} is a {neighbour.op_type}, and nbl-export cannot quantize weights in its format: "
             "quantize the graph with MatMulNBits or DequantizeLinear instead."
         )
-    dequantize = dequantizer(neighbour)
-    if dequantize is not None:
-        return _dequantized(x, weight(), dtype, dequantize, initialize)
-    stored = initialize("weight", lambda: np.ascontiguousarray(weight().T), dtype, weight.shape[::-1])
+    stored = add("weight", lambda: np.ascontiguousarray(weight().T), dtype, shape[::-1])
     return [ir.node("MatMul", [x, stored])]
 
 
-def _n_bits(x: ir.Value, w: F32, neighbour: ir.Node, initialize: Initialize) -> ir.Node:
-    attributes = dict(neighbour.attributes)
-    bits = attributes["bits"].as_int() if "bits" in attributes else 4
-    block = attributes["block_size"].as_int()
-    inputs = [*neighbour.inputs, None, None]
-    scales, zeros = inputs[2], inputs[3]
+def _n_bits(x: ir.Value, w: F32, neighbour: ir.Node, add: Add) -> ir.Node:
+    bits, scales, zeros = int_attribute(neighbour, "bits", 4), neighbour.inputs[2], _input(neighbour, 3)
     assert scales is not None
     if zeros is not None and zeros.dtype not in (None, ir.DataType.UINT8):
         raise BuildError(
             f"{neighbour.name} has zero points of {zeros.dtype}: quantize the graph with packed zero points (uint8)."
         )
-    blocks = quantize_blocks(w, bits, block, symmetric=zeros is None)
-    weight = initialize("weight_quant", pack(blocks.numbers, bits), ir.DataType.UINT8)
-    shaped = blocks.scales if _rank(scales) == 2 else blocks.scales.reshape(-1)
-    stored = initialize("weight_scales", shaped, scales.dtype or ir.DataType.FLOAT)
+    blocks = _quantized(w, neighbour, symmetric=zeros is None)
+
+    def like(known: ir.Value, numbers: NDArray[Any]) -> NDArray[Any]:
+        return numbers if known.shape is not None and len(known.shape) == 2 else numbers.reshape(-1)
+
+    weight = add("weight_quant", pack(blocks.numbers, bits), ir.DataType.UINT8)
+    stored = add("weight_scales", like(scales, blocks.scales), scales.dtype or ir.DataType.FLOAT)
     args: list[ir.Value | None] = [x, weight, stored]
     if zeros is not None:
-        packed = pack(blocks.zeros, bits)
-        packed = packed if _rank(zeros) == 2 else packed.reshape(-1)
-        args.append(initialize("weight_zeros", packed, ir.DataType.UINT8))
-    sizes = {"K": w.shape[1], "N": w.shape[0], "bits": bits, "block_size": block}
-    if "accuracy_level" in attributes:
-        sizes["accuracy_level"] = attributes["accuracy_level"].as_int()
-    return ir.node("MatMulNBits", args, sizes, domain=MICROSOFT)
+        args.append(add("weight_zeros", like(zeros, pack(blocks.zeros, bits)), ir.DataType.UINT8))
+    sizes = {"K": w.shape[1], "N": w.shape[0], "bits": bits}
+    kept = {
+        n: int_attribute(neighbour, n) for n in ("block_size", "accuracy_level") if n in neighbour.attributes
+    }
+    return ir.node("MatMulNBits", args, sizes | kept, domain=MICROSOFT)
 
 
-def _rank(value: ir.Value) -> int:
-    return len(value.shape) if value.shape is not None else 1
-
-
-def _dequantized(
-    x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, initialize: Initialize
-) -> list[ir.Node]:
+def _dequantized(x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, add: Add) -> list[ir.Node]:
     """Wᵀ [input, output] with a DequantizeLinear that has the type and granularity of the neighbour's."""
-    quantized, scales = neighbour.inputs[0], neighbour.inputs[1]
-    zeros = neighbour.inputs[2] if len(neighbour.inputs) > 2 else None
+    quantized, scales, zeros = neighbour.inputs[0], neighbour.inputs[1], _input(neighbour, 2)
     assert quantized is not None and scales is not None
-    if quantized.dtype not in _TYPES:
-        raise BuildError(
-            f"{neighbour.name} reads weights of {quantized.dtype}: quantize the graph with 4 or 8 bits."
-        )
-    bits, signed = _TYPES[quantized.dtype]
-    block = neighbour.attributes["block_size"].as_int() if "block_size" in neighbour.attributes else 0
-    columns = w.shape[1]
-    each = block or columns  # without blocks: one scale per output channel
-    blocks = quantize_blocks(w, bits, each, symmetric=zeros is None, positive=True)
+    bits, signed = _typed(neighbour, quantized)
+    blocks, block = _quantized(w, neighbour, zeros is None), int_attribute(neighbour, "block_size")
     shift = (1 << (bits - 1)) if signed else 0
-    numbers = blocks.numbers.reshape(len(w), -1)[:, :columns].T.astype(np.int16) - shift
-    stored = initialize("weight_quant", numbers, quantized.dtype)
+
     # Blocks run along the input, axis 0; without blocks the scales run along the output, axis 1.
-    shape = blocks.scales.T if block else blocks.scales[:, 0]
-    args: list[ir.Value | None] = [stored, initialize("weight_scales", shape, scales.dtype or dtype)]
+    def turned(numbers: NDArray[Any]) -> NDArray[Any]:
+        return numbers.T if block else numbers[:, 0]
+
+    numbers = blocks.numbers.reshape(len(w), -1)[:, : w.shape[1]].T.astype(np.int16) - shift
+    stored = add("weight_quant", numbers, quantized.dtype)
+    kind = scales.dtype or dtype
+    args: list[ir.Value | None] = [stored, add("weight_scales", turned(blocks.scales), kind)]
     if zeros is not None or not signed:
-        zero = blocks.zeros.T if block else blocks.zeros[:, 0]
-        args.append(initialize("weight_zeros", zero.astype(np.int16) - shift, quantized.dtype))
+        args.append(add("weight_zeros", turned(blocks.zeros).astype(np.int16) - shift, quantized.dtype))
     attributes = {"axis": 0, "block_size": block} if block else {"axis": 1}
     made = ir.node("DequantizeLinear", args, attributes)
-    made.outputs[0].name = f"{stored.name}.float"
-    made.outputs[0].type = ir.TensorType(scales.dtype or dtype)
-    made.outputs[0].shape = ir.Shape([columns, len(w)])
+    made.outputs[0].name, made.outputs[0].type = f"{stored.name}.float", ir.TensorType(kind)
+    made.outputs[0].shape = ir.Shape(w.shape[::-1])
     return [made, ir.node("MatMul", [x, made.outputs[0]])]
 
 
-def _dynamic(
-    x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, initialize: Initialize
-) -> list[ir.Node]:
+def _dynamic(x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, add: Add) -> list[ir.Node]:
     """x and Wᵀ [input, output] as 8-bit integers; W with one scale or one per output channel, like the neighbour."""
     stored = neighbour.inputs[1]
     assert stored is not None
-    if stored.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
-        raise BuildError(f"{neighbour.name} reads weights of {stored.dtype}: quantize the graph with 8 bits.")
-    index = DYNAMIC[neighbour.op_type]
-    zero = neighbour.inputs[index] if len(neighbour.inputs) > index else None
-    each = zero is not None and zero.shape is not None and len(zero.shape) == 1 and zero.shape[0] != 1
-    rows = w if each else w.reshape(1, -1)
-    blocks = quantize_blocks(rows, 8, rows.shape[1], symmetric=True, positive=True)
-    signed = stored.dtype == ir.DataType.INT8
-    shift = 128 if signed else 0
+    _, signed = _typed(neighbour, stored)
+    blocks, shift = _quantized(w, neighbour, symmetric=True), 128 if signed else 0
     numbers = (blocks.numbers.reshape(w.shape).astype(np.int16) - shift).T
-    scales = blocks.scales[:, 0] if each else blocks.scales[0, 0]
-    zeros = np.full(scales.shape, 128 - shift, dtype=np.int16)
-    weight = initialize("weight_quant", np.ascontiguousarray(numbers), stored.dtype)
-    scale = initialize("weight_scale", np.asarray(scales), dtype)
-    point = initialize("weight_zero", zeros, stored.dtype)
+    scales = blocks.scales[:, 0] if len(blocks.scales) == len(w) != 1 else blocks.scales[0, 0]
+    weight = add("weight_quant", np.ascontiguousarray(numbers), stored.dtype)
+    scale = add("weight_scale", np.asarray(scales), dtype)
+    point = add("weight_zero", np.full(np.shape(scales), 128 - shift, dtype=np.int16), stored.dtype)
     if neighbour.op_type == "DynamicQuantizeMatMul":
         return [ir.node("DynamicQuantizeMatMul", [x, weight, scale, point], domain=MICROSOFT)]
     quantize = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)

@@ -5,7 +5,7 @@
     │              past/present K,V           │   │                                   │
     └─────────────────────────────────────────┘   └───────────────────────────────────┘
 
-1. Find every layer's u and y (:mod:`nbl_export.graph.regions`); a planned layer without a region is an error.
+1. Find every layer's u and y (:mod:`.planned`); a planned layer without a region is an error.
 2. Prove them numerically against PyTorch's activations (:mod:`.prove`).
 3. Replace y by MatMul(u, Wᵀ) + b, with one MatMul per factor of a low-rank W, or leave it out where it is dropped
    (:mod:`.leave_out`); remove dead nodes, dead initializers and the layers' KV pairs; renumber the retained pairs.
@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,25 +39,21 @@ from nbl_export.graph.cache import (
     remove_pairs,
 )
 from nbl_export.graph.facts import summarize
-from nbl_export.graph.finite import check_finite
 from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.graph.operators import infer_types, weight_bits
 from nbl_export.graph.precision import graph_precision
-from nbl_export.graph.regions import AttentionRegion, Output, Region, find_regions
+from nbl_export.graph.regions import AttentionRegion, Region, find_regions
 from nbl_export.graph.roles import remember_roles
-from nbl_export.graph.summary import DescribedLayer, GraphSummary
+from nbl_export.graph.summary import DescribedLayer, GraphSummary, RewriteSummary, StoredError
 from nbl_export.graph.tensors import follow_links
-from nbl_export.graph.types import infer_types
-from nbl_export.graph.weights import weight_bits
 from nbl_export.linearize.plan import LinearLayer, Plan, linear_name, linear_output_name
 from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.confirm import confirm
-from nbl_export.rewrite.counting import count
 from nbl_export.rewrite.leave_out import leave_out
-from nbl_export.rewrite.planned import planned_attentions, planned_mlps
+from nbl_export.rewrite.planned import check_finite, planned_attentions, planned_mlps
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove, without_later
 from nbl_export.rewrite.quantize import product
-from nbl_export.rewrite.summary import RewriteSummary, StoredError
 from nbl_export.runtime.session import check_like
 
 Save = Callable[[ir.Model, Path, Callable[[Path], Any], Callable[[int], object]], list[Path]]
@@ -87,59 +83,67 @@ def rewrite_file(
 ) -> RewriteResult:
     """Rewrite the graph at ``source`` by ``plan`` and write it to ``target``.
 
-    ``save`` writes it, and calls the check that it is given on the finished file, which returns the result.
-    Raises :class:`InputError` if ``source`` is unreadable, already rewritten or of another model, and
-    :class:`BuildError` if a planned layer is not found, not proven, or the counts are wrong.
+    ``save`` writes it, and calls the check that it is given on the finished file. Raises :class:`InputError` if
+    ``source`` is unreadable, already rewritten or of another model, and :class:`BuildError` if a planned layer is not
+    found, not proven, or the counts are wrong.
     """
     if LAYERS_KEY in load_graph(source).metadata_props:
         raise InputError(f"{source} is already rewritten: rewrite the original graph instead.")
-    check_file = check_like(source)
-    listener = listener or Silent()
-    proven_graph = proven_regions(source, plan, listener)
-    before, proofs = proven_graph.before, proven_graph.proofs
-    kept = kept_layers(proven_graph.model, plan)
-    model = rewritten_model(proven_graph, plan)
+    check_file, listener = check_like(source), listener or Silent()
+    found = proven_regions(source, plan, listener)
+    kept = kept_layers(found.model, plan)
+    model = rewritten_model(found, plan)
     stored: dict[Block, float] = {}
 
-    def check(written: Path) -> RewriteResult:
+    def check(written: Path) -> None:
         check_file(written)
-        result = load_graph(written)
-        after = summarize(result, written)
-        gone = len(set(proven_graph.cached) & set(plan.chosen))
-        count(result, before, after, plan, proven_graph.attention, gone)
-        stored.update((c.layer, c.stored) for c in confirm(written, proofs, plan))
-        return RewriteResult(before, after, proofs, [], stored, kept)
+        count(load_graph(written), written, found, plan)
+        stored.update((c.layer, c.stored) for c in confirm(written, found.proofs, plan))
 
-    with bytes_task(listener, "Writing the graph", before.file_bytes) as done:
+    with bytes_task(listener, "Writing the graph", found.before.file_bytes) as done:
         files = save(model, target, check, done)
-    if cost := storing_cost(stored):
-        listener.note(cost)
-    return RewriteResult(before, summarize(load_graph(target), target), proofs, files, stored, kept)
-
-
-def rewritten_model(graph: ProvenGraph, plan: Plan) -> ir.Model:
-    """Step 3: the model of ``graph``, rewritten in place; W is computed when it is read or written."""
-    model, proofs = graph.model, graph.proofs
-    tolerance = PROOF_TOLERANCE[graph_precision(model).name]
-    proven = [p for p in proofs.values() if p.holds(tolerance)]
-    replace(model, {r.layer: r for r in graph.regions}, proofs, plan)
-    merge_adapters(model, plan.adapters)
-    gone = set(plan.chosen)
-    kept = [layer for layer in graph.cached if layer not in gone]
-    _describe(model, proven, plan, kept)
-    return model
-
-
-def storing_cost(stored: Mapping[Block, float]) -> str:
-    """A line on what storing W costs the linear layers, if it can be noticed; empty if not."""
     worst = max(stored, key=lambda layer: stored[layer], default=None)
-    if worst is None or stored[worst] < _NOTICED:
-        return ""
-    mean = sum(stored.values()) / len(stored)
-    return (
-        f"Storing W changes W u by {mean:.1%} on average, most in layer {worst} ({stored[worst]:.1%}), "
-        "measured on the probe."
-    )
+    if worst is not None and stored[worst] >= _NOTICED:
+        listener.note(
+            f"Storing W changes W u by {sum(stored.values()) / len(stored):.1%} on average, most in layer {worst} "
+            f"({stored[worst]:.1%}), measured on the probe."
+        )
+    after = summarize(load_graph(target), target)
+    return RewriteResult(found.before, after, found.proofs, files, stored, kept)
+
+
+def rewrite_summary(result: RewriteResult) -> RewriteSummary:
+    """The result, for a JSON file."""
+    proofs = tuple(p.errors for p in result.proofs.values())
+    stored = tuple(StoredError(layer, error) for layer, error in result.stored.items())
+    return RewriteSummary(result.before, result.after, result.kv_layers, proofs, stored=stored)
+
+
+def kept_layers(unmodified: ir.Model, plan: Plan) -> tuple[int, ...]:
+    """The layers that keep their attention after ``plan``, those aside that attend to another's keys and values."""
+    pairs = len(kv_pairs(unmodified))
+    if pairs in (0, len(attentions(plan.candidates))):
+        return plan.attention_layers
+    gone = set(plan.chosen)
+    return tuple(layer for layer in kv_layers(unmodified) if layer not in gone)
+
+
+def linearized_layers(model: ir.Model) -> tuple[Block, ...]:
+    """The linear layers, from the graph's metadata; empty for a graph that was not rewritten."""
+    return tuple(r.layer for r in metadata_list(model, LAYERS_KEY, DescribedLayer) if r.kind == "linear")
+
+
+def drop_layers(model: ir.Model) -> None:
+    """Drop the linear layers of a rewritten graph, in place: the baseline that it is measured against.
+
+    Raises :class:`InputError` for a graph in which a layer's output is not simply added to the residual stream.
+    """
+    outputs = {value.name: value for node in model.graph for value in node.outputs}
+    for layer in linearized_layers(model):
+        leave_out(model, layer, outputs[linear_output_name(layer)])
+
+
+# 1, 2 --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -175,49 +179,23 @@ def proven_regions(source: Path, plan: Plan, listener: Listener | None = None) -
     return ProvenGraph(model, before, len(found), regions, proofs, cached)
 
 
-def kept_layers(unmodified: ir.Model, plan: Plan) -> tuple[int, ...]:
-    """The layers that keep their attention after ``plan``, those aside that attend to another's keys and values."""
-    pairs = len(kv_pairs(unmodified))
-    if pairs in (0, len(attentions(plan.candidates))):
-        return plan.attention_layers
-    gone = set(plan.chosen)
-    return tuple(layer for layer in kv_layers(unmodified) if layer not in gone)
+# 3 -----------------------------------------------------------------------------------------------
 
 
-def rewrite_summary(result: RewriteResult) -> RewriteSummary:
-    """The result, for a JSON file."""
-    proofs = tuple(p.errors for p in result.proofs.values())
-    stored = tuple(StoredError(layer, error) for layer, error in result.stored.items())
-    return RewriteSummary(result.before, result.after, result.kv_layers, proofs, stored=stored)
-
-
-def linearized_layers(model: ir.Model) -> tuple[Block, ...]:
-    """The linear layers, from the graph's metadata; empty for a graph that was not rewritten."""
-    return tuple(r.layer for r in metadata_list(model, LAYERS_KEY, DescribedLayer) if r.kind == "linear")
-
-
-def replaced_layers(model: ir.Model) -> tuple[Block, ...]:
-    """Those that are linear or dropped."""
-    rows = metadata_list(model, LAYERS_KEY, DescribedLayer)
-    return tuple(r.layer for r in rows if r.kind in ("linear", "dropped"))
-
-
-def replace(
-    model: ir.Model, regions: Mapping[Block, Region[Any]], proofs: Mapping[Block, Proof], plan: Plan
-) -> None:
-    """Step 3, in place: planned layers become MatMul + Add, and their KV pairs are removed."""
+def rewritten_model(found: ProvenGraph, plan: Plan) -> ir.Model:
+    """The model that was ``found``, rewritten in place; W is computed when it is read or written."""
+    model, proofs, regions = found.model, found.proofs, {r.layer: r for r in found.regions}
+    tolerance = PROOF_TOLERANCE[graph_precision(model).name]
+    proven = [p for p in proofs.values() if p.holds(tolerance)]
     pairs = kv_pairs(model)
     remember_roles(model)
     untyped = [v for node in model.graph for v in node.outputs if v.type is None and v.shape is None]
     infer_types(model)
     for layer in plan.linear:
-        proof = proofs[layer]
-        assert proof.u is not None and proof.y is not None  # proven layers have both
-        _insert(model, layer, proof.u, proof.y, regions[layer].projection, plan)
+        _insert(model, layer, proofs[layer], regions[layer].projection, plan)
     RemoveUnusedNodesPass()(model)
     for layer in plan.dropped:
-        y = proofs[layer].y
-        assert y is not None  # as above
+        y = proofs[layer].proven[1]
         leave_out(model, layer, y.value, y.later)
     gone = [regions[layer].pair for layer in plan.linear_attention]
     remove_pairs(model, [pair for pair in gone if pair is not None], pairs)
@@ -227,82 +205,27 @@ def replace(
     model.graph.sort()
     for layer in plan.chosen:
         for node in regions[layer].linear_nodes:
-            if node.graph is not None and (
-                left := next((u.node for v in node.outputs for u in v.uses()), None)
-            ):
+            readers = [use.node for v in node.outputs for use in v.uses()] if node.graph is not None else []
+            if readers:
                 raise BuildError(
-                    f"Layer {layer} cannot be removed: {left.op_type} ({left.name}) still reads the output of its "
-                    f"{node.op_type} ({node.name}); leave the layer out of the plan."
+                    f"Layer {layer} cannot be removed: {readers[0].op_type} ({readers[0].name}) still reads the output "
+                    f"of its {node.op_type} ({node.name}); leave the layer out of the plan."
                 )
+    merge_adapters(model, plan.adapters)
+    _describe(model, proven, plan, [layer for layer in found.cached if layer not in set(plan.chosen)])
+    return model
 
 
-@dataclass(frozen=True)
-class _StoredWeight:
-    """W of one layer of a plan, or a factor of it, loaded when called; ``prefix`` is for the names of a factor."""
-
-    plan: Plan
-    layer: Block
-    name: str
-    shape: tuple[int, int]
-    prefix: str = ""
-
-    def __call__(self) -> NDArray[np.float32]:
-        weight: NDArray[np.float32] = getattr(self.plan.layers[self.layer], self.name)
-        return weight
-
-
-def _factors(plan: Plan, layer: Block) -> list[_StoredWeight]:
-    """The matrices that u is multiplied by, in order: W, or the two factors of a low-rank W."""
-    d, rank = plan.hidden_size, plan.rank_of(layer)
-    if rank is None:
-        return [_StoredWeight(plan, layer, "w", (d, d))]
-    return [
-        _StoredWeight(plan, layer, "down", (rank, d), "down_"),
-        _StoredWeight(plan, layer, "up", (d, rank)),
-    ]
-
-
-def _insert(
-    model: ir.Model, layer: Block, u: ir.Value, output: Output, neighbour: ir.Node, plan: Plan
-) -> None:
-    prefix, y = linear_name(layer), output.value
+def _insert(model: ir.Model, layer: Block, proof: Proof, neighbour: ir.Node, plan: Plan) -> None:
+    (u, output), prefix, linear = proof.proven, linear_name(layer), plan.layers[layer]
+    y = output.value
     if y.is_graph_output():
         raise BuildError(
             f"Layer {layer} cannot be replaced: the output of its attention, {y.name}, is a graph output; leave the "
             "layer out of the plan."
         )
-    linear = plan.layers[layer]
     b = without_later(output, linear.b)  # a bias that is added after y must not be added twice
-    quantized = bool(weight_bits(neighbour))
-    dtype = _compute_dtype(u, y, linear, quantized)
-
-    def initialize(
-        name: str,
-        numbers: NDArray[Any] | Callable[[], NDArray[Any]],
-        dtype: ir.DataType,
-        shape: tuple[int, ...] | None = None,
-        factor_prefix: str = "",
-    ) -> ir.Value:
-        name = f"{prefix}.{factor_prefix}{name}"
-        tensor: ir.TensorProtocol
-        if callable(numbers):
-            assert shape is not None
-            tensor = ir.LazyTensor(
-                lambda: ir.tensor(numbers().astype(dtype.numpy()), dtype=dtype),
-                dtype=dtype,
-                shape=ir.Shape(shape),
-                name=name,
-            )
-        else:
-            tensor = ir.tensor(numbers.astype(dtype.numpy()), dtype=dtype, name=name)
-        value = ir.Value(
-            name=name,
-            const_value=tensor,
-            shape=ir.Shape(shape or tensor.numpy().shape),
-            type=ir.TensorType(dtype),
-        )
-        model.graph.register_initializer(value)
-        return value
+    dtype = _compute_dtype(u, y, linear, bool(weight_bits(neighbour)))
 
     def typed(node: ir.Node, name: str, to: ir.DataType) -> ir.Value:
         value = node.outputs[0]
@@ -314,24 +237,59 @@ def _insert(
         nodes.append(ir.node("Cast", [u], {"to": int(dtype)}, name=f"{prefix}.cast_input"))
         x = typed(nodes[0], "input", dtype)
         x.shape = u.shape
-    for factor in _factors(plan, layer):
-        nodes += product(x, factor, dtype, neighbour, partial(initialize, factor_prefix=factor.prefix))
-        nodes[-1].name = f"{prefix}.{factor.prefix}matmul"
-        x = typed(nodes[-1], f"{factor.prefix}product", dtype)
+    d, rank = plan.hidden_size, plan.rank_of(layer)
+    # The matrices that u is multiplied by, in order: W, or the two factors of a low-rank W.
+    factors = [("", "w", (d, d))] if rank is None else [("down_", "down", (rank, d)), ("", "up", (d, rank))]
+    for part, name, shape in factors:
+        add_part = partial(_add_initializer, model.graph, f"{prefix}.{part}")
+        nodes += product(x, partial(_factor, plan, layer, name), shape, dtype, neighbour, add_part)
+        nodes[-1].name = f"{prefix}.{part}matmul"
+        x = typed(nodes[-1], f"{part}product", dtype)
         if y.shape is not None:
-            x.shape = ir.Shape([*y.shape[:-1], factor.shape[0]])
-    add = ir.node("Add", [x, initialize("bias", b, dtype)], name=f"{prefix}.add")
-    nodes.append(add)
-    result = typed(add, "output", dtype)
+            x.shape = ir.Shape([*y.shape[:-1], shape[0]])
+    bias = _add_initializer(model.graph, f"{prefix}.", "bias", b, dtype)
+    nodes.append(ir.node("Add", [x, bias], name=f"{prefix}.add"))
+    result = typed(nodes[-1], "output", dtype)
     if y.dtype is not None and y.dtype != dtype:
         result.name = f"{prefix}.sum"
         nodes.append(ir.node("Cast", [result], {"to": int(y.dtype)}, name=f"{prefix}.cast_output"))
         result = typed(nodes[-1], "output", y.dtype)
-    assert result.name == linear_output_name(layer)
     producer = y.producer()
-    assert producer is not None
+    assert producer is not None and result.name == linear_output_name(layer)
     producer.append(nodes)
     ir.convenience.replace_all_uses_with(y, result)
+
+
+def _factor(plan: Plan, layer: Block, name: str) -> NDArray[np.float32]:
+    factor: NDArray[np.float32] = getattr(plan.layers[layer], name)
+    return factor
+
+
+def _add_initializer(
+    graph: ir.Graph,
+    prefix: str,
+    name: str,
+    numbers: NDArray[Any] | Callable[[], NDArray[Any]],
+    dtype: ir.DataType,
+    shape: tuple[int, ...] | None = None,
+) -> ir.Value:
+    """An initializer of ``graph``; ``numbers`` of the ``shape`` that are a function are computed when they are read."""
+    name = f"{prefix}{name}"
+    tensor: ir.TensorProtocol
+    if callable(numbers):
+        compute, shape = numbers, shape or ()
+        tensor = ir.LazyTensor(
+            lambda: ir.tensor(compute().astype(dtype.numpy()), dtype=dtype),
+            dtype=dtype,
+            shape=ir.Shape(shape),
+            name=name,
+        )
+    else:
+        shape = numbers.shape
+        tensor = ir.tensor(numbers.astype(dtype.numpy()), dtype=dtype, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    graph.register_initializer(value)
+    return value
 
 
 def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer, quantized: bool) -> ir.DataType:
@@ -347,19 +305,47 @@ def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer, quantized: boo
     return dtype
 
 
-def _describe(model: ir.Model, proofs: Sequence[Proof], plan: Plan, cached: Sequence[int]) -> None:
+def _describe(model: ir.Model, proofs: list[Proof], plan: Plan, cached: list[int]) -> None:
     from nbl_export import __version__
 
     rows, gone = [], set(plan.dropped)
     for proof in proofs:
-        assert proof.u is not None and proof.y is not None  # proven layers have both
-        layer, u, y = proof.layer, str(proof.u.name), str(proof.y.value.name)
-        kind = part_of(layer)
+        (u, y), layer = proof.proven, proof.layer
+        row = {
+            "layer": as_json(layer),
+            "kind": part_of(layer),
+            "input": str(u.name),
+            "output": str(y.value.name),
+        }
         if layer in plan.layers:
-            kind, y = "linear", linear_output_name(layer)
+            row |= {"kind": "linear", "output": linear_output_name(layer)}
         elif layer in gone:
-            kind, u, y = "dropped", "", ""
-        rows.append({"layer": as_json(layer), "kind": kind, "input": u, "output": y})
+            row |= {"kind": "dropped", "input": "", "output": ""}
+        rows.append(row)
     model.metadata_props[LAYERS_KEY] = json.dumps(rows)
-    model.metadata_props[KV_LAYERS_KEY] = json.dumps(list(cached))
+    model.metadata_props[KV_LAYERS_KEY] = json.dumps(cached)
     model.metadata_props[VERSION_KEY] = __version__
+
+
+# 4 -----------------------------------------------------------------------------------------------
+
+
+def count(model: ir.Model, path: Path, found: ProvenGraph, plan: Plan) -> None:
+    """Raises :class:`BuildError` unless exactly the planned changes were made to what was ``found``."""
+    before, after = found.before, summarize(model, path)
+    cached = len(set(found.cached) & set(plan.chosen))
+    dead = [n for n in model.graph if not any(v.uses() or v.is_graph_output() for v in n.outputs)]
+    expected: Mapping[str, tuple[int, int]] = {
+        "attention layers": (len(find_regions(model)), found.attention - len(plan.linear_attention)),
+        "KV pairs": (after.kv_pairs, before.kv_pairs - cached),
+        "inputs": (after.inputs, before.inputs - 2 * cached),
+        "outputs": (after.outputs, before.outputs - 2 * cached),
+        "dead initializers": (sum(not v.uses() for v in model.graph.initializers.values()), 0),
+        "dead nodes": (len(dead), 0),
+    }
+    for what, (has, wanted) in expected.items():
+        if has != wanted:
+            raise BuildError(
+                f"The rewritten graph has {has} {what}, expected {wanted}, so it is discarded: report this bug of "
+                "nbl-export."
+            )

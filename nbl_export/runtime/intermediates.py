@@ -23,11 +23,10 @@ from nbl_export.batch.names import MASK, POSITIONS, TOKENS, WRITE_INDICES
 from nbl_export.batch.padding import left_padded, prefix_padded, right_padded
 from nbl_export.batch.rows import Inputs, real_positions, rows_of_batch
 from nbl_export.errors import InputError
-from nbl_export.graph.data_file import DataFile
-from nbl_export.graph.half_emulation import HALF, compute_in_float32, float32_name, needs_emulation
 from nbl_export.graph.interface import Interface, interface_of
-from nbl_export.graph.io import INLINE_BYTES, load_graph
+from nbl_export.graph.io import INLINE_BYTES, DataFile, load_graph
 from nbl_export.graph.operators import captured
+from nbl_export.graph.rounding import HALF, compute_in_float32, float32_name, needs_emulation
 from nbl_export.graph.tensors import external_files, follow_links
 from nbl_export.runtime.session import (
     data_folder,
@@ -71,7 +70,7 @@ def compute_tensors(
     """The tensors ``wanted`` of ``model`` for each of ``rows``, which name its inputs.
 
     A row may also feed intermediate tensors; the nodes they depend on are then not run. Half-precision tensors are
-    returned as float32, computed by emulation (:mod:`nbl_export.graph.half_emulation`). ``model`` is changed in
+    returned as float32, computed by emulation (:mod:`nbl_export.graph.rounding`). ``model`` is changed in
     place. ``progress`` receives the bytes of the weights of each partition that has run. In the folder ``scratch`` the
     weights of a partition are written that are in no file yet, as those of a graph that was just traced; then no weight
     of ``model`` may be in one. Raises :class:`InputError` if onnxruntime does not load a partition.

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import BuildError, InputError, MissingDependencyError, first_line
 from nbl_export.graph import operators
-from nbl_export.graph.half_emulation import compute_in_float32, needs_emulation
 from nbl_export.graph.io import check_file, load_graph, passes_checker
+from nbl_export.graph.rounding import compute_in_float32, needs_emulation
 from nbl_export.graph.tensors import external_files, follow_links
 from nbl_export.machine import cores, free_memory
 from nbl_export.packages import part
@@ -141,7 +141,7 @@ def session(
     """An inference session of the graph at ``path`` on one provider; on the CPU with all cores.
 
     Without a ``provider`` it is :func:`running_provider`. ``config`` are onnxruntime's session configuration entries. A
-    half-precision graph is run by emulation (:mod:`nbl_export.graph.half_emulation`), which rounds every tensor;
+    half-precision graph is run by emulation (:mod:`nbl_export.graph.rounding`), which rounds every tensor;
     ``rounded=False`` runs the file itself. ``model`` is the graph at ``path`` if it is already loaded; a half-precision
     one is changed in place. A ``small`` session on the CPU
     takes little memory beside the weights, which are mapped (:func:`frugal`), and more time for each run: weights in

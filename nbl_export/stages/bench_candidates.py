@@ -112,7 +112,7 @@ def bench_candidates(
     changes a comparison. ``stack`` holds the graphs made for the race.
     """
     from nbl_export.graph.io import scratch_copy
-    from nbl_export.rewrite.drop import drop_layers
+    from nbl_export.rewrite.replace import drop_layers
     from nbl_export.verify.speed.candidates import Candidate, graph_candidate
 
     ws = run.workspace
@@ -135,8 +135,8 @@ def bench_candidates(
 
 
 def _check_device(ws: Workspace, settings: BenchSettings) -> None:
-    from nbl_export.graph.half_emulation import UNTIMED, needs_emulation
     from nbl_export.graph.io import load_graph
+    from nbl_export.graph.rounding import UNTIMED, needs_emulation
     from nbl_export.runtime.session import require_onnxruntime
 
     if settings.device == "cuda":

@@ -134,8 +134,8 @@ def _opened(name: str, path: Path, listener: Listener) -> Stream:
     """The graph in our own loop. What ONNX Runtime's CPU provider has no kernels for is computed in float32."""
     import numpy as np
 
-    from nbl_export.graph.half_emulation import needs_emulation
     from nbl_export.graph.io import load_graph
+    from nbl_export.graph.rounding import needs_emulation
     from nbl_export.runtime.ort import ort_stream
     from nbl_export.runtime.session import fit, session_bytes
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from nbl_export.blocks import Block
 from nbl_export.errors import InputError
 from nbl_export.files import read_json
+from nbl_export.graph.summary import ProofErrors
 from nbl_export.places import ENGINE_SUFFIX as ENGINE
 from nbl_export.places import is_package
 from nbl_export.report.assemble import conversions_in, rewrite_of, selection_of
 from nbl_export.report.drawing import Table, mebibytes
 from nbl_export.report.selection import layers_table
 from nbl_export.report.tables import engines_table, forms_table, graph_table
-from nbl_export.rewrite.summary import ProofErrors
 from nbl_export.tensorfile import format_of
 from nbl_export.workspace import Workspace, is_workspace
 
@@ -108,9 +108,9 @@ def _onnx(path: Path) -> list[Table]:
 def _regions(model: ir.Model) -> Table:
     """The attention layers of a graph, and those that were linearized."""
     from nbl_export.graph.cache import LAYERS_KEY, kv_layers, kv_pairs, metadata_list
+    from nbl_export.graph.operators import weight_format
     from nbl_export.graph.regions import AttentionRegion, find_regions
     from nbl_export.graph.summary import DescribedLayer
-    from nbl_export.graph.weights import weight_format
 
     described = metadata_list(model, LAYERS_KEY, DescribedLayer)
     replaced = ("linear", "dropped")

@@ -17,9 +17,9 @@ from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.batch.rows import Inputs
 from nbl_export.calibrate.text import CalibrationText
 from nbl_export.engine.build import EngineFile
-from nbl_export.graph.half_emulation import UNTIMED, needs_emulation
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision
+from nbl_export.graph.rounding import UNTIMED, needs_emulation
 from nbl_export.graph.summary import OnCopy
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.tasks import Pooling, Task

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from nbl_export.checks import Check
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.routers import routers
 from nbl_export.models.layers import positions
 from nbl_export.models.routers import Routers
 from nbl_export.models.weights import resident, room
+from nbl_export.rewrite.routers import routers
 from nbl_export.runtime.ort import Watch, ort_stream
 from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.crossing import crossing_check, only_beyond, parity_text

@@ -105,10 +105,6 @@ def test_pairs_come_by_index_with_key_before_value() -> None:
         assert [v.name for v in pair.present] == [f"present.{pair.index}.{s}" for s in SIDES]
 
 
-def test_a_graph_without_a_cache_has_no_pairs() -> None:
-    assert kv_pairs(cache_graph(0)) == ()
-
-
 @pytest.mark.parametrize(
     "missing",
     ["past_key_values.1.key", "past_key_values.1.value", "present.1.key", "present.1.value"],

@@ -100,11 +100,6 @@ def test_a_cache_of_other_names_is_seen_by_what_is_done_with_it() -> None:
     assert found.past_names == ["v_in", "k_in"] and found.present_names == ["v_out", "k_out"]
 
 
-def test_scalars_that_exporters_add_have_a_meaning() -> None:
-    found = interface_of(grouped(inputs=("num_logits_to_keep",)))
-    assert found.row(np.array([1]), np.float32)["num_logits_to_keep"].tolist() == 0
-
-
 def test_an_input_of_unknown_meaning_is_named() -> None:
     with pytest.raises(
         InputError, match=r"has an input 'input_features' that nbl-export does not know"

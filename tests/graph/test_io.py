@@ -24,7 +24,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph import data_file
+from nbl_export.graph import io
 from nbl_export.graph.io import (
     check_file,
     load_graph,
@@ -248,7 +248,7 @@ def test_other_kernels(two_files: Path, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(os, "copy_file_range", lambda s, t, n, a, b: real(s, t, min(n, 777), a, b))
     else:
         monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr(data_file, "_BLOCK", 1000)
+    monkeypatch.setattr(io, "_BLOCK", 1000)
     save_graph(load_graph(two_files), tmp_path / "model.onnx")
     assert resolved(tmp_path / "model.onnx") == resolved(two_files)
 

@@ -1,4 +1,4 @@
-"""Operators as data: shapes of weights against the product that onnxruntime computes, and what counts as constant."""
+"""Operators as data: shapes of weights against the product that onnxruntime computes, dtypes, what is constant."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from nbl_export.graph.operators import (
     SKIP_NORMS,
     captured,
     constant_tensor,
-    fused_op,
-    int_attribute,
+    infer_types,
     is_constant,
     key,
     linear_op,
     readers,
+    weight_bits,
+    weight_format,
     weight_shape,
 )
 from tests.graph.parsed import parsed
-from tests.graph.quantized import D, dequantized, dynamic, n_bits
+from tests.graph.quantized import D, dequantized, dynamic, graph, matrix, n_bits
 from tests.sessions import cpu_session
 
 ROWS, COLUMNS = 5, 3
@@ -83,13 +84,6 @@ def test_a_product_of_two_activations_is_no_linear_map() -> None:
     node = node_of(model, "MatMul")
     assert linear_op(node) is None and weight_shape(node) is None
     assert linear_op(node_of(PRODUCTS["turned by a node"], "Transpose")) is None
-
-
-def test_a_shape_that_the_graph_does_not_say() -> None:
-    model = PRODUCTS["as it is"].clone()
-    model.graph.initializers["w"].shape = None
-    model.graph.initializers["w"].const_value = None
-    assert weight_shape(node_of(model, "MatMul")) is None
 
 
 # constants ---------------------------------------------------------------------------------------
@@ -151,29 +145,7 @@ def test_what_a_branch_reads_of_the_graph_around_it() -> None:
     assert captured(node_of(PRODUCTS["as it is"], "MatMul")) == []
 
 
-def test_attributes_that_are_whole_numbers() -> None:
-    node = ir.from_proto(
-        onnx.helper.make_model(
-            helper.make_graph(
-                [helper.make_node("Op", ["x"], ["y"], domain="d", count=3, share=0.5)],
-                "g",
-                [helper.make_tensor_value_info("x", 1, [1])],
-                [helper.make_tensor_value_info("y", 1, [1])],
-            )
-        )
-    ).graph[0]
-    assert int_attribute(node, "count") == 3
-    assert int_attribute(node, "share", 7) == int_attribute(node, "missing", 7) == 7
-
-
 # the tables --------------------------------------------------------------------------------------
-
-
-def test_the_standard_domain_has_two_names() -> None:
-    model = PRODUCTS["as it is"].clone()
-    node = node_of(model, "MatMul")
-    node.domain = "ai.onnx"
-    assert key(node) == ("", "MatMul") and linear_op(node) == LINEAR["", "MatMul"]
 
 
 @pytest.mark.parametrize("name", sorted(name for domain, name in (*LINEAR, *FUSED) if domain == ""))
@@ -210,20 +182,6 @@ def test_numbers_of_onnxruntimes_operators_are_its_own() -> None:
         assert names[:2] == ["input", "skip"] and names[bias] == "bias"
 
 
-def test_attention_in_one_node_is_known() -> None:
-    model = parsed(
-        """g (float[b,h,s,d] q, float[b,h,s,d] k, float[b,h,s,d] v) => (float[b,h,s,d] y) {
-            y = Attention(q, k, v)
-        }"""
-    )
-    node = node_of(model, "Attention")
-    assert fused_op(node) == FUSED["", "Attention"]
-    node.domain = MICROSOFT
-    assert fused_op(node) == FUSED[MICROSOFT, "Attention"] != FUSED["", "Attention"]
-    node.domain = "of.somebody"
-    assert fused_op(node) is None
-
-
 def test_the_tensor_of_a_constant_in_each_form() -> None:
     forms = {
         "value": ir.tensor(np.float32([1, 2])),
@@ -242,3 +200,86 @@ def test_the_tensor_of_a_constant_in_each_form() -> None:
     held_tensor = ir.tensor(np.float32([5]), name="w")
     assert constant_tensor(ir.val("w", const_value=held_tensor)) is held_tensor
     assert constant_tensor(ir.node("Constant", []).outputs[0]) is None
+
+
+F16, F32, I64, BOOL = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
+MS = "com.microsoft"
+
+
+def model_of(*nodes: Any, kinds: dict[str, int]) -> ir.Model:
+    proto = helper.make_model(
+        helper.make_graph(
+            list(nodes),
+            "g",
+            [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()],
+            [helper.make_tensor_value_info("out", TensorProto.FLOAT16, None)],
+        ),
+        opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(MS, 1)],
+        ir_version=10,
+    )
+    return ir.from_proto(proto)
+
+
+HALF = {"x": TensorProto.FLOAT16, "g": TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize(
+    ("node", "dtypes"),
+    [
+        pytest.param(
+            helper.make_node("SkipSimplifiedLayerNormalization", ["x", "x", "g"], list("abcd"), domain=MS),
+            [F16, F32, F32, F16],
+            id="statistics of a fused norm are float32",
+        ),
+        pytest.param(helper.make_node("QuickGelu", ["x"], ["a"], domain=MS), [F16], id="as its input"),
+        pytest.param(
+            helper.make_node("GatherBlockQuantized", ["q", "i", "g"], ["a"], domain=MS),
+            [F16],
+            id="as its scales",
+        ),
+        pytest.param(helper.make_node("IsNaN", ["x"], ["a"]), [BOOL], id="boolean"),
+        pytest.param(helper.make_node("Shape", ["x"], ["a"]), [I64], id="integer"),
+    ],
+)
+def test_what_an_operator_writes(node: Any, dtypes: list[ir.DataType]) -> None:
+    kinds = {**HALF, "q": TensorProto.UINT8, "i": TensorProto.INT64}
+    kinds = {name: kind for name, kind in kinds.items() if name in node.input}
+    model = model_of(node, kinds=kinds)
+    infer_types(model)
+    assert [v.dtype for v in model.graph[0].outputs] == dtypes
+
+
+def test_what_follows_an_unknown_operator_is_known_too() -> None:
+    """ONNX's inference stops at the first."""
+    model = model_of(
+        helper.make_node("QuickGelu", ["x"], ["a"], domain=MS),
+        helper.make_node("Mul", ["a", "g"], ["b"]),
+        helper.make_node("Greater", ["b", "a"], ["c"]),
+        helper.make_node("Where", ["c", "b", "a"], ["d"]),
+        helper.make_node("Cast", ["d"], ["e"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["e"], ["out"], to=TensorProto.FLOAT16),
+        kinds=HALF,
+    )
+    infer_types(model)
+    found = {v.name: v.dtype for node in model.graph for v in node.outputs}
+    assert found == {"a": F16, "b": F16, "c": BOOL, "d": F16, "e": F32, "out": F16}
+
+
+def neighbour_of(model: ir.Model) -> ir.Node:
+    return next(n for n in model.graph if n.name == "neighbour")
+
+
+def test_bits_and_format_are_told() -> None:
+    plain = graph([helper.make_node("MatMul", ["x", "w"], ["y"], name="neighbour")], {"w": matrix()})
+    told = [
+        (plain, 0, "float"),
+        (n_bits(4, 16, False, 1, None), 4, "int4 in blocks of 16"),
+        (n_bits(8, 32, True, 2, None), 8, "int8 in blocks of 32"),
+        (dequantized(TensorProto.UINT4, 16, True), 4, "int4 in blocks of 16"),
+        (dequantized(TensorProto.INT8, None, False, turned=True), 8, "int8"),
+        (dynamic("MatMulInteger", True, False), 8, "int8"),
+        (dynamic("DynamicQuantizeMatMul", False, True), 8, "int8"),
+    ]
+    for model, bits, words in told:
+        node = neighbour_of(model)
+        assert (weight_bits(node), weight_format(node)) == (bits, words)

@@ -62,14 +62,14 @@ def test_whatever_is_wrong_with_w_or_b_is_refused(
 
     Each in each layer: scripts/mutation_table.py.
     """
-    real = module.replace
+    real = module.rewritten_model
     proven = proven_regions(baseline_in(name), plan)
     monkeypatch.setattr(
         module, "proven_regions", lambda *_: module.ProvenGraph(**fresh(baseline_in(name), proven))
     )
     for number, (what, wrong) in enumerate(OF_WEIGHTS.items()):
         layer = LAYERS[number % 2]
-        monkeypatch.setattr(module, "replace", lambda m, r, p, q, w=wrong, i=layer: real(m, r, p, w(q, i)))
+        monkeypatch.setattr(module, "rewritten_model", lambda g, q, w=wrong, i=layer: real(g, w(q, i)))
         with pytest.raises(BuildError, match=f"the linear layer {layer} differs by") as caught:
             rewrite_file(baseline_in(name), plan, tmp_path / "model.onnx")
         assert "\n" not in str(caught.value), what

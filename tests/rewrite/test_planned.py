@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from nbl_export.blocks import PARTS, Block, Mlp
 from nbl_export.calibrate.collect import collect_moments
@@ -18,11 +20,11 @@ from nbl_export.calibrate.probe import probe_model
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import kv_layers
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.regions import find_regions
-from nbl_export.linearize.plan import Plan, load_plan, save_plan
+from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.rewrite import planned
 from nbl_export.rewrite.confirm import check_layers
-from nbl_export.rewrite.planned import planned_attentions, planned_mlps
+from nbl_export.rewrite.planned import check_finite
 from nbl_export.rewrite.replace import linearized_layers, rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.stream import PastStream
@@ -82,18 +84,6 @@ def test_a_plan_of_mlps_alone_leaves_every_cache(tiny_graph: Path, case: Calibra
     assert failures(case.model, plan, tmp_path / "model.onnx") == []
 
 
-@pytest.mark.parametrize("fit_input", ["normed", "residual"])
-def test_a_plan_is_read_as_it_was_written(case: Calibrated, tmp_path: Path, fit_input: Any) -> None:
-    plan = case.plan(MIXED, fit_input)
-    save_plan(tmp_path / "plan.json", plan)
-    found = load_plan(tmp_path / "plan.json")
-    assert found.chosen == MIXED and found.linear_attention == (0, 3) and found.candidates == plan.candidates
-    for block in MIXED:
-        assert np.array_equal(found.layers[block].w, plan.layers[block].w)
-        assert np.array_equal(found.probe_u[block], plan.probe_u[block])
-    assert '"0.mlp"' in (tmp_path / "plan.json").read_text()
-
-
 def test_fitted_on_the_stream_before_the_norm(tiny_graph: Path, case: Calibrated, tmp_path: Path) -> None:
     plan = case.plan(MIXED, "residual")
     rewrite_file(tiny_graph, plan, tmp_path / "model.onnx")
@@ -145,24 +135,52 @@ def test_another_w_or_b_in_the_place_of_an_mlp_is_noticed(
     assert bad == [Mlp(2)]
 
 
-def test_a_plan_of_another_model_is_refused(tiny_graph: Path, plan: Plan) -> None:
-    model = load_graph(tiny_graph)
-    found = find_regions(model)
-    fewer = replace(
-        plan,
-        probe_u={i: plan.probe_u[i] for i in (0, Mlp(0))},
-        probe_y={i: plan.probe_y[i] for i in (0, Mlp(0))},
+# weights that are no numbers ---------------------------------------------------------------------
+
+KINDS = {
+    "fp32": (ir.DataType.FLOAT, np.float32),
+    "fp16": (ir.DataType.FLOAT16, np.float16),
+    "bf16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16),
+}
+
+
+def graph_with(op: str, kind: str, bad: float) -> ir.Model:
+    """x ─► op ─► y with a constant of 2 × 3, one of whose numbers is ``bad``."""
+    dtype, numpy = KINDS[kind]
+    array = np.ones((2, 3), dtype=numpy)
+    array[1, 2] = bad
+    proto = helper.make_model(
+        helper.make_graph(
+            [helper.make_node(op, ["x", "c"], ["y"], name="reader")],
+            "g",
+            [helper.make_tensor_value_info("x", int(dtype), [3, 2])],
+            [helper.make_tensor_value_info("y", int(dtype), None)],
+            [],
+        ),
+        opset_imports=[helper.make_opsetid("", 21)],
     )
-    with pytest.raises(InputError, match="4 attention layers, the plan is for 1"):
-        planned_attentions(model, found, fewer)
-    regions = planned_attentions(model, found, plan)
-    assert [region.layer for region in planned_mlps(model, regions, plan)] == [Mlp(i) for i in range(4)]
-    more = replace(
-        plan,
-        layer_count=5,
-        layers={**plan.layers, Mlp(4): next(iter(plan.layers.values()))},
-        probe_u={**plan.probe_u, Mlp(4): plan.probe_u[Mlp(0)]},
-        probe_y={**plan.probe_y, Mlp(4): plan.probe_y[Mlp(0)]},
+    graph = ir.from_proto(proto)
+    value = ir.Value(
+        name="c",
+        const_value=ir.tensor(array, dtype=dtype, name="c"),
+        type=ir.TensorType(dtype),
+        shape=ir.Shape([2, 3]),
     )
-    with pytest.raises(BuildError, match="the MLP of layer 4: every layer adds its attention and its MLP"):
-        planned_mlps(model, regions, more)
+    node = graph.graph[0]
+    graph.graph.register_initializer(value)
+    node.replace_input_with(1, value)
+    return graph
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_is_no_number_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "_PART", 4)
+    for op, bad, words in (
+        ("MatMul", np.nan, "NaN"),
+        ("MatMul", np.inf, "infinite"),
+        ("Add", np.nan, "NaN"),
+    ):
+        with pytest.raises(InputError, match=f"it cannot be used: its weight c is {words} at 1 of 6 places"):
+            check_finite(graph_with(op, kind, bad), "it")
+    check_finite(graph_with("Add", kind, -np.inf), "it")  # a mask
+    check_finite(graph_with("MatMul", kind, float(ml_dtypes.finfo(KINDS[kind][1]).max)), "it")

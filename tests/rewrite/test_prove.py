@@ -12,9 +12,9 @@ import pytest
 from nbl_export.errors import BuildError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import AttentionRegion, find_regions
+from nbl_export.graph.summary import ProofErrors
 from nbl_export.linearize.plan import Plan
-from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove, relative_error
-from nbl_export.rewrite.summary import ProofErrors
+from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove
 from tests.fixtures_graph import plan_by_hand
 
 
@@ -106,19 +106,3 @@ def test_a_planned_layer_without_a_stream_is_refused(
 
 
 # relative_error ----------------------------------------------------------------------------------
-
-REAL = np.array([[3.0, 4.0], [0.0, 1.0], [2.0, 2.0]], dtype=np.float32)
-
-
-def test_relative_error_by_hand() -> None:
-    assert relative_error(REAL.copy(), REAL) == 0.0
-    # ‖REAL‖² = 9 + 16 + 0 + 1 + 4 + 4 = 34; one entry is off by 1.
-    off = REAL.copy()
-    off[1, 0] = 1.0
-    assert relative_error(REAL, off) == pytest.approx(1 / 35**0.5)
-    assert relative_error(REAL, np.zeros_like(REAL)) == pytest.approx(34**0.5)
-
-
-def test_relative_error_refuses_another_shape() -> None:
-    assert relative_error(REAL, REAL[:2]) == float("inf")
-    assert relative_error(REAL, REAL[:, :1]) == float("inf")

@@ -20,7 +20,7 @@ from nbl_export.records import from_json
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_bench, load_report
 from nbl_export.report.speed import BENCH, speed_table
-from nbl_export.rewrite.drop import drop_layers
+from nbl_export.rewrite.replace import drop_layers
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.stages.bench import _Kept
 from nbl_export.verify.speed import candidates

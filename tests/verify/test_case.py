@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.calibrate.text import CalibrationText
-from nbl_export.graph.half_emulation import UNTIMED
+from nbl_export.graph.rounding import UNTIMED
 from nbl_export.progress import Silent
 from nbl_export.settings import VerifySettings
 from nbl_export.verify.case import DecoderCase

@@ -63,8 +63,8 @@ class SpeedMeter:
     @property
     def missing(self) -> str | None:
         """Why nothing can be timed; None if it can."""
-        from nbl_export.graph.half_emulation import UNTIMED, needs_emulation
         from nbl_export.graph.io import load_graph
+        from nbl_export.graph.rounding import UNTIMED, needs_emulation
         from nbl_export.verify.speed.pair import anew_or_why_not
 
         exported = self._ws.current("export")

@@ -25,9 +25,9 @@ from nbl_export.batch.padding import left_padded, prefix_mask
 from nbl_export.batch.rows import by_token
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph, scratch
-from nbl_export.graph.routers import places_of, routers
 from nbl_export.graph.tensors import follow_links
 from nbl_export.models.routers import Routers
+from nbl_export.rewrite.routers import places_of, routers
 from nbl_export.runtime.ort import Watch
 from nbl_export.verify.parity.decoder import Recorded
 from nbl_export.verify.parity.figures import Routing

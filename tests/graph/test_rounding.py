@@ -1,4 +1,4 @@
-"""A bfloat16 graph emulated in float32: every tensor is the one that rounding each float32 result gives."""
+"""Half precision emulated node by node, and weights that are moved as rounding moves them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnx import TensorProto
 
-from nbl_export.graph.half_emulation import compute_in_float32, needs_emulation
-from nbl_export.graph.io import load_graph, save_graph, scratch_copy
+from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
-from nbl_export.runtime.session import session
-from tests.fixtures_graph import ragged_rows
+from nbl_export.graph.rounding import compute_in_float32, nudge, nudged_values
+from nbl_export.rewrite.quantize import pack, quantize_blocks
 from tests.graph.parsed import parsed
+from tests.graph.quantized import D, dequantized, matrix, n_bits
 from tests.sessions import cpu_session
 
 BF16 = ml_dtypes.bfloat16
@@ -108,26 +109,6 @@ def test_an_input_with_more_digits_is_rounded_first(tmp_path: Path) -> None:
     assert found["y"][0] == 1 and found["z"][0] == 0
 
 
-CASTS = """casts (int64[n,4] ids, bfloat16[n,4] x) => (float[n,4] wide, bfloat16[n,4] narrow, bfloat16[n,4] whole) {
-    whole = Cast<to = 16>(ids)
-    sum = Add(x, whole)
-    wide = Cast<to = 1>(sum)
-    third = Div(wide, three)
-    narrow = Cast<to = 16>(third)
-}"""
-
-
-def test_casts_of_the_graph_itself_round_where_they_say(tmp_path: Path) -> None:
-    ids = np.array([[1, 257, 1_001, 65_537], [3, 511, 4_099, 70_001]])
-    x = np.array([[0.5, 3, -1_000, 7]] * 2, np.float32)
-    found = run(parsed(CASTS, three=np.float32(3)), tmp_path, ids=ids, x=x)
-    whole = torch.from_numpy(ids).bfloat16()
-    total = (bf16(x).float() + whole.float()).bfloat16()
-    assert np.array_equal(found["whole"], whole.float().numpy()) and found["whole"][0, 1] == 256
-    assert np.array_equal(found["wide"], total.float().numpy())
-    assert np.array_equal(found["narrow"], (total.float() / 3).bfloat16().float().numpy())
-
-
 def test_float32_islands_keep_their_digits(tmp_path: Path) -> None:
     """Softmax between Casts, as a converted graph has it."""
     model = parsed(
@@ -187,27 +168,6 @@ def test_an_output_that_is_read_on_keeps_its_name_and_numbers(tmp_path: Path) ->
 # which graphs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "weight", "expected"),
-    [
-        ("g (float[n] x) => (float[n] y) { y = Mul(x, w) }", np.float32, False),
-        ("g (bfloat16[n] x) => (float[n] y) { f = Cast<to = 1>(x)\n y = Mul(f, w) }", np.float32, True),
-        ("g (float[n] x) => (float[n] y) { f = Cast<to = 1>(w)\n y = Mul(x, f) }", BF16, True),
-        ("g (float[n] x) => (bfloat16[n] y) { f = Mul(x, w)\n y = Cast<to = 16>(f) }", np.float32, True),
-    ],
-    ids=["float32", "input", "weight", "output"],
-)
-def test_a_stand_in_is_needed_for_any_bfloat16(
-    tmp_path: Path, text: str, weight: Any, expected: bool
-) -> None:
-    model = parsed(text, w=np.array(3, weight))
-    assert needs_emulation(model) == expected
-    if expected:
-        x = np.array([1.5, -2], np.float32)
-        (found,) = run(model, tmp_path, x=x).values()
-        assert np.array_equal(found, 3 * x)
-
-
 # exported ----------------------------------------------------------------------------------------
 
 
@@ -220,29 +180,84 @@ def exported(tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-def test_every_half_tensor_of_an_export_is_bfloat16(exported: Path) -> None:
-    before = {p.name: p.read_bytes() for p in exported.parent.iterdir()}
-    values = {v.name: v.dtype for node in load_graph(exported).graph for v in node.outputs}
-    names = [str(n) for n, dtype in values.items() if dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT)]
+def moved(model: ir.Model, name: str, seed: int = 0) -> tuple[Any, Any]:
+    """The values of an initializer before and after."""
+    value = model.graph.initializers[name]
+    assert value.const_value is not None
+    before = value.const_value.numpy().copy()
+    nudge(model, seed)
+    after = value.const_value.numpy()
+    assert after.shape == before.shape and after.dtype == before.dtype
+    return before, after
 
-    def tap(model: ir.Model) -> None:
-        outputs = [v for node in model.graph for v in node.outputs if v.name in names]
-        model.graph.outputs.extend(v for v in outputs if not v.is_graph_output())
 
-    with scratch_copy(exported, tap) as tapped:
-        runner = session(tapped)
-    types = {i.name: i.type for i in runner.get_inputs()}
-    assert {t for n, t in types.items() if n.startswith("past")} == {"tensor(float)"}
-    rows = np.stack(ragged_rows((9, 9), 260)).astype(np.int64)
-    feeds = {
-        "input_ids": rows,
-        "attention_mask": np.ones_like(rows),
-        "position_ids": np.tile(np.arange(9), (2, 1)),
-    }
-    feeds |= {n: np.zeros((2, 2, 0, 8), np.float32) for n in types if n.startswith("past")}
-    found = dict(zip(names, runner.run(names, feeds), strict=True))
-    wide = {n for n, value in found.items() if not is_bf16(value)}
-    # Only what the graph itself computes in float32: angles, their cosines and sines.
-    assert wide <= {n for n in names if values[n] == ir.DataType.FLOAT} and len(wide) >= 2
-    assert len(names) - len(wide) > 100 and all(np.isfinite(v).all() for v in found.values())
-    assert {p.name: p.read_bytes() for p in exported.parent.iterdir()} == before
+def unpacked(numbers: Any, bits: int) -> Any:
+    return np.stack([(numbers >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)], -1).astype(int)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_packed_number_of_twelve_moves_by_one(bits: int) -> None:
+    model = n_bits(bits, 32, True, 2, accuracy=None)
+    # More numbers than the fixture has, to count them.
+    wide = pack(quantize_blocks(matrix(512, 512), bits, 32, False).numbers, bits)
+    b = model.graph.initializers["b"]
+    b.const_value, b.shape = ir.tensor(wide, name="b"), ir.Shape(wide.shape)
+    before, after = moved(model, "b")
+    steps = unpacked(after, bits) - unpacked(before, bits)
+    assert set(np.unique(steps)) == {-1, 0, 1}
+    assert (steps != 0).mean() == pytest.approx(1 / 12, rel=0.05)
+    assert steps.mean() == pytest.approx(0, abs=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.INT4, TensorProto.UINT4, TensorProto.INT8, TensorProto.UINT8])
+def test_numbers_behind_a_dequantize_linear_move(dtype: int) -> None:
+    model = dequantized(dtype, 16, False)
+    name = next(n.inputs[0].name for n in model.graph if n.op_type == "DequantizeLinear")
+    before, after = moved(model, str(name))
+    steps = after.astype(int) - before.astype(int)
+    assert np.abs(steps).max() == 1 and 0 < (steps != 0).mean() < 0.2
+
+
+def test_scales_and_zero_points_stay() -> None:
+    model = n_bits(4, 32, True, 2, accuracy=None)
+    values = {n: v.const_value for n, v in model.graph.initializers.items() if n != "b"}
+    nudge(model)
+    assert all(model.graph.initializers[n].const_value is tensor for n, tensor in values.items())
+
+
+@pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16])
+def test_halves_move_to_the_next_number(kind: Any) -> None:
+    numbers = np.random.default_rng(0).standard_normal(60_000).astype(kind)
+    numbers[:3] = [0, ml_dtypes.finfo(kind).max, -ml_dtypes.finfo(kind).max]
+    dtype = ir.DataType.FLOAT16 if kind is np.float16 else ir.DataType.BFLOAT16
+    found = nudged_values(numbers.astype(np.float32), dtype, 0)
+    exact = numbers.astype(np.float32)
+    assert found[0] == 0 and np.isfinite(found).all()
+    step = np.abs(found - exact) / np.abs(np.where(exact == 0, 1, exact))
+    last_bit = float(ml_dtypes.finfo(kind).eps)
+    assert (found != exact).mean() == pytest.approx(1 / 12, rel=0.05)
+    assert step.max() <= last_bit * 1.001 and step[step > 0].min() >= last_bit / 2 * 0.999
+
+
+def test_float32_activations_and_weights_stay(tiny_graph: Path) -> None:
+    model = load_graph(tiny_graph)
+    before = {n: v.const_value for n, v in model.graph.initializers.items()}
+    nudge(model)
+    assert all(v.const_value is before[n] for n, v in model.graph.initializers.items())
+    row = np.ones((2, 3), dtype=np.float32)
+    assert nudged_values(row, ir.DataType.FLOAT, 0) is row and nudged_values(row, None, 0) is row
+
+
+def test_moved_numbers_are_as_far_from_a_weight_as_its_rounding() -> None:
+    """What the measure rests on: the error of rounding W, and that of moving its numbers, are of one size."""
+    w = matrix(D, 512)
+    blocks = quantize_blocks(w, 4, 32, symmetric=False)
+    model = n_bits(4, 32, True, 2, accuracy=None)
+    b = model.graph.initializers["b"]
+    packed = pack(blocks.numbers, 4)
+    b.const_value, b.shape = ir.tensor(packed, name="b"), ir.Shape(packed.shape)
+    _, after = moved(model, "b")
+    numbers = unpacked(after, 4).reshape(blocks.numbers.shape)
+    values = (numbers - blocks.zeros[..., None].astype(np.float32)) * blocks.scales[..., None]
+    rounding = np.linalg.norm(blocks.values() - w.reshape(blocks.numbers.shape))
+    assert np.linalg.norm(values - blocks.values()) == pytest.approx(rounding, rel=0.1)

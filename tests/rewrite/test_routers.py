@@ -1,4 +1,4 @@
-"""Proofs of a mixture of experts in half precision: right graphs hold closely, wrong ones are refused."""
+"""Routers of a graph: told what to take; their proofs in half precision hold closely, and wrong ones are refused."""
 
 from __future__ import annotations
 
@@ -6,15 +6,58 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import BuildError
 from nbl_export.graph.io import load_graph, scratch_copy
-from nbl_export.linearize.plan import LinearLayer, load_plan, save_plan
+from nbl_export.linearize.plan import LinearLayer
 from nbl_export.rewrite.confirm import check_layers
 from nbl_export.rewrite.replace import proven_regions
-from nbl_export.rewrite.routing import router_proofs, told_scores
+from nbl_export.rewrite.routers import places_of, router_proofs, routers, tell, told_ranks, told_scores
+from nbl_export.runtime.intermediates import compute_tensors
 from tests.experts import Experts, another, swap_experts
+
+SCORES = np.array([[4.0, 3.0, 1.0], [5.0, 1.0, 2.0]], np.float32)
+
+
+def graph(axis: int = -1, shape: str = "n, 3") -> ir.Model:
+    return ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["" : 18]> g (float[{shape}] s, int64[1] k) => (float[a, b] w) '
+        f"{{ v, i = TopK <axis = {axis}> (s, k) w = Add (v, v) }}"
+    )
+
+
+def test_a_router_is_found_with_its_scores_and_places() -> None:
+    (router,) = routers(graph())
+    assert places_of(router) == "i"
+
+
+def test_places_that_are_fed_are_weighed_by_the_graphs_own_scores() -> None:
+    model = graph()
+    tell(model)
+    feeds = {"s": SCORES, "k": np.array([2]), "i": np.array([[2, 0], [1, 2]])}
+    (found,) = compute_tensors(model, ["w"], [feeds])
+    assert found["w"].tolist() == [[2, 8], [2, 4]]
+
+
+@pytest.mark.parametrize(
+    ("routes", "model", "ranks"),
+    [
+        ({0: (2, 2)}, graph(), {"i": 2}),
+        ({0: (2, 2)}, graph(shape="1, n, 3"), {"i": 3}),
+        ({0: (2, 2)}, graph(axis=0), {}),
+        ({0: (2, 2), 1: (2, 2)}, graph(), {}),
+        ({1: (2, 2)}, graph(), {}),
+        ({}, graph(), {}),
+        ({0: (2, 4, 2)}, graph(), {}),
+    ],
+)
+def test_all_are_told_or_none(
+    routes: dict[int, tuple[int, ...]], model: ir.Model, ranks: dict[str, int]
+) -> None:
+    assert told_ranks(model, {n: np.zeros(s, np.int64) for n, s in routes.items()}) == ranks
+
 
 HALVES = ("fp16", "bf16")
 # The relative noise of the weights with such names: refused from there on. The experts of so shallow a model move its
@@ -47,18 +90,6 @@ def test_another_fine_tune_is_refused(experts: Experts, precision: str, which: s
 
 
 @pytest.mark.parametrize("precision", HALVES)
-def test_the_activations_of_a_neighbouring_layer_are_refused(experts: Experts, precision: str) -> None:
-    plan = experts.plan
-    for other in (0, 2):
-        for wrong in (
-            replace(plan, probe_u={**plan.probe_u, 1: plan.probe_u[other]}),
-            replace(plan, probe_y={**plan.probe_y, 1: plan.probe_y[other]}),
-        ):
-            with pytest.raises(BuildError, match="Layer 1 is not proven"):
-                proven_regions(experts.graph(precision), wrong)
-
-
-@pytest.mark.parametrize("precision", HALVES)
 def test_a_router_that_prefers_other_experts_is_refused(experts: Experts, precision: str) -> None:
     """By its scores, although it is told the right choices; so is a plan that has others."""
     with (
@@ -84,32 +115,21 @@ def test_a_scaled_w_and_a_dropped_bias_are_refused(experts: Experts, precision: 
         assert "differs by" in check.failure
 
 
-def test_a_plan_keeps_what_routers_have_chosen(experts: Experts, tmp_path: Path) -> None:
-    plan = experts.plan
-    tokens = len(plan.probe_y[0])
-    assert {number: taken.shape for number, taken in plan.probe_routes.items()} == dict.fromkeys(
-        range(3), (tokens, 2)
-    )
-    save_plan(tmp_path / "plan.json", plan)
-    kept = load_plan(tmp_path / "plan.json").probe_routes
-    assert all(np.array_equal(kept[number], taken) for number, taken in plan.probe_routes.items())
-
-
 def test_a_graph_with_other_routers_is_not_told(experts: Experts) -> None:
     path, plan = experts.graph("fp16"), experts.plan
-    assert len(told_scores(path, plan)) == 3
-    fewer = replace(plan, probe_routes={0: plan.probe_routes[0]})
-    assert told_scores(path, fewer) == told_scores(path, replace(plan, probe_routes={})) == []
+    assert len(told_scores(load_graph(path), plan.probe_routes)) == 3
+    fewer = {0: plan.probe_routes[0]}
+    assert told_scores(load_graph(path), fewer) == told_scores(load_graph(path), {}) == []
     assert len([n for n in load_graph(path).graph if n.op_type == "TopK"]) == 3
 
 
-def test_a_shortfall_by_hand(experts: Experts) -> None:
-    plan = replace(experts.plan, probe_routes={0: np.array([[0, 1], [2, 1]])})
+def test_a_shortfall_by_hand() -> None:
+    routes = {0: np.array([[0, 1], [2, 1]])}
     scores = np.array([[4.0, 3.0, 1.0], [5.0, 1.0, 2.0]], np.float32)
     after = scores + np.float32(0.25)
-    (exact,) = router_proofs(["s"], plan, [{"s": scores}])
+    (exact,) = router_proofs(["s"], routes, [{"s": scores}])
     assert (exact.tokens, exact.differing, exact.shortfall) == (2, 1, 1.0) and not exact.holds
-    (one,) = router_proofs(["s"], plan, [{"s": scores[None]}], [[{"s": after[None]}]], room=3.0)
+    (one,) = router_proofs(["s"], routes, [{"s": scores[None]}], [[{"s": after[None]}]], room=3.0)
     assert one.allowed == pytest.approx(0.75) and not one.holds
-    (more,) = router_proofs(["s"], plan, [{"s": scores}], [[{"s": after}]], room=4.0)
+    (more,) = router_proofs(["s"], routes, [{"s": scores}], [[{"s": after}]], room=4.0)
     assert more.holds

@@ -1,0 +1,123 @@
+"""Prove a mixture of experts: the routers of a graph are told what PyTorch's have chosen on the probe.
+
+    before                              told which experts
+    scores ─► TopK ─┬► values           scores ─► GatherElements ─► values
+                    └► places           places ──┘ (fed)  ─► places
+
+Where rounding sends one token to another expert, its stream is another one, and no longer says whether the graph is of
+the plan's model. So the graph is run with PyTorch's choices, and each choice is judged by itself: the graph's own score
+for it may fall short of those that it prefers by no more than rounding moves a score of that router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from nbl_export.batch.choices import moved, shortfall
+from nbl_export.graph.operators import infer_types, int_attribute
+
+# Of the scores' size, beside what is measured.
+_FLOAT32 = 1e-3
+
+
+def routers(model: ir.Model) -> list[ir.Node]:
+    """The operators that take the largest scores [tokens, …, n], in the order in which the model runs."""
+    return [node for node in model.graph if node.op_type == "TopK" and not node.domain]
+
+
+def places_of(router: ir.Node) -> str:
+    """The name of the places [tokens, …, k] that are taken."""
+    return str(router.outputs[1].name)
+
+
+def told_ranks(model: ir.Model, routes: Mapping[int, NDArray[np.int64]]) -> dict[str, int]:
+    """The rank of the places of each router by name, if all can be told ``routes`` by their numbers; else nothing.
+
+    ``routes`` are places [tokens, …, k]; in the graph they may have a dimension for the batch before.
+    """
+    found = routers(model)
+    if set(routes) != set(range(len(found))):
+        return {}
+    infer_types(model)
+    ranks: dict[str, int] = {}
+    for number, node in enumerate(found):
+        scores = node.inputs[0]
+        rank = 0 if scores is None or scores.shape is None else len(scores.shape)
+        if rank - routes[number].ndim not in (0, 1) or int_attribute(node, "axis", -1) % rank != rank - 1:
+            return {}
+        ranks[places_of(node)] = rank
+    return ranks
+
+
+def tell(model: ir.Model) -> None:
+    """Make every router weigh the places that are fed to it by its own scores, in place."""
+    for node in routers(model):
+        values, places = node.outputs
+        gather = ir.node("GatherElements", [node.inputs[0], places], {"axis": -1})
+        made = gather.outputs[0]
+        made.name, made.type, made.shape = f"{values.name}.told", values.type, values.shape
+        ir.convenience.replace_all_uses_with(values, made)
+        node.append(gather)
+
+
+@dataclass(frozen=True)
+class RouterProof:
+    """How far the scores of PyTorch's choices fall short in the router ``number`` of a graph, and how far they may.
+
+    ``differing`` of ``tokens`` are those that the graph would send elsewhere.
+    """
+
+    number: int
+    tokens: int
+    differing: int
+    shortfall: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        return self.shortfall <= self.allowed
+
+    def __str__(self) -> str:
+        return (
+            f"PyTorch's choices of experts fall short in its router {self.number} by {self.shortfall:.1e} of a score, "
+            f"more than the {self.allowed:.1e} that its own rounding explains"
+        )
+
+
+def told_scores(model: ir.Model, routes: Mapping[int, NDArray[np.int64]]) -> list[str]:
+    """Names of the scores of each router of the graph; none if one cannot be told the ``routes``."""
+    if not routes or not told_ranks(model, routes):
+        return []
+    return [str(node.inputs[0].name) for node in routers(model) if node.inputs[0] is not None]
+
+
+def router_proofs(
+    names: Sequence[str],
+    routes: Mapping[int, NDArray[np.int64]],
+    own: Sequence[Mapping[str, NDArray[np.float32]]],
+    draws: Sequence[Sequence[Mapping[str, NDArray[np.float32]]]] = (),
+    room: float = 1.0,
+) -> list[RouterProof]:
+    """A proof of each router by its scores ``names`` in the graph's ``own`` run and where rounding has moved them."""
+    proofs = []
+    for number, name in enumerate(names):
+        taken = routes[number]
+        found, *others = (
+            np.concatenate([r[name][0] if r[name].ndim > taken.ndim else r[name] for r in run]).astype(
+                np.float32
+            )
+            for run in (own, *draws)
+        )
+        short = shortfall(found, taken)
+        size = float(np.sqrt(np.mean(np.where(np.isfinite(found), found, 0.0) ** 2)))
+        by_rounding = max((moved(found, other) for other in others), default=0.0)
+        allowed = max(room * by_rounding, _FLOAT32 * size)
+        proofs.append(
+            RouterProof(number, len(taken), int((short > 0).sum()), float(short.max(initial=0.0)), allowed)
+        )
+    return proofs
