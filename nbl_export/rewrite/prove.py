@@ -35,7 +35,7 @@ from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.regions import Output, Region, later_bias
 from nbl_export.graph.summary import ProofErrors
 from nbl_export.linearize.plan import Plan
-from nbl_export.rewrite.probe_runner import Found, ProbeRunner, cause_and_remedy, relative_error
+from nbl_export.rewrite.probe_runner import Found, ProbeRunner, cause_and_remedy
 from nbl_export.rewrite.routers import RouterProof, router_proofs, told_scores
 
 _C = TypeVar("_C")
@@ -397,6 +397,3 @@ def _constant(value: ir.Value) -> NDArray[np.float32] | None:
     """The values of a constant, or None if they are computed."""
     tensor = constant_tensor(value)
     return None if tensor is None else tensor.numpy().astype(np.float32)
-
-
-__all__ = ["PROOF_TOLERANCE", "Proof", "Tolerance", "prove", "relative_error", "without_later"]

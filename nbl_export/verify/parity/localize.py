@@ -20,7 +20,8 @@ from nbl_export.linearize.swap import linearized
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.forward import run_uncached
 from nbl_export.models.layers import backbone, observed
-from nbl_export.rewrite.prove import PROOF_TOLERANCE, relative_error
+from nbl_export.rewrite.probe_runner import relative_error
+from nbl_export.rewrite.prove import PROOF_TOLERANCE
 from nbl_export.runtime.intermediates import intermediate_tensors
 
 if TYPE_CHECKING:
