@@ -18,7 +18,6 @@ exhaustive = pytest.mark.skipif(not ALL, reason=f"only with {_ALL}=1")
 # Each form of a cache, each kind of model and each exporter is there at least once.
 USUAL: Mapping[str, tuple[str, ...]] = {
     "cli/test_main.py::test_an_interrupted_export_can_be_repeated": ("0.5",),
-    "cli/test_main.py::test_bad_selections_exit_2": ("contradiction", "unknown layer"),
     "cli/test_main.py::test_bad_usage_and_bad_input_exit_2": (
         "unknown model",
         "unknown path",

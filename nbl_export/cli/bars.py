@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +11,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -52,63 +51,43 @@ def _short(number: float) -> str:
     )
 
 
-# Seconds between two lines of a task where no bar can be drawn, as in the log of a CI job.
-_LINES = 10.0
-
-
-class _Lines:
-    """Says how far the innermost task is, every few seconds: in the log, and where the output is no terminal.
-
-    There a bar is shown only when it ends. In a thread, since a task may be at work long before it moves.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._ended = progress, threading.Event()
-        self._thread = threading.Thread(target=self._say, daemon=True)
-
-    def __enter__(self) -> None:
-        if output.answering.log is not None or not output.ERR.is_terminal:
-            self._thread.start()
-
-    def __exit__(self, *_error: object) -> None:
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _say(self) -> None:
-        while not self._ended.wait(_LINES):
-            going = [task for task in self._progress.tasks if not task.finished]
-            if going:
-                line = _line(going[-1])
-                output.log(line)
-                if not output.ERR.is_terminal:
-                    output.ERR.print(output.drawable(f"· {line}", "dim"))
-
-
-def _line(task: RichTask) -> str:
-    return f"{task.description}: {_CountColumn().render(task)}, {_TimeColumn().render(task)}"
+_LINES = 10.0  # seconds between two lines of a task where no bar can be drawn, as in the log of a CI job
 
 
 class _BarTask:
-    """Moves a bar."""
+    """Moves a bar, and says how far it is every few seconds: in the log, and where the output is no terminal."""
 
-    def __init__(self, progress: Progress, task_id: TaskID, title: str) -> None:
-        self._progress, self._id, self._title = progress, task_id, title
+    def __init__(self, progress: Progress, title: str, total: int, unit: str, done: int) -> None:
+        self._progress, self._title = progress, printable(title)
+        self._id = progress.add_task(self._title, total=total, completed=done, unit=unit)
+        self._said = time.monotonic()
 
     def advance(self, amount: int) -> None:
         self._progress.advance(self._id, amount)
+        if time.monotonic() - self._said > _LINES:
+            self._said, line = time.monotonic(), self._line()
+            output.log(line)
+            if not output.ERR.is_terminal:
+                output.ERR.print(output.drawable(f"· {line}", "dim"))
         process.stop_if_asked()
 
     def end(self, shown: bool = True) -> None:
         """It is done, also where less than all was needed; it is still ``shown``, or goes."""
-        task = next(task for task in self._progress.tasks if task.id == self._id)
-        self._progress.update(self._id, total=task.completed, visible=shown)
-        output.log(_line(task))
+        self._progress.update(self._id, total=self._task.completed, visible=shown)
+        output.log(self._line())
 
     def part(self, number: int, count: int) -> None:
         # The title's column has a fixed width, and the number must not be what is cut off.
         where = f" {number}/{count}"
         self._progress.update(self._id, description=f"{self._title[: _TITLE - len(where)]}{where}")
+
+    @property
+    def _task(self) -> RichTask:
+        return next(task for task in self._progress.tasks if task.id == self._id)
+
+    def _line(self) -> str:
+        task = self._task
+        return f"{task.description}: {_CountColumn().render(task)}, {_TimeColumn().render(task)}"
 
 
 class TerminalListener:
@@ -124,7 +103,7 @@ class TerminalListener:
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         process.stop_if_asked()
         if self._drawn is not None:
-            bar = self._bar(self._drawn, title, total, unit, done)
+            bar = _BarTask(self._drawn, title, total, unit, done)
             yield bar
             bar.end(shown=False)
             return
@@ -138,18 +117,12 @@ class TerminalListener:
         self._drawn = progress = Progress(*columns, console=output.ERR, refresh_per_second=4)
         try:
             progress.start()
-            with _Lines(progress):
-                bar = self._bar(progress, title, total, unit, done)
-                yield bar
-                bar.end()
+            bar = _BarTask(progress, title, total, unit, done)
+            yield bar
+            bar.end()
         finally:
             self._drawn = None
             _stop(progress)
-
-    @staticmethod
-    def _bar(progress: Progress, title: str, total: int, unit: str, done: int) -> _BarTask:
-        task_id = progress.add_task(printable(title), total=total, completed=done, unit=unit)
-        return _BarTask(progress, task_id, printable(title))
 
     def note(self, text: str) -> None:
         output.note(f"· {text}")

@@ -1,14 +1,20 @@
-"""The commands: each parses, calls the Python API and draws. No logic."""
+"""Parse each command into the function of the Python API that does it, and draw what that returns."""
 
 from __future__ import annotations
 
-from nbl_export.cli import answers
-from nbl_export.cli.finished import diff, generate, inspect, loaded, package, report
+from typing import Any
+
 from nbl_export.cli.options import (
     NBL_OUT,
+    After,
     Again,
+    Base,
+    Before,
     Config,
     DryRun,
+    Folder,
+    Layout,
+    Markdown,
     Model,
     Moved,
     Onnx,
@@ -17,6 +23,9 @@ from nbl_export.cli.options import (
     PlanFile,
     Rehash,
     Said,
+    Shown,
+    Text,
+    TextFile,
     To,
     Trust,
 )
@@ -25,16 +34,32 @@ from nbl_export.settings import (
     BenchSettings,
     CalibrateSettings,
     ConvertSettings,
+    DiffBounds,
     EngineSettings,
     EvalSettings,
     ExportSettings,
     FolderSettings,
+    GenerateSettings,
     RunSettings,
     SelectSettings,
     VerifySettings,
 )
-from nbl_export.settings.definition import UsageError
+from nbl_export.settings.definition import Settings, UsageError
 from nbl_export.settings.graphs import OptionalEngines
+
+
+def loaded(said: Said, asked: Settings | RunSettings | None = None) -> tuple[Any, Any]:
+    """The Python API and what draws, which are imported when a command runs: --help needs neither.
+
+    What is asked for is checked before, so that a value that cannot be is answered at once.
+    """
+    if asked is not None:
+        asked.check()
+    from nbl_export import api
+    from nbl_export.cli import terminal
+
+    terminal.set_up(said.json, said.quiet, said.log_file)
+    return api, terminal
 
 
 def run(
@@ -102,7 +127,7 @@ def select(
     plan = api.select(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     layers = ", ".join(map(str, plan.blocks)) or "none"
     text = f"Plan: layers {layers}. Next: nbl-export export {out}"
-    terminal.finish("select", text, out=out, **answers.of_plan(plan))
+    terminal.finish("select", text, out=out, **terminal.of_plan(plan))
 
 
 def export(
@@ -147,7 +172,7 @@ def rewrite(
     result = api.rewrite_onnx(onnx, plan, output, terminal.TerminalListener())
     terminal.show_rewrite(result)
     text = f"Wrote {result.files[0]}; every replaced layer is proven against the plan's activations."
-    terminal.finish("rewrite", text, **answers.of_rewrite(result))
+    terminal.finish("rewrite", text, **terminal.of_rewrite(result))
 
 
 def build(
@@ -243,6 +268,85 @@ def convert(
     api, terminal = loaded(said, settings)
     value = api.convert(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.show_conversion(value, out)
+    return 0 if value.passed else GATE_FAILED
+
+
+def generate(
+    out: Out,
+    /,
+    *,
+    prompt: Text = None,
+    prompt_file: TextFile = None,
+    settings: GenerateSettings = GenerateSettings(),
+    trust: Trust = False,
+    rehash: Rehash = False,
+    config: Config = None,
+    said: Said = Said(),
+) -> None:
+    """Print what a graph generates after a prompt, or after each line typed."""
+    api, terminal = loaded(said, settings)
+    from nbl_export.cli import output, writing
+
+    typed = not said.json and writing.is_typed(prompt, prompt_file)
+    text = None if typed else writing.prompt_of(prompt, prompt_file)
+    listener, written = terminal.TerminalListener(), writing.Written(settings.graph, heard=not said.json)
+
+    def answered(answer: Any) -> None:
+        written.end()
+        listener.note(writing.figures_line(answer))
+        output.log_text(answer.text)
+
+    turns = writing.typed() if text is None else text
+    generated = api.generate(out, turns, settings, listener, trust, rehash, written.piece, answered)
+    terminal.finish("generate", None, out=out, prompt=text, answers=generated)
+
+
+def package(
+    out: Out,
+    /,
+    *,
+    to: Folder,
+    layout: Layout = "folder",
+    base: Base = False,
+    rehash: Rehash = False,
+    said: Said = Said(),
+) -> None:
+    """Write what a deployment needs, and can verify, to a folder of its own."""
+    api, terminal = loaded(said)
+    listener = terminal.TerminalListener()
+    value = api.package(out, to, listener, rehash, layout, base)
+    terminal.show_package(value, to)
+
+
+def report(out: Out, /, *, said: Said = Said()) -> int:
+    """Show the report again and redraw its files from report.json."""
+    api, terminal = loaded(said)
+    value = api.report(out)
+    terminal.show_report(value, out)
+    return 0 if value.passed else GATE_FAILED
+
+
+def inspect(path: Shown, /, *, said: Said = Said()) -> None:
+    """Show what a file or an output folder holds, as a table."""
+    api, terminal = loaded(said)
+    terminal.finish_tables("inspect", api.inspect(path))
+
+
+def diff(
+    a: Before,
+    b: After,
+    /,
+    *,
+    bounds: DiffBounds = DiffBounds(),
+    markdown: Markdown = None,
+    config: Config = None,
+    said: Said = Said(),
+) -> int:
+    """Say what changed from A to B; exit 1 on a regression."""
+    api, terminal = loaded(said, bounds)
+    to_output = markdown == "-"
+    value = api.diff(a, b, bounds, None if to_output else markdown)
+    terminal.show_diff(value, to_output)
     return 0 if value.passed else GATE_FAILED
 
 

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token, UnusedCliTokensError
+from cyclopts.help import DefaultFormatter, HelpEntry
 
 from nbl_export import __version__, ranks
-from nbl_export.cli import answers, commands, process
-from nbl_export.cli.help import ScreenHelp
+from nbl_export.cli import commands, process
 from nbl_export.errors import INTERNAL, INTERRUPTED, NblError, os_error_in_words
 from nbl_export.packages import import_in_words
 from nbl_export.printable import printable
 from nbl_export.settings.choices import LIBRARIES
-from nbl_export.settings.definition import FILE, UsageError
+from nbl_export.settings.definition import FILE, MORE, UsageError
 from nbl_export.settings.file import NAME, TABLES, read_settings
 
 DEFAULT_COMMAND = "run"
@@ -47,6 +47,41 @@ _HOW_MANY = {
     "--max-weight-bytes",
     "--min-speedup",
 }
+
+
+# The options of every command.
+EVERYWHERE = ("--json", "--quiet", "--log-file")
+_EVERYWHERE_NAMED = ("--rehash", *EVERYWHERE)
+
+
+class ScreenHelp(DefaultFormatter):
+    """Panels as the library draws them, but what most commands take, and the advanced one of a long help, as
+    names alone.
+    """
+
+    def __call__(self, console: Any, options: Any, panel: Any) -> None:
+        if "--help-all" in sys.argv:
+            super().__call__(console, options, panel)
+            return
+        if panel.title == MORE.name and len(panel.entries) >= 14:
+            from rich.panel import Panel
+            from rich.text import Text
+
+            names = " ".join(name for entry in panel.entries for name in entry.names)
+            title = f"{panel.title}: explained by --help-all"
+            console.print(Panel(Text(names, style="cyan"), title=title, title_align="left"))
+            return
+        super().__call__(console, options, _shortened(panel))
+
+
+def _shortened(panel: Any) -> Any:
+    """``panel`` with one entry for the options that most commands have."""
+    own = [entry for entry in panel.entries if not set(entry.names) & set(_EVERYWHERE_NAMED)]
+    if len(own) == len(panel.entries):
+        return panel
+    taken = {name for entry in panel.entries for name in entry.names}
+    names = tuple(name for name in _EVERYWHERE_NAMED if name in taken)
+    return panel.copy(entries=[*own, HelpEntry(positive_names=names, description="Explained by --help-all.")])
 
 
 def from_file(_app: App, names: tuple[str, ...], arguments: Any) -> None:
@@ -178,7 +213,7 @@ def _said(message: str, code: int) -> int:
         process.aloud()
         print(f"error: {message}", file=sys.stderr)
         if "--json" in sys.argv:
-            print(answers.text_of(answers.error(message, code)))
+            print(json.dumps({"schema": "nbl-export/error/1", "error": message, "exit_code": code}, indent=1))
         # What draws, and the log file with it, is there only once a command has begun.
         if output := sys.modules.get("nbl_export.cli.output"):
             output.log(f"error: {message}")

@@ -15,9 +15,19 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from nbl_export.checks import Check
-from nbl_export.cli import answers
 from nbl_export.cli.bars import TerminalListener
-from nbl_export.cli.output import answer, answering, drawable, finish, result, say, set_up
+from nbl_export.cli.output import (
+    answer,
+    answer_of,
+    answering,
+    drawable,
+    finish,
+    of_plan,
+    of_rewrite,
+    result,
+    say,
+    set_up,
+)
 from nbl_export.records import to_json
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
@@ -34,7 +44,7 @@ if TYPE_CHECKING:
     from nbl_export.stages.dry_run import DryRun
     from nbl_export.stages.package import Package, Verified
 
-__all__ = ["TerminalListener", "finish", "say", "set_up"]
+__all__ = ["TerminalListener", "finish", "of_plan", "of_rewrite", "say", "set_up"]
 
 _COLOURS = {
     "passed": "green",
@@ -48,13 +58,13 @@ _COLOURS = {
 
 def finish_tables(command: str, tables: list[Table]) -> None:
     """A command whose results are ``tables``, or its JSON object with them."""
-    answer(answers.answer(command, {"tables": tables}))
+    answer(answer_of(command, {"tables": tables}))
     show_tables(tables)
 
 
 def show_dry_run(ahead: DryRun) -> None:
     """What a run would do, or its JSON object."""
-    answer(answers.answer("dry-run", to_json(ahead)))
+    answer(answer_of("dry-run", to_json(ahead)))
     show_tables(ahead.tables)
 
 
@@ -75,7 +85,7 @@ def show_rewrite(result: RewriteResult) -> None:
 
 def show_diagnosis(found: Diagnosis) -> None:
     """The machine, the packages, what is missing, and whether the main job runs."""
-    answer(answers.answer("doctor", {"runs_here": found.runs_here, **to_json(found)}))
+    answer(answer_of("doctor", {"runs_here": found.runs_here, **to_json(found)}))
     for table in found.tables:
         drawn = _drawn(table)
         for column in drawn.columns:
@@ -157,7 +167,7 @@ def show_diff(value: Diff, as_markdown: bool) -> None:
     """What changed: its tables, its gates and its verdict, or all of it as Markdown."""
     from nbl_export.report.diff import headline_table, markdown, tables, verdict_line
 
-    answer(answers.answer("diff", to_json(value)))
+    answer(answer_of("diff", to_json(value)))
     if as_markdown and not answering.json:
         print(markdown(value), end="")
         return
@@ -180,7 +190,7 @@ def _show_judged(value: Evaluation | BenchReport, tables: list[Table]) -> None:
 
 def show_conversion(value: Conversion, out: Path) -> None:
     """The checks of a file for another engine, its verdict, and where it is."""
-    answer(answers.answer("convert", {"out": out, **vars(value), "passed": value.passed}))
+    answer(answer_of("convert", {"out": out, **vars(value), "passed": value.passed}))
     _show_checks(value.checks)
     size = f"{value.bytes / 2**20:,.1f} MiB"
     result(
@@ -192,7 +202,7 @@ def show_conversion(value: Conversion, out: Path) -> None:
 def show_package(value: Package, to: Path) -> None:
     """What was packaged, and its size."""
     size = sum((to / name).stat().st_size for name in value.files)
-    answer(answers.answer("package", {"package": to, "bytes": size, **vars(value)}))
+    answer(answer_of("package", {"package": to, "bytes": size, **vars(value)}))
     linear = ", ".join(map(str, value.layers)) or "none"
     result(
         drawable(
@@ -205,7 +215,7 @@ def show_package(value: Package, to: Path) -> None:
 def show_verified(value: Verified, root: Path) -> None:
     """The checks of a package and its verdict."""
     figures = {**vars(value.measured), "package": root, "passed": value.passed, "checks": value.checks}
-    answer(answers.answer("verify", figures))
+    answer(answer_of("verify", figures))
     _show_checks(value.checks)
     cost = loss_in_words(value.measured.method_loss)
     result(_verdict(value.passed) + drawable(f"  {root}, of {value.package.model.source}; {cost}"))

@@ -31,28 +31,25 @@ def prompt_of(words: str | None, file: Path | None) -> str:
     """The prompt, without the line end that closes a file; raises :class:`InputError` if there is none."""
     if words is not None and file is not None:
         raise UsageError("--prompt and --prompt-file are two prompts: give one of them.")
-    if words is not None:
-        text, where = words, "--prompt"
-    elif file is None or file == _STDIN:
-        if sys.stdin is None or sys.stdin.isatty():
+    where = "--prompt" if words is not None else f"--prompt-file {file}" if file else "The standard input"
+    try:
+        if words is not None:
+            content = words.encode("utf-8")
+        elif file is not None and file != _STDIN:
+            content = read_bytes(file, _MOST)
+        elif sys.stdin is None or sys.stdin.isatty():
             raise UsageError(
                 "There is no prompt: give --prompt TEXT, --prompt-file FILE, or text on the standard input."
             )
-        text, where = _decoded(sys.stdin.buffer.read(_MOST + 1), "The standard input"), "The standard input"
-    else:
-        try:
-            content = read_bytes(file, _MOST)
-        except FileNotFoundError:
-            raise InputError(f"--prompt-file {file}: there is no such file.") from None
-        except OSError as error:
-            raise os_error_in_words(error, "reading the prompt") from None
-        except ValueError as error:
-            raise InputError(f"--prompt-file {file} cannot be read: {error}.") from None
-        text, where = _decoded(content, f"--prompt-file {file}"), f"--prompt-file {file}"
+        else:
+            content = sys.stdin.buffer.read()
+        text = content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeError:
+        raise InputError(f"{where} is not UTF-8: convert it.") from None
+    except OSError as error:
+        raise os_error_in_words(error, f"reading {where}") from None
     if not text.strip():
         raise InputError(f"{where} has no text: give a prompt.")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise InputError(f"{where} is not UTF-8: convert it.")
     return text
 
 
@@ -67,16 +64,6 @@ def typed() -> Iterator[str]:
         while True:
             if (line := input("> ")).strip():
                 yield line.encode("utf-8", "replace").decode("utf-8")  # bytes that are no text
-
-
-def _decoded(content: bytes, what: str) -> str:
-    if len(content) > _MOST:
-        raise InputError(f"{what} has more than {_MOST >> 20} MiB: give a shorter prompt.")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{what} is not UTF-8: convert it.") from None
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 class Written:

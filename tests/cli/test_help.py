@@ -10,11 +10,10 @@ import sys
 import pytest
 
 from nbl_export.cli.main import COMMANDS
-from nbl_export.settings.definition import MORE, settings_of
+from nbl_export.settings.definition import settings_of
 from nbl_export.settings.file import TABLES
 
 COLUMNS, LINES = 100, 50
-STAGES = ("calibrate", "select", "export", "build", "verify")
 
 
 def shown(*words: str) -> str:
@@ -34,30 +33,12 @@ def test_help_fits_a_screen(command: str) -> None:
     assert lines[0].startswith(f"Usage: nbl-export {command}".rstrip())
 
 
-def test_a_command_is_one_line_of_the_first_screen() -> None:
-    text = shown("--help")
-    for name in COMMANDS:
-        assert len(re.findall(rf"^│ {name} +[A-Z][^│]*[.] +│$", text, re.M)) == 1, name
-
-
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name in TABLES])
 def test_a_command_explains_all_its_options(command: str) -> None:
     text = shown(command, "-h")
     for one in settings_of(TABLES[command]):
         assert f"--{one.key}" in text
         assert " ".join(one.help.split()[:3]) in re.sub(r"[│\s]+", " ", text)
-
-
-def test_a_run_names_what_it_does_not_explain() -> None:
-    short, long = shown("run", "--help"), shown("run", "--help-all")
-    assert len(long.splitlines()) > LINES
-    for stage in STAGES:
-        for one in settings_of(TABLES[stage]):
-            words = " ".join(one.help.split()[:3])
-            assert f"--{one.key}" in short and words in re.sub(r"[│\s]+", " ", long)
-            if one.panel is MORE:
-                assert words not in short, one.key
-    assert "Advanced: explained by --help-all" in short
 
 
 def test_what_most_never_need_stands_last() -> None:

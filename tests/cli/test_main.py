@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,7 +19,6 @@ from tests.command_line import (
     ENVIRONMENT,
     FAST,
     SMALL,
-    Done,
     assert_interrupted,
     assert_refused,
     interrupted,
@@ -94,25 +91,6 @@ def test_the_verbs_go_on_from_what_is_there(out: Path) -> None:
     assert "skipped" in done.out and "--no-speed" in done.out and "--no-quality" in done.out
 
 
-def test_report_draws_page_and_plots_anew(out: Path) -> None:
-    folder = out / "report"
-    drawn = [folder / name for name in ("report.html", "report.md", "junit.xml", "plots/layers.png")]
-    before = [path.read_bytes() for path in drawn]
-    shutil.rmtree(folder / "plots")
-    for path in drawn[:3]:
-        path.unlink()
-    done = nbl("report", out)
-    assert done.code == 0 and "report.html" in done.out, done
-    assert [path.read_bytes() for path in drawn] == before
-    no_leftovers(out)
-
-
-def test_version() -> None:
-    import nbl_export
-
-    assert nbl("--version") == Done(0, f"nbl-export {nbl_export.__version__}\n", "")
-
-
 def test_a_failed_gate_exits_1_from_verify_and_report(out: Path) -> None:
     path = out / "model.onnx"
     initializers = onnx.load(str(path), load_external_data=False).graph.initializer
@@ -125,23 +103,6 @@ def test_a_failed_gate_exits_1_from_verify_and_report(out: Path) -> None:
     assert "Traceback" not in done.err and "error:" not in done.err
     assert nbl("report", out).code == 1
     assert nbl("inspect", out).code == 0
-
-
-def test_a_loss_above_its_bound_exits_1_and_is_in_the_report(out: Path) -> None:
-    """Parity passes: the graph is what was planned. What it costs is another question."""
-    done = nbl("verify", out, "--no-speed", "--max-kl", "0", *FAST)
-    assert done.code == 1 and "error:" not in done.err, done
-    verdict = " ".join(done.out[done.out.index("FAIL  ") :].split())
-    assert (
-        verdict.startswith("FAIL (KL bound); perplexity × ")
-        and "on held-out text, at most KL 0 asked" in verdict
-    )
-    # It has failed, however little is measured next, until it is measured with another bound.
-    assert nbl("report", out).code == nbl("verify", out, "--no-quality", "--no-speed", *FAST).code == 1
-    done = nbl("verify", out, "--no-speed", "--max-kl", "100", "--max-ppl-ratio", "1000", *FAST)
-    assert done.code == 0 and "PASS  (graph rewrite, parity, perplexity bound, KL bound)" in done.out
-    contradiction = nbl("verify", out, "--no-quality", "--max-kl", "0.1")
-    assert contradiction.code == 2 and "--no-quality leaves unmeasured what --max-kl" in contradiction.err
 
 
 # help --------------------------------------------------------------------------------------------
@@ -191,27 +152,6 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_loaded() -> None:
     assert text.count("error: ") == 3 and "--k is -1" in text and "--ridge is 5" in text
 
 
-def test_help_answers_at_once() -> None:
-    """In less than three times what Python takes to import what draws it; with torch it would be ten times.
-
-    Processor time, not wall time, in turns: the machine may be busy.
-    """
-
-    def used(*arguments: str) -> float:
-        process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0
-        return usage.ru_utime
-
-    pairs = [
-        (used("-m", "nbl_export", "--help"), used("-c", "import cyclopts, rich.table")) for _ in range(3)
-    ]
-    ours, libraries = (min(column) for column in zip(*pairs, strict=True))
-    # Half a second, or on a slow machine what its libraries take there, three times.
-    assert ours < max(0.5, 3 * libraries)
-
-
 def test_inspect_shows_every_kind_without_torch(place: Path) -> None:
     out = place / "out"
     paths = [
@@ -236,23 +176,6 @@ def test_inspect_shows_every_kind_without_torch(place: Path) -> None:
         "repair",
     ):
         assert words in text
-
-
-def test_the_help_of_select_says_how_k_may_be_found() -> None:
-    text = " ".join(nbl("select", "--help").out.split())
-    for words in (
-        "--k",
-        "K|auto",
-        "--max-ppl-ratio",
-        "--max-kl",
-        "--min-speedup",
-        "--fit",
-        "--repair",
-        "X|auto",
-    ):
-        assert words in text, words
-    for name in ("greedy", "linearity", "sequential", "weighted"):
-        assert name in text, name
 
 
 # refusals ----------------------------------------------------------------------------------------
@@ -347,41 +270,12 @@ def test_bad_usage_and_bad_input_exit_2(place: Path, junk: Path, name: str) -> N
     assert sorted(str(p) for p in place.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--k", "5"), ("--k is 5", "between 0 and 4")),
-        (("--layers", "1,9"), ("layer 9", "0 to 3")),
-        (("--layers", "1,1"), ("twice",)),
-        (("--layers", "1", "--k", "2"), ("contradict",)),
-    ],
-    ids=["more than there are", "unknown layer", "layer twice", "contradiction"],
-)
-def test_bad_selections_exit_2(place: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
-    assert_refused(nbl("select", place / "out", *arguments), 2, *words, quietly=False)
-
-
 def test_a_budget_that_no_k_keeps_exits_1_and_leaves_the_plan(out: Path) -> None:
     before = (out / "nbl" / "plan.json").read_bytes()
     done = nbl("select", out, "--max-kl", "1e-12")
     assert_refused(done, 1, "No K meets the budget", "K = 1 costs a KL of", quietly=False)
     assert (out / "nbl" / "plan.json").read_bytes() == before
     no_leftovers(out)
-
-
-def test_k_auto_bounds_the_perplexity(out: Path) -> None:
-    done = nbl("select", out, "--k", "auto", "--max-ppl-ratio", "1000")
-    assert done.code == 0, done
-    budget = json.loads((out / "nbl" / "candidates.json").read_text())["curve"]["budget"]
-    assert {name: value for name, value in budget.items() if value is not None} == {
-        "max_perplexity_ratio": 1000.0
-    }
-    assert "Plan: layers 0, 1, 2, 3." in done.out.replace("\n", " ")
-    settings = json.loads((out / "nbl" / "workspace.json").read_text())["stages"]["select"]["settings"]
-    assert settings["k"] is None and settings["criterion"] == "greedy"
-    # The folder's table has room for what was asked alone.
-    shown = nbl("inspect", out)
-    assert shown.code == 0 and "max_perplexity_ratio" in shown.out and "min_speedup" not in shown.out
 
 
 def test_a_model_named_like_a_command_is_reached_by_its_path(place: Path, tmp_path: Path) -> None:
@@ -414,13 +308,6 @@ def test_unusable_text_exits_2(
     if out.exists():  # what is no text at all is refused before it is made
         assert stages(out) == set() and not (out / "nbl" / "moments").exists()
         no_leftovers(out)
-
-
-def test_too_few_tokens_exit_2(place: Path, prose: Path, tmp_path: Path) -> None:
-    """A model of width 32 needs 33 tokens at least."""
-    sizes = ["--samples", "2", "--seq-len", "16", "--heldout-samples", "1"]
-    done = nbl("calibrate", place / "model", "-o", tmp_path / "out", "--calibration", prose, *sizes)
-    assert_refused(done, 2, "32 calibration tokens are too few", "33", quietly=False)
 
 
 DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes], list[str], tuple[str, ...]]] = {
@@ -456,13 +343,6 @@ def test_damaged_outputs_exit_2(out: Path, name: str) -> None:
     assert_refused(nbl(verb, out, *options), 2, *words, quietly=False)
 
 
-@pytest.mark.parametrize("file", ["model.onnx", "nbl/plan.safetensors", "nbl/moments/001.safetensors"])
-def test_inspect_of_a_truncated_file_exits_2(out: Path, file: str) -> None:
-    raw = (out / file).read_bytes()
-    (out / file).write_bytes(raw[: len(raw) // 3])
-    assert_refused(nbl("inspect", out / file), 2, Path(file).name)
-
-
 @pytest.mark.parametrize(
     "file", ["model.onnx", "nbl/plan.json", "nbl/plan.safetensors", "nbl/candidates.json", "nbl/rewrite.json"]
 )
@@ -485,17 +365,6 @@ def test_another_process_at_work_exits_2(out: Path) -> None:
 
 
 # no room -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_no_room_for_the_moments(place: Path, prose: Path, tmp_path: Path) -> None:
-    """The moments of a layer of the tiny model take 41 kB."""
-    out = tmp_path / "out"
-    arguments = [place / "model", "--k", 1, "-o", out, "--calibration", prose, *SMALL, *FAST]
-    done = nbl(*arguments, limit=40_000)
-    assert_refused(done, 2, "No room on the disk", "finished stages are kept", quietly=False)
-    no_leftovers(out)
-    assert stages(out) == set() and not (out / "nbl" / "moments").exists()
 
 
 @pytest.mark.slow
@@ -562,31 +431,3 @@ def test_an_interrupted_export_can_be_repeated(out: Path, delay: float) -> None:
     if delay == 2.0:
         assert nbl("export", out).code == 0
         assert (out / "baseline" / "model.onnx").exists()
-
-
-@pytest.mark.slow
-def test_an_interrupted_verification_can_be_repeated(out: Path) -> None:
-    before = (out / "report" / "report.json").read_bytes()
-    long = ["--no-quality", "--contexts", "64", "--rounds", "100000"]
-    assert_interrupted(interrupted("Timing", "verify", out, *long, delay=0.5))
-    no_leftovers(out)
-    assert (out / "report" / "report.json").read_bytes() == before
-    done = nbl("verify", out, "--no-quality", *FAST)
-    assert done.code == 0 and "PASS" in done.out
-
-
-def test_an_interrupt_while_loading_exits_130(out: Path) -> None:
-    assert_interrupted(interrupted("Loading model", "verify", out, "--no-quality", "--no-speed"))
-
-
-def test_a_closed_pipe_is_no_error(place: Path) -> None:
-    process: Any = subprocess.Popen(
-        [sys.executable, "-m", "nbl_export", "inspect", str(place / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-    )
-    process.stdout.close()
-    err = process.stderr.read().decode()
-    process.wait(60)
-    assert "Traceback" not in err and "Exception ignored" not in err and "Internal error" not in err

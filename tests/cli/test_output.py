@@ -29,13 +29,6 @@ def report(stories_out: Path) -> Report:
     return load_report(stories_out / "report" / "report.json")
 
 
-def test_notes_are_not_results(screen: Any) -> None:
-    out, err = screen("out"), screen("err")
-    output.say("a [result]")
-    TerminalListener().note("a [note]")
-    assert (out.getvalue(), err.getvalue()) == ("a [result]\n", "· a [note]\n")
-
-
 @pytest.fixture
 def answering() -> Iterator[None]:
     yield
@@ -65,17 +58,6 @@ def test_an_answer_in_json_is_all_there_is_on_stdout(
     terminal.finish_tables("inspect", [TABLE])
     (table,) = json.loads(capsys.readouterr().out)["tables"]
     assert table["title"] == "A title" and table["rows"][1] == ["second", "1,234", "failed"]
-
-
-@pytest.mark.usefixtures("answering")
-def test_quiet_leaves_out_progress_and_notes_alone(screen: Any) -> None:
-    out, err = screen("out"), screen("err")
-    output.set_up(False, True, None)
-    with TerminalListener().task("Calibrating", 1, "rows") as task:
-        task.advance(1)
-    TerminalListener().note("a note")
-    output.say("a result")
-    assert (out.getvalue(), err.getvalue()) == ("a result\n", "")
 
 
 @pytest.mark.usefixtures("answering")

@@ -45,16 +45,6 @@ def test_a_table_has_its_title_its_note_and_every_cell(screen: Any) -> None:
     assert text.getvalue().count("1,234") == 2
 
 
-def test_each_problem_has_a_line(screen: Any) -> None:
-    text = screen("out")
-    show_tables([replace(TABLE, problems=("`a` does not fit.", "b\nc does not."))])
-    assert text.getvalue().splitlines()[-3:] == [
-        "`a` does not fit.",
-        "b\N{REPLACEMENT CHARACTER}c does not.",
-        "",
-    ]
-
-
 def test_results_are_coloured_by_their_word(screen: Any) -> None:
     text = screen("out", colours=True)
     show_tables([TABLE])
@@ -76,31 +66,6 @@ def test_a_report_ends_with_its_verdict_and_where_to_look(screen: Any, report: R
     titles = [line for line in shown if line.rstrip() in ("Graph", "Checks")]
     assert [t.strip() for t in titles] == ["Graph", "Checks"], "the verdicts come last"
     assert "Layers by cca" not in text.getvalue()
-
-
-def test_a_failed_report_says_where_parity_is_lost(screen: Any, report: Report) -> None:
-    text = screen("out", width=160)
-    selection = replace(report.selection, layers=())
-    checks = (*report.checks, Check("parity", "failed", "far"))
-    show_report(
-        replace(report, selection=selection, checks=checks, divergence="layer 2 is the first"), Path("out")
-    )
-    shown = text.getvalue()
-    assert "FAIL  (parity); perplexity × " in shown and "PASS" not in shown
-    assert "0 of 5 attention layers of stories260K are now linear\n" in shown
-    assert "layer 2 is the first" in shown
-
-
-def test_a_whole_report_fits_eighty_columns(screen: Any, report: Report) -> None:
-    text = screen("out", width=80)
-    name = "m" * 20  # a model's name is not broken by us
-    show_report(replace(report, model=replace(report.model, source=name)), Path("out"))
-    assert max(map(len, text.getvalue().splitlines())) <= 80
-    speed = report.speed
-    assert speed is not None
-    for heading in ("tokens/s", "over own base", "perplexity ratio"):
-        words = heading.split()
-        assert all(word in text.getvalue() for word in words), heading
 
 
 IDENTITY = ModelIdentity("a/model", "folder", None, "0" * 64)
