@@ -47,8 +47,8 @@ def test_bounds_stand_in_a_file(stories_out: Path, stories_three: Path, tmp_path
         (["{out}", "{out}", "--max-slowdown", "0.5"], "--max-slowdown is 0.5; it must be 1 or more"),
         (["{out}", "{out}", "--max-slowdown", "nan"], "--max-slowdown is nan"),
         (["{out}", "{out}", "--markdown", "{out}/report/report.json"], "is no comparison of nbl-export"),
-        (["{out}", "{out}", "--markdown", "{out}"], "is a folder"),
-        (["{out}", "{out}", "--markdown", "x/y/z.md"], "there is no folder x/y"),
+        (["{out}", "{out}", "--markdown", "{out}"], "name a file in a folder"),
+        (["{out}", "{out}", "--markdown", "x/y/z.md"], "name a file in a folder"),
         (["{out}", "{out}", "--markdown"], "--markdown needs a value"),
     ],
 )
