@@ -78,18 +78,6 @@ def copy_sidecars(files: Iterable[Sidecar], folder: Path) -> list[Path]:
     return [_copy(file, folder / file.under / file.source.name) for file in files]
 
 
-def unlike(files: Iterable[Sidecar], folder: Path) -> Path | None:
-    """The first file in ``folder`` that is missing or not what :func:`copy_sidecars` writes of ``files``."""
-    for file in files:
-        target = folder / file.under / file.source.name
-        written = _text(file.config).encode() if file.config is not None else None
-        if not target.is_file():
-            return target
-        if (written or file.source.read_bytes()) != target.read_bytes():
-            return target
-    return None
-
-
 def _text(config: dict[str, Any]) -> str:
     return json_text(config, finite=False)
 

@@ -316,14 +316,6 @@ def load_image_processor(source: ModelSource) -> Any:
         return AutoImageProcessor.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
 
 
-def tokenizer_rules(tokenizer: Any) -> dict[str, Any] | None:
-    """What tokenizer.json says of a fast tokenizer but how it pads and cuts batches; None for a slow one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    return {k: v for k, v in parse_json(backend.to_str()).items() if k not in ("padding", "truncation")}
-
-
 def fast_dtype(device: torch.device | str = "cpu") -> str:
     """The dtype in which ``device`` runs a model fastest: bfloat16 if it multiplies that, else float32."""
     import torch

@@ -49,7 +49,7 @@ from nbl_export.records import from_json, part_from_json, to_json
 from nbl_export.report.assemble import created
 from nbl_export.report.card import CARD, license_of, model_card, without_paths
 from nbl_export.report.render import write_report
-from nbl_export.report.schema import load_report
+from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import check_baseline
@@ -105,20 +105,8 @@ def load_package(root: Path) -> Package:
     if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
         raise InputError(f"{path} is not of a package of this version ({SCHEMA}): {_REMEDY}.")
     found = from_json(Package, raw, str(path), _REMEDY)
-    for name in found.files:
+    for name in (found.graph, *found.files):
         member(root, name, f"A file in {path}")
-    if found.graph not in found.files:
-        raise InputError(f"{path} names no graph among its files: {_REMEDY}.")
-    return found
-
-
-def whole_package(root: Path) -> Package:
-    """The package in ``root``; raises :class:`InputError` for a file that is not as it was packaged."""
-    found = load_package(root)
-    for name, digest in found.files.items():
-        path = root / name
-        if not path.is_file() or sha256_of_file(path) != digest:
-            raise InputError(f"{path} is missing or was changed after it was packaged: {_REMEDY}.")
     return found
 
 
@@ -136,74 +124,84 @@ def package(
     and ``triton`` for Triton; with ``base`` it has the unmodified graph as well. The model that ``out`` was made from
     is not needed. Raises :class:`InputError` if the output folder has no report of its graph that says PASS.
     """
-    ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
+    from nbl_export.export.layouts import LAYOUTS
+
+    ws, to = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener)), Path(to)
     with ws.lock():
-        return _package(ws, Path(to), listener or Silent(), layout, base)
+        if layout not in LAYOUTS:
+            raise InputError(f"--layout {layout} is unknown: choose {', '.join(LAYOUTS)}.")
+        ws.require("verify")
+        report = load_report(ws.report / "report.json")
+        if not report.passed:
+            failed = ", ".join(check.name for check in report.checks if check.status == "failed")
+            raise InputError(
+                f"The report of {ws.root} says FAIL ({failed}): what is not proven is not packaged."
+            )
+        _check_place(ws, to)
+        if base:
+            check_baseline(ws)
+        with _made(to) as root:
+            return _write(ws, root, report, layout, base, listener or Silent())
 
 
-def _package(ws: Workspace, to: Path, listener: Listener, layout: str, base: bool) -> Package:
+def _write(ws: Workspace, root: Path, report: Report, layout: str, base: bool, listener: Listener) -> Package:
+    """Everything of the package, in ``root``."""
+    from nbl_export.engine.manifest import manifest_path
     from nbl_export.export.layouts import LAYOUTS
     from nbl_export.export.sidecars import GENAI
 
-    if layout not in LAYOUTS:
-        raise InputError(f"--layout {layout} is unknown: choose {', '.join(LAYOUTS)}.")
-    ws.require("verify")
-    report = load_report(ws.report / "report.json")
-    if not report.passed:
-        failed = ", ".join(check.name for check in report.checks if check.status == "failed")
-        raise InputError(f"The report of {ws.root} says FAIL ({failed}): what is not proven is not packaged.")
-    source = part_from_json(ModelIdentity, ws.model_info or {}, "The record of the model", "start again")
-    _check_place(ws, to)
-    if base:
-        check_baseline(ws)
     shape, precision = LAYOUTS[layout], report.graph.precision
-    sources = {LINEARIZED: ws.model, **({BASE: ws.baseline} if base else {})}
-    names = {role: shape.names(role, precision) for role in sources}
-    with _made(to) as root:
-        graphs = [root / graph for graph, _ in names.values()]
-        for own, path, (_, data) in zip(sources.values(), graphs, names.values(), strict=True):
-            _write_graph(own, path, data, listener, shape.change)
-        for path in _copied(ws):
-            target = root / path.relative_to(ws.root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-        shape.finish(root, graphs, precision, report.graph.task is None)
-        engine = root / ws.engine.relative_to(ws.root)
-        if engine.exists() and (why := shape.engine(root, root / names[LINEARIZED][0], engine)):
-            listener.note(f"The engine {why}.")
-        if not shape.genai:
-            (root / GENAI).unlink(missing_ok=True)
-        _write_heldout(ws, Places(root), source)
-        files = _digests(root)
-        notes = (*(note.replace(str(ws.root), ws.root.name) for note in report.notes), _SAME)
-        others = {n: d for n, d in report.hashes.items() if not n.startswith(ws.model.name)}
-        public = without_paths(replace(report, hashes={**others, **files}, notes=notes))
-        drawn = write_report(root / ws.report.name, public)
-        files |= {path.relative_to(root).as_posix(): sha256_of_file(path) for path in drawn}
-        named = replace(source, source=public.model.source)
-        graph = names[LINEARIZED][0]
-        made = Package(created(), __version__, named, report.selection.layers, precision, files, graph)
-        write_text(root / CARD, model_card(public, _license(ws), layout))
-        write_json(root / PACKAGE, {"schema": SCHEMA, **to_json(made)})
-    return made
+    names = {LINEARIZED: shape.names(LINEARIZED, precision)}
+    if base:
+        names[BASE] = shape.names(BASE, precision)
+    graph, own = names[LINEARIZED][0], {LINEARIZED: ws.model, BASE: ws.baseline}
+    for role, (name, data) in names.items():
+        _write_graph(own[role], root / name, data, listener, shape.change)
+    records = [record for stage in ("export", "rewrite") if (record := ws.record(stage))]
+    beside = (path for record in records for path in ws.paths(record) if path.parent == ws.root)
+    copied = [path for path in beside if not path.name.startswith(ws.model.name)]
+    if current_engines(ws):
+        copied += [ws.engine, manifest_path(ws.engine)]
+    for path in (*copied, ws.plan, ws.plan.with_suffix(".safetensors"), ws.export_summary):
+        target = root / path.relative_to(ws.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    shape.finish(root, [root / name for name, _ in names.values()], precision, report.graph.task is None)
+    engine = root / ws.engine.relative_to(ws.root)
+    if engine.exists() and (why := shape.engine(root, root / graph, engine)):
+        listener.note(f"The engine {why}.")
+    if not shape.genai:
+        (root / GENAI).unlink(missing_ok=True)
+    source = part_from_json(ModelIdentity, ws.model_info or {}, "The record of the model", "start again")
+    _write_heldout(ws, Places(root), source)
 
+    def name_of(path: Path) -> str:
+        return path.relative_to(root).as_posix()
 
-def _license(ws: Workspace) -> str | None:
-    """What the model's files name, if they are here."""
+    files = {name_of(path): sha256_of_file(path) for path in sorted(root.rglob("*")) if path.is_file()}
+    notes = (*(note.replace(str(ws.root), ws.root.name) for note in report.notes), _SAME)
+    others = {n: d for n, d in report.hashes.items() if not n.startswith(ws.model.name)}
+    public = without_paths(replace(report, hashes={**others, **files}, notes=notes))
+    files |= {name_of(path): sha256_of_file(path) for path in write_report(root / ws.report.name, public)}
+    named = replace(source, source=public.model.source)
+    made = Package(created(), __version__, named, report.selection.layers, precision, files, graph)
     info = ws.model_info or {}
-    path, gguf = info.get("path"), info.get("gguf_file")
-    return license_of(Path(path), gguf) if isinstance(path, str) else None
+    place, gguf = info.get("path"), info.get("gguf_file")
+    license = license_of(Path(place), gguf) if isinstance(place, str) else None
+    write_text(root / CARD, model_card(public, license, layout))
+    write_json(root / PACKAGE, {"schema": SCHEMA, **to_json(made)})
+    return made
 
 
 def _check_place(ws: Workspace, to: Path) -> None:
     if how := overlap(to, ws.root):
         raise InputError(f"{to} {how} the output folder {ws.root}: choose another --output.")
+    if not to.parent.is_dir():
+        raise InputError(f"{to.parent} is not a folder: make it first.")
     if to.is_symlink() or (to.exists() and not to.is_dir()):
         raise InputError(f"{to} is not a folder: choose another --output.")
     if to.is_dir() and not is_package(to) and any(to.iterdir()):
         raise InputError(f"{to} has files that are no package: choose another --output, or an empty folder.")
-    if not to.parent.is_dir():
-        raise InputError(f"{to.parent} is not a folder: make it first.")
 
 
 @contextmanager
@@ -224,18 +222,6 @@ def _made(to: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-class _Packaged(Places):
-    """Where the files of a package are."""
-
-    def __init__(self, root: Path, graph: str) -> None:
-        super().__init__(root)
-        self._graph = graph
-
-    @property
-    def model(self) -> Path:
-        return self.root / self._graph
-
-
 def _write_graph(
     source: Path, to: Path, data: str, listener: Listener, change: Callable[[ir.Model], None]
 ) -> None:
@@ -249,45 +235,14 @@ def _write_graph(
     change(graph)
     size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
     to.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(to.parent).free
-    if size > free:
-        has, needs = (f"{n / 2**30:,.1f} GiB" for n in (free, size))
-        raise InputError(
-            f"The disk of the package has {has} free, and the graph has {needs}: free some space, or choose another "
-            "--output."
-        )
     with listener.task("Writing the graph", size, "bytes") as task:
         save_graph(graph, to, check_like(source), task.advance, data_name=data)
-    keys = (LAYERS_KEY, KV_LAYERS_KEY)
-    if other := difference(load_graph(source), load_graph(to), keys):
+    if other := difference(load_graph(source), load_graph(to), (LAYERS_KEY, KV_LAYERS_KEY)):
         raise BuildError(f"The packaged graph is not {source}: {other}.")
 
 
-def _copied(ws: Workspace) -> Iterator[Path]:
-    """The files that are taken as they are."""
-    from nbl_export.engine.manifest import manifest_path
-
-    graph = ws.model.name
-    for stage in ("export", "rewrite"):
-        record = ws.record(stage)
-        assert record is not None  # a verification has all of them
-        for path in ws.paths(record):
-            if path.parent == ws.root and not path.name.startswith(graph):
-                yield path
-    if current_engines(ws):
-        yield from (ws.engine, manifest_path(ws.engine))
-    yield from (ws.plan, ws.plan.with_suffix(".safetensors"), ws.export_summary)
-
-
-def _digests(root: Path) -> dict[str, str]:
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {path.relative_to(root).as_posix(): sha256_of_file(path) for path in files}
-
-
-def _write_heldout(ws: Workspace, places: Places, source: ModelIdentity) -> Any:
-    """Write the rows that a verification reads, and return them; those that the fit and the selection read are left
-    out.
-    """
+def _write_heldout(ws: Workspace, places: Places, source: ModelIdentity) -> None:
+    """Write the rows that a verification reads; those that the fit and the selection read are left out."""
     import numpy as np
 
     from nbl_export.stages.calibration_data import loader_for
@@ -300,7 +255,6 @@ def _write_heldout(ws: Workspace, places: Places, source: ModelIdentity) -> Any:
         if hasattr(data, name):
             less[name] = np.zeros((0, *data.heldout.shape[1:]), np.int32)
     material.save(material.path(places), replace(data, **less))
-    return data.heldout
 
 
 def verify_package(
@@ -321,14 +275,18 @@ def verify_package(
     settings, listener, root = settings or VerifySettings(), listener or Silent(), Path(package)
     settings.check()
     check_machine(settings)
-    found = whole_package(root)
+    found = load_package(root)
+    for name, digest in found.files.items():
+        if not (root / name).is_file() or sha256_of_file(root / name) != digest:
+            raise InputError(f"{root / name} is missing or was changed after it was packaged: {_REMEDY}.")
     source = expected(find_model(str(model), trust_remote_code), found.model.source, found.model.fingerprint)
-    places, loaded = _Packaged(root, found.graph), LoadedModel(source, listener)
+    places, loaded = Places(root), LoadedModel(source, listener)
     plan = load_plan(places.plan)
     if plan.model != source.fingerprint:
         raise InputError(f"{places.plan} is the plan of another model: {_REMEDY}.")
     loaded.device = device = find_device(settings.device)
     with graphs_on(device, listener):
-        result = measured(places, None, loaded, plan, settings.resolve(loaded.task), listener)
+        asked, graph = settings.resolve(loaded.task), root / found.graph
+        result = measured(places, graph, None, loaded, plan, asked, listener)
     whole = Check("package", "passed", f"all {len(found.files)} files are as they were packaged")
     return Verified(found, result, (whole, *result.checks))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nbl_export.errors import InputError
 from nbl_export.files import write_json
-from nbl_export.linearize.plan import Plan, load_plan
+from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
 from nbl_export.ranks import check_alone
 from nbl_export.records import to_json
@@ -19,7 +19,6 @@ from nbl_export.stages.run import Run, opened
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.export.sidecars import Sidecar
     from nbl_export.rewrite.replace import RewriteResult
 
 
@@ -40,13 +39,12 @@ def rewrite(
 
 
 def _rewrite(run: Run, whole: bool | None) -> None:
-    from nbl_export.export.sidecars import copy_sidecars
-    from nbl_export.graph.io import save_beside, save_graph
-    from nbl_export.rewrite.replace import rewrite_file, rewrite_summary
+    from nbl_export.export.sidecars import copy_sidecars, updated_configs
+    from nbl_export.graph.io import load_graph, save_beside, save_graph
+    from nbl_export.rewrite.replace import kept_layers, rewrite_file, rewrite_summary
 
     ws = run.workspace
-    made_of = _rewrite_inputs(ws)
-
+    made_of = {stage: ws.require(stage).result for stage in ("select", "export")}
     if whole is None:
         whole = ws.asked("rewrite", _Asked).whole
     save = save_graph if whole else save_beside
@@ -58,7 +56,11 @@ def _rewrite(run: Run, whole: bool | None) -> None:
             raise InputError(
                 f"{ws.plan} is the plan of another model: run `nbl-export select {ws.root}` again."
             )
-        sidecars = sidecars_of_rewrite(ws, plan)
+        folder, graph = ws.baseline.parent, ws.baseline.name
+        beside = [f for f in ws.paths(ws.finished("export")) if folder in f.parents]
+        files = [f for f in beside if not f.name.startswith(graph)]
+        kept = kept_layers(load_graph(ws.baseline), plan)
+        sidecars = updated_configs(files, plan.linear_attention, kept, folder)
         result = rewrite_file(ws.baseline, plan, ws.model, listener=listener, save=save)
         write_json(ws.rewrite_summary, to_json(rewrite_summary(result)))
         return [*result.files, ws.rewrite_summary, *copy_sidecars(sidecars, ws.root)]
@@ -105,27 +107,8 @@ def drop_baseline(ws: Workspace) -> None:
                 empty.rmdir()
 
 
-def sidecars_of_rewrite(ws: Workspace, plan: Plan) -> list[Sidecar]:
-    """The files that belong beside the rewritten graph, from those beside the unmodified one."""
-    from nbl_export.export.sidecars import updated_configs
-    from nbl_export.graph.io import load_graph
-    from nbl_export.rewrite.replace import kept_layers
-
-    exported = ws.record("export")
-    assert exported is not None  # both stages that call this require it
-    folder, graph = ws.baseline.parent, ws.baseline.name
-    files = [f for f in ws.paths(exported) if folder in f.parents and not f.name.startswith(graph)]
-    return updated_configs(files, plan.linear_attention, kept_layers(load_graph(ws.baseline), plan), folder)
-
-
-def _rewrite_inputs(ws: Workspace) -> dict[str, str]:
-    """What a rewrite of the current plan and baseline reads; both must be done."""
-    selected = ws.require("select")
-    exported = ws.require("export")
-    return {"select": selected.result, "export": exported.result}
-
-
 def current_rewrite(ws: Workspace) -> StageRecord:
     """The record of the rewrite, which must be of the current plan and baseline."""
-    _rewrite_inputs(ws)
+    for stage in ("select", "export"):
+        ws.require(stage)
     return ws.require("rewrite")

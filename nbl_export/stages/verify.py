@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.errors import InputError
-from nbl_export.files import read_json, sha256_of_file, write_json
+from nbl_export.files import sha256_of_file, write_json
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.places import Places
 from nbl_export.progress import Listener
@@ -17,17 +17,14 @@ from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.stage_record import STAGES, StageRecord
 from nbl_export.stages.build import current_engines, model_positions, passed_over
-from nbl_export.stages.rewrite import check_baseline, current_rewrite, sidecars_of_rewrite
+from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.build import EngineFile
     from nbl_export.models.loaded import LoadedModel
-    from nbl_export.verify.case import EncoderCase
     from nbl_export.verify.measurement import Measurement
-
-_EXPORT_AGAIN = "run `nbl-export export {}` again"
 
 
 def verify(
@@ -64,7 +61,7 @@ def measure(run: Run, settings: VerifySettings) -> None:
 
     ws = run.workspace
     rewritten = current_rewrite(ws)
-    calibrated = _calibrated(ws).result
+    calibrated = ws.require("calibrate").result
     if run.model.task.causal:
         fitting_prompts(model_positions(ws), len(load_text(ws.text).start), settings.decode_steps)
     engines = current_engines(ws)
@@ -79,11 +76,12 @@ def measure(run: Run, settings: VerifySettings) -> None:
     def work(listener: Listener) -> list[Path]:
         check_baseline(ws)
         plan, earlier = load_plan(ws.plan), _earlier(ws, made_of)
-        _check_files(run, plan)
         if why := passed_over(ws):
             listener.note(f"Not verified: {why}.")
         with graphs_on(device, listener):
-            found = measured(ws, ws.baseline, run.model, plan, settings, listener, engines, passed_over(ws))
+            found = measured(
+                ws, ws.model, ws.baseline, run.model, plan, settings, listener, engines, passed_over(ws)
+            )
         report = assemble(ws, run.model.source, plan, asked, found, engines)
         graphs = _files(ws, "calibrate", "select", "export", "rewrite")
         return write_report(ws.report, keeping(report, earlier, graphs, _files(ws, "build")))
@@ -93,6 +91,7 @@ def measure(run: Run, settings: VerifySettings) -> None:
 
 def measured(
     places: Places,
+    graph: Path,
     baseline: Path | None,
     loaded: LoadedModel,
     plan: Plan,
@@ -101,42 +100,31 @@ def measured(
     engines: tuple[EngineFile, ...] = (),
     passed_over: str | None = None,
 ) -> Measurement:
-    """What is asked of the graph in ``places``, which was rewritten from ``baseline``, if that is there."""
-    from nbl_export.calibrate.text import load_text
+    """What is asked of ``graph``, which was rewritten from ``baseline``, if that is there; ``places`` has its text."""
+    from nbl_export.calibrate.text import frame_of, load_text
     from nbl_export.models.media_tokens import seeing
     from nbl_export.report.assemble import exported_of
-    from nbl_export.verify.case import DecoderCase
+    from nbl_export.stages.calibration_data import loader_for
+    from nbl_export.verify.case import DecoderCase, EncoderCase
     from nbl_export.verify.decoder import measure_decoder
     from nbl_export.verify.encoder import measure_encoder
 
-    copies = exported_of(places).copies
-    if not loaded.task.causal:
-        encoder = _encoder_case(places, baseline, loaded, plan, settings, listener)
-        return measure_encoder(replace(encoder, copies=copies))
-    text, model = load_text(places.text), loaded.in_float32
-    case = DecoderCase(model, plan, baseline, places.model, settings, listener, text, engines)
-    with seeing(model, text.media):
-        return measure_decoder(replace(case, passed_over=passed_over, copies=copies))
-
-
-def _check_files(run: Run, plan: Plan) -> None:
-    """Refuse a configuration or tokenizer that is not what the export and the rewrite write, whatever the records say.
-
-    A graph that is right gives wrong text with another vocabulary, and parity has token ids.
-    """
-    from nbl_export.export.sidecars import unlike
-    from nbl_export.models.load import tokenizer_rules
-
-    ws = run.workspace
-    path = ws.baseline.with_name("tokenizer.json")
-    if path.is_file() and run.model.source.reads == TOKENS:
-        written = read_json(path, "The tokenizer beside the graph", _EXPORT_AGAIN.format(ws.root))
-        own = tokenizer_rules(run.model.tokenizer)
-        known = written if isinstance(written, dict) else {}
-        if own is not None and any(known.get(name) != rules for name, rules in own.items()):
-            raise InputError(f"{path} is not the model's tokenizer: {_EXPORT_AGAIN.format(ws.root)}.")
-    if other := unlike(sidecars_of_rewrite(ws, plan), ws.root):
-        raise InputError(f"{other} is not what `rewrite` writes: run `nbl-export rewrite {ws.root}` again.")
+    copies, model = exported_of(places).copies, loaded.in_float32
+    if loaded.task.causal:
+        text = load_text(places.text)
+        case = DecoderCase(model, plan, baseline, graph, settings, listener, text, engines)
+        with seeing(model, text.media):
+            return measure_decoder(replace(case, passed_over=passed_over, copies=copies))
+    material = loader_for(loaded.source)
+    heldout = material.heldout(material.load(material.path(places)), plan.probe)
+    task, pooling, unit = loaded.task, loaded.pooling, material.unit
+    encoder = EncoderCase(
+        model, plan, baseline, graph, settings, listener, task, pooling, heldout, unit, copies=copies
+    )
+    if loaded.source.reads == TOKENS:
+        frame = frame_of(loaded.tokenizer)
+        encoder = replace(encoder, unit="documents", pad=frame.pad, left=frame.left)
+    return measure_encoder(encoder)
 
 
 def _files(ws: Workspace, *stages: str) -> list[str]:
@@ -162,42 +150,6 @@ def _recorded(ws: Workspace) -> StageRecord | None:
     record, path = ws.record("verify"), ws.report / "report.json"
     digest = record.files.get(path.relative_to(ws.root).as_posix()) if record else None
     return record if digest and path.is_file() and digest == sha256_of_file(path) else None
-
-
-def _calibrated(ws: Workspace) -> StageRecord:
-    return ws.require("calibrate")
-
-
-def _encoder_case(
-    places: Places,
-    baseline: Path | None,
-    model: LoadedModel,
-    plan: Plan,
-    settings: VerifySettings,
-    listener: Listener,
-) -> EncoderCase:
-    from nbl_export.calibrate.text import frame_of
-    from nbl_export.stages.calibration_data import loader_for
-    from nbl_export.verify.case import EncoderCase
-
-    material = loader_for(model.source)
-    heldout = material.heldout(material.load(material.path(places)), plan.probe)
-    case = EncoderCase(
-        model.in_float32,
-        plan,
-        baseline,
-        places.model,
-        settings,
-        listener,
-        model.task,
-        model.pooling,
-        heldout,
-        material.unit,
-    )
-    if model.source.reads != TOKENS:
-        return case
-    frame = frame_of(model.tokenizer)
-    return replace(case, unit="documents", pad=frame.pad, left=frame.left)
 
 
 def report(out: str | Path) -> Report:

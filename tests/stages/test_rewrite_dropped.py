@@ -90,12 +90,6 @@ def test_an_export_makes_it_again(out: Path, stories_out: Path) -> None:
     assert "dropped" not in state(out)["export"] or not state(out)["export"]["dropped"]
 
 
-def test_a_run_that_keeps_it_makes_it_again(out: Path, stories_folder: Path, calibration: Any) -> None:
-    assert api.run(stories_folder, out, TWO, calibration, QUICK).passed
-    assert (out / "baseline" / "model.onnx").is_file()
-    assert len(external_files(load_graph(out / "model.onnx"))) == 2
-
-
 def test_a_changed_file_is_not_excused(out: Path) -> None:
     """A folder that says that its graph was deleted, and has another one there."""
     ws = Workspace.open(out)
@@ -113,10 +107,3 @@ def test_somebody_elses_files_stay(stories_copy: Path) -> None:
     (stories_copy / "baseline" / "notes.txt").write_text("mine")
     drop_baseline(Workspace.open(stories_copy))
     assert [p.name for p in (stories_copy / "baseline").iterdir()] == ["notes.txt"]
-
-
-def test_another_word_is_refused(stories_folder: Path, tmp_path: Path, calibration: Any) -> None:
-    bad: Any = "maybe"
-    with pytest.raises(InputError, match="--keep-baseline"):
-        api.run(stories_folder, tmp_path / "out", TWO, calibration, folder=api.FolderSettings(bad))
-    assert not (tmp_path / "out").exists()
