@@ -35,9 +35,8 @@ from nbl_export.runtime.ort import ort_stream  # noqa: E402
 from nbl_export.runtime.stream import Stream  # noqa: E402
 from nbl_export.runtime.torch import torch_stream  # noqa: E402
 from nbl_export.settings import VerifySettings  # noqa: E402
-from nbl_export.verify.case import DecoderCase  # noqa: E402
+from nbl_export.verify.case import PROMPTS, DecoderCase  # noqa: E402
 from nbl_export.verify.decoder import unlike  # noqa: E402
-from nbl_export.verify.engines import PROMPTS  # noqa: E402
 from nbl_export.verify.parity.unmodified import differences  # noqa: E402
 from nbl_export.verify.parity.vectors import log_softmax  # noqa: E402
 from nbl_export.workspace import Workspace  # noqa: E402

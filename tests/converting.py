@@ -17,7 +17,7 @@ from nbl_export.packages import part
 from nbl_export.stages.forms import Form
 from nbl_export.verify.parity.decoder import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
-from nbl_export.verify.parity.reference import record_pytorch
+from nbl_export.verify.parity.pytorch import record_pytorch
 from tests.fixtures_graph import ragged_rows
 
 

@@ -159,10 +159,6 @@ USUAL: Mapping[str, tuple[str, ...]] = {
     "verify/parity/test_unmodified.py::test_verify_says_so": ("fp16", "int4"),
     "verify/speed/test_savings.py::test_savings_are_those_of_the_rewritten_graph": ("mixtral",),
     "verify/speed/test_savings.py::test_so_it_is_in_foreign_graphs": ("genai-fp32",),
-    "verify/test_crossing.py::test_300_tokens_after_a_prompt_of_90_are_pytorch_s": (
-        "llama4-static",
-        "phi3-static",
-    ),
     "verify/test_crossing.py::test_a_graph_that_has_it_passes": ("gemma3-concat", "phi3-static"),
     "verify/test_crossing.py::test_a_graph_without_it_is_refused_and_short_text_would_not_see_it": ("phi3",),
     "verify/test_crossing.py::test_decoding_across_alone_sees_it_too": ("ministral3", "phi3"),
@@ -171,9 +167,7 @@ USUAL: Mapping[str, tuple[str, ...]] = {
     "verify/test_crossing_encoders.py::test_a_graph_without_it_is_refused_and_short_text_would_not_see_it": (
         "deberta",
     ),
-    "verify/test_engines_measured.py::test_speed_of_everyone_at_the_contexts_that_the_engines_hold": (
-        "prefill",
-    ),
+    "verify/test_engines.py::test_speed_of_everyone_at_the_contexts_that_the_engines_hold": ("prefill",),
 }
 
 

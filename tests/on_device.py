@@ -26,7 +26,7 @@ from nbl_export.models.load import in_precision, load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import device_of
 from nbl_export.progress import Silent
-from nbl_export.verify.parity.localize import first_divergence
+from nbl_export.verify.parity.unmodified import first_divergence
 from nbl_export.workspace import Workspace
 from tests.encoders import text_encoder, vision_encoder, write_images, write_text
 

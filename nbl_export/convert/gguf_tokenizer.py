@@ -1,6 +1,6 @@
 """A tokenizer as the fields of a GGUF file: those of the file that the model comes from, or made of tokenizer.json.
 
-Whether llama.cpp then makes the same tokens is not assumed: :mod:`nbl_export.verify.llama_cpp` compares them.
+Whether llama.cpp then makes the same tokens is not assumed: :mod:`nbl_export.verify.converted` compares them.
 """
 
 from __future__ import annotations

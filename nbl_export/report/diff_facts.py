@@ -18,8 +18,7 @@ from nbl_export.report.drawing import listed
 from nbl_export.report.evaluation import NAMES, Evaluation, load_evaluation
 from nbl_export.report.schema import BenchReport, Header, Report, load_bench, load_report
 from nbl_export.report.speed import milliseconds
-from nbl_export.verify.loss.figures import Likeness, MethodLoss
-from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, Parity
+from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, Likeness, MethodLoss, Parity
 from nbl_export.verify.speed.values import Ratio, Speed
 from nbl_export.workspace import Workspace, is_workspace
 

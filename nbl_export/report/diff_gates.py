@@ -17,7 +17,7 @@ from nbl_export.report.diff_facts import BENCH, ENGINE_SPEED, SPEED, Opened
 from nbl_export.report.drawing import mebibytes
 from nbl_export.report.schema import Environment, Report
 from nbl_export.settings.bounds import DiffBounds
-from nbl_export.verify.loss.figures import MethodLoss
+from nbl_export.verify.parity.figures import MethodLoss
 from nbl_export.verify.speed.values import LEAST_ROUNDS, Ratio, Result, Speed
 
 Unlike = Literal["on other text", "on another machine", "over another base"]

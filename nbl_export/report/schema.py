@@ -23,8 +23,14 @@ from nbl_export.graph.summary import Float32Node, OnCopy, RewriteSummary
 from nbl_export.linearize.selection import Scores
 from nbl_export.models.source import ModelIdentity
 from nbl_export.records import from_json, to_json
-from nbl_export.verify.loss.figures import Likeness, MethodLoss
-from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, EngineParity, Parity
+from nbl_export.verify.parity.figures import (
+    DecoderParity,
+    EncoderParity,
+    EngineParity,
+    Likeness,
+    MethodLoss,
+    Parity,
+)
 from nbl_export.verify.speed.values import Speed
 
 _PACKAGES = (

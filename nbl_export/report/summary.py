@@ -12,8 +12,7 @@ from nbl_export.report.drawing import figure, listed, number
 from nbl_export.report.schema import Environment, Report
 from nbl_export.report.selection import fit_in_words
 from nbl_export.report.speed import ceiling_in_words
-from nbl_export.verify.loss.figures import Likeness, MethodLoss
-from nbl_export.verify.parity.figures import DecoderParity, EncoderParity
+from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, Likeness, MethodLoss
 from nbl_export.verify.speed.values import Speed
 
 

@@ -14,13 +14,14 @@ from nbl_export.report.drawing import Table, figure, mebibytes, number, percent
 from nbl_export.report.schema import Conversion, Graph, Report
 from nbl_export.report.selection import curve_table, layers_table, result_table
 from nbl_export.report.speed import BENCH, ENGINES, VERIFIED, speed_table
-from nbl_export.verify.loss.figures import Likeness, MethodLoss
 from nbl_export.verify.parity.figures import (
     LOGITS,
     DecoderParity,
     EncoderParity,
     Figures,
     Gates,
+    Likeness,
+    MethodLoss,
     OutputParity,
     Parity,
     StepParity,

@@ -96,10 +96,10 @@ def _verified(form: Form, plan: Plan, listener: Listener) -> tuple[tuple[Check, 
     text = load_text(ws.text)
     case = DecoderCase(run.model.in_float32, plan, ws.baseline, ws.model, VerifySettings(), listener, text)
     with unmodified_form(form, plan, listener) as unmodified:
-        checks, parity = measure_converted(
+        check, parity = measure_converted(
             case, form.place, form.precision, form.engine, form.opened, unmodified
         )
-    return (*checks, *form.more(case)), parity
+    return (check, *form.more(case)), parity
 
 
 @contextmanager

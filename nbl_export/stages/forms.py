@@ -160,7 +160,7 @@ class Gguf(Form):
         return LlamaCppStream(place, rows, length)
 
     def more(self, case: DecoderCase) -> tuple[Check, ...]:
-        from nbl_export.verify.llama_cpp import check_gguf
+        from nbl_export.verify.converted import check_gguf
 
         return check_gguf(case, self.place, self.run.model.tokenizer)
 
@@ -244,7 +244,7 @@ class DeciLm(Mlx):
 
     def more(self, case: DecoderCase) -> tuple[Check, ...]:
         from nbl_export.linearize.plan import load_plan
-        from nbl_export.verify.loss.decoder import measure_method_loss
+        from nbl_export.verify.loss import measure_method_loss
 
         text = case.text
         with_b, without = (

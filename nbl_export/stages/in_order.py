@@ -111,7 +111,7 @@ def _check_new(work: Run, asked: RunSettings) -> None:
     from nbl_export.models.candidates import check_blocks, choices, described
     from nbl_export.models.layers import hidden_size, positions
     from nbl_export.runtime.session import require_onnxruntime
-    from nbl_export.verify.engines import fitting_prompts
+    from nbl_export.verify.case import fitting_prompts
 
     require_onnxruntime()
     model, parts = work.model, asked.calibration.parts

@@ -57,7 +57,7 @@ def measure(run: Run, settings: VerifySettings) -> None:
     from nbl_export.models.device import as_setting
     from nbl_export.report.assemble import assemble, keeping
     from nbl_export.report.render import write_report
-    from nbl_export.verify.engines import fitting_prompts
+    from nbl_export.verify.case import fitting_prompts
 
     ws = run.workspace
     rewritten = current_rewrite(ws)

@@ -1,4 +1,10 @@
-"""What is verified: a model, the plan, both graphs, and how they are asked to be judged."""
+"""State what is verified: a model, the plan, both graphs, the text, and how they are asked to be judged.
+
+The text has ragged prompts in one batch, and for each length that a model knows prompts that cross it. A row longer
+than the length shows that a prefill computes what begins there, a row that is decoded across it that the steps do. A
+length that takes too long on the model itself was crossed by its exporter, if that is ours, on a copy of the model in
+which it is small. An encoder has no steps: each of its rows that cross a length has a short one beside it.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +19,28 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.batch.media_ids import words
-from nbl_export.batch.names import BASE, LINEARIZED
-from nbl_export.batch.rows import Inputs
+from nbl_export.batch.names import BASE, LINEARIZED, PIXELS, TOKENS
+from nbl_export.batch.rows import Inputs, batch_of_rows
 from nbl_export.calibrate.text import CalibrationText
+from nbl_export.checks import Check, Status
 from nbl_export.engine.build import EngineFile
+from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.rounding import UNTIMED, needs_emulation
 from nbl_export.graph.summary import OnCopy
 from nbl_export.linearize.plan import Plan
+from nbl_export.models.layers import positions
+from nbl_export.models.lengths import Crossed, crossed_by, crossing_prompts
 from nbl_export.models.tasks import Pooling, Task
 from nbl_export.progress import Listener
 from nbl_export.settings import VerifySettings
+from nbl_export.verify.parity.figures import Crossing
 
 if TYPE_CHECKING:
     import torch
+
+Rows = list[NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ class DecoderCase(Case):
     passed_over: str | None = None
     copies: tuple[OnCopy, ...] = ()
 
-    def rows(self, prompts: Sequence[int]) -> list[NDArray[np.int32]]:
+    def rows(self, prompts: Sequence[int]) -> Rows:
         """Rows of held-out text: prompts of these lengths, and as many tokens after each as steps are decoded.
 
         Prompts begin with the beginning-of-text token, as in use: without it the attention sinks of a linearized
@@ -115,3 +128,86 @@ class EncoderCase(Case):
         return {
             n: np.concatenate([np.resize(a, tokens - 1), first[n][0, -1:]])[None] for n, a in flat.items()
         }
+
+
+# the text -----------------------------------------------------------------------------------------
+
+# Ragged on purpose: the batch must be padded on the left, by different amounts.
+PROMPTS = (64, 41, 23)
+
+
+def scaled_prompts(longest: int) -> list[int]:
+    """The lengths of :data:`PROMPTS`, none above ``longest``: scaled, not cut, so that the batch stays ragged."""
+    scale = min(1.0, longest / max(PROMPTS))
+    return [max(1, int(p * scale)) for p in PROMPTS]
+
+
+def fitting_prompts(positions: int | None, start: int, steps: int) -> list[int]:
+    """Lengths of prompts that leave room for ``start`` tokens before and ``steps`` after them in the ``positions``.
+
+    They are shorter only for a model with few positions. Raises :class:`InputError` for more steps than fit.
+    """
+    if positions is None or start + max(PROMPTS) + steps <= positions:
+        return list(PROMPTS)
+    longest = min(max(PROMPTS), positions // 2)
+    if (most := positions - start - longest) < steps:
+        raise InputError(
+            f"--decode-steps asks for {steps:,} steps after a prompt of {start + longest} tokens, the model has "
+            f"{positions:,} positions: ask for {max(most, 1):,} or fewer."
+        )
+    return scaled_prompts(longest)
+
+
+def parity_text(case: DecoderCase, cached: bool) -> tuple[Rows, Rows, tuple[Crossing, ...]]:
+    """The ragged rows of one batch, the rows that are batches of their own, and what these cross.
+
+    Raises :class:`~nbl_export.errors.InputError` for more decode steps than the model has positions.
+    """
+    steps, start = case.settings.decode_steps, len(case.text.start)
+    prompts = fitting_prompts(positions(case.model), start, steps)
+    whole = [start + prompt for prompt in prompts]
+    crossed = crossed_by(case.model, steps, whole, 1 if cached else 1 + steps)
+    alone = crossing_prompts(crossed)
+    rows = case.rows([*prompts, *(max(1, prompt - start) for prompt in alone)])
+    return rows[: len(prompts)], rows[len(prompts) :], tuple(_said(one, case.copies) for one in crossed)
+
+
+def crossing_batches(case: EncoderCase, ragged: Inputs) -> tuple[list[Inputs], tuple[Crossing, ...]]:
+    """Batches of text that cross those lengths of an encoder that the ``ragged`` one does not, and how each is."""
+    if PIXELS in ragged:
+        return [], ()
+    crossed = crossed_by(case.model, 0, [ragged[TOKENS].shape[1]])
+    batches: list[Inputs] = [
+        batch_of_rows([case.row(tokens), case.row(3)], case.pad, case.left)
+        for tokens in crossing_prompts(crossed)
+    ]
+    return batches, tuple(_said(one, case.copies) for one in crossed)
+
+
+def _said(crossed: Crossed, copies: Sequence[OnCopy]) -> Crossing:
+    length = crossed.length
+    facts = (length.key, length.tokens, length.layers)
+    if not crossed.why:
+        return Crossing(*facts, "rows", crossed.prompts)
+    if not crossed.reached:
+        return Crossing(*facts, "never", why=crossed.why)
+    for copy in copies:
+        if (copy.key, copy.tokens) == (length.key, length.tokens):
+            if copy.small is not None:
+                return Crossing(*facts, "copy", small=copy.small)
+            return Crossing(*facts, "not", why=copy.why)
+    return Crossing(*facts, "not", why=crossed.why)
+
+
+def crossing_check(crossings: Sequence[Crossing]) -> tuple[Check, ...]:
+    """The line of a report about the lengths of a model that has some."""
+    if not crossings:
+        return ()
+    status: Status = "skipped" if any(one.how == "not" for one in crossings) else "passed"
+    return (Check("lengths", status, "; ".join(one.said for one in crossings)),)
+
+
+def only_beyond(crossings: Sequence[Crossing]) -> str:
+    """Where parity is lost if it holds for the ragged rows, which are as short as a text of every day."""
+    names = ", ".join(f"{one.key} {one.tokens:,}" for one in crossings if one.prompts)
+    return f"only the rows that cross {names} differ: what begins there is not in the graph as it is in the model"

@@ -1,4 +1,4 @@
-"""The form of another engine, run there, against PyTorch with the same plan."""
+"""Judge the form of another engine, run there, against PyTorch with the same plan."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from nbl_export.batch.media_ids import words
 from nbl_export.checks import Check
 from nbl_export.graph.precision import precision_of
 from nbl_export.runtime.stream import Stream
-from nbl_export.verify.case import DecoderCase
-from nbl_export.verify.crossing import parity_text
-from nbl_export.verify.measurement import judged
+from nbl_export.verify.case import DecoderCase, parity_text
 from nbl_export.verify.parity.decoder import Recorded, compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
-from nbl_export.verify.parity.own import OWN, pytorch_in_precision
-from nbl_export.verify.parity.reference import record_pytorch
+from nbl_export.verify.parity.pytorch import OWN, pytorch_in_precision, record_pytorch
 
 # A file of 8 or 4 bits is held to the gates of a graph of as many; the others to those of their dtype.
 _QUANTIZED = {"q8_0": "int8", "q4_k_m": "int4"}
@@ -29,7 +26,7 @@ Opened = Callable[[Path, int, int], AbstractContextManager[Stream]]
 
 def measure_converted(
     case: DecoderCase, path: Path, precision: str, engine: str, opened: Opened, unmodified: Callable[[], Path]
-) -> tuple[tuple[Check, ...], Parity]:
+) -> tuple[Check, Parity]:
     """The check of the form at ``path`` in its ``engine``, and the figures of its parity.
 
     ``unmodified`` writes the model without linear layers in the same form: a quantized one is held to what
@@ -70,7 +67,7 @@ def measure_converted(
         f"max |Δlogit| {parity.worst:.2g} over a prefill and {steps} decode steps in {engine}, within all "
         f"{dtype} gates"
     )
-    return judged(parity, failures, within, lambda: None).checks, parity
+    return Check("parity", "failed" if failures else "passed", "; ".join(failures) or within), parity
 
 
 def check_tokens(
@@ -93,4 +90,23 @@ def check_tokens(
         "failed",
         f"token {at} of held-out text is {found[at : at + 1] or 'missing'} in {engine} and {own[at : at + 1]} in the "
         f"model's tokenizer, in {where!r}: give {engine} token ids",
+    )
+
+
+def check_gguf(case: DecoderCase, path: Path, tokenizer: Any) -> tuple[Check, ...]:
+    """What a GGUF file is in llama.cpp beside its logits: the same tokens, a cache of the attention layers alone."""
+    from nbl_export.runtime.llama_cpp import LlamaCppStream
+
+    config: Any = case.model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = len(case.plan.attention_layers)
+    with LlamaCppStream(path, 1, TOKENS, fused=True) as stream:
+        tokens = check_tokens(case, tokenizer, stream.tokenize, "llama.cpp")
+        expected = layers * 2 * config.num_key_value_heads * head * 4 * stream.slots
+        found = stream.cache_bytes
+    # The library says it in hundredths of a MiB.
+    if abs(found - expected) <= 0.01 * 2**20:
+        return tokens, Check("KV cache", "passed", f"keys and values of {layers} layers alone")
+    return tokens, Check(
+        "KV cache", "failed", f"{found:,} bytes for {layers} layers, which take {expected:,}"
     )

@@ -1,16 +1,13 @@
-"""All measurements of a rewritten decoder in order: parity, method loss, speed, engines."""
+"""Measure a rewritten decoder: parity, method loss, speed, engines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.checks import Check
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph
 from nbl_export.models.layers import positions
@@ -18,59 +15,51 @@ from nbl_export.models.routers import Routers
 from nbl_export.models.weights import resident, room
 from nbl_export.rewrite.routers import routers
 from nbl_export.runtime.ort import Watch, ort_stream
-from nbl_export.verify.case import DecoderCase
-from nbl_export.verify.crossing import crossing_check, only_beyond, parity_text
+from nbl_export.verify.case import DecoderCase, Rows, crossing_check, only_beyond, parity_text
 from nbl_export.verify.engines import measure_engines
-from nbl_export.verify.loss.decoder import measure_method_loss
-from nbl_export.verify.loss.figures import MethodLoss
-from nbl_export.verify.loss.gate import bound_checks
-from nbl_export.verify.measurement import (
-    Found,
-    FoundParity,
-    Measurement,
-    clocked,
-    fitting_contexts,
-    judged,
-    method_loss,
-    put_together,
-    timed,
-)
+from nbl_export.verify.loss import loss_checks, measure_method_loss
+from nbl_export.verify.measurement import Measurement
 from nbl_export.verify.parity.decoder import COMPARING, Recorded, compare, ragged, record
 from nbl_export.verify.parity.figures import UNMODIFIED, DecoderParity, Gates, Parity, gates_for
-from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.media import media_parity, rows_with_media
-from nbl_export.verify.parity.noise import rounding_noise
-from nbl_export.verify.parity.own import OWN, pytorch_in_precision
-from nbl_export.verify.parity.reference import record_pytorch
+from nbl_export.verify.parity.pytorch import OWN, pytorch_in_precision, record_pytorch, rounding_noise
 from nbl_export.verify.parity.routing import (
+    Choices,
     Reference,
-    Told,
+    choices_as_outputs,
+    choices_of,
+    moved_by_rounding,
     passes,
-    rounding,
     routing_failures,
     routing_of,
-    told_by,
-    watched,
 )
-from nbl_export.verify.parity.unmodified import against_unmodified, kept_cache
-from nbl_export.verify.speed.pair import Pair
-from nbl_export.verify.speed.values import Speed
+from nbl_export.verify.parity.unmodified import against_unmodified, first_divergence, kept_cache
+from nbl_export.verify.speed.pair import fitting_contexts, verify_speed
 
 
 def measure_decoder(case: DecoderCase) -> Measurement:
     """Everything that is asked of a rewritten decoder, and of its engines if there are any."""
-    contexts, notes = fitting_contexts(positions(case.model), case.settings.contexts, room=1)
+    found, text = Measurement(), case.text
+    contexts = fitting_contexts(found, positions(case.model), case.settings.contexts, room=1)
     with resident(case.model, room(case.model)):
-        parity, loss = clocked(lambda: measure_parity(case)), clocked(lambda: _loss(case))
-    return put_together(
-        parity,
-        loss,
-        clocked(lambda: _speed(case, contexts, notes)),
-        *measure_engines(case, contexts),
-    )
+        with found.clock():
+            found.parity = measure_parity(case, found)
+        if case.settings.quality:
+            with found.clock():
+                loss = measure_method_loss(
+                    case.model, case.plan, text.heldout, text.heldout_document, case.listener
+                )
+                found.method_loss = loss
+                found.checks += loss_checks(loss, case.settings.bound)
+        else:
+            found.check("method loss", "skipped", "--no-quality")
+    with found.clock():
+        found.speed = verify_speed(case, found, contexts)
+    measure_engines(case, contexts, found)
+    return found
 
 
-def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
+def measure_parity(case: DecoderCase, found: Measurement) -> DecoderParity:
     """The graph in onnxruntime against PyTorch with the plan in place, by the gates of the graph's precision."""
     precision, steps = case.precision, case.settings.decode_steps
     gates, cached = gates_for(precision.gates), not interface_of(case.graph).cacheless
@@ -80,8 +69,8 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
         lambda told: record_pytorch(case.model, case.plan, rows, steps, cached, alone, told, case.listener),
         passes(rows, steps, cached, alone) if routed else None,
     )
-    graph, told = _chosen(case, rows, cached, alone)
-    reference, as_told = torch.like(told)
+    graph, choices = _chosen(case, rows, cached, alone)
+    reference, as_told = torch.like(choices)
     parity = compare(reference, graph, gates)
     failures = parity.failures()
     unrounded = None
@@ -106,7 +95,7 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
         failures += parity.failures_against(own, OWN)
     routing = None
     if torch.own and as_told:
-        moved = rounding(as_told, half)
+        moved = moved_by_rounding(as_told, half)
         routing = routing_of(torch.own, as_told, moved)
         failures += routing_failures(routing)
         if unrounded:
@@ -114,7 +103,20 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
     against = against_unmodified(
         case.baseline, case.rewritten, case.plan, lambda path: unlike(case, path, rows, graph, alone)
     )
-    section = DecoderParity(
+
+    def lost() -> str | None:
+        if failures and alone and not compare(ragged(reference), ragged(graph), gates).failures():
+            return only_beyond(crossings)
+        return _where_lost(case, parity, noise) if failures else None
+
+    within = (
+        f"max |Δlogit| {parity.worst:.2g} over a prefill and {steps} decode steps, within all "
+        f"{precision.gates} gates"
+    )
+    found.check_parity([*failures, *against], within, lost)
+    found.checks += crossing_check(crossings)
+    _check_media(case, gates, found)
+    return DecoderParity(
         **vars(parity),
         precision=precision.name,
         rounding_noise=noise,
@@ -123,39 +125,30 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
         crossings=crossings,
         routing=routing,
     )
-    over = f"a prefill and {steps} decode steps"
-    within = f"max |Δlogit| {parity.worst:.2g} over {over}, within all {precision.gates} gates"
-    beyond = (
-        bool(failures) and bool(alone) and not compare(ragged(reference), ragged(graph), gates).failures()
-    )
-    lost = (lambda: _where_lost(case, parity, noise)) if failures and not beyond else (lambda: None)
-    if beyond:
-        lost = partial(only_beyond, crossings)
-    found = judged(section, [*failures, *against], within, lost)
-    return replace(found, checks=(*found.checks, *crossing_check(crossings), *_media_check(case, gates)))
 
 
-def _media_check(case: DecoderCase, gates: Gates) -> tuple[Check, ...]:
+def _check_media(case: DecoderCase, gates: Gates, found: Measurement) -> None:
     """The verdict on texts with images and sounds, of a graph that reads embeddings and was calibrated on some."""
     media, embeds = case.text.media, interface_of(case.graph).embedding is not None
     rows = rows_with_media(case.text.heldout) if media is not None and embeds else []
     if media is None or not rows:
-        return ()
+        return
+    name = "parity with media"
     if layers := media.later.shape[1]:
         lacks = f"the model adds features of its images after its first {layers} layers (deepstack)"
-        return (Check("parity with media", "failed", f"{lacks}, for which the graph has no inputs"),)
+        found.check(name, "failed", f"{lacks}, for which the graph has no inputs")
+        return
     parity = media_parity(case.model, case.plan, case.rewritten, rows, media, gates, case.listener)
-    if failures := parity.failures():
-        return (Check("parity with media", "failed", "; ".join(failures)),)
     texts = f"{len(rows)} text{'s' if len(rows) > 1 else ''} with images or sounds"
-    within = f"max |Δlogit| {parity.worst:.2g} over {texts}"
-    return (Check("parity with media", "passed", f"{within}, within all {case.precision.gates} gates"),)
+    within = f"max |Δlogit| {parity.worst:.2g} over {texts}, within all {case.precision.gates} gates"
+    failures = parity.failures()
+    found.check(name, "failed" if failures else "passed", "; ".join(failures) or within)
 
 
 def unlike(
     case: DecoderCase,
     reference: Path,
-    rows: Sequence[NDArray[np.int32]],
+    rows: Rows,
     graph: Recorded | None = None,
     alone: Sequence[NDArray[np.int32]] = (),
 ) -> list[str]:
@@ -163,16 +156,15 @@ def unlike(
 
     ``graph`` is what the rewritten graph gave for ``rows`` and those ``alone``, if it is known.
     """
-    title = "Running the base graph"
-    expected = kept_cache(_recorded(case, reference, rows, alone=alone, title=title), case.plan)
+    expected = _recorded(case, reference, rows, alone=alone, title="Running the base graph")
     found = graph or _recorded(case, case.rewritten, rows, alone=alone)
-    return compare(expected, found, gates_for(UNMODIFIED)).failures()
+    return compare(kept_cache(expected, case.plan), found, gates_for(UNMODIFIED)).failures()
 
 
 def _recorded(
     case: DecoderCase,
     path: Path,
-    rows: Sequence[NDArray[np.int32]],
+    rows: Rows,
     rounded: bool = True,
     alone: Sequence[NDArray[np.int32]] = (),
     watch: Watch | None = None,
@@ -184,18 +176,14 @@ def _recorded(
 
 
 def _chosen(
-    case: DecoderCase,
-    rows: Sequence[NDArray[np.int32]],
-    cached: bool,
-    alone: Sequence[NDArray[np.int32]],
-    rounded: bool = True,
-) -> tuple[Recorded, Told | None]:
+    case: DecoderCase, rows: Rows, cached: bool, alone: Rows, rounded: bool = True
+) -> tuple[Recorded, Choices | None]:
     """What the rewritten graph gives for ``rows`` and those ``alone``, and its choices of experts, if it has any."""
-    with watched(case.rewritten) as (path, watch):
-        found = _recorded(case, path, rows, rounded=rounded, alone=alone, watch=watch)
+    with choices_as_outputs(case.rewritten) as (path, watch):
+        found = _recorded(case, path, rows, rounded, alone, watch)
     if watch is None:
         return found, None
-    return found, told_by(case.rewritten, watch, rows, case.settings.decode_steps, cached, alone)
+    return found, choices_of(case.rewritten, watch, rows, case.settings.decode_steps, cached, alone)
 
 
 def _where_lost(case: DecoderCase, parity: Parity, noise: float) -> str:
@@ -207,19 +195,3 @@ def _where_lost(case: DecoderCase, parity: Parity, noise: float) -> str:
             "try other layers or another criterion"
         )
     return str(first)
-
-
-def _loss(case: DecoderCase) -> Found[MethodLoss]:
-    text = case.text
-    found = method_loss(
-        case,
-        lambda: measure_method_loss(
-            case.model, case.plan, text.heldout, text.heldout_document, case.listener
-        ),
-    )
-    loss = found.section
-    return replace(found, checks=(*found.checks, *bound_checks(loss, case.settings.bound))) if loss else found
-
-
-def _speed(case: DecoderCase, contexts: Sequence[int], notes: tuple[str, ...]) -> Found[Speed]:
-    return timed(case, notes, lambda baseline: Pair(baseline, case.rewritten), contexts)

@@ -1,10 +1,8 @@
-"""All measurements of a rewritten encoder graph in order: parity, method loss, speed."""
+"""Measure a rewritten encoder graph: parity, method loss, speed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,30 +15,18 @@ from nbl_export.models.encoder import encoder_of
 from nbl_export.models.layers import positions
 from nbl_export.models.load import in_precision
 from nbl_export.models.weights import resident, room
-from nbl_export.runtime.ort import OrtEncoder, OrtModel
+from nbl_export.runtime.ort import OrtEncoder
 from nbl_export.runtime.torch import TorchEncoder
-from nbl_export.verify.case import EncoderCase
-from nbl_export.verify.crossing import crossing_batches, crossing_check, only_beyond
-from nbl_export.verify.loss.encoder import measure_likeness
-from nbl_export.verify.measurement import (
-    Found,
-    FoundParity,
-    Measurement,
-    clocked,
-    fitting_contexts,
-    judged,
-    method_loss,
-    put_together,
-    timed,
-)
-from nbl_export.verify.parity.encoder import compare_batches, compare_outputs
-from nbl_export.verify.parity.figures import UNMODIFIED, EncoderParity, OutputsParity, gates_for
-from nbl_export.verify.parity.localize import first_divergence
-from nbl_export.verify.parity.own import OWN
-from nbl_export.verify.parity.unmodified import against_unmodified
+from nbl_export.verify.case import EncoderCase, crossing_batches, crossing_check, only_beyond
+from nbl_export.verify.loss import loss_checks, measure_likeness
+from nbl_export.verify.measurement import Measurement
+from nbl_export.verify.parity.figures import UNMODIFIED, EncoderParity, gates_for
+from nbl_export.verify.parity.pytorch import OWN
+from nbl_export.verify.parity.unmodified import against_unmodified, first_divergence
+from nbl_export.verify.parity.vectors import compare_batches
 from nbl_export.verify.speed.candidates import EncoderPass
-from nbl_export.verify.speed.pair import Pair
-from nbl_export.verify.speed.values import ENCODE, Speed
+from nbl_export.verify.speed.pair import fitting_contexts, verify_speed
+from nbl_export.verify.speed.values import ENCODE
 
 # Ragged on purpose, and few enough that their padding is seen to be hidden.
 _LENGTHS = (64, 41, 23, 9)
@@ -48,20 +34,34 @@ _LENGTHS = (64, 41, 23, 9)
 
 def measure_encoder(case: EncoderCase) -> Measurement:
     """Everything that is asked of a rewritten encoder."""
-    encoder = _reference(case)
-    plan, heldout, unit = case.plan, case.heldout, case.unit
+    found, encoder = Measurement(), _reference(case)
     with resident(case.model, room(case.model)):
-        parity = clocked(lambda: measure_parity(case, encoder))
-        likeness = partial(measure_likeness, encoder, plan, heldout, unit, case.listener)
-        loss = clocked(lambda: method_loss(case, likeness))
-    return put_together(parity, loss, clocked(lambda: _speed(case)))
+        with found.clock():
+            found.parity = measure_parity(case, encoder, found)
+        if case.settings.quality:
+            with found.clock():
+                loss = measure_likeness(encoder, case.plan, case.heldout, case.unit, case.listener)
+                found.method_loss = loss
+                found.checks += loss_checks(loss, case.settings.bound)
+        else:
+            found.check("method loss", "skipped", "--no-quality")
+    with found.clock():
+        batches = _timed(case, found) if case.why_not_timed is None else {}
+        found.speed = verify_speed(
+            case,
+            found,
+            list(batches),
+            (ENCODE,),
+            lambda model, tokens, _batch: EncoderPass(model, batches[tokens]),
+        )
+    return found
 
 
 def _reference(case: EncoderCase) -> TorchEncoder:
     return TorchEncoder(encoder_of(case.model, case.task, case.pooling, case.plan.probe))
 
 
-def measure_parity(case: EncoderCase, encoder: TorchEncoder) -> FoundParity[EncoderParity]:
+def measure_parity(case: EncoderCase, encoder: TorchEncoder, found: Measurement) -> EncoderParity:
     """The graph in onnxruntime against PyTorch with the plan in place, by the gates of the graph's precision."""
     precision, ragged = case.precision, _batch(case)
     alone, crossings = crossing_batches(case, ragged)
@@ -81,31 +81,32 @@ def measure_parity(case: EncoderCase, encoder: TorchEncoder) -> FoundParity[Enco
         itself = compare_batches(reference, unrounded, batches, gates)
         failures += [f"as onnxruntime runs it, {failure}" for failure in itself.failures()]
     if precision.name != "fp32":
-        own = _pytorch_in_precision(case, reference, batches)
+        # PyTorch's own run in the graph's precision: what that precision costs anyone.
+        dummy_run(case.model)
+        in_half = _reference(case)
+        in_half.encoder.model = in_precision(case.model, precision.gates)
+        with linearized(in_half.encoder.model, case.plan):
+            own = compare_batches(reference, _outputs(in_half, batches), batches, gates)
         failures += parity.failures_against(own, OWN)
     against = against_unmodified(
         case.baseline, case.rewritten, case.plan, lambda path: unlike(case, path, batches, graph)
     )
-    section = EncoderParity(
+
+    def lost() -> str | None:
+        if failures and alone and not compare_batches(reference[:1], graph[:1], [ragged], gates).failures():
+            return only_beyond(crossings)
+        return str(first_divergence(case.model, case.plan, case.rewritten)) if failures else None
+
+    names = ", ".join(o.output for o in parity.outputs)
+    within = f"max relative difference {parity.worst:.2g} in {names}, within all {precision.gates} gates"
+    found.check_parity([*failures, *against], within, lost)
+    found.checks += crossing_check(crossings)
+    return EncoderParity(
         **vars(parity),
         precision=precision.name,
         pytorch_in_precision=own.outputs if own else None,
         crossings=crossings,
     )
-    beyond = (
-        bool(failures)
-        and bool(alone)
-        and not compare_outputs(reference[0], graph[0], ragged, gates).failures()
-    )
-    names = ", ".join(o.output for o in parity.outputs)
-    within = f"max relative difference {parity.worst:.2g} in {names}, within all {precision.gates} gates"
-    lost = (
-        (lambda: str(first_divergence(case.model, case.plan, case.rewritten))) if failures else (lambda: None)
-    )
-    if beyond:
-        lost = partial(only_beyond, crossings)
-    result = judged(section, [*failures, *against], within, lost)
-    return replace(result, checks=(*result.checks, *crossing_check(crossings)))
 
 
 def _outputs(encoder: Callable[[Inputs], Outputs], batches: Sequence[Inputs]) -> list[Outputs]:
@@ -113,15 +114,11 @@ def _outputs(encoder: Callable[[Inputs], Outputs], batches: Sequence[Inputs]) ->
 
 
 def unlike(
-    case: EncoderCase, reference: Path, batches: Sequence[Inputs], graph: Sequence[Outputs] | None = None
+    case: EncoderCase, reference: Path, batches: Sequence[Inputs], graph: Sequence[Outputs]
 ) -> list[str]:
-    """The gates that the rewritten graph fails against the unmodified one with the linear layers put in.
-
-    ``graph`` is what the rewritten graph gave for the ``batches``, if it is known.
-    """
+    """The gates that what the rewritten ``graph`` gave fails against the unmodified one with its linear layers."""
     expected = _outputs(OrtEncoder(reference, small=True), batches)
-    found = graph or _outputs(OrtEncoder(case.rewritten, small=True), batches)
-    return compare_batches(expected, found, batches, gates_for(UNMODIFIED)).failures()
+    return compare_batches(expected, graph, batches, gates_for(UNMODIFIED)).failures()
 
 
 def _batch(case: EncoderCase) -> Inputs:
@@ -135,34 +132,12 @@ def _batch(case: EncoderCase) -> Inputs:
     return batch_of_rows(rows, case.pad, case.left)
 
 
-def _pytorch_in_precision(
-    case: EncoderCase, reference: Sequence[Outputs], batches: Sequence[Inputs]
-) -> OutputsParity:
-    """PyTorch's own run in the graph's precision against its float32: what that precision costs anyone."""
-    dummy_run(case.model)
-    gates = case.precision.gates
-    half = in_precision(case.model, gates)
-    encoder = _reference(case)
-    encoder.encoder.model = half
-    with linearized(half, case.plan):
-        return compare_batches(reference, _outputs(encoder, batches), batches, gates_for(gates))
-
-
-def _speed(case: EncoderCase) -> Found[Speed]:
-    batches, notes = _timed(case) if case.why_not_timed is None else ({}, ())
-
-    def run(model: OrtModel, tokens: int, _batch: int) -> EncoderPass:
-        return EncoderPass(model, batches[tokens])
-
-    return timed(case, notes, lambda baseline: Pair(baseline, case.rewritten, (ENCODE,), run), list(batches))
-
-
-def _timed(case: EncoderCase) -> tuple[dict[int, Inputs], tuple[str, ...]]:
-    """What is timed by its number of tokens: text of each context length, or one image; notes on what is left out."""
+def _timed(case: EncoderCase, found: Measurement) -> dict[int, Inputs]:
+    """What is timed by its number of tokens: text of each context length, or one image."""
     first = case.heldout[0]
     if PIXELS in first:
-        return {dummy_run(case.model).tokens: first}, ()
+        return {dummy_run(case.model).tokens: first}
     tokens = np.concatenate([row[TOKENS][0] for row in case.heldout])
-    contexts, notes = fitting_contexts(positions(case.model), case.settings.contexts)
+    contexts = fitting_contexts(found, positions(case.model), case.settings.contexts)
     rows = {c: {n: np.resize(tokens if n == TOKENS else 0, (1, c)) for n in first} for c in contexts}
-    return {c: batch_of_rows([row]) for c, row in rows.items()}, notes
+    return {c: batch_of_rows([row]) for c, row in rows.items()}

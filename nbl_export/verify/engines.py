@@ -1,4 +1,4 @@
-"""Run the built engines: parity against PyTorch and speed against everything else on the same GPU.
+"""Measure the built engines: parity against PyTorch and speed against everything else on the same GPU.
 
 Without a GPU nothing is run, and the report says so; it never says passed for what was not run.
 """
@@ -10,9 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.checks import Check, Status
@@ -29,11 +26,11 @@ from nbl_export.progress import Listener
 from nbl_export.runtime.session import CUDA
 from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.runtime.torch import torch_stream
-from nbl_export.verify.case import DecoderCase
-from nbl_export.verify.measurement import Found
+from nbl_export.verify.case import DecoderCase, Rows, scaled_prompts
+from nbl_export.verify.measurement import Measurement
 from nbl_export.verify.parity.decoder import compare_streams
 from nbl_export.verify.parity.figures import EngineParity, Parity, gates_for
-from nbl_export.verify.parity.own import OWN, pytorch_in_precision
+from nbl_export.verify.parity.pytorch import OWN, pytorch_in_precision
 from nbl_export.verify.speed.candidates import (
     TIMED_STEPS,
     Candidate,
@@ -47,32 +44,6 @@ from nbl_export.verify.speed.values import Machine, Speed
 
 if TYPE_CHECKING:
     import torch
-
-
-# Ragged on purpose: the batch must be padded on the left, by different amounts.
-PROMPTS = (64, 41, 23)
-
-
-def scaled_prompts(longest: int) -> list[int]:
-    """The lengths of :data:`PROMPTS`, none above ``longest``: scaled, not cut, so that the batch stays ragged."""
-    scale = min(1.0, longest / max(PROMPTS))
-    return [max(1, int(p * scale)) for p in PROMPTS]
-
-
-def fitting_prompts(positions: int | None, start: int, steps: int) -> list[int]:
-    """Lengths of prompts that leave room for ``start`` tokens before and ``steps`` after them in the ``positions``.
-
-    They are shorter only for a model with few positions. Raises :class:`InputError` for more steps than fit.
-    """
-    if positions is None or start + max(PROMPTS) + steps <= positions:
-        return list(PROMPTS)
-    longest = min(max(PROMPTS), positions // 2)
-    if (most := positions - start - longest) < steps:
-        raise InputError(
-            f"--decode-steps asks for {steps:,} steps after a prompt of {start + longest} tokens, the model has "
-            f"{positions:,} positions: ask for {max(most, 1):,} or fewer."
-        )
-    return scaled_prompts(longest)
 
 
 @dataclass(frozen=True)
@@ -92,27 +63,42 @@ class RunningEngines:
         return precision_of(self.case.engines[0].manifest.precision)
 
 
-def measure_engines(
-    case: DecoderCase, contexts: Sequence[int]
-) -> tuple[Found[None], Found[EngineParity], Found[Speed]]:
+def measure_engines(case: DecoderCase, contexts: Sequence[int], found: Measurement) -> None:
     """What was built, and on a GPU its parity and its speed; without one, a line that says so."""
     if not case.engines:
-        return Found(checks=_other_engines(case)), Found(), Found()
-    built = built_check(case.engines)
-    running = _loaded(case)
-    if isinstance(running, Check):
-        return Found(checks=(built, running)), Found(), Found()
-    prompts = _fitting_prompts(running)
-    if isinstance(prompts, Check):
-        return Found(checks=(built, prompts)), Found(), Found()
-    parity = _parity(running, prompts)
-    passed = all(check.status != "failed" for check in parity.checks)
-    speed = engine_speed(running, contexts) if case.settings.speed and passed else Found[Speed]()
-    return Found(checks=(built,)), parity, speed
-
-
-def _other_engines(case: DecoderCase) -> tuple[Check, ...]:
-    return (Check("engine run", "skipped", case.passed_over),) if case.passed_over else ()
+        if case.passed_over:
+            found.check("engine run", "skipped", case.passed_over)
+        return
+    found.checks.append(built_check(case.engines))
+    gpu = find_gpu()
+    if gpu is None:
+        found.checks.append(not_run(case.engines, "no NVIDIA GPU"))
+        return
+    try:
+        streams = {e.manifest.role: EngineStream(load_engine(e.path)) for e in case.engines}
+    except (MissingDependencyError, InputError) as error:
+        found.checks.append(not_run(case.engines, str(error)))
+        return
+    except BuildError as error:
+        found.check("engine run", "failed", str(error))
+        return
+    running = RunningEngines(case, gpu, streams)
+    limits, steps = running.limits, case.settings.decode_steps
+    longest = min(limits.max_seq, limits.max_context - steps) - len(case.text.start)
+    if longest < 1:
+        why = (
+            f"a context of {limits.max_context} and a prefill of {limits.max_seq} tokens hold no prompt and "
+            f"{steps} decode steps"
+        )
+        found.checks.append(not_run(case.engines, why))
+        return
+    prompts, passed = scaled_prompts(longest)[: limits.max_batch], len(found.checks)
+    # Each engine against PyTorch with the same plan; the base engine's has no linear layer.
+    base = _parity(running, BASE, case.plan.without_layers(), prompts, found)
+    linear = _parity(running, LINEARIZED, case.plan, prompts, found)
+    found.engine_parity = EngineParity(linear, base) if base or linear else None
+    if case.settings.speed and all(check.status != "failed" for check in found.checks[passed:]):
+        found.engine_speed = engine_speed(running, contexts, found)
 
 
 def built_check(engines: Sequence[EngineFile]) -> Check:
@@ -142,49 +128,12 @@ def not_run(engines: Sequence[EngineFile], why: str) -> Check:
     )
 
 
-def _loaded(case: DecoderCase) -> RunningEngines | Check:
-    """The engines on this machine's GPU, or why they do not run there."""
-    gpu = find_gpu()
-    if gpu is None:
-        return not_run(case.engines, "no NVIDIA GPU")
-    try:
-        streams = {e.manifest.role: EngineStream(load_engine(e.path)) for e in case.engines}
-    except (MissingDependencyError, InputError) as error:
-        return not_run(case.engines, str(error))
-    except BuildError as error:
-        return Check("engine run", "failed", str(error))
-    return RunningEngines(case, gpu, streams)
-
-
 # parity ------------------------------------------------------------------------------------------
 
 
-def _fitting_prompts(running: RunningEngines) -> list[int] | Check:
-    """How long the prompts are that the engines have room for, or that they have none."""
-    case, limits = running.case, running.limits
-    steps = case.settings.decode_steps
-    longest = min(limits.max_seq, limits.max_context - steps) - len(case.text.start)
-    if longest < 1:
-        why = (
-            f"a context of {limits.max_context} and a prefill of {limits.max_seq} tokens hold no prompt and "
-            f"{steps} decode steps"
-        )
-        return not_run(case.engines, why)
-    return scaled_prompts(longest)[: limits.max_batch]
-
-
-def _parity(running: RunningEngines, prompts: Sequence[int]) -> Found[EngineParity]:
-    """Each engine against PyTorch with the same plan; the base engine's has no linear layer."""
-    plan = running.case.plan
-    base, base_check = _parity_of(running, BASE, plan.without_layers(), prompts)
-    linear, linear_check = _parity_of(running, LINEARIZED, plan, prompts)
-    section = EngineParity(linear, base) if base or linear else None
-    return Found(section, (base_check, linear_check))
-
-
-def _parity_of(
-    running: RunningEngines, role: str, plan: Plan, prompts: Sequence[int]
-) -> tuple[Parity | None, Check]:
+def _parity(
+    running: RunningEngines, role: str, plan: Plan, prompts: Sequence[int], found: Measurement
+) -> Parity | None:
     case, precision = running.case, running.precision
     name, begin = "engine parity" if role == LINEARIZED else f"{role} engine parity", time.perf_counter()
     (rows, alone), steps = _text(running, prompts), case.settings.decode_steps
@@ -194,7 +143,8 @@ def _parity_of(
             engine = running.streams[role]
             parity = compare_streams(reference, engine, rows, steps, gates, case.listener, alone)
     except BuildError as error:
-        return None, Check(name, "failed", str(error))
+        found.check(name, "failed", str(error))
+        return None
     failures = parity.failures()
     if precision.name != "fp32":
         failures += parity.failures_against(
@@ -202,10 +152,8 @@ def _parity_of(
         )
     detail = f"max |Δlogit| {parity.worst:.2g} on {running.gpu.name}, within all {precision.gates} gates"
     status: Status = "failed" if failures else "passed"
-    return parity, Check(name, status, "; ".join(failures) or detail, time.perf_counter() - begin)
-
-
-Rows = list[NDArray[np.int32]]
+    found.checks.append(Check(name, status, "; ".join(failures) or detail, time.perf_counter() - begin))
+    return parity
 
 
 def _text(running: RunningEngines, prompts: Sequence[int]) -> tuple[Rows, Rows]:
@@ -273,19 +221,18 @@ def measure_engine_speed(
     return harness.measure([(1, context) for context in contexts], listener)
 
 
-def engine_speed(running: RunningEngines, contexts: Sequence[int]) -> Found[Speed]:
+def engine_speed(running: RunningEngines, contexts: Sequence[int], found: Measurement) -> Speed | None:
     """Everything that runs on the GPU, timed at those of ``contexts`` that the engines hold."""
     case, limits = running.case, running.limits
     longest = min(limits.max_seq, limits.max_context - TIMED_STEPS)
     fitting = [c for c in contexts if c <= longest] or [longest] * (longest > 0)
-    notes = []
     if dropped := sorted(set(contexts) - set(fitting)):
-        notes.append(
+        found.notes.append(
             f"The engines are not timed at {', '.join(map(str, dropped))} tokens: they are built for a prefill of "
             f"{limits.max_seq:,} and a context of {limits.max_context:,}."
         )
     speed = measure_engine_speed(
         running.gpu, gpu_candidates(running), fitting, case.settings.rounds, case.listener
     )
-    notes += [f"Not timed on the GPU: {name}: {why}." for name, why in speed.absent()]
-    return Found(speed if any(cell.results for cell in speed.cells) else None, notes=tuple(notes))
+    found.notes += [f"Not timed on the GPU: {name}: {why}." for name, why in speed.absent()]
+    return speed if any(cell.results for cell in speed.cells) else None

@@ -12,7 +12,7 @@ from nbl_export.export import form_check, on_copy
 from nbl_export.models.lengths import Room
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
-from nbl_export.verify import crossing
+from nbl_export.verify import case as crossing
 from tests.beyond import BEYOND
 from tests.exhaustive import exhaustive
 from tests.tiny import save_tokenizer

@@ -15,7 +15,7 @@ from nbl_export.batch.media_ids import are_media
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError
 from nbl_export.runtime.ort import ort_stream
-from nbl_export.verify.loss.figures import MethodLoss
+from nbl_export.verify.parity.figures import MethodLoss
 from tests.clients.greedy import greedy
 from tests.exhaustive import exhaustive
 from tests.listening import Notes

@@ -26,7 +26,7 @@ from nbl_export.report.diff_facts import (
     task_facts,
 )
 from nbl_export.report.evaluation import write_evaluation
-from nbl_export.verify.loss.figures import Likeness, Measure, MethodLoss
+from nbl_export.verify.parity.figures import Likeness, Measure, MethodLoss
 from nbl_export.verify.speed.values import Ratio, Speed
 from tests.engine.conftest import manifest_by_hand
 from tests.report.diff_sides import changed, report_of

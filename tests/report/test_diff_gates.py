@@ -14,7 +14,7 @@ from nbl_export.report.diff_facts import SPEED, Opened, opened
 from nbl_export.report.diff_gates import Race, gates, races_of, same_text, slowdowns, unlike
 from nbl_export.report.schema import Kept
 from nbl_export.settings import DiffBounds
-from nbl_export.verify.loss.figures import MethodLoss
+from nbl_export.verify.parity.figures import MethodLoss
 from tests.report.diff_sides import changed, report_of, with_speed
 from tests.report.test_evaluation import evaluation
 

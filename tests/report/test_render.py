@@ -22,7 +22,7 @@ from nbl_export.report.plots import PLOTS, report_plots
 from nbl_export.report.render import markdown, numeric_columns, page, write_junit, write_report
 from nbl_export.report.schema import Report, load_report
 from nbl_export.report.tables import report_tables, verdicts_table
-from nbl_export.verify.loss.figures import MethodLoss
+from nbl_export.verify.parity.figures import MethodLoss
 
 TITLES = [
     "Checks",

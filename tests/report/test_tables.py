@@ -22,12 +22,14 @@ from nbl_export.report.tables import (
     parity_table,
     report_tables,
 )
-from nbl_export.verify.loss.figures import Likeness, Measure, MethodLoss
 from nbl_export.verify.parity.figures import (
     Crossing,
     DecoderParity,
     EncoderParity,
     Gates,
+    Likeness,
+    Measure,
+    MethodLoss,
     OutputParity,
     StepParity,
 )

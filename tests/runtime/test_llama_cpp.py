@@ -19,7 +19,7 @@ from nbl_export.runtime.llama_cpp import LlamaCppStream, quantize
 from nbl_export.stages.forms import Gguf
 from nbl_export.verify.parity.decoder import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
-from nbl_export.verify.parity.reference import record_pytorch
+from nbl_export.verify.parity.pytorch import record_pytorch
 from tests.converting import WRONG, needs, wrongly
 from tests.fixtures_graph import ragged_rows
 from tests.tiny_types import tiny_model

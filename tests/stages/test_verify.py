@@ -15,7 +15,7 @@ from nbl_export.files import sha256_of_file
 from nbl_export.report.schema import load_report
 from nbl_export.stages.run import Run
 from nbl_export.stages.verify import redrawn, verify
-from nbl_export.verify.loss.figures import MethodLoss
+from nbl_export.verify.parity.figures import MethodLoss
 from nbl_export.workspace import Workspace
 from tests.finished import QUICK, TWO, VERIFY, state
 from tests.fixtures_graph import perturb, rerecord

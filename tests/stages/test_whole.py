@@ -20,8 +20,7 @@ from nbl_export import api
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.rewrite import replace as rewrite_module
-from nbl_export.verify.loss.figures import MethodLoss
-from nbl_export.verify.parity.figures import DecoderParity
+from nbl_export.verify.parity.figures import DecoderParity, MethodLoss
 from nbl_export.workspace import Workspace
 from tests.finished import QUICK, TWO, VERIFY, assert_same, state, times
 from tests.listening import Notes

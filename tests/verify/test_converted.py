@@ -1,11 +1,12 @@
-"""What a form computes is held to the gates of its precision: PyTorch itself stands for an engine, right and wrong."""
+"""What a form computes is held to its precision's gates, PyTorch standing for an engine; so are its tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from nbl_export.progress import Silent
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.settings import VerifySettings
 from nbl_export.verify.case import DecoderCase
-from nbl_export.verify.converted import measure_converted
+from nbl_export.verify.converted import check_gguf, check_tokens, measure_converted
 from nbl_export.workspace import Workspace
 
 
@@ -44,7 +45,7 @@ def measured(stories_out: Path, stories_model: Any) -> Callable[..., tuple[str, 
                 stream = torch_stream(stories_model, by.linear_attention)
                 yield Noisy(stream, noise) if path.name == "unmodified" else stream
 
-        (check,), _ = measure_converted(
+        check, _ = measure_converted(
             case, Path("form"), precision, "an engine", opened, lambda: Path("unmodified")
         )
         return check.status, check.detail
@@ -91,3 +92,40 @@ def test_eight_bits_may_cost_what_they_cost_the_unmodified_model(
     assert measured("q8_0", scaled(1.02), 1.0)[0] == "passed"
     status, detail = measured("q8_0", scaled(1.02), 1e-3)
     assert status == "failed" and "the unmodified file's own" in detail
+
+
+CONFIG = SimpleNamespace(hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
+CASE: Any = SimpleNamespace(
+    model=SimpleNamespace(config=CONFIG), text=SimpleNamespace(heldout=np.arange(300, 340)[None])
+)
+
+
+@pytest.mark.parametrize(
+    ("layers", "status"), [((0, 1, 3), "passed"), ((0, 1, 2, 3), "failed"), ((0,), "failed")]
+)
+def test_a_cache_of_other_layers_is_seen(
+    monkeypatch: pytest.MonkeyPatch, layers: tuple[int, ...], status: str
+) -> None:
+    stream = SimpleNamespace(cache_bytes=3 * 2 * 4 * 8 * 4 * 512, slots=512, tokenize=None)
+    monkeypatch.setattr("nbl_export.runtime.llama_cpp.LlamaCppStream", lambda *_, **__: nullcontext(stream))
+    monkeypatch.setattr("nbl_export.verify.converted.check_tokens", lambda *_: None)
+    case: Any = SimpleNamespace(model=CASE.model, plan=SimpleNamespace(attention_layers=layers))
+    assert check_gguf(case, Path("model.gguf"), None)[1].status == status
+
+
+@pytest.mark.parametrize("wrong", [None, 5, -1])
+def test_another_token_is_seen_and_named(stories_folder: Path, wrong: int | None) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(stories_folder)
+
+    def tokenize(text: str) -> list[int]:
+        own = list(tokenizer(text).input_ids)
+        if wrong == -1:
+            return own[:-1]
+        return own if wrong is None else [*own[:wrong], 7, *own[wrong + 1 :]]
+
+    found = check_tokens(CASE, tokenizer, tokenize, "llama.cpp")
+    assert found.status == ("passed" if wrong is None else "failed")
+    if wrong == 5:
+        assert found.detail.startswith("token 5 of held-out text is [7] in llama.cpp")

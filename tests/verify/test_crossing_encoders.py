@@ -16,7 +16,7 @@ from nbl_export.batch.rows import batch_of_rows
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.probe import probe_inputs
 from nbl_export.errors import InputError
-from nbl_export.export import on_copy
+from nbl_export.export import checks as on_copy
 from nbl_export.export.checks import crossed_on_copy
 from nbl_export.export.forms import encoder_form
 from nbl_export.export.torch import export_torch

@@ -12,7 +12,7 @@ from nbl_export.calibrate.text import CalibrationText
 from nbl_export.linearize.plan import Plan
 from nbl_export.verify import decoder as module
 from nbl_export.verify.decoder import measure_decoder
-from nbl_export.verify.loss.decoder import measure_method_loss
+from nbl_export.verify.loss import measure_method_loss
 from nbl_export.verify.parity.figures import DecoderParity, gates_for
 from tests.runtime.fake_tensorrt import Graphs
 from tests.verify.measured import LAYERS, PARITY, case_of, changed, checks, with_fault
@@ -96,7 +96,7 @@ def test_speed_is_of_the_contexts_that_leave_room_for_a_token(
     found = measure_decoder(case_of(graphs, plan, text, graphs("concat"), linear, settings))
     assert found.speed is not None
     assert [(c.phase, c.context) for c in found.speed.cells] == [("prefill", 8), ("decode", 8)]
-    assert found.notes == ("Speed at 512 tokens is not measured: the model has 512 positions.",)
+    assert found.notes == ["Speed at 512 tokens is not measured: the model has 512 positions."]
     # Whether it is believed is the machine's doing.
     assert checks(found)["speed"].status in ("passed", "skipped")
 

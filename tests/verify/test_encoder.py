@@ -20,9 +20,8 @@ from nbl_export.settings import VerifySettings
 from nbl_export.verify import encoder as module
 from nbl_export.verify.case import EncoderCase
 from nbl_export.verify.encoder import measure_encoder
-from nbl_export.verify.loss.figures import Likeness
 from nbl_export.verify.measurement import Measurement
-from nbl_export.verify.parity.figures import EncoderParity
+from nbl_export.verify.parity.figures import EncoderParity, Likeness
 from nbl_export.workspace import Workspace
 from tests.encoders import CLS, PAD, POSITIONS, SEP, as_sentence_transformer, text_encoder, write_text
 from tests.listening import Notes
@@ -175,8 +174,9 @@ def test_one_row_of_each_length_that_the_model_has_positions_for_is_timed(bert: 
 
 def test_timed_rows_are_real_text_without_padding(bert: EncoderCase) -> None:
     long: Any = replace(PARITY, contexts=(50,))
-    batches, notes = module._timed(replace(bert, settings=long))
+    measured = Measurement()
+    batches = module._timed(replace(bert, settings=long), measured)
     text = np.concatenate([row["input_ids"][0] for row in bert.heldout])
-    assert batches[50]["input_ids"].tolist() == [np.tile(text, 2)[:50].tolist()] and notes == ()
+    assert batches[50]["input_ids"].tolist() == [np.tile(text, 2)[:50].tolist()] and not measured.notes
     assert batches[50]["attention_mask"].tolist() == [[1] * 50]
     assert batches[50]["token_type_ids"].tolist() == [[0] * 50]

@@ -1,11 +1,13 @@
-"""Built engines in the report, and the race against everything else. No time is asserted but scripted ones."""
+"""Engines measured: what passes, what fails, what is skipped and why, and the race, on scripted times."""
 
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,42 +15,47 @@ import pytest
 import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
+from nbl_export.calibrate.text import CalibrationText
 from nbl_export.engine.build import EngineFile
 from nbl_export.engine.library import Gpu
 from nbl_export.engine.network import Limits
-from nbl_export.errors import InputError, NblError
+from nbl_export.errors import BuildError, InputError, NblError
+from nbl_export.linearize.plan import Plan
+from nbl_export.models.lengths import Crossed, Length
+from nbl_export.models.load import in_precision
+from nbl_export.packages import pip_line
 from nbl_export.progress import Silent
 from nbl_export.report.speed import ENGINES, speed_table
-from nbl_export.runtime import ort as ort_module
+from nbl_export.runtime import tensorrt as tensorrt_module
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.settings import VerifySettings
 from nbl_export.verify import engines as module
+from nbl_export.verify.case import fitting_prompts
+from nbl_export.verify.decoder import measure_decoder
 from nbl_export.verify.engines import (
     RunningEngines,
     built_check,
     engine_speed,
-    fitting_prompts,
     gpu_candidates,
     measure_engine_speed,
     not_run,
 )
-from nbl_export.verify.speed.candidates import (
-    TIMED_STEPS,
-    Candidate,
-    OrtGraph,
-    TorchPrompt,
-)
+from nbl_export.verify.measurement import Measurement
+from nbl_export.verify.parity.figures import DecoderParity
+from nbl_export.verify.speed.candidates import TIMED_STEPS, Candidate, TorchPrompt
 from nbl_export.verify.speed.race import Rounds, race
 from nbl_export.verify.speed.values import Result, Speed
-from tests.runtime.fake_tensorrt import Graphs, loaded_engine, manifest_of
+from tests.runtime.fake_tensorrt import Graphs, engine_file, loaded_engine, manifest_of
 from tests.verify.clocked import Scripted
+from tests.verify.measured import LAYERS, PARITY, case_of, changed, checks
 
 L4 = Gpu("NVIDIA L4", "8.9")
+
+
 ALL = (0, 1, 2, 3, 4)
-ROOM = Limits(max_batch=2, max_seq=12, max_context=12 + TIMED_STEPS)
 
 
-# lines of the report -----------------------------------------------------------------------------
+SHORT = Limits(max_batch=2, max_seq=12, max_context=12 + TIMED_STEPS)
 
 
 def test_what_was_built_in_one_line(graphs: Graphs) -> None:
@@ -79,9 +86,6 @@ def test_what_was_not_run_is_never_called_passed(graphs: Graphs) -> None:
     assert check.detail == "engine built (ahead of time for SM86, SM89); not run: no NVIDIA GPU"
     here = not_run([EngineFile(path, manifest_of(path))], "too new")
     assert here.detail == "engine built (for SM89); not run: too new" and here.status == "skipped"
-
-
-# the race ----------------------------------------------------------------------------------------
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -131,26 +135,6 @@ def test_a_race_by_hand(clock: list[float]) -> None:
         assert later.tokens_per_second == pytest.approx(1e3 / later.timing.median_ms)
         assert first.tokens_per_second == pytest.approx(64e3 / first.timing.median_ms)
         assert first.cache_bytes == later.cache_bytes == 1001
-
-
-def test_speedups_by_hand(clock: list[float]) -> None:
-    """Of the linearized engine over the base engine, where both took part; other pairs stand in the table."""
-
-    def lasting(name: str, *seconds: float) -> Callable[[int, int], Any]:
-        by_context = dict(zip((64, 128, 512), seconds, strict=False))
-        return lambda context, _: Scripted(name, clock, [], lambda n: by_context[context])
-
-    candidates = [
-        Candidate("base engine", lasting("base engine", 3.0, 3.0, 10.0)),
-        Candidate("linearized engine", lasting("linearized engine", 6.0), "base engine"),
-        Candidate("onnxruntime CUDA, base", lasting("o", 1.0, 1.0, 1.0)),
-        Candidate("onnxruntime CUDA, linearized", lasting("p", 0.5, 0.5, 4.0), "onnxruntime CUDA, base"),
-    ]
-    speed = measure_engine_speed(L4, candidates, (512, 64), 6)
-    assert speedups(speed) == [(64, "prefill", 0.5), (64, "decode", pytest.approx(0.5))]
-    over = timed(speed)["onnxruntime CUDA, linearized", 512, "decode"].over_base
-    assert over and over.value == pytest.approx(0.25) and over.resolved
-    assert timed(speed)["base engine", 64, "prefill"].linearized_over.value == 0.5  # type: ignore[union-attr]
 
 
 def raising(error: Exception) -> Callable[[int, int], Any]:
@@ -247,23 +231,6 @@ def _both(prompt: Any) -> None:
         prompt.step()
 
 
-def test_a_cache_that_numpy_cannot_hold_leaves_onnxruntime_out(
-    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A bfloat16 graph in a provider that has its kernels, where no stand-in is used."""
-    real = ort_module.session(graphs("static"))
-    bf16 = [types.SimpleNamespace(name=i.name, type=i.type, shape=i.shape) for i in real.get_inputs()]
-    for value in bf16:
-        value.type = value.type.replace("float", "bfloat16")
-    fake = types.SimpleNamespace(get_inputs=lambda: bf16, get_modelmeta=real.get_modelmeta)
-    monkeypatch.setattr(ort_module, "session", lambda *_, **__: fake)
-    speed = measure_engine_speed(L4, [Candidate("ort", OrtGraph(graphs("static")))], (8,), 3)
-    assert not timed(speed) and all("bfloat16" in cell.absent["ort"] for cell in speed.cells)
-
-
-# on a GPU ----------------------------------------------------------------------------------------
-
-
 def test_who_takes_part_on_a_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[tuple[str, str]] = []
 
@@ -274,7 +241,7 @@ def test_who_takes_part_on_a_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(module, "in_precision", in_precision)
     paths = {"base": graphs("static"), "linearized": graphs("static", "fp32", (0, 3))}
-    streams = {role: EngineStream(loaded_engine(path, ROOM)) for role, path in paths.items()}
+    streams = {role: EngineStream(loaded_engine(path, SHORT)) for role, path in paths.items()}
     manifest = types.SimpleNamespace(precision="fp16", limits=Limits(4, 12, 28))
     case: Any = types.SimpleNamespace(
         model=graphs.model,
@@ -300,8 +267,8 @@ def test_who_takes_part_on_a_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch
         prompt.prefill()
         assert stream.cache()[1].sum() == 8
     # Whoever is made says the name it was entered under; the speedups go by it.
-    found = engine_speed(running, (8, 13))
-    speed, notes = found.section, found.notes
+    measured = Measurement()
+    speed, notes = engine_speed(running, (8, 13), measured), measured.notes
     assert speed is not None
     assert {name for name, _, _ in timed(speed)} | {n for n, _ in speed.absent()} == set(candidates)
     assert [(c, p) for c, p, _ in speedups(speed)] == [(8, "prefill"), (8, "decode")]
@@ -329,3 +296,253 @@ def test_prompts_leave_room_for_the_steps(positions: int | None, steps: int, pro
 def test_steps_that_do_not_fit_are_refused(positions: int, steps: int, most: int) -> None:
     with pytest.raises(InputError, match=f"the model has {positions} positions: ask for {most} or fewer"):
         fitting_prompts(positions, 1, steps)
+
+
+ROOM = Limits(max_batch=3, max_seq=70, max_context=96)
+
+
+Measure = Callable[..., Measurement]
+
+
+@pytest.fixture
+def on_gpu(graphs: Graphs, text: CalibrationText, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Measure:
+    """Measure a pair of engines of the named graphs as if on a GPU; ``engine`` is another linearized one's graph."""
+
+    def run(
+        form: str = "static",
+        precision: str = "fp32",
+        settings: VerifySettings = PARITY,
+        limits: Limits = ROOM,
+        engine: Path | None = None,
+        base_engine: Path | None = None,
+    ) -> Measurement:
+        base, linear = graphs(form, precision), graphs(form, precision, LAYERS)
+        pair = [
+            EngineFile(path, manifest_of(path, limits, role))
+            for path, role in ((base_engine or base, "base"), (engine or linear, "linearized"))
+        ]
+        monkeypatch.setattr(module, "find_gpu", lambda: L4)
+        monkeypatch.setattr(module, "load_engine", functools.partial(loaded_engine, limits=limits))
+        return measure_decoder(case_of(graphs, plan, text, base, linear, settings, pair))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("form", "precision"), [("static", "fp32"), ("concat", "fp32"), ("static", "fp16"), ("concat", "bf16")]
+)
+def test_a_right_engine_passes(on_gpu: Measure, form: str, precision: str) -> None:
+    result = on_gpu(form, precision)
+    told = checks(result)
+    assert told["engine build"].status == told["parity"].status == told["engine parity"].status == "passed"
+    assert "on NVIDIA L4, within all" in told["engine parity"].detail and "engine run" not in told
+    assert result.engine_parity is not None and result.engine_speed is None
+    found = result.engine_parity.linearized
+    assert found is not None and [s.step for s in found.steps] == [0, 1, 2, 3, 4]
+    # Ragged, and as many tokens as that: all but the last four of each row in the prefill.
+    assert found.prompt_lengths == (65, 42, 24) and found.steps[0].tokens == sum(found.prompt_lengths)
+    assert (max(s.max_abs for s in found.steps) < 1e-3) == (precision == "fp32")
+
+
+@pytest.mark.parametrize(
+    ("limits", "lengths"),
+    [
+        (Limits(1, 70, 96), (65,)),
+        (Limits(2, 50, 96), (50, 32)),
+        (Limits(3, 60, 61), (57, 36, 21)),  # shorter and still ragged; four places are left for decoding
+    ],
+)
+def test_rows_are_as_long_as_the_engine_takes(
+    on_gpu: Measure, limits: Limits, lengths: tuple[int, ...]
+) -> None:
+    result = on_gpu(limits=limits)
+    assert checks(result)["engine parity"].status == "passed"
+    assert result.engine_parity is not None and result.engine_parity.linearized is not None
+    assert result.engine_parity.linearized.prompt_lengths == lengths
+
+
+def test_rows_that_cross_a_length_are_run_where_they_fit(
+    on_gpu: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crossed = Crossed(Length("window", 50, (0,)), (60, 90, 48))
+    monkeypatch.setattr(module, "crossed_by", lambda *_: (crossed,))
+    result = on_gpu(limits=Limits(3, 70, 80))
+    assert checks(result)["engine parity"].status == "passed"
+    assert result.engine_parity is not None and result.engine_parity.linearized is not None
+    found = result.engine_parity.linearized
+    assert found.steps[0].tokens == sum(found.prompt_lengths) + 60 + 48
+    assert {s.tokens for s in found.steps[1:]} == {3 + 2}
+
+
+@pytest.mark.parametrize("factor", [1.05, float("nan")])
+def test_an_engine_of_other_weights_fails(
+    on_gpu: Measure, graphs: Graphs, tmp_path: Path, factor: float
+) -> None:
+    wrong = changed(graphs("static", "fp32", LAYERS), tmp_path, "<f4", factor)
+    found = checks(on_gpu(engine=wrong))
+    # The graph itself is right; only what runs on the GPU is not.
+    assert found["parity"].status == "passed"
+    assert found["engine parity"].status == "failed"
+    assert (
+        "max |Δlogit| is" in found["engine parity"].detail
+        and "gate is 0.001" in found["engine parity"].detail
+    )
+
+
+def test_a_base_engine_of_other_weights_fails_and_nothing_is_timed(
+    on_gpu: Measure, graphs: Graphs, tmp_path: Path
+) -> None:
+    wrong = changed(graphs("static", "fp32"), tmp_path, "<f4", 1.05)
+    result = on_gpu(settings=replace(PARITY, speed=True, contexts=(8,), rounds=3), base_engine=wrong)
+    found = checks(result)
+    assert found["engine parity"].status == "passed" and found["base engine parity"].status == "failed"
+    assert result.engine_speed is None
+
+
+def test_an_engine_that_cannot_run_is_a_failed_check_and_not_the_end(
+    on_gpu: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_self: Any, profile: str) -> None:
+        raise BuildError(f"The engine failed to run its {profile} profile.")
+
+    monkeypatch.setattr(EngineStream, "_execute", broken)
+    found = checks(on_gpu())
+    assert found["parity"].status == "passed"
+    for name in ("engine parity", "base engine parity"):
+        assert (found[name].status, found[name].detail) == (
+            "failed",
+            "The engine failed to run its prefill profile.",
+        )
+
+
+def test_an_engine_of_other_layers_is_refused(on_gpu: Measure, graphs: Graphs) -> None:
+    with pytest.raises(InputError, match="rewritten by another plan"):
+        on_gpu(engine=graphs("static", "fp32", (1, 3)))
+
+
+@pytest.mark.parametrize("limits", [Limits(3, 4, 8), Limits(3, 1, 2)], ids=str)
+def test_an_engine_too_short_for_the_steps_is_no_crash_and_no_pass(on_gpu: Measure, limits: Limits) -> None:
+    """``build --max-context 8`` and ``verify --decode-steps 8`` are both allowed."""
+    try:
+        result = on_gpu(settings=replace(PARITY, decode_steps=8), limits=limits)
+    except NblError as error:
+        assert "context" in str(error)
+        return
+    told = [c for c in result.checks if c.name in ("engine parity", "engine run")]
+    assert told and "passed" not in {c.status for c in told if result.engine_parity is None}
+
+
+def test_without_a_gpu_nothing_is_run_and_nothing_passes(
+    on_gpu: Measure, monkeypatch: pytest.MonkeyPatch, graphs: Graphs, text: CalibrationText, plan: Plan
+) -> None:
+    monkeypatch.setattr(module, "find_gpu", lambda: None)
+    monkeypatch.setattr(module, "load_engine", lambda path: pytest.fail("loaded"))
+    base, linear = graphs("static", "fp16"), graphs("static", "fp16", LAYERS)
+    ahead = {"ahead_of_time": True, "capabilities": ("SM86", "SM89"), "gpu": None}
+    pair = [
+        EngineFile(p, manifest_of(p, role=r, **ahead)) for p, r in ((base, "base"), (linear, "linearized"))
+    ]
+    settings = replace(PARITY, speed=True)
+    result = measure_decoder(case_of(graphs, plan, text, base, linear, settings, pair))
+    found = checks(result)
+    assert found["engine build"].status == "passed"
+    assert found["engine run"].status == "skipped"
+    assert found["engine run"].detail == (
+        "engine built (ahead of time for SM86, SM89); not run: no NVIDIA GPU"
+    )
+    assert {n for n in found if n.startswith("engine")} == {"engine build", "engine run"}
+    assert result.engine_parity is None and result.engine_speed is None
+    # Nothing of a GPU can be said from a CPU without its kernels.
+    assert (
+        found["speed"].status == "skipped" and "does not compute in half precision" in found["speed"].detail
+    )
+
+
+@pytest.mark.parametrize(
+    ("library", "gpu", "reason"),
+    [
+        ("10.16.1", L4, "built by tensorrt 10.16.0, installed is 10.16.1"),
+        (None, L4, pip_line("trt")),
+        ("10.16.0", Gpu("NVIDIA H100", "9.0"), "built for SM89; NVIDIA H100 has compute capability 9.0"),
+        ("10.16.0", L4, "needs a CUDA build of torch"),
+    ],
+)
+def test_what_does_not_fit_this_machine_is_skipped_with_the_reason(
+    graphs: Graphs,
+    text: CalibrationText,
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    library: str | None,
+    gpu: Gpu,
+    reason: str,
+) -> None:
+    fake = library and types.ModuleType("tensorrt")
+    if fake:
+        fake.__version__ = library  # type: ignore[union-attr]
+    monkeypatch.setitem(sys.modules, "tensorrt", fake or None)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for where in (module, tensorrt_module):
+        monkeypatch.setattr(where, "find_gpu", lambda: gpu)
+    base, linear = graphs("static"), graphs("static", "fp32", LAYERS)
+    pair = []
+    for path, role in ((base, "base"), (linear, "linearized")):
+        file = engine_file(path, tmp_path / f"{role}.engine", role=role)
+        pair.append(EngineFile(file, manifest_of(path, role=role)))
+    result = measure_decoder(case_of(graphs, plan, text, base, linear, PARITY, pair))
+    found = checks(result)
+    assert found["engine run"].status == "skipped" and reason in found["engine run"].detail
+    assert found["engine run"].detail.startswith("engine built (for SM89); not run: ")
+    assert "engine parity" not in found and result.engine_parity is None
+
+
+@pytest.fixture
+def eager_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def converted(model: torch.nn.Module, dtype: str, device: str) -> Any:
+        assert device == "cuda"
+        return in_precision(model, dtype)
+
+    monkeypatch.setattr(module, "in_precision", converted)
+
+
+@pytest.mark.usefixtures("eager_on_cpu")
+@pytest.mark.parametrize("limits", [Limits(2, 64, 96), Limits(2, 70, 80)], ids=["prefill", "context"])
+def test_speed_of_everyone_at_the_contexts_that_the_engines_hold(on_gpu: Measure, limits: Limits) -> None:
+    """65 tokens are more than one prefill holds, or leave no room for the steps that are timed."""
+    settings = replace(PARITY, speed=True, contexts=(8, 64, 65), rounds=3)
+    result = on_gpu("static", "fp16", settings, limits)
+    assert result.engine_speed is not None
+    speed = result.engine_speed
+    ran = [(r.name, c.context) for c in speed.cells for r in c.results if c.phase == "decode"]
+    names = ["base engine", "linearized engine", "PyTorch eager, base"]
+    assert ran == [(name, context) for context in (8, 64) for name in names]
+    assert [cell.context for cell, _, _ in speed.speedups()] == [8, 8, 64, 64]
+    assert speed.machine.device == "NVIDIA L4"
+    for graph in ("base", "linearized"):
+        name, why = f"onnxruntime CUDA, {graph}", "onnxruntime has no CUDAExecutionProvider here"
+        assert all(cell.absent[name] == why for cell in speed.cells)
+        assert result.notes.count(f"Not timed on the GPU: {name}: {why}.") == 1
+
+
+@pytest.mark.usefixtures("eager_on_cpu")
+@pytest.mark.parametrize("limits", [Limits(3, 12, 28), Limits(3, 9, 16)], ids=str)
+def test_speed_of_an_engine_too_short_for_every_context(on_gpu: Measure, limits: Limits) -> None:
+    """The timed steps must fit behind the prompt; where even that cannot be, nothing is timed."""
+    result = on_gpu("static", "fp16", replace(PARITY, speed=True, contexts=(128, 512), rounds=3), limits)
+    assert checks(result)["engine parity"].status == "passed"
+    cells = [c for c in result.engine_speed.cells if c.results] if result.engine_speed else []
+    assert all(1 <= c.context <= limits.max_context - TIMED_STEPS for c in cells)
+    assert cells or limits.max_context <= TIMED_STEPS
+    assert result.engine_speed is None or not any("base engine" in c.absent for c in cells)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_is_held_to_what_pytorch_itself_loses(on_gpu: Measure, precision: str) -> None:
+    result = on_gpu("static", precision)
+    assert isinstance(result.parity, DecoderParity) and result.parity.precision == precision
+    own = result.parity.pytorch_in_precision
+    assert own is not None and len(own) == len(result.parity.steps) == 5
+    for step in own:
+        assert 1e-5 < step.mean_abs < (0.02 if precision == "fp16" else 0.2)
+    single = on_gpu("static", "fp32").parity
+    assert isinstance(single, DecoderParity) and single.pytorch_in_precision is None

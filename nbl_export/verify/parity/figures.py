@@ -1,4 +1,4 @@
-"""What a parity run finds, and the gates it is held to: values alone, which import nothing heavy.
+"""Hold the figures of parity to their gates, and say what linearizing costs: values that import nothing heavy.
 
 A decoder is compared step by step, an encoder output by output; both by the same :class:`Figures` of vectors, the same
 gates, and the same comparison with what is lost in the graph's precision anyway.
@@ -6,10 +6,10 @@ gates, and the same comparison with what is lost in the graph's precision anyway
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 from nbl_export.datafile import read_table
 
@@ -78,43 +78,30 @@ class OutputParity(Figures):
     width: int
 
 
-# What is held to a gate: any figures, or a step's alone.
-F = TypeVar("F", bound=Figures, contravariant=True)
+# Each gate: what its figure is called, the figure and its limit by name. Those of _AT_LEAST must not be below it.
+_MAX_LOGIT = ("max |Δlogit|", "max_abs", "max_abs_logit")
+_COSINE = ("cosine", "min_cosine", "min_cosine")
+_KL = ("KL", "max_kl", "max_kl")
+_TOP1 = ("top-1 agreement", "top1", "top1")
+_CACHE = ("KV relative error", "kv_max_rel", "max_rel_kv")
+_STATE = ("max relative difference", "max_rel", "max_rel_state")
+_AT_LEAST = (_COSINE, _TOP1)
 
 
-@dataclass(frozen=True)
-class _Gate(Generic[F]):
-    """One figure, what it is called, its limit, and whether it must not be below it (else not above)."""
-
-    name: str
-    figure: Callable[[F], float]
-    limit: Callable[[Gates], float]
-    at_least: bool = False
-
-    def worst(self, found: Sequence[F]) -> int:
-        """The place of the first of those whose figure is worst; NaN is worse than any number."""
-        values = [self.figure(one) for one in found]
-        ranks = [(value != value, -value if self.at_least else value) for value in values]
-        return ranks.index(max(ranks))
-
-    def failure(self, one: F, gates: Gates, of: str = "", at: str = "") -> list[str]:
-        """A sentence if ``one`` does not keep the gate, which says ``of`` what or ``at`` which step; else none."""
-        value, limit = self.figure(one), self.limit(gates)
-        # Written so that NaN fails.
-        if value >= limit if self.at_least else value <= limit:
-            return []
-        # A cosine of 0.9996 rounded as it is would be the 1 that it is not.
-        shown = 1 - float(f"{1 - value:.3g}") if self.at_least else float(f"{value:.3g}")
-        return [f"{self.name}{of} is {shown:.9g}{at}; the gate is {limit:g}"]
-
-
-_MAX_LOGIT: _Gate[Figures] = _Gate("max |Δlogit|", lambda f: f.max_abs, lambda g: g.max_abs_logit)
-_KL: _Gate[Figures] = _Gate("KL", lambda f: f.max_kl, lambda g: g.max_kl)
-_TOP1: _Gate[Figures] = _Gate("top-1 agreement", lambda f: f.top1, lambda g: g.top1, at_least=True)
-_COSINE: _Gate[Figures] = _Gate("cosine", lambda f: f.min_cosine, lambda g: g.min_cosine, at_least=True)
-_STATE: _Gate[Figures] = _Gate("max relative difference", lambda f: f.max_rel, lambda g: g.max_rel_state)
-_CACHE: _Gate[StepParity] = _Gate("KV relative error", lambda s: s.kv_max_rel, lambda g: g.max_rel_kv)
-_OF_STEPS: tuple[_Gate[StepParity], ...] = (_MAX_LOGIT, _COSINE, _KL, _TOP1, _CACHE)
+def _failure(gate: tuple[str, str, str], found: Sequence[Figures], gates: Gates, of: str = "") -> list[str]:
+    """A sentence if the worst of those ``found``, the first if several are, does not keep the ``gate``; else none."""
+    (name, figure, bound), at_least = gate, gate in _AT_LEAST
+    # NaN is worse than any number.
+    ranks = [(v != v, -v if at_least else v) for v in (getattr(one, figure) for one in found)]
+    worst = found[ranks.index(max(ranks))]
+    value, limit = getattr(worst, figure), getattr(gates, bound)
+    # Written so that NaN fails.
+    if value >= limit if at_least else value <= limit:
+        return []
+    # A cosine of 0.9996 rounded as it is would be the 1 that it is not.
+    shown = 1 - float(f"{1 - value:.3g}") if at_least else float(f"{value:.3g}")
+    at = f" at step {worst.step}" if isinstance(worst, StepParity) else ""
+    return [f"{name}{of} is {shown:.9g}{at}; the gate is {limit:g}"]
 
 
 def _beyond_own(gates: Gates, whose: str, compared: Iterable[tuple[str, float, float]]) -> list[str]:
@@ -137,11 +124,8 @@ class Parity:
 
     def failures(self) -> list[str]:
         """One sentence for each gate that fails, with the worst value and its step; empty is a pass."""
-        found = []
-        for gate in _OF_STEPS:
-            step = self.steps[gate.worst(self.steps)]
-            found += gate.failure(step, self.gates, at=f" at step {step.step}")
-        return found
+        gates = (_MAX_LOGIT, _COSINE, _KL, _TOP1, _CACHE)
+        return [said for gate in gates for said in _failure(gate, self.steps, self.gates)]
 
     def failures_against(self, own: Parity, whose: str) -> list[str]:
         """Like :meth:`failures`, against what is lost in this precision anyway: ``own``, and ``whose`` that is."""
@@ -173,7 +157,7 @@ class OutputsParity:
         for one in self.outputs:
             held = (_MAX_LOGIT, _KL, _TOP1) if one.output == LOGITS else (_STATE,)
             for gate in (*held, *([_COSINE] if one.width >= _LEAST_WIDTH else [])):
-                found += gate.failure(one, self.gates, of=f" of {one.output}")
+                found += _failure(gate, [one], self.gates, f" of {one.output}")
         return found
 
     def failures_against(self, own: OutputsParity, whose: str) -> list[str]:
@@ -274,3 +258,36 @@ class EngineParity:
 
     linearized: Parity | None = None
     base: Parity | None = None
+
+
+@dataclass(frozen=True)
+class MethodLoss:
+    """Perplexities on the same tokens, their ratio, mean KL in nats; standard errors over documents."""
+
+    documents: int
+    tokens: int
+    perplexity_original: float
+    perplexity_linearized: float
+    perplexity_ratio: float
+    perplexity_ratio_se: float
+    kl: float
+    kl_se: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """``what`` was averaged over ``count`` vectors, and its standard error over documents."""
+
+    what: str
+    value: float
+    se: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """The measures of every output of an encoder on ``documents`` held-out documents or images (``unit``)."""
+
+    documents: int
+    unit: str
+    measures: tuple[Measure, ...]

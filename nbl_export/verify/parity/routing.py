@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,12 +31,9 @@ from nbl_export.runtime.ort import Watch
 from nbl_export.verify.parity.decoder import Recorded
 from nbl_export.verify.parity.figures import Routing
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
 Rows = Sequence[NDArray[np.int32]]
 # What each router of each pass has chosen.
-Told = list[list[I64 | None]]
+Choices = list[list[I64 | None]]
 # How much further than the measured rounding moves a score a choice may fall short, and the same of float32, of the
 # size of the scores.
 _ROOM, _FLOAT32 = 1.5, 1e-3
@@ -59,27 +55,21 @@ def passes(rows: Rows, steps: int, cached: bool, alone: Rows = (), left: bool = 
 
 
 @contextmanager
-def watched(path: Path) -> Iterator[tuple[Path, Watch | None]]:
+def choices_as_outputs(path: Path) -> Iterator[tuple[Path, Watch | None]]:
     """The graph at ``path`` with the choices of its routers as outputs, which a stream is to watch.
 
     A graph without routers is itself, and nothing is watched.
     """
     model = load_graph(path)
-    names = _with_outputs(model)
-    if not names:
+    if not (found := routers(model)):
         yield path, None
         return
-    with scratch(model, follow_links(model) or path.parent) as changed:
-        yield changed, Watch(names)
-
-
-def _with_outputs(model: ir.Model) -> tuple[str, ...]:
-    found = routers(model)
     model.graph.outputs.extend(node.outputs[1] for node in found)
-    return tuple(places_of(node) for node in found)
+    with scratch(model, follow_links(model) or path.parent) as changed:
+        yield changed, Watch(tuple(places_of(node) for node in found))
 
 
-def told_by(path: Path, watch: Watch, rows: Rows, steps: int, cached: bool, alone: Rows = ()) -> Told:
+def choices_of(path: Path, watch: Watch, rows: Rows, steps: int, cached: bool, alone: Rows = ()) -> Choices:
     """What the graph at ``path``, whose passes were watched, has chosen for the tokens that are no padding."""
     interface = interface_of(load_graph(path))
     real = passes(rows, steps, cached, alone, left=not interface.in_place)
@@ -101,24 +91,20 @@ class Reference:
         self.own = None if real is None else Routers(real)
         self.recorded = record(self.own)
 
-    def like(self, told: Told | None) -> tuple[Recorded, Routers | None]:
+    def like(self, told: Choices | None) -> tuple[Recorded, Routers | None]:
         """What PyTorch gives with the choices that it is ``told``, and its routers; by its own, and None, if it has
         other routers.
         """
-        if self.own is None or told is None or not _can_be_told(self.own, told):
+        if self.own is None or told is None:
+            return self.recorded, None
+        ours = [[None if a is None else a.own.shape for a in one] for one in self.own.passes]
+        if ours != [[None if a is None else a.shape for a in one] for one in told]:
             return self.recorded, None
         routers = Routers(self.own.real, told)
         if not any(differing(own, taken) for own, taken in _pairs(self.own, told)):
             routers.passes = self.own.passes
             return self.recorded, routers
         return self.record(routers), routers
-
-
-def _can_be_told(own: Routers, told: Told) -> bool:
-    return all(
-        [None if a is None else a.own.shape for a in theirs] == [None if b is None else b.shape for b in ours]
-        for theirs, ours in zip(own.passes, told, strict=True)
-    )
 
 
 def _pairs(own: Routers, told: Sequence[Sequence[I64 | None]]) -> Iterator[tuple[I64, I64]]:
@@ -128,7 +114,7 @@ def _pairs(own: Routers, told: Sequence[Sequence[I64 | None]]) -> Iterator[tuple
                 yield choice.own, taken
 
 
-def rounding(told: Routers, half: Routers | None) -> list[float]:
+def moved_by_rounding(told: Routers, half: Routers | None) -> list[float]:
     """How far half precision moves a score of each router, the choices being the same."""
     if half is None:
         return []

@@ -1,4 +1,4 @@
-"""How far vectors are from the reference's: the figures that decoders and encoders are both compared by.
+"""Compare vectors with the reference's: the figures of decoders and encoders, and the parity of an encoder.
 
 For logits (or other vectors) a (reference) and b:
 
@@ -6,14 +6,20 @@ abs   |a - b|                          rel   |a - b| / max(|a|, rms of the token
 cosine of the vectors a and b          KL    KL(softmax a ‖ softmax b) in nats
 top-1 the same most likely token; where they differ although the reference's best two lie closer
       than the gate's ``near_tie``, the token is a near-tie and is not counted against the graph
+
+Of an encoder, PyTorch and the graph run one ragged batch, padded as the tokenizer does it, and one for each row that
+crosses a length of the model, or one batch of images. Only real tokens are compared, each output by itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from nbl_export.batch.arrays import F32, F64
-from nbl_export.verify.parity.figures import Figures
+from nbl_export.batch.rows import Inputs, Outputs, real_positions
+from nbl_export.verify.parity.figures import Figures, Gates, OutputParity, OutputsParity
 
 _PART = 1 << 21  # numbers that are compared together
 
@@ -28,7 +34,7 @@ def compare_vectors(a: F32, b: F32, near_tie: float) -> Figures:
     for at in (slice(start, start + each) for start in range(0, len(a), each)):
         x, y = a[at].astype(np.float64), b[at].astype(np.float64)
         difference[at] = np.abs(x - y)
-        relative[at] = _ratio(difference[at], np.maximum(np.abs(x), rms(x)))
+        relative[at] = _quotient(difference[at], np.maximum(np.abs(x), rms(x)), np.inf)
         log_p, log_q = log_softmax(x), log_softmax(y)
         kl[at] = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
         norms = np.linalg.norm(x, axis=-1), np.linalg.norm(y, axis=-1)
@@ -56,17 +62,11 @@ def compare_vectors(a: F32, b: F32, near_tie: float) -> Figures:
     )
 
 
-def _ratio(difference: F64, size: F64) -> F64:
-    """``difference`` in units of ``size``: no difference is 0 of anything, any other is infinite of nothing."""
-    found: F64 = np.where(difference == 0, 0.0, np.where(size == 0, np.inf, _quotient(difference, size)))
-    return np.where(np.isnan(difference) | np.isnan(size), np.nan, found)
-
-
-def _quotient(a: F64, b: F64) -> F64:
-    """a / b, and 0 for nothing of nothing; NaN stays NaN."""
+def _quotient(a: F64, b: F64, of_nothing: float = 0.0) -> F64:
+    """a / b; 0 for nothing of anything, ``of_nothing`` for something of nothing; NaN stays NaN."""
     with np.errstate(invalid="ignore"):
-        found: F64 = np.where(b == 0, 0.0, a / np.where(b == 0, 1.0, b))
-    return found
+        found: F64 = np.where(b == 0, np.where(a == 0, 0.0, of_nothing), a / np.where(b == 0, 1.0, b))
+    return np.where(np.isnan(a) | np.isnan(b), np.nan, found)
 
 
 def rms(x: F64) -> F64:
@@ -80,3 +80,31 @@ def log_softmax(x: F64) -> F64:
     shifted = x - x.max(axis=-1, keepdims=True)
     result: F64 = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
+
+
+def compare_batches(
+    reference: Sequence[Outputs], candidate: Sequence[Outputs], batches: Sequence[Inputs], gates: Gates
+) -> OutputsParity:
+    """Every output of the two encoders over ``batches``, of which the first has the rows that are said.
+
+    One that is missing, or of another shape, differs without bound.
+    """
+    found = []
+    for name in reference[0]:
+        pairs = []
+        for a, b, inputs in zip(reference, candidate, batches, strict=True):
+            x, y = (vectors(v, inputs) for v in (a[name], b.get(name, np.full_like(a[name], np.nan))))
+            pairs.append((x, y if x.shape == y.shape else np.full_like(x, np.nan)))
+        x, y = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        figures = compare_vectors(x, y, gates.near_tie)
+        found.append(OutputParity(**vars(figures), output=name, width=x.shape[1]))
+    inputs = batches[0]
+    lengths = [int(n) for n in real_positions(inputs, 0).sum(axis=1) if n]
+    return OutputsParity(len(next(iter(inputs.values()))), tuple(lengths), tuple(found), gates)
+
+
+def vectors(output: F32, inputs: Inputs) -> F32:
+    """An output as [vectors, d]: of every real token, or of every row."""
+    if output.ndim == 3:
+        return output[real_positions(inputs, output.shape[1])]
+    return output.reshape(len(output), -1)

@@ -1,19 +1,25 @@
-"""Base and linearized graph in ONNX Runtime on the CPU, one row: what `verify` and the K curve time."""
+"""Time base and linearized graph in ONNX Runtime on the CPU, one row, as `verify` and the K curve do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.machine import free_memory
 from nbl_export.progress import Listener
 from nbl_export.runtime.session import fit, require_onnxruntime, session_bytes
 from nbl_export.verify.speed.candidates import RunGraph, graph_candidate
+from nbl_export.verify.speed.checks import speed_check
 from nbl_export.verify.speed.race import MORE, Harness, Rounds
 from nbl_export.verify.speed.roofline import cpu_machine
 from nbl_export.verify.speed.values import DECODE, PREFILL, GraphCost, Speed
+
+if TYPE_CHECKING:
+    from nbl_export.verify.case import Case
+    from nbl_export.verify.measurement import Measurement
 
 
 @dataclass(frozen=True)
@@ -67,3 +73,40 @@ def measure_speed(
 def phases_of(cost: GraphCost | None) -> tuple[str, ...]:
     """Without a cache a token costs what its whole text costs: there is no decode to time."""
     return (PREFILL, DECODE) if cost and cost.kv_bytes_per_token else (PREFILL,)
+
+
+def verify_speed(
+    case: Case,
+    found: Measurement,
+    contexts: Sequence[int],
+    phases: tuple[str, ...] = (),
+    run: RunGraph | None = None,
+) -> Speed | None:
+    """The speed of the case's graph beside the unmodified one, if it is measured, and its verdict.
+
+    Where both do not fit into memory they take turns.
+    """
+    why = case.why_not_timed
+    if why is None and case.baseline is not None:
+        anew = anew_or_why_not(case.baseline, case.rewritten)
+        if not isinstance(anew, str):
+            pair = Pair(case.baseline, case.rewritten, phases, run)
+            speed = measure_speed(pair, contexts, case.settings.rounds, case.listener, anew)
+            found.checks.append(speed_check(speed))
+            found.notes += [IN_TURNS] * anew
+            return speed
+        why = anew
+    found.check("speed", "skipped", str(why))
+    return None
+
+
+def fitting_contexts(
+    found: Measurement, limit: int | None, contexts: Sequence[int], room: int = 0
+) -> list[int]:
+    """Those of ``contexts`` that leave ``room`` more of the model's ``limit`` positions; a note names the others."""
+    fitting = [c for c in contexts if limit is None or c + room <= limit]
+    if dropped := sorted(set(contexts) - set(fitting)):
+        found.notes.append(
+            f"Speed at {', '.join(map(str, dropped))} tokens is not measured: the model has {limit} positions."
+        )
+    return fitting or [max(2, (limit or 16) // 2)]

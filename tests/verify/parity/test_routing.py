@@ -12,8 +12,9 @@ from nbl_export.models.routers import Routers
 from nbl_export.report.tables import parity_table
 from nbl_export.verify import decoder as module
 from nbl_export.verify.decoder import measure_parity
+from nbl_export.verify.measurement import Measurement
 from nbl_export.verify.parity.figures import Routing
-from nbl_export.verify.parity.routing import passes, routing_failures, routing_of, watched
+from nbl_export.verify.parity.routing import choices_as_outputs, passes, routing_failures, routing_of
 from tests.experts import Experts, swap_experts
 from tests.verify.measured import with_fault
 
@@ -26,22 +27,19 @@ def rewritten(experts: Experts, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_the_graphs_choices_are_taken_and_said(
     experts: Experts, rewritten: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = experts.verified("fp16", rewritten)
-    found = measure_parity(case)
-    assert [check.status for check in found.checks] == ["passed"] and found.section is not None
-    routing = found.section.routing
+    case, found = experts.verified("fp16", rewritten), Measurement()
+    parity = measure_parity(case, found)
+    assert [check.status for check in found.checks] == ["passed"]
+    routing = parity.routing
     assert routing is not None and routing.differing > 10 and 0 < routing.worst < 1
     # Every token of every pass at each of the three routers.
-    assert routing.choices == 3 * sum(step.tokens for step in found.section.steps)
-    assert (
-        f"{routing.differing:,} of {routing.choices:,} choices of experts" in parity_table(found.section).note
-    )
+    assert routing.choices == 3 * sum(step.tokens for step in parity.steps)
+    assert f"{routing.differing:,} of {routing.choices:,} choices of experts" in parity_table(parity).note
     # Without them, the figures are those of other experts.
     monkeypatch.setattr(module, "routers", lambda _model: [])
-    untold = measure_parity(case)
-    assert untold.section is not None and untold.section.routing is None
-    assert untold.checks[0].status == "failed"
-    assert untold.section.mean_abs > 10 * found.section.mean_abs
+    untold = measure_parity(case, found)
+    assert untold.routing is None and found.checks[1].status == "failed"
+    assert untold.mean_abs > 10 * parity.mean_abs
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -49,20 +47,22 @@ def test_wrong_layers_fail(experts: Experts, rewritten: Path, tmp_path: Path, na
     path = with_fault(
         rewritten, tmp_path, "layers.1.", f"nbl_linear.{name}", 1.1 if name == "weight" else 0.0
     )
-    (check,) = measure_parity(experts.verified("fp16", path)).checks
+    found = Measurement()
+    measure_parity(experts.verified("fp16", path), found)
+    (check,) = found.checks
     assert check.status == "failed" and "the linear layer 1 differs" in check.detail
 
 
 def test_tokens_that_go_to_wrong_experts_fail_by_their_scores(experts: Experts, rewritten: Path) -> None:
+    found = Measurement()
     with scratch_copy(rewritten, swap_experts) as wrong:
-        found = measure_parity(experts.verified("fp16", wrong))
-    assert found.section is not None and found.section.routing is not None
-    assert found.section.routing.worst > 10
+        parity = measure_parity(experts.verified("fp16", wrong), found)
+    assert parity.routing is not None and parity.routing.worst > 10
     assert "to experts whose scores fall short by" in found.checks[0].detail
 
 
 def test_routers_are_watched(experts: Experts) -> None:
-    with watched(experts.graph("fp32")) as (path, watch):
+    with choices_as_outputs(experts.graph("fp32")) as (path, watch):
         assert watch is not None and len(watch.names) == 3 and path != experts.graph("fp32")
         assert len(load_graph(path).graph.outputs) == len(load_graph(experts.graph("fp32")).graph.outputs) + 3
 

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 
 from nbl_export.calibrate.text import CalibrationText
+from nbl_export.checks import Check
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Silent
 from nbl_export.rewrite.confirm import LinearPart, linear_part
 from nbl_export.rewrite.replace import ProvenGraph, proven_regions, rewrite_file
 from nbl_export.runtime.ort import ort_stream
-from nbl_export.verify.case import DecoderCase
+from nbl_export.verify.case import PROMPTS, DecoderCase
 from nbl_export.verify.decoder import measure_parity, unlike
-from nbl_export.verify.engines import PROMPTS
+from nbl_export.verify.measurement import Measurement
 from nbl_export.verify.parity.decoder import compare, record
 from nbl_export.verify.parity.figures import UNMODIFIED, gates_for
 from nbl_export.verify.parity.unmodified import (
@@ -62,6 +63,12 @@ class Right:
         )
 
 
+def verdict(case: DecoderCase) -> Check:
+    found = Measurement()
+    measure_parity(case, found)
+    return found.checks[0]
+
+
 @pytest.fixture(scope="module")
 def plan(stories_out: Path) -> Plan:
     return plan_by_hand(stories_out, LAYERS)
@@ -84,7 +91,7 @@ def right(
 
 
 def test_a_right_graph_is_the_unmodified_one_to_rounding(right: Right, plan: Plan) -> None:
-    check = measure_parity(right.case).checks[0]
+    check = verdict(right.case)
     assert check.status == "passed", check.detail
     parts = {i: linear_part(load_graph(right.path), i) for i in LAYERS}
     whole = {i: part for i, part in parts.items() if isinstance(part, LinearPart)}
@@ -125,7 +132,7 @@ def test_verify_says_so(right: Right, plan: Plan, tmp_path: Path) -> None:
     case = DecoderCase(
         right.case.model, plan, right.baseline, tmp_path / "model.onnx", PARITY, Silent(), right.case.text, ()
     )
-    check = measure_parity(case).checks[0]
+    check = verdict(case)
     assert (
         check.status == "failed"
         and "the linear layer 3 differs by 1.0e-01 from the plan's W u" in check.detail

@@ -1,4 +1,4 @@
-"""What PyTorch gives for the rows of parity, also of a model that does not stay in memory.
+"""Run PyTorch on the rows of parity, also a model that does not stay in memory; in half precision, too, and disturbed.
 
 Such a model is read once, and not in every step: the tokens of the decode steps are known, so all steps go through a
 block before the next block is read, each with the cache that the steps before it have left there:
@@ -20,24 +20,29 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.padding import left_padded
+from nbl_export.graph.precision import Precision
 from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, version_of, within
 from nbl_export.models.caches import Entry, cache_layer, cache_with, entry_in, limited_steps
 from nbl_export.models.dummy_run import cache_shapes, dummy_run
 from nbl_export.models.libraries import accepted_arguments, cache_argument
+from nbl_export.models.load import in_precision
 from nbl_export.models.routers import Routers
 from nbl_export.models.walk import Segment, through
-from nbl_export.models.weights import device_of, streams, weights_like
+from nbl_export.models.weights import device_of, resident, room, streams, weights_like
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.stream import KV
 from nbl_export.runtime.torch import torch_stream
-from nbl_export.verify.parity.decoder import Recorded, Step, joined, record
+from nbl_export.verify.parity.decoder import Recorded, Step, compare, joined, record
+from nbl_export.verify.parity.figures import Parity, gates_for
 
 if TYPE_CHECKING:
     from nbl_export.linearize.plan import Plan
 
 Rows = Sequence[NDArray[np.int32]]
 _TITLE = "Running PyTorch"
+OWN = "PyTorch's own in this precision"
+_LAST_BIT = 2.0**-24  # relative, half a unit in the last place of float32
 
 
 def record_pytorch(
@@ -197,3 +202,63 @@ class _Cache:
             *(tuple(side[:, :, :slots].numpy() for side in pair) for pair in pairs),
             *((state.numpy(),) for state in states),
         ]
+
+
+# what anyone loses ---------------------------------------------------------------------------------
+
+
+def pytorch_in_precision(
+    precision: Precision,
+    model: torch.nn.Module,
+    plan: Plan,
+    rows: Sequence[NDArray[np.int32]],
+    steps: int,
+    cached: bool = True,
+    exact: Recorded | None = None,
+    alone: Sequence[NDArray[np.int32]] = (),
+    routers: Routers | None = None,
+    listener: Listener | None = None,
+) -> Parity:
+    """The decoder ``model`` in ``precision`` against itself, both by ``plan``, as :func:`.compare_streams` does it.
+
+    ``exact`` is what the model itself gives, if it is known; ``routers`` are those of the half one's run.
+    """
+    exact = exact or record_pytorch(model, plan, rows, steps, cached, alone, listener=listener)
+    half = in_precision(model, precision.gates)
+    with resident(half, room(half)):
+        found = record_pytorch(half, plan, rows, steps, cached, alone, routers, listener)
+    return compare(exact, found, gates_for(precision.gates))
+
+
+def rounding_noise(
+    model: torch.nn.Module,
+    rows: Rows,
+    plan: Plan | None = None,
+    seed: int = 0,
+    listener: Listener | None = None,
+) -> float:
+    """Largest |Δlogit| of a prefill of ``rows`` when every embedding entry moves by its last bit.
+
+    It is the scale below which no parity can be asked for. The signs are random for ``seed``; with a ``plan`` the model
+    is linearized by it. A well-conditioned float32 model gives about 1e-4.
+    """
+    exact = record_pytorch(model, plan, rows, 0, cached=False, listener=listener)
+    with _disturbed(model, seed):
+        disturbed = record_pytorch(model, plan, rows, 0, cached=False, listener=listener)
+    return float(np.abs(exact.steps[0].logits - disturbed.steps[0].logits).max())
+
+
+@contextmanager
+def _disturbed(model: torch.nn.Module, seed: int) -> Iterator[None]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
+        return output * (1 + signs * 2 * _LAST_BIT)
+
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    hook = embeddings.register_forward_hook(disturb)
+    try:
+        yield
+    finally:
+        hook.remove()

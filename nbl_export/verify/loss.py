@@ -1,0 +1,166 @@
+"""Measure what linearizing costs, original against linearized model, on held-out text or images.
+
+Apart from parity, and never mixed with it. Of a decoder, KL and perplexity: :mod:`nbl_export.linearize.loss`. Of an
+encoder, for states, pooled vectors and sentence embeddings the mean cosine of the two models' vectors; for the logits
+of a head the share of equal top classes and KL(original ‖ linearized). Standard errors are over documents (or images),
+the sampling unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.batch.arrays import F64
+from nbl_export.batch.rows import Inputs, batch_of_rows
+from nbl_export.blocks import layer_of
+from nbl_export.checks import Check
+from nbl_export.linearize.loss import compare, loss_over_documents, mean_over_documents, reference, row_logits
+from nbl_export.linearize.plan import Plan
+from nbl_export.linearize.selection import exp
+from nbl_export.linearize.swap import linearized
+from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
+from nbl_export.models.media_tokens import written
+from nbl_export.models.walk import first_needed, recording_inputs, starting_at
+from nbl_export.models.weights import device_of, streams
+from nbl_export.progress import Listener, Silent
+from nbl_export.runtime.torch import TorchEncoder
+from nbl_export.settings import LossBound
+from nbl_export.verify.parity.figures import LOGITS, Likeness, Measure, MethodLoss
+from nbl_export.verify.parity.vectors import log_softmax, vectors
+
+if TYPE_CHECKING:
+    import torch
+
+
+def measure_method_loss(
+    model: torch.nn.Module,
+    plan: Plan,
+    heldout: NDArray[np.int32],
+    document: NDArray[np.int32],
+    listener: Listener | None = None,
+) -> MethodLoss:
+    """The method loss of ``plan`` on ``heldout`` [rows, seq_len], whose tokens belong to ``document``."""
+    import torch
+
+    before, kl, excess = [], [], []
+    rows = [torch.from_numpy(row.astype(np.int64)).to(device_of(model)) for row in heldout]
+    with (
+        (listener or Silent()).task("Measuring method loss", heldout.size, "tokens") as task,
+        torch.inference_mode(),
+    ):
+        for ids, (logits, changed) in zip(rows, _both(model, plan, rows, listener), strict=True):
+            original = reference(logits, written(ids))
+            row_kl, row_excess = compare(original, changed, written(ids))
+            before.append(original.nll.double().cpu().numpy())
+            kl.append(row_kl)
+            excess.append(row_excess)
+            task.advance(len(ids))
+    # Nobody predicts the embeddings of images, whose tokens are of no document.
+    counted = document[:, 1:].reshape(-1) >= 0
+    owner = document[:, 1:].reshape(-1)[counted]
+    loss = loss_over_documents(np.concatenate(kl)[counted], np.concatenate(excess)[counted], owner)
+    nll = float(np.concatenate(before)[counted].mean())
+    return MethodLoss(
+        documents=len(np.unique(owner)),
+        tokens=len(owner),
+        perplexity_original=exp(nll),
+        perplexity_linearized=exp(nll + loss.excess),
+        perplexity_ratio=loss.perplexity_ratio,
+        perplexity_ratio_se=loss.perplexity_ratio_se,
+        kl=loss.kl,
+        kl_se=loss.kl_se,
+    )
+
+
+def _both(
+    model: torch.nn.Module, plan: Plan, rows: Sequence[torch.Tensor], listener: Listener | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits [seq, vocab] of each row by ``model``, and by ``plan``."""
+    if streams(model):
+        both = [ORIGINAL, version_of(model, plan)]
+        found = sweep(model, rows, both, plan.fit_input, listener=listener)
+        for (_, _, logits), (_, _, changed) in zip(found, found, strict=True):
+            yield logits, changed
+        return
+    # Nothing is changed before the first of the plan's layers: the second run begins there.
+    first = first_needed(model, layer_of(min(plan.chosen))) if plan.chosen else 0
+    for row in rows:
+        with recording_inputs(model, [first]) as states:
+            logits = row_logits(model, row)
+        with linearized(model, plan), starting_at(model, first, states[first]):
+            yield logits, row_logits(model, row)
+
+
+def measure_likeness(
+    encoder: TorchEncoder, plan: Plan, rows: Sequence[Inputs], unit: str, listener: Listener | None = None
+) -> Likeness:
+    """How much the outputs of ``encoder`` change by ``plan``, on ``rows``, each a batch of one."""
+    found: dict[str, list[F64]] = {}
+    with (listener or Silent()).task("Measuring method loss", len(rows), unit) as task:
+        for alone in rows:
+            row = batch_of_rows([alone])
+            original = encoder(row)
+            with linearized(encoder.encoder.model, plan):
+                changed = encoder(row)
+            for name, before in original.items():
+                a, b = (vectors(v, row).astype(np.float64) for v in (before, changed[name]))
+                for what, values in _compared(name, a, b).items():
+                    found.setdefault(what, []).append(values)
+            task.advance(1)
+    measures = []
+    for what, by_row in found.items():
+        owner = np.repeat(np.arange(len(by_row), dtype=np.int32), [len(v) for v in by_row])
+        values = np.concatenate(by_row)
+        measures.append(Measure(what, *mean_over_documents(values, owner), len(values)))
+    return Likeness(len(rows), unit, tuple(measures))
+
+
+def _compared(name: str, a: F64, b: F64) -> dict[str, F64]:
+    if name != LOGITS:
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        return {f"cosine of {name}": (a * b).sum(axis=1) / np.maximum(norms, 1e-300)}
+    if a.shape[1] == 1:  # a score, as of a reward model
+        return {"change of the score": np.abs(a - b)[:, 0]}
+    log_p, log_q = log_softmax(a), log_softmax(b)
+    return {
+        "top-1 agreement": (a.argmax(axis=1) == b.argmax(axis=1)).astype(np.float64),
+        "KL to the original, nats": (np.exp(log_p) * (log_p - log_q)).sum(axis=1),
+    }
+
+
+def loss_checks(loss: MethodLoss | Likeness, bound: LossBound) -> list[Check]:
+    """A verdict that failed where the loss is no number, and one for each bound of a decoder that there is.
+
+    What is no number is within no bound.
+    """
+    if isinstance(loss, Likeness):
+        figures = {m.what: m.value for m in loss.measures}
+    else:
+        figures = {"perplexity ratio": loss.perplexity_ratio, "KL": loss.kl}
+    wrong = [f"{what} is {value:g}" for what, value in figures.items() if not math.isfinite(value)]
+    found = [Check("method loss", "failed", f"{'; '.join(wrong)} on held-out data")] if wrong else []
+    if isinstance(loss, Likeness):
+        return found
+    for name, what, value, error, most in (
+        (
+            "perplexity bound",
+            "perplexity × ",
+            loss.perplexity_ratio,
+            loss.perplexity_ratio_se,
+            bound.max_perplexity_ratio,
+        ),
+        ("KL bound", "KL ", loss.kl, loss.kl_se, bound.max_kl),
+    ):
+        if most is None:
+            continue
+        within = value <= most
+        # Of one document no error is known; 0 would look certain.
+        known = f" ± {error:.4f}" if loss.documents > 1 else ""
+        said = f"{what}{value:.4f}{known} on held-out text, {'within' if within else 'above'} the {most:g} asked for"
+        found.append(Check(name, "passed" if within else "failed", said))
+    return found
