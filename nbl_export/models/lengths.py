@@ -1,4 +1,4 @@
-"""The lengths from which on a model computes something else: windows, chunks, rope switches, tokens that are kept …
+"""Find the lengths from which on a model computes something else: windows, chunks, rope switches, kept tokens …
 
 A text that is shorter than such a length says nothing about what begins there. They are read from the configuration by
 ``lengths.toml``, and from the numbers that the modules keep, or their functions take, by their names, so a family that
@@ -19,10 +19,12 @@ from nbl_export.datafile import read_table
 from nbl_export.models.layers import (
     block_stack,
     hidden_size,
+    language_head,
     layer_count,
     main_input,
     positions,
     structure,
+    text_config,
     vocabulary,
 )
 
@@ -63,6 +65,14 @@ class _Row:
     batch: bool = False
 
 
+@cache
+def _table() -> tuple[Mapping[str, list[str]], tuple[_Row, ...]]:
+    """The net that catches names, and the rows."""
+    table = read_table(Path(__file__).parent / "lengths.toml")
+    net = table.pop("net")
+    return net, tuple(_Row(**{**row, "keys": tuple(row["keys"])}) for row in table.values())
+
+
 def lengths(model: torch.nn.Module) -> tuple[Length, ...]:
     """The lengths of ``model``, in ascending order: each number of tokens once, with the keys that say it.
 
@@ -70,8 +80,7 @@ def lengths(model: torch.nn.Module) -> tuple[Length, ...]:
     """
     if main_input(model) == PIXELS:
         return ()
-    config: Any = model.config
-    text = config.get_text_config()
+    text, every = text_config(model), tuple(range(layer_count(model)))
     entries = list(_entries(text.to_dict()))
     kinds = {layer.index: layer.kind for layer in structure(model).layers}
     found: dict[tuple[int, str], Length] = {}
@@ -80,27 +89,20 @@ def lengths(model: torch.nn.Module) -> tuple[Length, ...]:
         if row is None:
             continue
         layers = tuple(i for i, kind in kinds.items() if kind == row.kind) if row.kind else ()
-        if row.kind and not layers and len(set(kinds.values())) > 1:
+        # Without a layer of its kind a key is idle, unless nothing says which kinds there are.
+        if row.kind and not layers and (len(set(kinds.values())) > 1 or getattr(text, "layer_types", None)):
             continue
-        if row.kind and not layers and _says_kinds(config):
-            continue
-        concerned = layers or tuple(range(layer_count(model)))
         for tokens in {value} if isinstance(value, int) else set(value):
             if 1 < tokens < _LARGEST:
-                found.setdefault((tokens, key), Length(key, tokens, concerned, row.batch))
+                found.setdefault((tokens, key), Length(key, tokens, layers or every, row.batch))
     known = {tokens for tokens, _ in found}
     for name, tokens in _of_modules(model):
         # What the configuration says too is known, or idle; so is what it derives from a longer one, as a radius.
         short = name.rpartition(".")[2]
         derived = getattr(text, short, None) in (tokens, tokens - 1) and any(tokens <= t + 1 for t in known)
         if tokens not in known and (short, tokens) not in entries and not derived:
-            every = tuple(range(layer_count(model)))
             found.setdefault((tokens, name), Length(name, tokens, every, configured=False))
     return tuple(sorted(found.values(), key=lambda length: (length.tokens, length.key)))
-
-
-def _says_kinds(config: Any) -> bool:
-    return bool(getattr(config.get_text_config(), "layer_types", None))
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -123,22 +125,21 @@ def _is_number(value: Any) -> bool:
 
 def _row(key: str, entries: Sequence[tuple[str, Any]]) -> _Row | None:
     """The row that makes ``key`` a length in the configuration of these ``entries``."""
-    value = [one for name, one in entries if name == key]
-    if not all(_is_number(one) or isinstance(one, tuple) for one in value):
+    if not all(_is_number(one) or isinstance(one, tuple) for name, one in entries if name == key):
         return None
-    rows = [row for row in _rows() if key in row.keys]
+    rows = [row for row in _table()[1] if key in row.keys]
     for row in rows:
-        if row.needs is None or any(
-            name in row.needs and (one in row.needs[name] or "*" in row.needs[name]) for name, one in entries
+        needs = row.needs or {}
+        if not needs or any(
+            one in needs.get(name, ()) or "*" in needs.get(name, ()) for name, one in entries
         ):
             return row
     return _Row((key,)) if not rows and _caught(key) else None
 
 
 def _caught(key: str) -> bool:
-    words = _net()
-    name = key.lower()
-    return any(w in name for w in words["words"]) and not any(w in name for w in words["but"])
+    net, name = _table()[0], key.lower()
+    return any(w in name for w in net["words"]) and not any(w in name for w in net["but"])
 
 
 def _of_modules(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
@@ -158,31 +159,13 @@ def _of_modules(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
 @cache
 def _defaults(kind: type) -> tuple[tuple[str, Any], ...]:
     """What the functions of a class of a model's code take if they are given nothing else."""
-    if kind.__module__.startswith("torch."):
-        return ()
-    found = []
-    for name, function in vars(kind).items():
+    found: list[tuple[str, Any]] = []
+    for name, function in vars(kind).items() if not kind.__module__.startswith("torch.") else ():
         plain = getattr(function, "__func__", function)
         if inspect.isfunction(plain) and name != "__init__":  # which keeps what it takes
             given = inspect.signature(plain).parameters.values()
             found += [(f"{name}.{p.name}", p.default) for p in given if _is_number(p.default)]
     return tuple(found)
-
-
-@cache
-def _table() -> dict[str, Any]:
-    return read_table(Path(__file__).parent / "lengths.toml")
-
-
-def _net() -> Mapping[str, list[str]]:
-    net: Mapping[str, list[str]] = _table()["net"]
-    return net
-
-
-@cache
-def _rows() -> tuple[_Row, ...]:
-    rows = [row for name, row in _table().items() if name != "net"]
-    return tuple(_Row(**{**row, "keys": tuple(row["keys"])}) for row in rows)
 
 
 # what crosses them -------------------------------------------------------------------------------
@@ -237,46 +220,30 @@ def crossed_by(
     if not (known := lengths(model)):
         return ()
     limit, left, asked = positions(model), room.tokens(model, passes), set[int]()
+    width = hidden_size(model) if language_head(model) is None else vocabulary(model)
+    heads = int(getattr(text_config(model), "num_attention_heads", None) or 1)
     for length in known:
         tokens = length.tokens
         if limit is not None and tokens >= limit:
             found.append(Crossed(length, why=f"the model has {limit:,} positions", reached=False))
             continue
-        prompts = _prompts(tokens, steps, given, limit)
-        if prompts is None:
+        # A prompt longer than the length unless there is one, and one that the steps carry across it.
+        beyond = tokens + BEYOND if limit is None else min(tokens + BEYOND, limit - steps)
+        before = max(1, tokens - steps // 2)
+        if beyond <= tokens or (limit is not None and before + steps > limit):
             few = f"of the model's {limit:,} positions too few are left beyond it for {steps} decode steps"
             found.append(Crossed(length, why=few))
             continue
+        prompts = (*(() if any(p > tokens + 1 for p in given) else (beyond,)), *((before,) if steps else ()))
         cost = sum(p + steps for p in prompts if p not in asked)
         row = max((*prompts, tokens)) + steps
-        if cost > left or row * _width(model) * 4 > _BYTES or row**2 * _heads(model) * 4 > _BYTES:
+        if cost > left or row * width * 4 > _BYTES or row**2 * heads * 4 > _BYTES:
             found.append(Crossed(length, why="a text of that length takes too long or too much memory"))
             continue
         left -= cost
         asked |= set(prompts)
         found.append(Crossed(length, prompts))
     return tuple(found)
-
-
-def _prompts(tokens: int, steps: int, given: Sequence[int], limit: int | None) -> tuple[int, ...] | None:
-    """A prompt longer than ``tokens`` unless there is one, and one that the steps carry across; None without room."""
-    beyond = tokens + BEYOND if limit is None else min(tokens + BEYOND, limit - steps)
-    before = max(1, tokens - steps // 2)
-    if beyond <= tokens or (limit is not None and before + steps > limit):
-        return None
-    decoded = (before,) if steps else ()
-    return decoded if any(p > tokens + 1 for p in given) else (beyond, *decoded)
-
-
-def _width(model: torch.nn.Module) -> int:
-    """Numbers that a graph of ``model`` gives for each token."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return hidden_size(model) if head is None else vocabulary(model)
-
-
-def _heads(model: torch.nn.Module) -> int:
-    config: Any = model.config
-    return int(getattr(config.get_text_config(), "num_attention_heads", None) or 1)
 
 
 def crossing_prompts(crossed: Sequence[Crossed]) -> list[int]:

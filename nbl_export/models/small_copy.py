@@ -1,4 +1,4 @@
-"""A small copy of a model in which what begins at a length begins early: the same code, few blocks, random weights.
+"""Make a small copy of a model in which what begins at a length begins early: few blocks, random weights.
 
 Its configuration is the model's with three changes: the lengths are small, of each kind of block there is one (of a
 single kind two), and what only makes a model large is small (``small.toml``). A list with an entry for each block keeps
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from nbl_export.datafile import read_table
-from nbl_export.errors import InputError
-from nbl_export.models.layers import block_stack, layer_count
+from nbl_export.errors import InputError, first_line
+from nbl_export.models.layers import block_stack, layer_count, text_config
 from nbl_export.models.lengths import Length
 from nbl_export.models.libraries import quiet
 
@@ -41,8 +41,7 @@ def small_copy(model: torch.nn.Module, lengths: Sequence[Length], seed: int = 0)
     """
     changes = {(length.key, length.tokens): small_lengths(lengths)[length.tokens] for length in lengths}
     chosen = _kinds(model)
-    config: Any = model.config
-    text = config.get_text_config()
+    text = text_config(model)
     original: dict[str, Any] = text.to_dict()
     failures: list[Exception] = []
     for sizes in _attempts(original):
@@ -51,8 +50,8 @@ def small_copy(model: torch.nn.Module, lengths: Sequence[Length], seed: int = 0)
             return _built(getattr(model, "of_config", type(model)), type(text), raw, seed)
         except Exception as error:  # a model's own code may raise anything
             failures.append(error)
-    said = " ".join(str(failures[0]).split()).rstrip(".") or type(failures[0]).__name__
-    raise InputError(f"{type(model).__name__} cannot be made smaller ({said[:200]}).") from failures[0]
+    said = first_line(failures[0])[:200]
+    raise InputError(f"{type(model).__name__} cannot be made smaller ({said}).") from failures[0]
 
 
 def _attempts(config: Mapping[str, Any]) -> list[Mapping[str, int]]:
@@ -94,9 +93,8 @@ def _built(kind: Any, config: Any, raw: Mapping[str, Any], seed: int) -> torch.n
 
 def _kinds(model: torch.nn.Module) -> list[int]:
     """The blocks that stay: the first of each kind by the configuration's lists and by its modules, at least two."""
-    config: Any = model.config
     count = layer_count(model)
-    lists = [v for v in config.get_text_config().to_dict().values() if _by_layer(v, count)]
+    lists = [v for v in text_config(model).to_dict().values() if _by_layer(v, count)]
     kinds: dict[Any, int] = {}
     for index, block in enumerate(block_stack(model)[1].children()):
         modules = tuple(sorted({type(m).__name__ for m in block.modules()}))
@@ -113,17 +111,10 @@ def _by_layer(value: Any, count: int) -> bool:
 
 def _of_blocks(key: str, value: Any, count: int) -> bool:
     """Whether a list names blocks by their places, as ``attn_layer_indices``."""
-    named = any(word in key for word in ("layer", "idx", "indices")) and "token" not in key
-    return (
-        named
-        and bool(value)
-        and all(_is_place(v, count) for v in value)
-        and list(value) == sorted(set(value))
-    )
-
-
-def _is_place(value: Any, count: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
+    if "token" in key or not any(word in key for word in ("layer", "idx", "indices")):
+        return False
+    places = [v for v in value if isinstance(v, int) and not isinstance(v, bool) and 0 <= v < count]
+    return bool(value) and list(value) == sorted(set(places))
 
 
 def _changed(

@@ -1,4 +1,4 @@
-"""The language model of a multimodal model with its head, as one decoder: see :mod:`.multimodal`."""
+"""Run the language model of a multimodal model with its head as one decoder: see :mod:`.multimodal`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from typing import Any
 import torch
 
 from nbl_export.models.libraries import accepted_arguments, cache_argument
+
+# What a decoder is asked that its language model answers.
+_OF_LANGUAGE_MODEL = (
+    "get_input_embeddings",
+    "set_attn_implementation",
+    "set_experts_implementation",
+    "_can_set_experts_implementation",
+    "_supports_attention_backend",
+)
 
 
 class Given(torch.nn.Module):
@@ -104,24 +113,13 @@ class TextDecoder(torch.nn.Module):
     def language_model(self) -> Any:
         return self.get_submodule(self._inner)
 
-    @property
-    def _supports_attention_backend(self) -> bool:
-        return bool(getattr(self.language_model, "_supports_attention_backend", False))
-
-    def get_input_embeddings(self) -> Any:
-        return self.language_model.get_input_embeddings()
-
     def get_output_embeddings(self) -> Any:
         return self.get_submodule(self._output)
 
-    def set_attn_implementation(self, name: Any) -> None:
-        self.language_model.set_attn_implementation(name)
-
-    def _can_set_experts_implementation(self) -> bool:
-        return bool(getattr(self.language_model, "_can_set_experts_implementation", lambda: False)())
-
-    def set_experts_implementation(self, name: Any) -> None:
-        self.language_model.set_experts_implementation(name)
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_LANGUAGE_MODEL:
+            return getattr(self.language_model, name)
+        return super().__getattr__(name)
 
     def forward(
         self,

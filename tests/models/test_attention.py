@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.models.attention import attending_by, count_positions, decoding, shared_keys, takes_attention
+from nbl_export.models.attention import count_positions, decoding, shared_keys, takes_attention
 from nbl_export.models.layers import attention_layers
 from nbl_export.models.libraries import cache_argument
 from tests.alone import furthest, own_logits, rows_of
@@ -82,14 +82,6 @@ def test_what_is_not_such_a_token_goes_to_pytorch(products: list[tuple[int, ...]
     assert not products
 
 
-def test_the_attention_is_put_back_after_an_error() -> None:
-    model = tiny_model("llama")
-    with pytest.raises(ZeroDivisionError), attending_by(model, "nbl_export_test", lambda *_, **__: 1 // 0):
-        model(input_ids=torch.tensor([[1, 2]]))
-    assert model.config._attn_implementation == "sdpa"
-    model(input_ids=torch.tensor([[1, 2]]))
-
-
 # borrowed keys -----------------------------------------------------------------------------------
 
 IDS = torch.arange(8)[None] + 3
@@ -111,11 +103,6 @@ def test_who_borrows_from_whom(model_type: str, expected: dict[int, int], cached
         assert torch.equal(model(input_ids=IDS).logits, own)  # nothing of it is left on the model
 
 
-def test_a_model_with_attention_of_its_own_shows_nothing() -> None:
-    model = tiny_model("gpt_neo")
-    assert shared_keys(model, attention_layers(model), lambda: pytest.fail("is run")) == {}
-
-
 # positions ---------------------------------------------------------------------------------------
 
 LLAMA_4 = "llama4_text"  # its temperature begins at 100 tokens, its chunks have 64
@@ -134,15 +121,6 @@ def test_the_temperature_follows_each_rows_positions(model: Any, form: str, tmp_
     # Decoding crosses 100 in the second row, and so do the padded places of the third, whose positions do not.
     rows = rows_of(135, 104, 60, 99)
     assert furthest(model, tmp_path, form, rows, steps=5) < 1e-4
-
-
-def test_the_temperature_acts_on_these_rows(model: Any) -> None:
-    row = rows_of(104)[0]
-    with_it = own_logits(model, row)
-    for block in model.model.layers:
-        block.self_attn.attn_temperature_tuning = False
-    difference = np.abs(own_logits(model, row) - with_it).max(axis=-1)
-    assert difference[:99].max() == 0 and difference[99:].max() > 0.1
 
 
 def test_padded_rows_of_pytorch_are_the_rows_alone(model: Any) -> None:

@@ -25,7 +25,7 @@ from nbl_export.models.candidates import (
     reasons,
 )
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import attention_layers, observed, structure
+from nbl_export.models.layers import attention_layers, observed
 from nbl_export.models.load import load_model
 from nbl_export.models.mlps import MlpPaths, mlp_paths
 from nbl_export.models.source import find_model
@@ -57,13 +57,6 @@ def test_several_readers_are_all_named() -> None:
         num_kv_shared_layers=4,
     )
     assert reasons(model) == {1: "its keys and values are read by layers 2, 3, 4 and 5"}
-
-
-def test_of_others_every_attention_layer_is_one() -> None:
-    for model_type in ("llama", "lfm2"):
-        model = tiny_model(model_type)
-        assert candidates(model) == structure(model).layers
-        assert described(model) == structure(model).as_json()
 
 
 @pytest.mark.parametrize("parts", [(MLP,), PARTS])

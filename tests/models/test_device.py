@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from nbl_export.errors import MissingDependencyError
-from nbl_export.models import device as module
 from nbl_export.models.device import (
-    as_setting,
     check_device,
     described,
     exact_float32,
@@ -61,12 +59,6 @@ def test_auto_is_the_first_gpu_that_has_float64(machine: Any) -> None:
     assert find_device("auto") == CPU
 
 
-def test_auto_never_takes_an_apple_gpu(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine()
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert find_device("auto") == CPU
-
-
 def test_a_device_has_its_number(machine: Any) -> None:
     """Tensors are on cuda:0; to torch, cuda is another device."""
     machine(cuda=2)
@@ -111,18 +103,6 @@ def test_a_device_that_cannot_sum_is_refused_with_the_reason(machine: Any) -> No
     machine(xpu=1, without_float64=("xpu",))
     with pytest.raises(MissingDependencyError, match=r"float64 \(no float64 here\): say --device cpu"):
         find_device("xpu")
-
-
-def test_what_cannot_be_refused_needs_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "find_device", lambda _: pytest.fail("asked for"))
-    check_device("auto")
-    check_device("cpu")
-
-
-def test_the_cpu_is_what_everything_is_of_that_does_not_say() -> None:
-    assert as_setting(CPU) == as_setting("cpu") == {}
-    # Which of several alike makes no difference.
-    assert as_setting("cuda:1") == as_setting(torch.device("cuda:0")) == {"device": "cuda"}
 
 
 def test_a_record_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,25 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from nbl_export.models.caches import PastLayer
+from nbl_export.models.caches import (
+    BlockCache,
+    CacheShape,
+    StateShape,
+    cache_layer,
+    cache_with,
+    entry_in,
+    limited_steps,
+)
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.encoder import SENTENCE, encoder_of
 from nbl_export.models.forward import run_uncached, run_with_past
+from nbl_export.models.libraries import accepted_arguments
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
-from tests.encoders import text_encoder
+from nbl_export.models.tasks import Pooling, task_named
+from tests.encoders import IMAGE_TOKENS, PAD, WIDTH, text_encoder, vision_encoder
 from tests.fixtures_graph import original_logits, pad_left, ragged_rows
-from tests.tiny_types import tiny_model as random_model
+from tests.tiny_types import tiny_model
 
 LAYERS, KV_HEADS, SIZE, VOCAB = 4, 2, 8, 260
 
@@ -70,15 +82,6 @@ def test_logits_of_the_last_positions_alone(tiny_model: Any) -> None:
         assert past[0][0].shape[2] == 8
 
 
-def test_a_model_that_always_makes_all_logits_is_not_asked_for_fewer() -> None:
-    model = random_model("gpt_neo")
-    model.forward = without(model.forward, "logits_to_keep")
-    ids = np.arange(1, 7)[None]
-    nothing = torch.zeros(1, 4, 0, 8)
-    logits, _ = step(model, ids, np.ones_like(ids), ids - 1, [(nothing, nothing)] * 4, keep=1)
-    assert logits.shape[1] == 6
-
-
 def without(forward: Any, argument: str) -> Any:
     """``forward`` of a release of transformers that had no such argument."""
     import inspect
@@ -92,14 +95,6 @@ def without(forward: Any, argument: str) -> Any:
         parameters=[p for name, p in signature.parameters.items() if name != argument]
     )
     return older
-
-
-def test_a_layer_of_the_cache_says_the_length_it_was_told() -> None:
-    """A linearized layer keeps no keys, and may be the one that is asked how long the past is."""
-    layer = PastLayer(5, torch.zeros(1, 1, 0, 1), torch.zeros(1, 1, 0, 1))
-    assert layer.get_seq_length() == layer.get_seq_length(3) == 5
-    assert layer.get_mask_sizes(2) == (7, 0)
-    assert layer.get_mask_sizes(torch.arange(2)) == (7, 0)  # as transformers 4 asks
 
 
 def test_a_linear_layers_entry_stays_as_it_was(tiny_model: Any) -> None:
@@ -166,3 +161,151 @@ def test_pixels_are_rounded_to_the_models_precision() -> None:
     embedding = torch.nn.Embedding(301, 2).to(torch.bfloat16)
     embedding.forward = lambda input_ids: torch.nn.functional.embedding(input_ids, embedding.weight)  # type: ignore[method-assign]
     assert torch.equal(run_uncached(embedding, {"input_ids": ids})[0, 0], embedding.weight[300])
+
+
+KV, CONV, MATRIX = CacheShape(2, 8, 8), StateShape("conv", (32, 3)), StateShape("recurrent", (4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("lfm2", [BlockCache(None, (CONV,)), BlockCache(KV)] * 2),
+        ("minimax", [BlockCache(None, (MATRIX,)), BlockCache(KV)] * 2),
+        (
+            "falcon_h1",
+            [BlockCache(KV, (StateShape("conv", (80, 4)), StateShape("recurrent", (4, 16, 8))))] * 4,
+        ),
+    ],
+)
+def test_each_block_keeps_what_its_cache_layer_holds(model_type: str, expected: list[BlockCache]) -> None:
+    facts = dummy_run(tiny_model(model_type))
+    assert list(facts.cache) == expected
+    assert (facts.cache_class is None) == (model_type != "minimax")
+
+
+@pytest.mark.parametrize("model_type", ["lfm2", "bamba", "minimax", "falcon_h1", "nemotron_h", "qwen3_next"])
+def test_a_text_goes_on_from_its_entries(model_type: str) -> None:
+    """A text in two parts, with a cache made anew in between, has the logits of the whole."""
+    model: Any = tiny_model(model_type)
+    facts, ids = dummy_run(model), torch.arange(2, 25)[None]
+    entries = [block.empty(torch.zeros(()), 1) for block in facts.cache]
+    found = []
+    with torch.inference_mode():
+        whole = model(input_ids=ids).logits[0]
+        for start, stop in ((0, 20), (20, 21), (21, 22), (22, 23)):
+            layers = [cache_layer(*block, start) for block in zip(facts.cache, entries, strict=True)]
+            cache = cache_with(layers, facts.cache_class)
+            given = accepted_arguments(model, position_ids=torch.arange(start, stop)[None])
+            part = model(input_ids=ids[:, start:stop], cache=cache, use_cache=True, **given)
+            found.append(part.logits[0])
+            entries = [entry_in(cache, i, block) for i, block in enumerate(facts.cache)]
+    torch.testing.assert_close(torch.cat(found), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_has_the_limits_of_a_text() -> None:
+    """The state after a text and after its tokens one by one; transformers' own steps are 10 % off."""
+    model: Any = tiny_model("nemotron_h", time_step_min=0.5)
+    ids = torch.arange(2, 12)[None]
+
+    def state(parts: list[slice]) -> torch.Tensor:
+        cache = None
+        for part in parts:
+            given = {} if cache is None else {"cache": cache}
+            positions = torch.arange(10)[None, part]
+            cache = model(input_ids=ids[:, part], position_ids=positions, use_cache=True, **given).cache
+        found: torch.Tensor = cache.layers[0].recurrent_states[0]
+        return found.clone()
+
+    one_by_one = [slice(0, 2), *(slice(i, i + 1) for i in range(2, 10))]
+    with torch.inference_mode():
+        whole, own = state([slice(0, 10)]), state(one_by_one)
+        with limited_steps(model):
+            limited = state(one_by_one)
+        again = state(one_by_one)
+    assert (own - whole).norm() > 0.05 * whole.norm()
+    torch.testing.assert_close(limited, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again, own, rtol=0, atol=0)
+
+
+def test_a_state_that_is_handed_over_is_not_overwritten() -> None:
+    model: Any = tiny_model("lfm2")
+    facts = dummy_run(model)
+    entries = [block.empty(torch.zeros(()), 1, 2) for block in facts.cache]
+    layers = [cache_layer(*block, 2) for block in zip(facts.cache, entries, strict=True)]
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[5]]), cache=cache_with(layers), use_cache=True)
+    assert all(not entry[0].any() for entry in entries if len(entry) == 1)
+
+
+IDS = np.array([[257, 20, 30, 40, 258], [257, 50, 258, PAD, PAD]])
+INPUTS = {
+    "token_type_ids": np.array([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]),
+    "attention_mask": (IDS != PAD).astype(np.int64),
+    "input_ids": IDS,
+}
+FEATURES = task_named("feature-extraction")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_encoder(tmp_path_factory.mktemp("encoder") / "bert")
+
+
+def theirs(folder: Path, inputs: Any) -> Any:
+    with torch.inference_mode():
+        return AutoModel.from_pretrained(folder)(**{n: torch.from_numpy(a) for n, a in inputs.items()})
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "max"])
+def test_states_and_the_sentence_are_those_of_transformers_and_numpy(bert: Path, mode: str) -> None:
+    model = load_model(find_model(str(bert)))
+    encoder = encoder_of(model, FEATURES, Pooling(mode, True, ()), INPUTS)  # type: ignore[arg-type]
+    # By position, in one order whatever the batch's.
+    assert encoder.inputs == ("input_ids", "attention_mask", "token_type_ids")
+    with torch.inference_mode():
+        found = dict(
+            zip(encoder.outputs, encoder(*(torch.from_numpy(INPUTS[n]) for n in encoder.inputs)), strict=True)
+        )
+    states = theirs(bert, INPUTS).last_hidden_state.double().numpy()
+    mask = INPUTS["attention_mask"].astype(bool)
+    np.testing.assert_allclose(found["last_hidden_state"].numpy()[mask], states[mask], rtol=0, atol=1e-5)
+    rows = [states[i][mask[i]] for i in range(2)]
+    pooled = np.array([{"mean": r.mean(0), "cls": r[0], "max": r.max(0)}[mode] for r in rows])
+    expected = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    np.testing.assert_allclose(found[SENTENCE].numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_an_image_is_the_only_input_of_its_encoder(tmp_path: Path) -> None:
+    folder = vision_encoder(tmp_path / "vit")
+    pixels = {"pixel_values": np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)}
+    encoder = encoder_of(load_model(find_model(str(folder))), FEATURES, None, pixels)
+    assert encoder.inputs == ("pixel_values",)
+    with torch.inference_mode():
+        found = dict(zip(encoder.outputs, encoder(torch.from_numpy(pixels["pixel_values"])), strict=True))
+    states = found["last_hidden_state"]
+    assert states.shape == (2, IMAGE_TOKENS, WIDTH)
+    torch.testing.assert_close(states, theirs(folder, pixels).last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_rotary_encoders_get_a_row_of_positions_each(tmp_path: Path) -> None:
+    """Left to themselves they make one row for all, which ONNX's RotaryEmbedding does not take."""
+    fields = {"global_attn_every_n_layers": 2, "local_attention": 8, "vocab_size": 264, "pad_token_id": PAD}
+    folder = text_encoder(tmp_path / "modern", "modernbert", "ModernBertModel", **fields)
+    model: Any = load_model(find_model(str(folder)))
+    given = {name: INPUTS[name] for name in ("input_ids", "attention_mask")}
+    encoder = encoder_of(model, FEATURES, None, given)
+    seen: list[Any] = []
+    rotary = next(m for m in model.modules() if "rotary" in type(m).__name__.lower())
+
+    def note(_module: Any, args: Any, kwargs: Any) -> None:
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        seen.extend(a for a in given if not a.is_floating_point())
+
+    hook = rotary.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.inference_mode():
+        (states, *_) = encoder(*(torch.from_numpy(given[n]) for n in encoder.inputs))
+    hook.remove()
+    assert seen and seen[0].tolist() == [list(range(5))] * 2
+    mask = torch.from_numpy(given["attention_mask"]).bool()
+    expected = theirs(folder, given).last_hidden_state
+    torch.testing.assert_close(states[mask], expected[mask], rtol=0, atol=1e-4)

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from nbl_export.datafile import read_table
 from nbl_export.errors import InputError
 from nbl_export.models import layers
 from nbl_export.models.dummy_run import check_supported
 from nbl_export.models.layers import Family as Row
 from nbl_export.models.layers import attention_layers, observed, structure
+from tests.conftest import ROOT
 from tests.models.architectures import COMMON, COUNT, FAMILIES, SIZES, D, Family, build
 
 
@@ -158,3 +162,38 @@ def test_a_family_s_name_says_nothing_of_its_attention() -> None:
     found = structure(AutoModelForCausalLM.from_config(config).eval())
     assert [layer.index for layer in found.layers] == [1, 3]
     assert found.others == {0: "linear_attention", 2: "linear_attention"}
+
+
+TABLE = read_table(ROOT / "nbl_export" / "models" / "families.toml")
+TEXT = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+
+
+def family_of_type(model_type: str) -> Row:
+    text = type("Config", (), {"model_type": model_type})
+    return layers.family_of(type("Model", (), {"config": type("Whole", (), {"get_text_config": text})()})())  # type: ignore[arg-type]
+
+
+def test_a_model_type_is_of_one_row_and_known_to_transformers() -> None:
+    names = [name for row in TABLE.values() for name in row["models"]]
+    assert len(names) == len(set(names))
+    assert not set(names) - set(CONFIG_MAPPING_NAMES)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "bloom", "mpnet"])
+def test_paths_lead_from_a_block_to_modules(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type, **TEXT, n_layer=2, n_head=4)
+    model: Any = AutoModel.from_config(config)
+    block = model.h[0] if model_type == "bloom" else model.encoder.layer[0]
+    family = family_of_type(model_type)
+    attention = block.get_submodule(family.attention or "self_attention")
+    assert any("query" in name or name == "q" for name, _ in attention.named_children())
+    if family.output:
+        # What writes y maps to the stream's width.
+        assert tuple(block.get_submodule(family.output).weight.shape) == (16, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
 from pathlib import Path
@@ -16,18 +17,27 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
+from nbl_export.models import load
+from nbl_export.models.dummy_run import dummy_run, is_known
 from nbl_export.models.folder import PREPROCESSOR
 from nbl_export.models.load import (
     check_processor,
-    in_precision,
     load_image_processor,
     load_model,
     load_tokenizer,
 )
+from nbl_export.models.loaded import LoadedModel, why_not_run
 from nbl_export.models.source import find_model
+from nbl_export.models.tasks import Pooling
 from nbl_export.models.weights import dtype_of, resident
-from tests.encoders import build, vision_encoder
+from nbl_export.progress import Silent
+from tests import encoders
+from tests.encoders import as_sentence_transformer, text_encoder, vision_encoder
+from tests.listening import Notes
 from tests.models.spoiled import edit_config, one_sentence
+from tests.models.test_weights import stored_in
+from tests.tiny import build, save_tokenizer
+from tests.tiny_types import tiny_model
 
 
 def load_refusal(source: Path | str) -> str:
@@ -92,27 +102,6 @@ def test_a_gguf_file_of_the_same_name_in_the_current_folder(
         assert torch.equal(here.get_input_embeddings().weight, there.get_input_embeddings().weight)
 
 
-def test_nothing_beside_a_gguf_file_is_loaded_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = small_gguf(tmp_path / "m.gguf", 1)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    listed: list[list[str]] = []
-    own = AutoConfig.from_pretrained
-
-    def read(folder: str, **options: Any) -> Any:
-        listed.append([p.name for p in Path(folder).iterdir()])
-        return own(folder, **options)
-
-    def load(*_: Any, **_options: Any) -> Any:
-        pytest.fail("its tensors are read from the file, one by one")
-
-    monkeypatch.setattr(AutoConfig, "from_pretrained", read)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
-    load_model(find_model(str(path)))
-    assert listed == [[]]
-
-
 def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.1.self_attn.o_proj.weight"
@@ -150,40 +139,7 @@ def test_a_tokenizer_that_cannot_be_read(folder: Path) -> None:
     assert f"No tokenizer can be loaded from {folder}" in one_sentence(caught)
 
 
-def test_a_half_precision_model_is_loaded_in_float32(folder: Path) -> None:
-    weights = {k: v.to(torch.bfloat16) for k, v in load_file(folder / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    model: Any = load_model(find_model(str(folder)))
-    name = "model.layers.1.self_attn.q_proj.weight"
-    assert dtype_of(model) == "float32" and model.config.dtype == torch.float32
-    with resident(model):
-        assert model.state_dict()[name].dtype == torch.float32
-        assert torch.equal(model.state_dict()[name], weights[name].float())
-
-
 # precision ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_copy_in_half_keeps_what_no_checkpoint_holds(tiny_folder: Path, dtype: str) -> None:
-    model: Any = load_model(find_model(str(tiny_folder)))
-    frequencies = model.model.rotary_emb.inv_freq.clone()
-    half: Any = in_precision(model, dtype)
-    kind = getattr(torch, dtype)
-    with resident(half):
-        assert {p.dtype for p in half.parameters()} == {kind}
-        for name, weight in model.state_dict().items():
-            assert weight.dtype == torch.float32 and torch.equal(half.state_dict()[name], weight.to(kind)), (
-                name
-            )
-    found = half.model.rotary_emb.inv_freq
-    assert found.dtype == torch.float32 and torch.equal(found, frequencies)
-    assert found.data_ptr() != model.model.rotary_emb.inv_freq.data_ptr()
-    # As transformers loads it.
-    theirs = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=kind).eval()
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.inference_mode():
-        assert torch.equal(half(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
 def test_a_class_that_no_auto_class_makes_is_named(tmp_path: Path) -> None:
@@ -219,17 +175,6 @@ def test_a_decoder_that_the_class_of_its_task_does_not_list_is_loaded_by_its_own
     assert torch.equal(found(input_ids=ids).logits, own(input_ids=ids).logits)
 
 
-def test_bert_for_pretraining_gives_the_logits_of_its_tokens(tmp_path: Path) -> None:
-    from transformers import BertForPreTraining
-
-    build(tmp_path, "bert", "BertForPreTraining", vocab_size=50, pad_token_id=0)
-    model = load_model(find_model(str(tmp_path)))
-    ids = torch.arange(5, 17)[None]
-    with torch.inference_mode():
-        expected = BertForPreTraining.from_pretrained(tmp_path).eval()(input_ids=ids).prediction_logits
-        assert torch.equal(model(input_ids=ids).logits, expected)
-
-
 # processors --------------------------------------------------------------------------------------
 
 
@@ -247,7 +192,7 @@ def test_a_folder_without_a_vocabulary_has_no_tokenizer(folder: Path) -> None:
 
 def test_a_tokenizer_of_characters_needs_no_file(tmp_path: Path) -> None:
     """CANINE's has the code points of Unicode: nothing of it is in the folder."""
-    folder = build(
+    folder = encoders.build(
         tmp_path / "m",
         "canine",
         "CanineModel",
@@ -271,3 +216,119 @@ def test_an_image_processor_that_is_missing(tmp_path: Path) -> None:
     for refused in (check_processor, load_image_processor):
         with pytest.raises(InputError, match=r"has no preprocessor_config\.json, which says how its images"):
             refused(source)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the name of every function of loading that runs."""
+    ran: list[str] = []
+    for name in ("load_model", "load_tokenizer", "load_image_processor", "in_precision"):
+        plain = getattr(load, name)
+
+        def counting(*args: Any, name: str = name, plain: Any = plain) -> Any:
+            ran.append(name)
+            return plain(*args)
+
+        monkeypatch.setattr(load, name, counting)
+    return ran
+
+
+def test_nothing_is_loaded_before_it_is_asked_for_and_then_once(
+    tiny_folder: Path, counted: list[str]
+) -> None:
+    listener = Notes()
+    model = LoadedModel(find_model(str(tiny_folder)), listener)
+    assert model.task.name == "text-generation" and model.pooling is None
+    assert counted == [] and listener.tasks == []
+    assert model.model is model.model and model.tokenizer is model.tokenizer
+    assert counted == ["load_model", "load_tokenizer"]
+    assert listener.tasks == [(f"Loading {tiny_folder.name}", 1, "model", 0)] and listener.advanced == [1]
+
+
+def test_the_first_run_of_a_model_is_said_and_is_the_only_one(tiny_folder: Path) -> None:
+    listener = Notes()
+    model = LoadedModel(find_model(str(tiny_folder)), listener)
+    assert model.tried is model.model and is_known(model.model)
+    assert model.tried is model.model
+    assert listener.tasks[1:] == [("Running a short text", 1, "text", 0)] and listener.advanced == [1, 1]
+
+
+def test_a_large_model_is_loaded_with_progress_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stored_in(build(tmp_path / "m", hidden_size=512, vocab_size=3000), torch.bfloat16)
+    monkeypatch.setattr("nbl_export.models.loaded._LONG", 1 << 20)
+    listener = Notes()
+    assert LoadedModel(find_model(str(folder)), listener).model is not None
+    mib = (folder / "model.safetensors").stat().st_size >> 20
+    assert listener.tasks == [("Loading m", mib, "MiB", 0)] and mib >= 2
+    assert len(listener.advanced) > 1 and sum(listener.advanced) == mib
+
+
+def test_a_copy_is_shared_while_somebody_has_it(tiny_folder: Path, counted: list[str]) -> None:
+    model = LoadedModel(find_model(str(tiny_folder)), Silent())
+    assert model.in_dtype("float32") is model.model
+    half = model.in_dtype("bfloat16")
+    assert half is model.in_dtype("bfloat16") and half is not model.model
+    assert counted.count("in_precision") == 1
+    assert dtype_of(half) == "bfloat16" and {p.dtype for p in model.model.parameters()} == {torch.float32}
+    del half
+    gc.collect()
+    again = model.in_dtype("bfloat16")
+    assert counted.count("in_precision") == 2, "the first copy was not kept for nobody"
+    original = next(model.model.parameters()).detach().numpy()
+    with resident(again):
+        rounded = next(again.parameters()).detach().float().numpy()
+    # bfloat16 keeps eight binary digits.
+    np.testing.assert_allclose(rounded, original, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("fastest", ["float32", "bfloat16"])
+def test_auto_is_what_the_machine_is_fastest_in(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, fastest: str
+) -> None:
+    monkeypatch.setattr(load, "fast_dtype", lambda *_: fastest)
+    found = LoadedModel(find_model(str(tiny_folder)), Silent()).in_dtype("auto")
+    assert dtype_of(found) == fastest
+
+
+def test_encoders_have_what_reads_their_inputs(tmp_path: Path, counted: list[str]) -> None:
+    text = LoadedModel(find_model(str(as_sentence_transformer(text_encoder(tmp_path / "bert")))), Silent())
+    assert text.pooling == Pooling("mean", True, ("modules.json", "1_Pooling/config.json"))
+    assert text.tokenizer("ab")["input_ids"] == [257, *text.tokenizer.convert_tokens_to_ids(["a", "b"]), 258]
+    pytest.importorskip("PIL", reason="needs pillow: pip install 'nbl-export[vision]'")
+    images = LoadedModel(find_model(str(vision_encoder(tmp_path / "vit"))), Silent())
+    assert images.image_processor is images.image_processor
+    assert counted == ["load_tokenizer", "load_image_processor"]
+    (tmp_path / "vit" / "preprocessor_config.json").unlink()
+    with pytest.raises(InputError, match=r"has no preprocessor_config\.json"):
+        LoadedModel(find_model(str(tmp_path / "vit")), Silent()).image_processor  # noqa: B018
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model that keeps a table in float32, on a machine that is fastest in bfloat16."""
+    monkeypatch.setattr(load, "fast_dtype", lambda *_: "bfloat16")
+    tiny_model("xglm").save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_model_whose_code_does_not_run_fast_is_run_in_float32(mixed: Path, tiny_folder: Path) -> None:
+    listener = Notes()
+    model = LoadedModel(find_model(str(mixed)), listener)
+    assert dtype_of(model.in_dtype("auto")) == "float32" == model.fast_dtype
+    assert [note for note in listener.notes if "does not run in bfloat16" in note] == listener.notes[-1:]
+    with pytest.raises(InputError, match=r"does not run in bfloat16 .*: use --calibration-dtype float32\.$"):
+        model.in_dtype("bfloat16")
+    other = LoadedModel(find_model(str(tiny_folder)), Silent())
+    assert dtype_of(other.in_dtype("auto")) == "bfloat16" == other.fast_dtype
+
+
+def test_what_does_not_run_says_why_in_a_line() -> None:
+    model: Any = tiny_model("llama")
+    dummy_run(model)
+    model.model.norm.to(torch.bfloat16)
+    model.model.layers[0].mlp.to(torch.bfloat16)
+    why = why_not_run(model)
+    assert why is not None and "dtype" in why and "\n" not in why

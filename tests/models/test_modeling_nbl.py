@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from nbl_export.models import modeling_nbl
-from nbl_export.models.modeling_nbl import LinearBlock
+from nbl_export.models.modeling_nbl import LinearBlock, Linearized
+from nbl_export.models.registered import PREFIX, TYPES, classes_of, source_of
 
 
 def test_a_block_is_called_as_an_attention_and_as_an_mlp() -> None:
@@ -36,3 +39,15 @@ def test_the_file_needs_torch_alone() -> None:
         for alias in node.names
     }
     assert names == {"__future__", "pathlib", "typing", "torch"}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_classes_are_those_of_the_type_with_linear_layers(model_type: str) -> None:
+    config, model = classes_of(model_type)
+    plain = CONFIG_MAPPING[model_type]
+    assert issubclass(config, plain) and config.model_type == PREFIX + model_type
+    assert issubclass(model, Linearized) and model.config_class is config
+    text = source_of(model_type)
+    assert f"from transformers import {plain.__name__}, {model.__mro__[2].__name__}" in text
+    compile(text, "modeling_nbl.py", "exec")
+    assert model.source() == text

@@ -20,12 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nbl_export.blocks import PARTS, SPAN, attentions
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.errors import InputError
+from nbl_export.models.layers import backbone
 from nbl_export.models.source import find_model
-from nbl_export.models.weights import streams
-from nbl_export.stages.export import left_out
+from nbl_export.models.text_decoder import TextDecoder
 from tests.families import VOCAB, Calibrated
 from tests.fixtures_graph import load
-from tests.multimodal import LENDING, WRAPPERS, build, whole
+from tests.multimodal import LENDING, WRAPPERS, whole
 
 # Those that have a class for their text alone, which transformers' own wrapper need not have.
 PLAIN = [name for name in WRAPPERS if not name.startswith(("qwen", "glm", "phi4"))]
@@ -152,35 +152,6 @@ def test_no_weight_of_a_tower_is_read(wrapper_folder: Callable[[str], Path], tmp
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
-def test_what_is_left_out_is_said(wrapper_folder: Callable[[str], Path]) -> None:
-    source = find_model(str(wrapper_folder("llava")))
-    assert source.wrapper == "LlavaForConditionalGeneration"
-    assert source.towers == ("model.vision_tower", "model.multi_modal_projector")
-    assert left_out(source) == (
-        "LlavaForConditionalGeneration is multimodal: its language model is exported; left to you are "
-        "model.vision_tower, model.multi_modal_projector."
-    )
-
-
-@pytest.mark.parametrize("name", ["gemma3", "llava", "qwen2-vl"])
-def test_a_tower_and_a_norm_in_float32_beside_bfloat16_change_nothing(name: str, tmp_path: Path) -> None:
-    """Tensors are called otherwise in a file than in the model: the others are still put where they belong."""
-    folder = build(name, tmp_path / name, dtype=torch.bfloat16)
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    mixed = {
-        key: tensor.float() if "vis" in key or key.endswith("norm.weight") else tensor
-        for key, tensor in tensors.items()
-    }
-    expected = load(folder)
-    save_file(mixed, path, {"format": "pt"})
-    found = load(folder)
-    assert streams(found)
-    with torch.inference_mode():
-        ids = torch.arange(3, 30)[None]
-        assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
-
-
 def test_a_tower_of_timm_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code may fetch what a configuration names; it is not needed, and need not be installed."""
     text = {**_TINY, "model_type": "qwen2", "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -218,17 +189,35 @@ def test_a_decoder_with_a_tower_that_nobody_reads_is_an_ordinary_one(
     assert (source.wrapper, source.towers) == ("", ())
 
 
-def test_a_wrapper_that_names_no_class_is_what_its_type_says(
-    wrapper_folder: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize("name", ["gemma3", "qwen2.5-vl", "phi4-multimodal", "idefics3"])
+def test_a_cache_embeddings_and_kept_logits(name: str, wrapper: Callable[[str], Calibrated]) -> None:
+    """Decoding with the cache that it returns, and reading embeddings, gives the logits of one pass over the ids."""
+    model: Any = wrapper(name).model
+    assert isinstance(model, TextDecoder) and backbone(model) is model.model
+    ids = torch.arange(3, 15)[None]
+    with torch.inference_mode():
+        whole = model(input_ids=ids).logits
+        first = model(input_ids=ids[:, :9], use_cache=True)
+        rest = model(input_ids=ids[:, 9:], use_cache=True, cache=first.cache).logits
+        embedded = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+        last = model(input_ids=ids, logits_to_keep=2).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, rtol=0, atol=2e-5)
+    torch.testing.assert_close(embedded, whole)
+    torch.testing.assert_close(last, whole[:, -2:], rtol=0, atol=1e-5)
+    assert model.get_output_embeddings().weight.shape[0] == VOCAB
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2.5-vl", "llava-next", "phi4-multimodal"])
+def test_a_decoder_of_the_same_kind_can_be_made_small(
+    name: str, wrapper: Callable[[str], Calibrated]
 ) -> None:
-    folder = Path(shutil.copytree(wrapper_folder("gemma3"), tmp_path / "model"))
-    config = json.loads((folder / "config.json").read_text())
-    for changed, wrapper in (
-        ({**config, "architectures": None}, "Gemma3ForConditionalGeneration"),
-        ({**config, "architectures": ["Gemma3ForCausalLM"]}, "Gemma3ForConditionalGeneration"),
-    ):
-        (folder / "config.json").write_text(json.dumps(changed))
-        assert find_model(str(folder)).wrapper == wrapper
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gemma97"}))
-    with pytest.raises(InputError, match="model_type 'gemma97' is not in this version of transformers"):
-        find_model(str(folder))
+    """What is too long for the model is crossed on a copy, which has no towers either."""
+    model: Any = wrapper(name).model
+    config = type(model.config).from_dict({**model.config.to_dict(), "intermediate_size": 32})
+    copy = model.of_config(config).eval()
+    assert type(copy).__name__ == type(model).__name__
+    tied = {"head.lm_head.weight"} if name == "gemma3" else set()
+    assert {n for n, _ in copy.named_parameters()} == {n for n, _ in model.named_parameters()} | tied
+    with torch.inference_mode():
+        logits = copy(input_ids=torch.zeros(1, 5, dtype=torch.long), logits_to_keep=2).logits
+    assert logits.shape == (1, 2, VOCAB)

@@ -47,18 +47,6 @@ def test_a_folder_is_found_and_loads(tiny_folder: Path) -> None:
     assert load_tokenizer(found)("ab")["input_ids"]
 
 
-def test_the_source_may_be_relative_or_in_the_home_folder(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folder.parent)
-    monkeypatch.setenv("HOME", str(folder.parent))
-    absolute = find_model(str(folder))
-    for source in ("model", "./model", "~/model"):
-        found = find_model(source)
-        assert found.source == source
-        assert (found.path, found.fingerprint) == (absolute.path, absolute.fingerprint)
-
-
 def test_a_gguf_file_is_found_by_its_magic(tmp_path: Path) -> None:
     path = tmp_path / "some.gguf"
     path.write_bytes(EMPTY_GGUF)
@@ -70,10 +58,6 @@ def test_a_gguf_file_is_found_by_its_magic(tmp_path: Path) -> None:
 
 
 # the fingerprint ---------------------------------------------------------------------------------
-
-
-def test_a_copy_has_the_same_fingerprint(tiny_folder: Path, folder: Path) -> None:
-    assert find_model(str(folder)).fingerprint == find_model(str(tiny_folder)).fingerprint
 
 
 def test_one_byte_of_the_weights_changes_the_fingerprint(folder: Path) -> None:
@@ -94,16 +78,6 @@ def test_the_same_model_is_found_again_and_a_changed_one_refused(folder: Path) -
     assert str(folder) in message
     assert "has changed since" in message
     assert "--output" in message
-
-
-def test_a_recorded_relative_path_is_found_from_elsewhere(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folder.parent)
-    info = find_model("model").as_json()
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert same_model(info).fingerprint == info["fingerprint"]
 
 
 # refused before loading --------------------------------------------------------------------------
@@ -172,15 +146,6 @@ def test_a_head_that_is_not_served(folder: Path, architecture: str) -> None:
         f"is for a task that is not supported (architecture {architecture}): supported are …ForCausalLM"
         in message
     )
-
-
-def test_a_masked_language_model_as_transformers_saves_it(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertForMaskedLM
-
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    BertForMaskedLM(BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path)
-    found = find_model(str(tmp_path))
-    assert (found.task, found.reads) == ("fill-mask", "input_ids")
 
 
 @pytest.mark.parametrize("source", ["someone/no-such-model", "no-such-model"])

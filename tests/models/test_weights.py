@@ -300,14 +300,6 @@ def test_a_weight_of_a_gguf_file_that_is_no_number_is_named_when_it_is_read(tmp_
         dummy_run(load_model(find_model(str(path))))
 
 
-def test_what_no_structure_is_known_of_is_one_unit() -> None:
-    plain = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
-    plain.config = type("Config", (), {"get_text_config": lambda self: self, "num_hidden_layers": 9})()  # type: ignore[assignment]
-    low = streamed(Stored(plain), torch.float64)
-    assert len(absent(low)) == 4
-    torch.testing.assert_close(low(torch.ones(1, 3).double()), plain.double()(torch.ones(1, 3).double()))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_single_value_that_is_no_number_is_found(dtype: torch.dtype) -> None:
     tensor = torch.randn(301, 517).to(dtype)
@@ -350,14 +342,3 @@ def test_what_stands_for_a_weight_takes_no_memory_and_no_disk(
     assert absent(model) and list((tmp_path / "scratch").iterdir()) == []
     with standing_in(plain(tmp_path / "m")) as found:
         assert found == []
-
-
-def test_what_is_small_is_read_and_an_error_leaves_nothing(tmp_path: Path) -> None:
-    model = load_model(find_model(str(stored_in(build_tiny(tmp_path / "m"), torch.bfloat16))))
-    before = absent(model)
-    with pytest.raises(ZeroDivisionError), standing_in(model) as found:
-        assert found == [], "every matrix is small"
-        theirs = dict(plain(tmp_path / "m").named_parameters())
-        assert all(torch.equal(p, theirs[name]) for name, p in model.named_parameters())
-        raise ZeroDivisionError
-    assert absent(model) == before
