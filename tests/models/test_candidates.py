@@ -157,30 +157,6 @@ def test_a_linear_layer_in_the_place_of_an_mlp_computes_w_u_plus_b(family: str) 
     assert not torch.allclose(changed, whole)
 
 
-def test_an_mlp_in_two_modules_gives_w_u_plus_b_behind_its_activation() -> None:
-    """BERT's is `intermediate` and `output.dense`: what is computed in between is not read."""
-    from transformers import BertConfig, BertModel
-
-    model = BertModel(
-        BertConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=99
-        )
-    ).eval()
-    assert mlp_paths(model)[0] == MlpPaths("encoder.layer.0.intermediate", "encoder.layer.0.output.dense")
-    w, b = torch.randn(16, 16), torch.randn(16)
-    seen: dict[Any, tuple[torch.Tensor, ...]] = {}
-    for fit_input in ("normed", "residual"):
-        with (
-            torch.inference_mode(),
-            replaced(model, {Mlp(0): LinearLayer(w.numpy(), b.numpy())}, fit_input),
-            observed(model, blocks_of(model), kept(seen)),
-        ):
-            model(input_ids=IDS)
-        h, x, y = seen[Mlp(0)]
-        assert torch.equal(h, x), "the norm is behind the sum"
-        assert torch.allclose(y, x @ w.T + b, atol=1e-5)
-
-
 def test_the_mlps_of_a_vision_encoder_are_found_though_it_runs_twice(
     tmp_path: Path,
 ) -> None:

@@ -26,7 +26,7 @@ from nbl_export.models.libraries import accepted_arguments
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import Pooling, task_named
-from tests.encoders import IMAGE_TOKENS, PAD, WIDTH, text_encoder, vision_encoder
+from tests.encoders import PAD, text_encoder
 from tests.fixtures_graph import original_logits, pad_left, ragged_rows
 from tests.tiny_types import tiny_model
 
@@ -69,17 +69,6 @@ def test_padding_on_the_left_is_hidden_by_the_mask(tiny_model: Any) -> None:
     other, _ = step(tiny_model, np.where(mask == 0, 99, ids), mask, positions, empty(2))
     np.testing.assert_allclose(other[1, 4:], logits[1, 4:], rtol=0, atol=2e-5)
     assert len(past) == LAYERS
-
-
-def test_logits_of_the_last_positions_alone(tiny_model: Any) -> None:
-    (row,) = ragged_rows([8], VOCAB, seed=2)
-    inputs = row[None].astype(np.int64), np.ones((1, 8), np.int64), np.arange(8)[None]
-    whole, _ = step(tiny_model, *inputs, empty(1))
-    for keep in (1, 3):
-        logits, past = step(tiny_model, *inputs, empty(1), keep)
-        assert logits.shape == (1, keep, VOCAB)
-        torch.testing.assert_close(logits, whole[:, -keep:], rtol=0, atol=1e-5)
-        assert past[0][0].shape[2] == 8
 
 
 def without(forward: Any, argument: str) -> Any:
@@ -146,21 +135,6 @@ class Patches(torch.nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.project(pixel_values)
-
-
-def test_pixels_are_rounded_to_the_models_precision() -> None:
-    torch.manual_seed(0)
-    model = Patches().to(torch.bfloat16)
-    pixels = np.random.default_rng(0).standard_normal((1, 3, 4, 4)).astype(np.float32)
-    found = run_uncached(model, {"pixel_values": pixels})
-    rounded = torch.from_numpy(pixels).to(torch.bfloat16)
-    with torch.inference_mode():
-        assert torch.equal(found, model(rounded)) and found.dtype == torch.bfloat16
-    # Ids are whole numbers and stay so.
-    ids = np.array([[300, 7]])
-    embedding = torch.nn.Embedding(301, 2).to(torch.bfloat16)
-    embedding.forward = lambda input_ids: torch.nn.functional.embedding(input_ids, embedding.weight)  # type: ignore[method-assign]
-    assert torch.equal(run_uncached(embedding, {"input_ids": ids})[0, 0], embedding.weight[300])
 
 
 KV, CONV, MATRIX = CacheShape(2, 8, 8), StateShape("conv", (32, 3)), StateShape("recurrent", (4, 8, 8))
@@ -273,18 +247,6 @@ def test_states_and_the_sentence_are_those_of_transformers_and_numpy(bert: Path,
     pooled = np.array([{"mean": r.mean(0), "cls": r[0], "max": r.max(0)}[mode] for r in rows])
     expected = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
     np.testing.assert_allclose(found[SENTENCE].numpy(), expected, rtol=0, atol=1e-5)
-
-
-def test_an_image_is_the_only_input_of_its_encoder(tmp_path: Path) -> None:
-    folder = vision_encoder(tmp_path / "vit")
-    pixels = {"pixel_values": np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)}
-    encoder = encoder_of(load_model(find_model(str(folder))), FEATURES, None, pixels)
-    assert encoder.inputs == ("pixel_values",)
-    with torch.inference_mode():
-        found = dict(zip(encoder.outputs, encoder(torch.from_numpy(pixels["pixel_values"])), strict=True))
-    states = found["last_hidden_state"]
-    assert states.shape == (2, IMAGE_TOKENS, WIDTH)
-    torch.testing.assert_close(states, theirs(folder, pixels).last_hidden_state, rtol=0, atol=1e-5)
 
 
 def test_rotary_encoders_get_a_row_of_positions_each(tmp_path: Path) -> None:

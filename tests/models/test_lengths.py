@@ -20,7 +20,7 @@ from nbl_export.models.lengths import (
     crossing_prompts,
     lengths,
 )
-from nbl_export.models.small_copy import small_copy, small_lengths
+from nbl_export.models.small_copy import small_copy
 from tests.beyond import BEYOND, ENCODERS
 from tests.fixtures_graph import load
 from tests.multimodal import build
@@ -55,16 +55,6 @@ def names(model: Any) -> list[str]:
 def test_lengths_of_configurations(name: str, changes: Any, found: Any) -> None:
     model = BEYOND[name].model(**changes)
     assert [(one.key, one.tokens, one.layers, one.batch) for one in lengths(model)] == found
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}],
-    ids=lambda r: str(r["rope_type"]),
-)
-def test_a_rope_that_is_the_same_at_any_length_is_none(rope: Any) -> None:
-    rope = {**rope, "rope_theta": 1e4, "original_max_position_embeddings": 64}
-    assert lengths(tiny_model("llama", rope_parameters=rope)) == ()
 
 
 def test_a_key_that_nobody_has_named_is_caught_at_any_depth() -> None:
@@ -199,21 +189,6 @@ def test_a_copy_is_small_and_its_length_acts(name: str) -> None:
         here, there = (m(input_ids=ids).logits[0] for m in (copy, off))
     away = (here - there).abs().amax(-1) / here.std()
     assert float(away[:15].max()) < 1e-4 and float(away[18:].median()) > 0.03
-
-
-def test_weights_are_drawn_by_the_seed_and_others_stay_as_they_were() -> None:
-    model = BEYOND["mistral"].model()
-    before = torch.random.get_rng_state()
-    one, other, third = (small_copy(model, lengths(model), seed) for seed in (0, 0, 1))
-    assert torch.equal(torch.random.get_rng_state(), before)
-    weights = [m.model.layers[1].self_attn.q_proj.weight for m in (one, other, third)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    assert lengths(model)[0].tokens == 100
-
-
-def test_each_length_begins_by_itself_and_in_order() -> None:
-    found = [Length("a", tokens, ()) for tokens in (4096, 512, 512, 8192, 12)]
-    assert small_lengths(found) == {12: 12, 512: 22, 4096: 28, 8192: 34}
 
 
 def test_what_cannot_be_made_small_says_so() -> None:

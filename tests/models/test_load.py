@@ -8,7 +8,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -18,14 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
 from nbl_export.models import load
-from nbl_export.models.dummy_run import dummy_run, is_known
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.folder import PREPROCESSOR
-from nbl_export.models.load import (
-    check_processor,
-    load_image_processor,
-    load_model,
-    load_tokenizer,
-)
+from nbl_export.models.load import check_processor, load_image_processor, load_model, load_tokenizer
 from nbl_export.models.loaded import LoadedModel, why_not_run
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import Pooling
@@ -34,7 +28,7 @@ from nbl_export.progress import Silent
 from tests import encoders
 from tests.encoders import as_sentence_transformer, text_encoder, vision_encoder
 from tests.listening import Notes
-from tests.models.spoiled import edit_config, one_sentence
+from tests.models.spoiled import edit_config, one_sentence, small_gguf
 from tests.models.test_weights import stored_in
 from tests.tiny import build, save_tokenizer
 from tests.tiny_types import tiny_model
@@ -50,41 +44,6 @@ def load_refusal(source: Path | str) -> str:
 def test_a_gguf_file_that_is_only_magic(tmp_path: Path) -> None:
     (tmp_path / "fake.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
     assert "transformers cannot load" in load_refusal(tmp_path / "fake.gguf")
-
-
-def small_gguf(path: Path, seed: int) -> Path:
-    """A Llama of one block, without a tokenizer."""
-    numbers = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(40)
-    writer.add_rope_freq_base(1e4)
-    writer.add_rope_dimension_count(8)
-    block = {
-        "attn_norm": (32,),
-        "attn_q": (32, 32),
-        "attn_k": (16, 32),
-        "attn_v": (16, 32),
-        "attn_output": (32, 32),
-        "ffn_norm": (32,),
-        "ffn_gate": (64, 32),
-        "ffn_up": (64, 32),
-        "ffn_down": (32, 64),
-    }
-    shapes = {"token_embd": (40, 32), "output_norm": (32,), **{f"blk.0.{n}": s for n, s in block.items()}}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", numbers.standard_normal(shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_a_gguf_file_of_the_same_name_in_the_current_folder(
@@ -140,13 +99,6 @@ def test_a_tokenizer_that_cannot_be_read(folder: Path) -> None:
 
 
 # precision ---------------------------------------------------------------------------------------
-
-
-def test_a_class_that_no_auto_class_makes_is_named(tmp_path: Path) -> None:
-    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
-    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"is saved as T5EncoderModel, and AutoModel .* T5Model .* decoder"):
-        load_model(find_model(str(tmp_path)))
 
 
 def test_a_decoder_that_the_class_of_its_task_does_not_list_is_loaded_by_its_own(tmp_path: Path) -> None:
@@ -243,14 +195,6 @@ def test_nothing_is_loaded_before_it_is_asked_for_and_then_once(
     assert model.model is model.model and model.tokenizer is model.tokenizer
     assert counted == ["load_model", "load_tokenizer"]
     assert listener.tasks == [(f"Loading {tiny_folder.name}", 1, "model", 0)] and listener.advanced == [1]
-
-
-def test_the_first_run_of_a_model_is_said_and_is_the_only_one(tiny_folder: Path) -> None:
-    listener = Notes()
-    model = LoadedModel(find_model(str(tiny_folder)), listener)
-    assert model.tried is model.model and is_known(model.model)
-    assert model.tried is model.model
-    assert listener.tasks[1:] == [("Running a short text", 1, "text", 0)] and listener.advanced == [1, 1]
 
 
 def test_a_large_model_is_loaded_with_progress_in_bytes(

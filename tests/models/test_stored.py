@@ -16,8 +16,7 @@ from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.stored import Merged, stored_tensors
 from nbl_export.models.weights import resident, stored_of
-from tests import families
-from tests.models.test_load import small_gguf
+from tests.models.spoiled import small_gguf
 from tests.models.test_weights import IDS, absent, logits, plain, reads, stored_in
 from tests.stories import build as build_stories
 from tests.tiny import build as build_tiny
@@ -65,12 +64,6 @@ def test_a_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
 def test_a_quantized_gguf_file_is_what_transformers_makes_of_it(smollm2: Path) -> None:
     model = load_model(find_model(str(smollm2)))
     assert torch.equal(logits(model), logits(plain(smollm2.parent, gguf_file=smollm2.name)))
-
-
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_experts_that_transformers_merges_are_mapped_or_in_memory(name: str, tmp_path: Path) -> None:
-    folder = stored_in(families.build(name, tmp_path / name), torch.bfloat16, torch.float32, "gate")
-    assert torch.equal(logits(load_model(find_model(str(folder)))), logits(plain(folder)))
 
 
 def test_the_dtype_of_most_weights(tmp_path: Path, stories_folder: Path, shared_data: Path) -> None:

@@ -28,7 +28,7 @@ from nbl_export.models.walk import (
     walking,
 )
 from tests import families
-from tests.encoders import text_encoder, vision_encoder
+from tests.encoders import vision_encoder
 from tests.families import unsaved
 from tests.models.test_weights import absent, reads, stored_in
 from tests.tiny_types import tiny_model
@@ -99,16 +99,6 @@ def check(model: Any) -> None:
 @pytest.mark.parametrize("name", families.DECODERS)
 def test_every_decoder(name: str) -> None:
     check(families.unsaved(name).eval())
-
-
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_blocks_that_are_no_attention_experts_and_projections(name: str) -> None:
-    check(tiny_model(name).eval())
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_text_encoders(name: str, tmp_path: Path) -> None:
-    check(AutoModel.from_pretrained(text_encoder(tmp_path / "m", name, ENCODERS[name])).eval())
 
 
 def test_images(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from nbl_export.models.weights import (
 )
 from tests import families
 from tests.encoders import as_sentence_transformer, text_encoder
-from tests.models.test_load import small_gguf
+from tests.models.spoiled import small_gguf
 from tests.tiny import build as build_tiny
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
