@@ -12,14 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests import kept, measured_once, replaced, traced_once
-from tests.exhaustive import ALL, leave_out
+from tests.exhaustive import leave_out
 from tests.interruptions import interruptible
 
-replaced.follow()
-# Before any module imports by its name what is replaced.
-traced_once.install()
-measured_once.install()
 # A shell's background job ignores Ctrl-C, and so would all that the tests start.
 interruptible()
 # Nothing in the tests may reach for the network.
@@ -32,6 +27,7 @@ pytest.register_assert_rewrite(
     "tests.end_to_end.matrix", "tests.end_to_end.oracle", "tests.finished", "tests.rewrite.by_hand"
 )
 pytest_plugins = [
+    "tests.once",
     "tests.fixtures_graph",
     "tests.fixtures_engine",
     "tests.converting",
@@ -107,14 +103,6 @@ def every_report_is_of_its_schema() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Header, "as_json", checked)
         yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def what_is_equal_is_found_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Graphs and the machine's rates, also of several processes; a run of all tests finds each."""
-    base = tmp_path_factory.getbasetemp()
-    if not ALL:
-        kept.keep_in((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kept")
 
 
 class Failures:
