@@ -4,10 +4,11 @@
     python scripts/mutate_code.py --count 20 --rooms linearize graph
     python scripts/mutate_code.py --count 20 --rooms verify --tests tests/verify tests/report
 
-A mutation changes one thing in one module: a comparison, an operator of arithmetic or logic, a constant, a condition, which is
-negated, a call that is a statement, which is left out, or two arguments, which change places. Each is made in a copy of the
-repository, in which the tests of the module's room run until one fails (`--tests`: those instead). A test that fails, or that takes
-longer than ten times what all took without a mutation, has caught it. Printed are those that nobody caught, and a table.
+A mutation changes one thing in one module: a comparison, an operator of arithmetic or logic, a constant, a condition,
+which is negated, a call that is a statement, which is left out, or two arguments, which change places. Each is made in
+a copy of the repository, in which the tests of the module's room run until one fails (`--tests`: those instead). A test
+that fails, or takes longer than ten times what all took without a mutation, has caught it. Printed are those that
+nobody caught, and a table.
 """
 
 from __future__ import annotations

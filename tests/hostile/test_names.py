@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 import pytest
 
-from tests.command_line import ENVIRONMENT, FAST, SMALL, Done
+from tests.command_line import ENVIRONMENT, SMALL, Done
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\u202e<script>alert(1)</script>|`[/b](javascript:x)"
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -98,14 +98,6 @@ def test_names_in_a_report(stories_copy: Path) -> None:
     assert len(written) >= 4
 
 
-def test_a_control_character_in_the_path_of_a_model(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_folder, tmp_path / "a\x07[red]\x1b[1m")
-    done = nbl(model, "--k", 1, "-o", "out", "--calibration", text, *SMALL, *FAST, cwd=tmp_path)
-    assert done.code == 0, done
-    assert ET.parse(tmp_path / "out" / "report" / "junit.xml")
-    assert not OBEYED.search((tmp_path / "out" / "report" / "report.md").read_text())
-
-
 @pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
 @pytest.mark.parametrize("command", ["inspect", "report", "--help", "bare"])
 def test_a_terminal_of_ascii(stories_copy: Path, command: str, variables: dict[str, str]) -> None:
@@ -122,20 +114,6 @@ def test_a_model_whose_name_is_not_utf8(tiny_folder: Path, text: Path, tmp_path:
     shutil.copytree(tiny_folder, tmp_path / NOT_UTF8)
     done = nbl("calibrate", os.fsencode(NOT_UTF8), "-o", "out", "--calibration", text, *SMALL, cwd=tmp_path)
     assert done.code == 2 and "not UTF-8 text: rename it" in done.err, done
-
-
-@pytest.mark.parametrize("command", ["calibrate", "inspect", "report", "verify"])
-def test_an_output_folder_whose_name_is_not_utf8(
-    stories_copy: Path, tiny_folder: Path, text: Path, tmp_path: Path, command: str
-) -> None:
-    out = tmp_path / NOT_UTF8
-    if command == "calibrate":
-        words = [command, tiny_folder, "-o", os.fsencode(out), "--calibration", text, *SMALL]
-    else:
-        shutil.copytree(stories_copy, out)
-        words = [command, os.fsencode(out)]
-    done = nbl(*words, cwd=tmp_path)
-    assert done.code in (0, 2), done
 
 
 def test_files_called_as_a_home_folder_is(tiny_folder: Path, text: Path, tmp_path: Path) -> None:

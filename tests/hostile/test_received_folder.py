@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import shutil
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 
-import nbl_export
 from nbl_export import api
 from nbl_export.errors import InputError, NblError
 from nbl_export.models.source import find_model, same_model
@@ -164,29 +162,6 @@ def test_no_command_reaches_a_recorded_name_outside(
 
 
 # Where the names that a record lists are used as paths. A new place here must pass them through files.member.
-USED = {
-    "rewrite/foreign.py": 1,  # the record of the rewrite that is being written
-    "workspace.py": 2,  # both pass member()
-}
-
-
-def test_recorded_names_become_paths_in_known_places() -> None:
-    """Each loop over the ``files`` of a record whose names are joined to a folder, or given to ``member``."""
-    package, found = Path(nbl_export.__file__).parent, dict.fromkeys(USED, 0)
-    loops = (ast.For, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)
-    for path in sorted(package.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, loops):
-                continue
-            heads = [node] if isinstance(node, ast.For) else node.generators
-            text = ast.unparse(node)
-            for head in heads:
-                name = ast.unparse(head.target)
-                joined = f"/ {name}" in text or f"member(self.root, {name}" in text
-                if ast.unparse(head.iter).rstrip(")").split(",")[0].endswith("record.files") and joined:
-                    place = path.relative_to(package).as_posix()
-                    found[place] = found.get(place, 0) + 1
-    assert found == USED
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -265,13 +240,3 @@ def test_the_output_folder_is_apart_from_the_model(
     with pytest.raises(InputError, match=words):
         api.calibrate(model, target)
     assert {name: (place / name).read_bytes() for name in files_in(place)} == before
-
-
-def test_the_output_folder_may_lie_beside_a_gguf_file_but_not_hold_it(tmp_path: Path) -> None:
-    from nbl_export.models.source import check_apart
-
-    (tmp_path / "m.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(16))  # version 3, nothing in it
-    source = find_model(str(tmp_path / "m.gguf"))
-    check_apart(source, tmp_path / "out")
-    with pytest.raises(InputError, match="holds the model"):
-        check_apart(source, tmp_path)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
-from math import isnan, nan
+from math import isnan
 from pathlib import Path
 
 import pytest
@@ -14,21 +13,14 @@ from nbl_export.checks import Check
 from nbl_export.errors import InputError
 from nbl_export.report.diff_facts import (
     Opened,
-    engine_facts,
-    environment_facts,
-    file_facts,
     loss_facts,
     model_facts,
     opened,
-    parity_facts,
     speed_facts,
-    summary_facts,
     task_facts,
 )
 from nbl_export.report.evaluation import write_evaluation
 from nbl_export.verify.parity.figures import Likeness, Measure, MethodLoss
-from nbl_export.verify.speed.values import Ratio, Speed
-from tests.engine.conftest import manifest_by_hand
 from tests.report.diff_sides import changed, report_of
 from tests.report.test_evaluation import evaluation
 
@@ -55,25 +47,6 @@ def test_a_model_its_layers_and_what_was_asked(two: Opened) -> None:
     assert model_facts(None) == {}
 
 
-def test_counts_of_a_graph(two: Opened) -> None:
-    graph = report_of(two).graph.after
-    facts = summary_facts(graph)
-    assert facts["nodes: MatMul"].figure.value == graph.ops["MatMul"]
-    assert facts["size on disk"].figure.value == graph.file_bytes and facts["size on disk"].better == "lower"
-    assert sum(f.figure.value for n, f in facts.items() if n.startswith("nodes: ")) == graph.nodes  # type: ignore[misc]
-    assert "KV cache, bytes per token" not in summary_facts(replace(graph, kv_bytes_per_token=0))
-    assert not any(fact.headline for fact in summary_facts(graph, headline=False).values())
-
-
-def test_a_graph_file(two: Opened) -> None:
-    facts = file_facts(two.graph, headline=True)
-    assert facts["linear layers in the graph"].members == ("2", "3")
-    assert facts["opset of ai.onnx"].figure.value == 23
-    assert facts["KV pairs are of layers"].figure.value == "0, 1, 4"
-    assert len(facts["inputs beside the KV cache"].members) == 4
-    assert file_facts(None, headline=True) == {}
-
-
 def test_a_loss_with_its_errors(two: Opened) -> None:
     loss = report_of(two).method_loss
     assert isinstance(loss, MethodLoss)
@@ -91,22 +64,6 @@ def test_measures_of_an_encoder_are_likenesses_or_distances() -> None:
     assert [facts[name].headline for name in names] == [True, False, False, False]
 
 
-def test_parity_of_steps_and_what_is_no_number(two: Opened) -> None:
-    parity = report_of(two).parity
-    assert parity is not None and hasattr(parity, "steps")
-    assert parity_facts(parity)["max |Δlogit|"].figure.value == max(s.max_abs for s in parity.steps)
-    steps = (replace(parity.steps[0], max_abs=nan), *parity.steps[1:])
-    worst = parity_facts(replace(parity, steps=steps))["max |Δlogit|"].figure.value
-    assert isinstance(worst, float) and isnan(worst)
-
-
-def test_engines_have_a_library_and_a_size(two: Opened) -> None:
-    manifest = manifest_by_hand()
-    facts = engine_facts(replace(report_of(two), engines=(manifest,)))
-    assert facts[f"{manifest.role} engine: size"].figure.value == manifest.size
-    assert engine_facts(report_of(two)) == {} == engine_facts(None)
-
-
 def test_speedups_are_by_cell_with_their_intervals(two: Opened) -> None:
     speed = report_of(two).speed
     assert speed is not None
@@ -118,20 +75,6 @@ def test_speedups_are_by_cell_with_their_intervals(two: Opened) -> None:
     assert speed_facts(None) == {}
 
 
-def test_headlines_are_the_longest_contexts_and_others_are_named(engine_speed: Speed) -> None:
-    facts = speed_facts(engine_speed, headline=True)
-    assert [name for name, fact in facts.items() if fact.headline] == [
-        "prefill 512: speedup",
-        "decode 512: speedup",
-    ]
-    ratio = Ratio(4.0, 3.9, 4.1, 3.8, 4.2, True)
-    cell = engine_speed.cells[0]
-    peers = tuple(replace(r, linearized_over=ratio) for r in cell.results)
-    facts = speed_facts(replace(engine_speed, cells=(replace(cell, results=peers),)))
-    assert "prefill 128: over PyTorch eager, base" in facts
-    assert "prefill 128: over base engine" not in facts, "that is the speedup itself"
-
-
 def test_tasks_and_retrieval() -> None:
     facts = task_facts(evaluation())
     assert facts["fruit, acc: linearized"].figure.value == 0.76
@@ -141,14 +84,6 @@ def test_tasks_and_retrieval() -> None:
     assert "retrieval, 256 tokens, exact: recovery" not in facts
     assert facts["mean recovery of tasks"].headline
     assert task_facts(None) == {}
-
-
-def test_an_environment_has_versions(two: Opened) -> None:
-    report = report_of(two)
-    facts = environment_facts(report)
-    assert facts["processor"].figure.value == report.environment.processor
-    assert facts["onnxruntime"].figure.value == report.environment.packages["onnxruntime"]
-    assert environment_facts(None) == {}
 
 
 def test_checks_of_one_name_are_told_apart(two: Opened) -> None:
@@ -191,14 +126,6 @@ def test_a_report_of_another_graph_is_refused(stories_copy: Path) -> None:
     with (stories_copy / "model.onnx").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(InputError, match=r"model\.onnx is not the graph that .*report\.json is about"):
-        opened(stories_copy)
-
-
-def test_a_folder_without_a_report_names_its_graph(stories_copy: Path) -> None:
-    shutil.rmtree(stories_copy / "report")
-    with pytest.raises(
-        InputError, match=r"has no report: run `nbl-export verify .*` first, or name its graph"
-    ):
         opened(stories_copy)
 
 

@@ -90,11 +90,6 @@ def test_a_task_is_a_row_with_every_figure_in_its_column() -> None:
     assert "sample" not in table.note
 
 
-def test_a_sample_is_called_one() -> None:
-    drawn = evaluation(tasks=(replace(FRUIT, total=400),))
-    assert "The documents are a sample, the same for both." in evaluation_tables(drawn)[0].note
-
-
 def test_retrieval_by_choice_then_exact_then_depth() -> None:
     _, table, depth = evaluation_tables(evaluation())
     assert [row[0] for row in table.rows] == [
@@ -108,12 +103,6 @@ def test_retrieval_by_choice_then_exact_then_depth() -> None:
     assert [row[6] for row in table.rows[:4]] == ["95.0 ± 1.4", "95.0 ± 1.4", "", ""]
     assert depth.columns == ("", "0 to 25 %", "75 to 100 %")
     assert depth.rows[1] == ("1,024 tokens", "100 → 67", "67 → 33")
-
-
-def test_a_base_that_guesses_is_said() -> None:
-    mean = replace(MEAN, above_chance=None, above_chance_tasks=0)
-    table = evaluation_tables(evaluation(mean=Means(tasks=mean)))[0]
-    assert "nowhere two standard errors above chance" in table.note and table.rows[-1][-1] == ""
 
 
 @pytest.mark.parametrize(

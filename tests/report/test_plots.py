@@ -45,15 +45,6 @@ def test_matplotlib_is_loaded_only_to_draw(stories_out: Path) -> None:
     assert done.stdout.splitlines() == ["[]", "True False"] and not done.stderr
 
 
-def test_a_plot_needs_figures(report: Report, full: Report) -> None:
-    assert list(report_plots(full)) == ["k-curve", "layers", "speed", "engines"]
-    assert list(report_plots(report)) == ["layers", "speed"]
-    assert full.speed is not None
-    unscored = tuple(replace(c, cca=nan) for c in full.selection.candidates)
-    selection = replace(full.selection, curve=Curve(()), candidates=unscored)
-    assert report_plots(replace(full, selection=selection, speed=None, engine_speed=None)) == {}
-
-
 def test_what_a_plot_shows_in_words(full: Report, engine_speed: Speed) -> None:
     plots = report_plots(full)
     # 1 + 0.02 K² and 0.01 · 4ᴷ at the K that was chosen, and its speedups.

@@ -22,7 +22,6 @@ from nbl_export.report.plots import PLOTS, report_plots
 from nbl_export.report.render import markdown, numeric_columns, page, write_junit, write_report
 from nbl_export.report.schema import Report, load_report
 from nbl_export.report.tables import report_tables, verdicts_table
-from nbl_export.verify.parity.figures import MethodLoss
 
 TITLES = [
     "Checks",
@@ -57,33 +56,6 @@ def tables(text: str) -> dict[str, list[list[str]]]:
         assert {len(row) for row in rows} == {len(rows[0])}, title
     assert found.pop("")  # the headline figures
     return found
-
-
-def test_markdown_has_every_table_in_full(report: Report) -> None:
-    drawn = tables(markdown(report))
-    assert list(drawn) == TITLES
-    for table in (verdicts_table(report.checks), *report_tables(report)):
-        rows = [list(table.columns), *(list(r) for r in table.rows)]
-        assert drawn[table.title] == [[c.strip() for c in row] for row in rows]
-    assert len(drawn[TITLES[4]]) == 1 + 9
-    assert len(drawn[TITLES[5]]) == 1 + 5
-
-
-def test_markdown_figures_are_the_report_s(report: Report) -> None:
-    drawn = {title: {row[0]: row[1:] for row in rows} for title, rows in tables(markdown(report)).items()}
-    before, after = report.graph.before, report.graph.after
-    assert drawn["Graph"]["KV pairs (layers with a cache)"] == ["5", "3", "-40.0%"]
-    assert drawn["Graph"]["parameters"][:2] == [f"{before.parameters:,}", f"{after.parameters:,}"]
-    # 4 KV heads of 8 float32, keys and values.
-    assert drawn["Graph"]["KV cache, bytes per token"][:2] == ["1,280", "768"]
-    loss = report.method_loss
-    assert isinstance(loss, MethodLoss)
-    assert drawn[TITLES[2]]["perplexity ratio"][0] == f"{loss.perplexity_ratio:.4f}"
-    assert set(drawn[TITLES[3]]) == {"", "prefill 16", "decode 16"}
-    assert {row[1] for row in tables(markdown(report))[TITLES[3]]} == {"candidate", "base", "linearized"}
-    linear = {layer for layer, row in drawn[TITLES[5]].items() if row[1] == "linear"}
-    assert linear == {"2", "3"}
-    assert {row[0] for row in list(drawn[TITLES[5]].values())[1:]} == {"full"}
 
 
 def test_head_line_is_the_verdict(report: Report) -> None:
@@ -210,19 +182,6 @@ def test_junit_has_the_time_of_a_check_where_it_is_known(report: Report, tmp_pat
     assert suite is not None and float(str(suite.get("time"))) == pytest.approx(3.562)
 
 
-def test_checks_of_a_run_say_how_long_they_took(stories_out: Path) -> None:
-    report = load_report(stories_out / "report" / "report.json")
-    seconds = {check.name: check.seconds for check in report.checks}
-    assert seconds["graph rewrite"] == report.stage_seconds["rewrite"]
-    for name in ("parity", "speed"):
-        assert (seconds[name] or 0) > 0.01, name
-    cases = {
-        case.name: case.time
-        for case in next(iter(JUnitXml.fromfile(str(stories_out / "report" / "junit.xml"))))
-    }
-    assert cases == {name: spent and round(spent, 3) for name, spent in seconds.items()}
-
-
 def test_markdown_shows_the_plots_that_were_drawn(full: Report, tmp_path: Path) -> None:
     write_report(tmp_path, full)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -238,20 +197,6 @@ def test_markdown_shows_the_plots_that_were_drawn(full: Report, tmp_path: Path) 
     assert {Path(path).stem for _, _, path in found} == set(PLOTS)
     assert "![" not in markdown(full)
     tables(text)
-
-
-def test_a_plot_without_figures_any_more_is_removed(full: Report, report: Report, tmp_path: Path) -> None:
-    write_report(tmp_path, full)
-    (tmp_path / "plots" / "mine.png").write_bytes(b"not ours")
-    paths = write_report(tmp_path, replace(report, speed=None))
-    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"layers.png", "mine.png"}
-    assert [p.name for p in paths if p.suffix == ".png"] == ["layers.png"]
-
-
-def test_drawn_from_json_the_files_are_the_same(full: Report, tmp_path: Path) -> None:
-    first = write_report(tmp_path / "a", full)
-    second = write_report(tmp_path / "b", load_report(tmp_path / "a" / "report.json"))
-    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
 
 
 def test_the_verdict_is_written_even_if_drawing_fails(
@@ -330,19 +275,6 @@ def test_every_table_is_on_the_page_in_full(full: Report) -> None:
     for table in shown:
         rows = [list(table.columns), *(list(row) for row in table.rows)]
         assert reader.tables[table.title] == [[cell.strip() for cell in row] for row in rows]
-
-
-def test_the_page_is_read_in_order(full: Report) -> None:
-    reader = read(replace(full, notes=["a note"]))
-    assert [level for level, _ in reader.headings] == [1] + [2] * (len(reader.headings) - 1)
-    assert [title for _, title in reader.headings[-2:]] == ["Notes", "How it was made"]
-    ids = [a["id"] for _, a in reader.tags if "id" in a]
-    links = [a["href"] for a in reader.attributes("a")]
-    assert len(ids) == len(set(ids)) and len(links) == len(reader.headings) - 1
-    assert all(link and link.startswith("#") and link[1:] in ids for link in links)
-    # A region that scrolls can be reached by the keyboard and has a name.
-    regions = [a for a in reader.attributes("div") if a.get("class") == "scroll"]
-    assert regions and all(a["tabindex"] == "0" and a["aria-labelledby"] in ids for a in regions)
 
 
 def test_plots_say_what_they_show_and_nothing_is_fetched(full: Report) -> None:

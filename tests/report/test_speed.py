@@ -10,7 +10,6 @@ import pytest
 
 from nbl_export.report.drawing import Table
 from nbl_export.report.speed import (
-    BENCH,
     ENGINES,
     VERIFIED,
     ceiling_in_words,
@@ -97,31 +96,6 @@ def test_a_column_that_nobody_has_a_figure_for_is_left_out() -> None:
     assert table.rows == (("decode 4 × 512", "base", "12.0 ± 1.0", "800", "3"),)
     for word in ("resolved", "Ceiling", "p99", "Peak"):
         assert word not in table.note
-
-
-def test_a_narrow_table_names_a_cell_once_and_marks_noise_shortly() -> None:
-    noisy = replace(FULL, over_base=replace(OVER, resolved=False))
-    other = replace(CELL, context=1024, results=(BASE, noisy))
-    table = speed_table(BENCH, race(CELL, other), brief=True)
-    assert [row[:2] for row in table.rows] == [
-        ("prefill 512", "base"),
-        ("", "linearized"),
-        ("prefill 1,024", "base"),
-        ("", "linearized"),
-    ]
-    assert table.columns == ("", "candidate", "ms", "p99", "tokens/s", "over own base", "ceiling")
-    assert [row[5] for row in table.rows] == ["", "1.50×", "", "1.50× ~"] and "~: not resolved" in table.note
-
-
-def test_titles_say_where_it_ran() -> None:
-    speed = race(CELL, machine=Machine("NVIDIA L4"))
-    titles = [speed_table(name, speed).title for name in (VERIFIED, ENGINES, BENCH)]
-    assert titles == ["Speed on ONNX Runtime, batch 1", "Speed on NVIDIA L4, batch 1", "Bench"]
-    assert [speed_table(name, speed).plot for name in (VERIFIED, ENGINES, BENCH)] == [
-        "speed",
-        "engines",
-        "bench",
-    ]
 
 
 def test_the_note_says_what_was_done() -> None:

@@ -19,7 +19,8 @@ from nbl_export.report.summary import (
     replaced_line,
     verdict_line,
 )
-from nbl_export.verify.parity.figures import DecoderParity, Likeness, Measure, MethodLoss
+from nbl_export.verify.parity.figures import MethodLoss
+from nbl_export.verify.parity.figures import DecoderParity
 
 
 def test_headlines_of_a_whole_report(full: Report) -> None:
@@ -37,13 +38,6 @@ def test_headlines_of_a_whole_report(full: Report) -> None:
     assert shown["Decode on the GPU"].value == "1.25×" and "512 tokens" in shown["Decode on the GPU"].detail
     worst = max(s.max_abs for s in full.parity.steps)
     assert abs(float(shown["Parity"].value) / worst - 1) < 0.05
-
-
-def test_what_was_not_measured_has_no_headline(report: Report) -> None:
-    bare = replace(report, method_loss=None, speed=None, parity=None)
-    assert [h.name for h in headlines(bare)] == ["Attention layers replaced", "KV cache"]
-    none = replace(bare, selection=replace(bare.selection, layers=()))
-    assert headlines(none)[0].value == "0 of 5" and headlines(none)[0].detail == "nothing was replaced"
 
 
 def test_parity_that_is_no_number_is_the_worst(report: Report) -> None:
@@ -109,23 +103,6 @@ def test_verdict_names_what_it_costs_and_what_was_asked(report: Report) -> None:
     assert both == f"{what}, at most perplexity × 2 and KL 0.5 asked"
     nan = replace(costly, method_loss=replace(loss, perplexity_ratio=math.nan, kl=math.inf))
     assert "perplexity × nan, KL inf on held-out text" in verdict_line(nan)
-
-
-def test_verdict_says_what_was_not_looked_at(report: Report) -> None:
-    skipped = (
-        *report.checks,
-        Check("method loss", "skipped", "--no-quality"),
-        Check("engine run", "skipped", ""),
-    )
-    bare = replace(report, method_loss=None, checks=skipped)
-    said = "; its loss was not measured; skipped: method loss, engine run"
-    assert verdict_line(bare) == f"(graph rewrite, parity){said}"
-
-
-def test_verdict_of_an_encoder_names_its_likeness(report: Report) -> None:
-    measures = (Measure("cosine of last_hidden_state", 0.98123, 0.001, 64),)
-    like = replace(report, method_loss=Likeness(8, "documents", measures))
-    assert verdict_line(like).endswith("; cosine of last_hidden_state 0.9812 on held-out documents")
 
 
 def test_how_it_was_made(report: Report) -> None:

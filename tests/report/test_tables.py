@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf, nan
+from math import inf
 from typing import Any
 
-from nbl_export.blocks import Mlp
 from nbl_export.checks import Check
 from nbl_export.engine.network import NetworkFacts, NetworkTensor
 from nbl_export.graph.summary import Float32Node, GraphSummary
 from nbl_export.report.card import without_paths
 from nbl_export.report.schema import Conversion, Report
 from nbl_export.report.selection import layers_table
-from nbl_export.report.summary import headlines
 from nbl_export.report.tables import (
     engines_table,
     forms_table,
@@ -34,30 +32,6 @@ from nbl_export.verify.parity.figures import (
     StepParity,
 )
 from tests.engine.conftest import manifest_by_hand
-
-
-def test_layers_are_labelled_by_what_they_see(report: Report) -> None:
-    scores = tuple(replace(c, kind="sliding window") for c in report.selection.candidates)
-    rows = layers_table(replace(report.selection, candidates=scores, others={"5": "conv"}), []).rows
-    assert [row[1:3] for row in rows] == [
-        ("sliding window", "linear" if c.layer in report.selection.layers else "attention")
-        for c in sorted(scores, key=lambda c: (c.cca, c.layer))
-    ] + [("conv", "no candidate")]
-
-
-def test_an_mlp_is_named_and_kept_as_an_mlp(report: Report) -> None:
-    mlps = tuple(replace(c, layer=Mlp(c.layer), kind="mlp") for c in report.selection.candidates)
-    selection = replace(
-        report.selection, candidates=(*report.selection.candidates, *mlps), layers=(2, Mlp(3))
-    )
-    table = layers_table(selection, [])
-    assert table.columns[1] == "block" and layers_table(report.selection, []).columns[1] == "attention"
-    now = {row[0]: row[1:3] for row in table.rows}
-    assert now["2"][1] == now["3.mlp"][1] == "linear"
-    assert now["2.mlp"] == ("mlp", "mlp") and now["3"][1] == "attention"
-    shown = {line.name: (line.value, line.detail) for line in headlines(replace(report, selection=selection))}
-    assert shown["Attention layers replaced"] == ("1 of 5", "layer 2")
-    assert shown["MLPs replaced"] == ("1 of 5", "layer 3")
 
 
 def test_measured_scores_have_a_column_and_unmeasured_layers_come_last(report: Report) -> None:
@@ -110,18 +84,6 @@ def test_a_graph_before_and_after() -> None:
     assert not any("KV" in row[0] for row in graph_table(bare, bare).rows)
 
 
-def test_the_proof_of_a_layer_is_its_worse_tensor(report: Report) -> None:
-    first, second, *others = report.graph.proofs
-    proofs = [
-        replace(first, input_error=2e-7, output_error=3e-6),
-        replace(second, input_error=inf),
-        *others[:1],
-    ]
-    shown = {row[0]: row[-1] for row in layers_table(report.selection, proofs).rows}
-    assert shown[str(first.layer)] == "3.0e-6" and shown[str(second.layer)] == "inf"
-    assert [shown[str(p.layer)] for p in others[1:]] == [""] * 2
-
-
 def test_an_engine_is_a_row() -> None:
     cache = tuple(
         NetworkTensor(name, "HALF", (1,))
@@ -139,24 +101,6 @@ def test_an_engine_is_a_row() -> None:
     assert table.note == "Ahead of time for SM86, SM89; batch ≤ 2, prefill ≤ 64 tokens, context ≤ 256."
     here = manifest_by_hand(ahead_of_time=False, capabilities=("SM90",))
     assert engines_table([here]).note.startswith("For SM90;")
-
-
-def test_nodes_of_one_reason_are_counted_together(report: Report) -> None:
-    kept = (
-        Float32Node("/a", "Pow", "input 0 reaches 1.2e5 on the calibration text"),
-        Float32Node("/b", "Pow", "output 0 reaches 9e4 on the calibration text"),
-        Float32Node("/c", "Softmax", "sums need it"),
-        Float32Node("/d", "ReduceMean", "input 0 reaches 7e4 on the calibration text"),
-    )
-    half = replace(report, graph=replace(report.graph, precision="fp16", kept_float32=kept))
-    *_, table, _ = report_tables(half)
-    beyond = "reaches beyond the format on the calibration text"
-    assert table.rows == (
-        ("Pow", "2", beyond, "/a"),
-        ("Softmax", "1", "sums need it", "/c"),
-        ("ReduceMean", "1", beyond, "/d"),
-    )
-    assert table.title == "Nodes that stay fp32 in the fp16 graph"
 
 
 def test_tables_of_a_report_stand_in_their_order(full: Report) -> None:
@@ -279,14 +223,6 @@ def test_a_step_is_a_row() -> None:
     assert "Prompts of 3, 17 tokens" in table.note and "own logits by 2.5e-6." in table.note
 
 
-def test_a_narrow_table_is_the_wide_one_without_some_columns() -> None:
-    for parity in (decoder(), encoder("logits", "last_hidden_state")):
-        wide, narrow = parity_table(parity), parity_table(parity, brief=True)
-        assert set(narrow.columns) < set(wide.columns)
-        kept = [wide.columns.index(name) for name in narrow.columns]
-        assert narrow.rows == tuple(tuple(row[i] for i in kept) for row in wide.rows)
-
-
 def test_gates_that_limit_nothing_are_not_said() -> None:
     only = parity_table(decoder(gates=Gates(max_kl=0.5, top1=1.0)))
     assert only.note.startswith("Gates: max kl 0.5, top1 1. Prompts")
@@ -317,20 +253,6 @@ def test_an_output_is_a_row_and_classes_are_of_logits_alone() -> None:
     assert table.note.endswith("local_attention 128: crossed by the rows.")
     assert "top-1" not in parity_table(encoder("sentence_embedding")).columns
     assert "One batch of 2 images" in parity_table(encoder("pooler_output", lengths=())).note
-
-
-def test_what_an_encoder_loses_anyway() -> None:
-    own = (OutputParity(**{**FIGURES, "mean_abs": 0.125}, output="a", width=64),)
-    parity = encoder("a", precision="bf16", gates=Gates(max_vs_own=1.5), pytorch_in_precision=own)
-    assert parity_table(parity).note.endswith(
-        " PyTorch itself in bf16, on the same batch, has a mean |Δ| of: a 1.2e-1; this graph's may be 1.5 times that."
-    )
-
-
-def test_what_is_no_number_is_shown() -> None:
-    table = parity_table(decoder(steps=steps(1, max_abs=nan, min_cosine=nan, top1=nan)))
-    row = dict(zip(table.columns, table.rows[0], strict=True))
-    assert row["max |Δ|"] == row["1-cos"] == row["top-1"] == "nan"
 
 
 # loss

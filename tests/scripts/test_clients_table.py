@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from junitparser import Failure, Skipped, TestCase
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,22 +39,3 @@ def test_the_page_is_of_these_rows(script: Any) -> None:
     for row in script.ROWS:
         assert f"| {row.engine} | {row.reads} | " in text, "make it again: python scripts/clients_table.py"
     assert script.FAILS not in text.split("| engine |")[1]
-
-
-def test_what_became_of_a_test(script: Any) -> None:
-    def case(*results: Any) -> TestCase:
-        made = TestCase("a")
-        made.result = list(results)
-        return made
-
-    row = script.Row("engine", "form", {"fp32": "a", "fp16": "b"}, frozenset({"fp16"}))
-    reasons: dict[str, int] = {}
-
-    def cell(precision: str, **cases: TestCase) -> str:
-        return str(script.cell(row, precision, cases, reasons))
-
-    assert cell("fp32", a=case()) == script.WORKS and cell("fp16", b=case()) == script.REFUSED
-    assert cell("fp32", a=case(Failure("no"))) == script.FAILS and cell("fp32") == script.FAILS
-    assert cell("bf16") == script.NOT_TRIED
-    assert cell("fp32", a=case(Skipped("needs a GPU"))) == cell("fp16", b=case(Skipped("needs a GPU"))) == "1"
-    assert reasons == {"Needs a GPU.": 1}
