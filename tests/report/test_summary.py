@@ -19,8 +19,7 @@ from nbl_export.report.summary import (
     replaced_line,
     verdict_line,
 )
-from nbl_export.verify.parity.figures import MethodLoss
-from nbl_export.verify.parity.figures import DecoderParity
+from nbl_export.verify.parity.figures import DecoderParity, MethodLoss
 
 
 def test_headlines_of_a_whole_report(full: Report) -> None:
