@@ -1,4 +1,4 @@
-"""Model + plan → a folder that transformers loads: the checkpoint with linear layers, and the file with their classes.
+"""Write model + plan as a folder that transformers loads: the checkpoint with linear layers, and their classes.
 
 Its model type is ``nbl_`` and that of the original, so that no reader takes it for the original. It loads with
 ``trust_remote_code``, or without it after ``import nbl_export.transformers``. The attentions that are linear have no
@@ -8,13 +8,14 @@ entry in the KV cache.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from nbl_export.blocks import Block, Mlp
-from nbl_export.convert.llama import numbers
-from nbl_export.convert.shards import Shards
+from nbl_export.convert.llama import Shards, numbers
 from nbl_export.errors import InputError
-from nbl_export.files import atomic_path, write_json
+from nbl_export.files import write_json, write_text
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
@@ -22,9 +23,6 @@ from nbl_export.models.folder import save_tokenizer
 from nbl_export.models.modeling_nbl import FILE
 from nbl_export.models.registered import ATTENTION, MLP, PREFIX, TYPES, source_of
 from nbl_export.progress import Listener
-
-if TYPE_CHECKING:
-    import torch
 
 
 def write_hf(
@@ -57,8 +55,7 @@ def write_hf(
     if getattr(own, "generation_config", None) is not None:
         own.generation_config.save_pretrained(folder)
         written.append(folder / "generation_config.json")
-    with atomic_path(folder / FILE) as temporary:
-        temporary.write_text(source_of(own.config.model_type), encoding="utf-8")
+    write_text(folder / FILE, source_of(own.config.model_type))
     write_json(config, told)
     return [*written, folder / FILE, config]
 
@@ -92,6 +89,11 @@ def check_held(model: torch.nn.Module, plan: Plan) -> None:
 def configuration(model: torch.nn.Module, plan: Plan, dtype: str) -> dict[str, Any]:
     """The ``config.json`` of the folder."""
     config: Any = model.config
+    returns, paths = dummy_run(model).returns, _paths(model)
+    modules = {  # what becomes of each that is not kept, by its path
+        paths[block]: {"linear": one is not DROPPED, "returns": returns[block]}
+        for block, one in sorted(plan.replacements.items())
+    }
     told = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "torch_dtype")}
     return {
         **told,
@@ -103,16 +105,7 @@ def configuration(model: torch.nn.Module, plan: Plan, dtype: str) -> dict[str, A
         "model_type": f"{PREFIX}{config.model_type}",
         "dtype": dtype,
         "torch_dtype": dtype,  # of transformers 4
-        "nbl": {"attention": ATTENTION, "modules": _modules(model, plan)},
-    }
-
-
-def _modules(model: torch.nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
-    """What becomes of each module that is not kept, by its path."""
-    returns, paths = dummy_run(model).returns, _paths(model)
-    return {
-        paths[block]: {"linear": one is not DROPPED, "returns": returns[block]}
-        for block, one in sorted(plan.replacements.items())
+        "nbl": {"attention": ATTENTION, "modules": modules},
     }
 
 

@@ -1,38 +1,70 @@
-"""Model + plan → a folder of mlx-lm's architecture ``nemotron-nas``, which knows linear attention and linear MLPs.
+"""Write model + plan as a folder of mlx-lm's architecture ``nemotron-nas``, or of DeciLM, which TensorRT-LLM reads.
 
-Each layer of it has an attention, a matrix with a bias in its place, or nothing, and an MLP likewise. Biases are of all
-layers or of none: where one has a bias, the others get zeros. The inner width of its MLPs is a multiple of 256: a
-narrower one gets zeros, which change nothing.
+Each layer has an attention, a matrix in its place, or nothing, and an MLP likewise. In mlx-lm biases are of all layers
+or of none: where one has a bias, the others get zeros. The inner width of its MLPs is a multiple of 256: a narrower one
+gets zeros, which change nothing. DeciLM has other names, and no biases anywhere: the plan's b must be in its W already
+(:mod:`nbl_export.linearize.no_bias`). Source: tensorrt_llm/_torch/models/modeling_nemotron_nas.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from nbl_export.batch.arrays import F32
 from nbl_export.blocks import Block, Mlp
-from nbl_export.convert.llama import LAYERS, check_like_llama, numbers, rope_base
-from nbl_export.convert.shards import Shards
+from nbl_export.convert.llama import LAYERS, Shards, check_like_llama, numbers, rope_base
 from nbl_export.errors import InputError
-from nbl_export.files import write_json
+from nbl_export.files import write_json, write_text
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.folder import save_tokenizer
 from nbl_export.progress import Listener
 
-if TYPE_CHECKING:
-    import torch
-
 ARCHITECTURE = "nemotron-nas"
 _MULTIPLE = 256  # of the inner width of an MLP
-_QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
-# What W is called in the place of a module.
-_MATRICES = {"self_attn": "linear", "mlp": "linear"}
-_Tensor = tuple[str, F32]
+# The projections of each module, by which a bias is found.
+_PROJECTIONS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+# What W is called in the place of a module, and how mlx-lm is told of DeciLM's names.
+_IN_MLX = {"self_attn": "linear", "mlp": "linear"}
+_IN_DECILM = {"self_attn": "linear_attn", "mlp": "linear_mlp"}
+IN_MLX = {f"{module}.{name}.": f"{module}.linear." for module, name in _IN_DECILM.items()}
+FILE = "configuration_decilm.py"
+# Its readers take the parts of a block by attribute, which JSON does not have.
+_CONFIGURATION = '''"""DeciLM's configuration: each block says what stands in the place of its attention and its MLP."""
+
+from transformers import PretrainedConfig
+
+
+class Named(dict):
+    """A dict whose values are attributes, too; what is missing is None."""
+
+    __getattr__ = dict.get
+
+
+ATTENTION = {"n_heads_in_group": None, "no_op": False, "replace_with_linear": False}
+MLP = {"ffn_mult": None, "no_op": False, "replace_with_linear": False}
+
+
+class DeciLMConfig(PretrainedConfig):
+    model_type = "nemotron-nas"
+
+    def __init__(self, block_configs=(), **others):
+        self.block_configs = [
+            Named(
+                attention=Named({**ATTENTION, **block["attention"]}),
+                ffn=Named({**MLP, **block["ffn"]}),
+            )
+            for block in block_configs
+        ]
+        super().__init__(**others)
+'''
 
 
 def write_mlx(
@@ -44,38 +76,52 @@ def write_mlx(
     :class:`InputError`, before anything is written, for what the architecture cannot hold.
     """
     check_held(model, plan)
-    return write_folder(folder, model, plan, tokenizer, Shards(folder, dtype, "mlx"), _MATRICES, listener)
+    return _write(folder, model, plan, tokenizer, Shards(folder, dtype, "mlx"), _IN_MLX, listener, {})
 
 
-def write_folder(
+def write_decilm(
+    folder: Path, model: torch.nn.Module, plan: Plan, tokenizer: Any, dtype: str, listener: Listener
+) -> list[Path]:
+    """:func:`write_mlx` of a ``plan`` whose b are zero, in DeciLM's form."""
+    check_held_by_decilm(model, plan)
+    if biased := [block for block, one in plan.layers.items() if one.b.any()]:
+        raise InputError(f"Layer {biased[0]} has a bias, and DeciLM has none: take it into W first.")
+    told = {
+        "auto_map": {"AutoConfig": f"{Path(FILE).stem}.DeciLMConfig"},
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+    written = _write(folder, model, plan, tokenizer, Shards(folder, dtype, "pt"), _IN_DECILM, listener, told)
+    return [folder / FILE, *written]
+
+
+def _write(
     folder: Path,
     model: torch.nn.Module,
     plan: Plan,
     tokenizer: Any,
     files: Shards,
-    matrices: Mapping[str, str],
+    names: Mapping[str, str],
     listener: Listener,
-    told: Mapping[str, Any] | None = None,
+    told: Mapping[str, Any],
 ) -> list[Path]:
-    """Write the folder into ``files``; ``matrices`` says what W of an attention and of an MLP is called, and ``told``
-    what its configuration says beside the usual.
-    """
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.json"
     config.unlink(missing_ok=True)
-    source = _Source(model, plan, matrices)
-    files.add(*source.own("model.embed_tokens.weight"))
+    head = [] if model.config.tie_word_embeddings else ["lm_head.weight"]  # type: ignore[union-attr]
     with listener.task("Writing weights", plan.layer_count, "layers") as task:
+        files.add("model.embed_tokens.weight", numbers(model, plan, "model.embed_tokens.weight"))
         for layer in range(plan.layer_count):
-            for tensor in source.layer(layer):
-                files.add(*tensor)
+            for name, value in _tensors(model, plan, layer, names):
+                files.add(name, value)
             task.advance(1)
-    files.add(*source.own("model.norm.weight"))
-    if not model.config.tie_word_embeddings:  # type: ignore[union-attr]
-        files.add(*source.own("lm_head.weight"))
+        for name in ("model.norm.weight", *head):
+            files.add(name, numbers(model, plan, name))
     written = files.finish()
     written += save_tokenizer(tokenizer, folder)
-    write_json(config, {**configuration(model, plan), **(told or {})})
+    if told:
+        write_text(folder / FILE, _CONFIGURATION)
+    write_json(config, {**configuration(model, plan), **told})
     return [*written, config]
 
 
@@ -91,13 +137,19 @@ def check_held(model: torch.nn.Module, plan: Plan) -> None:
         )
 
 
+def check_held_by_decilm(model: torch.nn.Module, plan: Plan) -> None:
+    """:func:`check_held`, and there is no bias."""
+    check_held(model, plan)
+    if biased := [name for name, _ in model.named_parameters() if name.endswith("_proj.bias")]:
+        raise InputError(
+            f"DeciLM has no biases, and {type(model).__name__} has {biased[0]}: convert it --to mlx."
+        )
+
+
 def configuration(model: torch.nn.Module, plan: Plan) -> dict[str, Any]:
     """The ``config.json`` of the folder."""
     config: Any = model.config
-    told: dict[str, Any] = dict(
-        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    )
-    kind = told.get("rope_type", "default")
+    rope: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
     names = (
         "hidden_size",
         "num_hidden_layers",
@@ -105,19 +157,31 @@ def configuration(model: torch.nn.Module, plan: Plan) -> dict[str, Any]:
         "rms_norm_eps",
         "vocab_size",
         "hidden_act",
+        "max_position_embeddings",
+        "tie_word_embeddings",
     )
+    kept = {
+        "attention": {"n_heads_in_group": config.num_attention_heads // config.num_key_value_heads},
+        "ffn": {"ffn_mult": 3 * _inner(config) / (2 * config.hidden_size)},
+    }
+
+    def stands(block: Block, part: str) -> dict[str, Any]:
+        if block in plan.layers:
+            return {"replace_with_linear": True}
+        return {"no_op": True} if block in plan.dropped else kept[part]
+
     return {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": ARCHITECTURE,
-        **{
-            name: getattr(config, name) for name in (*names, "max_position_embeddings", "tie_word_embeddings")
-        },
-        "attention_bias": _has_bias(model, plan, attention=True),
-        "mlp_bias": _has_bias(model, plan, attention=False),
+        **{name: getattr(config, name) for name in names},
+        "attention_bias": _has_bias(model, plan, "self_attn"),
+        "mlp_bias": _has_bias(model, plan, "mlp"),
         "rope_theta": rope_base(model),
-        "rope_scaling": None if kind == "default" else {k: v for k, v in told.items() if k != "rope_theta"},
+        "rope_scaling": None
+        if rope.get("rope_type", "default") == "default"
+        else {k: v for k, v in rope.items() if k != "rope_theta"},
         "block_configs": [
-            {"attention": _attention(config, plan, layer), "ffn": _mlp(config, plan, layer)}
+            {"attention": stands(layer, "attention"), "ffn": stands(Mlp(layer), "ffn")}
             for layer in range(plan.layer_count)
         ],
         "eos_token_id": config.eos_token_id,
@@ -125,88 +189,53 @@ def configuration(model: torch.nn.Module, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _attention(config: Any, plan: Plan, layer: int) -> dict[str, Any]:
-    kept = {"n_heads_in_group": config.num_attention_heads // config.num_key_value_heads}
-    return _state(plan, layer) or kept
-
-
-def _mlp(config: Any, plan: Plan, layer: int) -> dict[str, Any]:
-    return _state(plan, Mlp(layer)) or {"ffn_mult": 3 * _inner(config) / (2 * config.hidden_size)}
-
-
-def _state(plan: Plan, block: Block) -> dict[str, Any]:
-    """What stands in the place of a ``block``; nothing where it stays."""
-    if block in plan.layers:
-        return {"replace_with_linear": True}
-    return {"no_op": True} if block in plan.dropped else {}
-
-
 def _inner(config: Any) -> int:
     """The inner width of the MLPs in the folder."""
     return -(-int(config.intermediate_size) // _MULTIPLE) * _MULTIPLE
 
 
-def _has_bias(model: torch.nn.Module, plan: Plan, attention: bool) -> bool:
-    names = (
-        (f".self_attn.{name}.bias" for name in _QKVO) if attention else (f".mlp.{name}.bias" for name in _MLP)
+def _has_bias(model: torch.nn.Module, plan: Plan, module: str) -> bool:
+    ends = tuple(f".{module}.{name}.bias" for name in _PROJECTIONS[module])
+    linear = (
+        one.b.any() for block, one in plan.layers.items() if isinstance(block, Mlp) == (module == "mlp")
     )
-    ends = tuple(names)
-    linear = any(
-        isinstance(block, Mlp) is not attention and one.b.any() for block, one in plan.layers.items()
+    return any(linear) or any(name.endswith(ends) for name, _ in model.named_parameters())
+
+
+def _tensors(
+    model: torch.nn.Module, plan: Plan, layer: int, names: Mapping[str, str]
+) -> Iterator[tuple[str, F32]]:
+    """Those of one layer, each a name and its numbers; of what is dropped there is none."""
+    at, wide = f"{LAYERS}.{layer}", _inner(model.config)
+    blocks: tuple[tuple[Block, str, str], ...] = (
+        (layer, "input_layernorm", "self_attn"),
+        (Mlp(layer), "post_attention_layernorm", "mlp"),
     )
-    return linear or any(name.endswith(ends) for name, _ in model.named_parameters())
+    for block, norm, module in blocks:
+        if block in plan.dropped:
+            continue
+        bias = _has_bias(model, plan, module)
+        yield f"{at}.{norm}.weight", numbers(model, plan, f"{at}.{norm}.weight")
+        if block in plan.layers:
+            own = plan.layers[block]
+            yield f"{at}.{module}.{names[module]}.weight", own.w
+            if bias:
+                yield f"{at}.{module}.{names[module]}.bias", own.b
+            continue
+        for projection in _PROJECTIONS[module]:
+            name = f"{at}.{module}.{projection}"
+            weight = numbers(model, plan, f"{name}.weight")
+            if module == "mlp":
+                weight = _padded(
+                    weight, [wide if n == model.config.intermediate_size else n for n in weight.shape]
+                )  # type: ignore[union-attr]
+            yield f"{name}.weight", weight
+            if bias:
+                known = getattr(model.get_submodule(name), "bias", None) is not None
+                value = numbers(model, plan, f"{name}.bias") if known else np.zeros(0, np.float32)
+                yield f"{name}.bias", _padded(value, weight.shape[:1])
 
 
-class _Source:
-    """Where the tensors of the folder come from, each a name and its numbers: a model like Llama, and the plan."""
-
-    def __init__(self, model: torch.nn.Module, plan: Plan, matrices: Mapping[str, str]) -> None:
-        self._model, self._plan, self._inner, self._matrices = model, plan, _inner(model.config), matrices
-        self._biased, self._mlp_biased = (_has_bias(model, plan, attention) for attention in (True, False))
-        self._names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-
-    def own(self, name: str) -> _Tensor:
-        """A tensor of the model, as it is."""
-        return name, numbers(self._model, self._plan, name)
-
-    def layer(self, layer: int) -> Iterator[_Tensor]:
-        """Those of one layer; of what is dropped there is none."""
-        plan, at, d = self._plan, f"{LAYERS}.{layer}", self._plan.hidden_size
-        blocks: tuple[tuple[Block, str, str], ...] = (
-            (layer, "input_layernorm", "self_attn"),
-            (Mlp(layer), "post_attention_layernorm", "mlp"),
-        )
-        for block, norm, module in blocks:
-            if block in plan.dropped:
-                continue
-            yield self.own(f"{at}.{norm}.weight")
-            if block in plan.layers:
-                linear = plan.layers[block]
-                name = f"{at}.{module}.{self._matrices[module]}"
-                yield f"{name}.weight", linear.w
-                if self._biased if module == "self_attn" else self._mlp_biased:
-                    yield f"{name}.bias", linear.b
-            elif module == "self_attn":
-                for name in _QKVO:
-                    yield from self._projection(f"{at}.self_attn.{name}", self._biased)
-            else:
-                for name, shape in zip(
-                    _MLP, ((self._inner, d), (self._inner, d), (d, self._inner)), strict=True
-                ):
-                    yield from self._projection(f"{at}.mlp.{name}", self._mlp_biased, shape)
-
-    def _projection(self, name: str, bias: bool, shape: tuple[int, ...] | None = None) -> Iterator[_Tensor]:
-        """A weight, with zeros up to ``shape``, and its bias where all have one."""
-        _, weight = self.own(f"{name}.weight")
-        found = weight if shape is None else _padded(weight, shape)
-        yield f"{name}.weight", found
-        if bias:
-            known = f"{name}.bias" in self._names
-            own = self.own(f"{name}.bias")[1] if known else np.zeros(0, np.float32)
-            yield f"{name}.bias", _padded(own, (found.shape[0],))
-
-
-def _padded(values: F32, shape: tuple[int, ...]) -> F32:
+def _padded(values: F32, shape: Any) -> F32:
     """``values`` with zeros behind them, up to ``shape``."""
-    wider = [(0, wanted - had) for wanted, had in zip(shape, values.shape, strict=True)]
-    return np.pad(values, wider) if any(after for _, after in wider) else values
+    return np.pad(values, [(0, wanted - had) for wanted, had in zip(shape, values.shape, strict=True)])

@@ -1,4 +1,4 @@
-"""Model + plan → a folder that openvino-genai loads: OpenVINO's own file, with the cache as states.
+"""Write model + plan as a folder that openvino-genai loads: OpenVINO's own file, with the cache as states.
 
     traced and rewritten graph            openvino_model.xml
     input past, output present      ──▶   a state each, whose rows `beam_idx` picks
@@ -14,10 +14,11 @@ import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.errors import BuildError, InputError, first_line
@@ -41,9 +42,6 @@ from nbl_export.runtime.openvino import (
     last_line,
     require_openvino,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 # The attribute of Attention for query heads that are not an axis of their own. Ours are one, but rotary embeddings hide
 # its size from OpenVINO.

@@ -144,7 +144,7 @@ class Gguf(Form):
         return [place]
 
     def stored(self, place: Path, plan: Plan) -> tuple[Check, ...]:
-        from nbl_export.convert.stored import check_stored
+        from nbl_export.convert.gguf import check_stored
 
         return (check_stored(place, plan),)
 
@@ -220,7 +220,7 @@ class DeciLm(Mlx):
     name = "decilm"
 
     def check_held(self, plan: Plan) -> None:
-        from nbl_export.convert.decilm import check_held
+        from nbl_export.convert.mlx import check_held_by_decilm as check_held
 
         check_held(self.run.model.model, plan)
 
@@ -232,12 +232,12 @@ class DeciLm(Mlx):
 
     @property
     def writer(self) -> Callable[..., list[Path]]:
-        from nbl_export.convert.decilm import write_decilm
+        from nbl_export.convert.mlx import write_decilm
 
         return write_decilm
 
     def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
-        from nbl_export.convert.decilm import IN_MLX
+        from nbl_export.convert.mlx import IN_MLX
         from nbl_export.runtime.mlx import MlxStream
 
         return nullcontext(MlxStream(place, IN_MLX))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nbl_export.blocks import Block, Mlp
-from nbl_export.convert.gguf import FORMATS, write_gguf
+from nbl_export.blocks import Block, Mlp, Span
+from nbl_export.convert.gguf import FORMATS, DeciBlock, blocks_of, check_stored, write_gguf
 from nbl_export.convert.gguf_tokenizer import TokenizerFields
 from nbl_export.errors import InputError
-from nbl_export.linearize.adapters import Adapter
-from nbl_export.linearize.plan import Plan
+from nbl_export.linearize.plan import DROPPED, LinearLayer, Plan
 from nbl_export.progress import Silent
 from tests.tiny_types import tiny_model
 
@@ -27,16 +27,11 @@ def written(
 ) -> Callable[..., tuple[Any, Plan, dict[str, Any], dict[str, Any]]]:
     """A tiny Llama with linear blocks as a file: the model, the plan, the file's tensors, and its fields."""
 
-    def write(form: str = "F32", blocks: Sequence[Block] = (1, Mlp(2)), adapt: bool = False) -> Any:
+    def write(form: str = "F32", blocks: Sequence[Block] = (1, Mlp(2))) -> Any:
         from gguf import GGUFReader, dequantize
 
         model = tiny_model("llama", num_hidden_layers=3, attention_bias=True)
         plan = random_plan(model, blocks)
-        if adapt:
-            up, down = np.ones((64, 1), np.float32), np.full((1, 32), 0.5, np.float32)
-            shape = model.get_parameter("model.layers.0.mlp.up_proj.weight").shape
-            change = Adapter(np.resize(up, (shape[0], 1)), np.resize(down, (1, shape[1])), ())
-            plan = Plan(**{**vars(plan), "adapters": {"model.layers.0.mlp.up_proj.weight": change}})
         path = tmp_path / f"model-{form}.gguf"
         write_gguf(path, model, plan, no_tokenizer, form, Silent())
         reader = GGUFReader(path)
@@ -76,24 +71,6 @@ def test_the_numbers_are_the_models(written: Callable[..., Any]) -> None:
             assert np.array_equal(found[:, :, 0], rows[:, 0]) and np.array_equal(found[:, :, 1], rows[:, 1])
 
 
-@pytest.mark.parametrize(("form", "error"), [("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 1e-2)])
-def test_matrices_are_in_the_format_and_vectors_are_not(
-    written: Callable[..., Any], form: str, error: float
-) -> None:
-    assert form in FORMATS
-    _, plan, tensors, _ = written(form)
-    w, b = tensors["blk.1.attn_output.weight"], tensors["blk.1.ffn_down.bias"]
-    assert np.array_equal(b, plan.layers[1].b) and not np.array_equal(w, plan.layers[1].w)
-    assert np.abs(w - plan.layers[1].w).max() <= error * np.abs(plan.layers[1].w).max()
-
-
-def test_what_a_repair_changed_is_in_the_file(written: Callable[..., Any]) -> None:
-    model, plan, tensors, _ = written(adapt=True)
-    ((name, adapter),) = plan.adapters.items()
-    expected = model.get_parameter(name).numpy() + adapter.change()
-    assert np.array_equal(tensors["blk.0.ffn_up.weight"], expected)
-
-
 def test_numbers_that_float16_does_not_have_are_refused_and_nothing_is_left(
     tmp_path: Path, random_plan: RandomPlan, no_tokenizer: TokenizerFields
 ) -> None:
@@ -104,3 +81,59 @@ def test_numbers_that_float16_does_not_have_are_refused_and_nothing_is_left(
     ):
         write_gguf(tmp_path / "a.gguf", model, random_plan(model, [1]), no_tokenizer, "F16", Silent())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "layer"),
+    [
+        ([], [DeciBlock(attention=1, mlp=1)]),
+        ([1], [DeciBlock(linear=1), DeciBlock(mlp=1)]),
+        ([Mlp(1)], [DeciBlock(attention=1), DeciBlock(linear=Mlp(1))]),
+        ([1, Mlp(1)], [DeciBlock(linear=1), DeciBlock(linear=Mlp(1))]),
+        ([Span(1, 1)], [DeciBlock(linear=1)]),
+    ],
+)
+def test_a_layer_is_as_many_blocks_as_it_has_biases(
+    chosen: Sequence[Block], layer: Sequence[DeciBlock], random_plan: RandomPlan
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=3)
+    plan = random_plan(model, chosen)
+    first, last = DeciBlock(attention=0, mlp=0), DeciBlock(attention=2, mlp=2)
+    assert blocks_of(plan) == (first, *layer, last)
+
+
+def test_what_is_dropped_has_no_block_and_the_first_block_has_heads(random_plan: RandomPlan) -> None:
+    model = tiny_model("llama", num_hidden_layers=3)
+    plan = random_plan(model, []).with_replaced({0: DROPPED, Mlp(1): DROPPED, 2: DROPPED, Mlp(2): DROPPED})
+    blocks = blocks_of(plan)
+    assert blocks == (DeciBlock(), DeciBlock(mlp=0), DeciBlock(attention=1))
+    assert blocks[0].has_heads and not blocks[1].has_heads and blocks[2].has_heads
+    # Of a span the first layer has the map, the others nothing.
+    span = blocks_of(random_plan(model, [Span(0, 1)]))
+    assert span == (DeciBlock(linear=0), DeciBlock(attention=2, mlp=2))
+
+
+CHANGES: dict[str, Callable[[LinearLayer], LinearLayer]] = {
+    "scaled W": lambda one: LinearLayer(one.w * np.float32(1.02), one.b),
+    "transposed W": lambda one: LinearLayer(np.ascontiguousarray(one.w.T), one.b),
+    "no bias": lambda one: LinearLayer(one.w, 0 * one.b),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_the_file_has_of_the_plan(
+    form: str,
+    tmp_path: Path,
+    random_plan: Callable[[Any, Sequence[Block]], Plan],
+    no_tokenizer: TokenizerFields,
+) -> None:
+    model = tiny_model("llama")
+    plan, path = random_plan(model, [1, Mlp(2)]), tmp_path / "model.gguf"
+    write_gguf(path, model, plan, no_tokenizer, form, Silent())
+    found = check_stored(path, plan)
+    assert found.status == "passed" and ("exactly" in found.detail) == (form == "F32")
+    for name, change in CHANGES.items():
+        other = replace(plan, layers={**plan.layers, Mlp(2): change(plan.layers[Mlp(2)])})
+        failed = check_stored(path, other)
+        assert failed.status == "failed" and failed.detail.startswith("layer 2.mlp has"), name
+    assert check_stored(path, random_plan(model, [1, 0])).status == "failed"

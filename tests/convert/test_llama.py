@@ -1,17 +1,22 @@
-"""Which models other engines take, and how their rotary embeddings are said."""
+"""Which models other engines take, how their rotary embeddings are said, and weights in files of a size."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from nbl_export.blocks import Block
-from nbl_export.convert.llama import check_like_llama, numbers, rope_base, rope_factors
+from nbl_export.convert import llama
+from nbl_export.convert.llama import Shards, check_like_llama, numbers, rope_base, rope_factors
 from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter
 from nbl_export.linearize.plan import Plan
@@ -24,7 +29,6 @@ RandomPlan = Callable[[Any, Sequence[Block]], Plan]
     ("kind", "changes", "message"),
     [
         ("gemma2", {}, "Gemma2ForCausalLM (gemma2) is none: convert takes llama, mistral, qwen2."),
-        ("qwen3", {}, "is none: convert takes"),
         ("llama", {"hidden_act": "gelu"}, "gates with SiLU, and LlamaForCausalLM (llama) with gelu."),
         ("mistral", {"sliding_window": 8}, "MistralForCausalLM (mistral) has a sliding window"),
         (
@@ -50,14 +54,6 @@ def test_a_plan_that_reads_the_residual_stream(random_plan: RandomPlan) -> None:
         check_like_llama(model, replace(random_plan(model, [1]), fit_input="residual"), "mlx-lm")
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes"), [("llama", {}), ("mistral", {"sliding_window": None}), ("qwen2", {})]
-)
-def test_models_like_llama_are_held(kind: str, changes: dict[str, Any], random_plan: RandomPlan) -> None:
-    model = tiny_model(kind, **changes)
-    check_like_llama(model, random_plan(model, [1]), "llama.cpp")
-
-
 def test_frequencies_are_divided_as_the_model_divides_them() -> None:
     assert rope_factors(tiny_model("llama")) is None
     asked = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -80,3 +76,31 @@ def test_what_a_repair_changed_is_in_the_numbers(random_plan: RandomPlan) -> Non
     assert np.array_equal(
         numbers(model, plan, "model.norm.weight"), model.get_parameter("model.norm.weight").numpy()
     )
+
+
+def test_weights_are_in_files_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "_SHARD", 1000)
+    files = Shards(tmp_path, "float16", "pt")
+    own = {f"w{i}": np.full((10, 20), i, np.float32) for i in range(5)}  # 400 bytes each
+    for name, value in own.items():
+        files.add(name, value)
+    *paths, index = files.finish()
+    assert [path.name for path in paths] == [f"model-0000{n}.safetensors" for n in (1, 2, 3)]
+    raw = json.loads(index.read_text())
+    assert raw["metadata"] == {"total_size": 2000}
+    found = {}
+    for path in paths:
+        tensors = load_file(path)
+        assert {name for name, place in raw["weight_map"].items() if place == path.name} == set(tensors)
+        with safe_open(path, "np") as opened:
+            assert opened.metadata() == {"format": "pt"}
+        found |= tensors
+    assert found.keys() == own.keys()
+    assert all(found[n].dtype == np.float16 and np.array_equal(found[n], own[n]) for n in own)
+
+
+def test_a_number_that_the_dtype_does_not_have_is_refused(tmp_path: Path) -> None:
+    files = Shards(tmp_path, "float16", "pt")
+    with pytest.raises(InputError, match="w has numbers that float16 does not have: use --precision bf16"):
+        files.add("w", np.array([1e6], np.float32))
+    assert not list(tmp_path.iterdir())
