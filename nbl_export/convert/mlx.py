@@ -206,7 +206,8 @@ def _tensors(
     model: torch.nn.Module, plan: Plan, layer: int, names: Mapping[str, str]
 ) -> Iterator[tuple[str, F32]]:
     """Those of one layer, each a name and its numbers; of what is dropped there is none."""
-    at, wide = f"{LAYERS}.{layer}", _inner(model.config)
+    config: Any = model.config
+    at, wide = f"{LAYERS}.{layer}", _inner(config)
     blocks: tuple[tuple[Block, str, str], ...] = (
         (layer, "input_layernorm", "self_attn"),
         (Mlp(layer), "post_attention_layernorm", "mlp"),
@@ -226,9 +227,8 @@ def _tensors(
             name = f"{at}.{module}.{projection}"
             weight = numbers(model, plan, f"{name}.weight")
             if module == "mlp":
-                weight = _padded(
-                    weight, [wide if n == model.config.intermediate_size else n for n in weight.shape]
-                )  # type: ignore[union-attr]
+                shape = (plan.hidden_size, wide)
+                weight = _padded(weight, shape if projection == "down_proj" else shape[::-1])
             yield f"{name}.weight", weight
             if bias:
                 known = getattr(model.get_submodule(name), "bias", None) is not None
