@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from nbl_export.places import FOLDER_PRECISIONS, FORMS, Places
-from nbl_export.settings.converting import ConvertSettings
+from nbl_export.settings.graphs import ConvertSettings
 
 FOLDERS = {"nbl", "moments", "partial_moments", "report", "evaluations"}
 

@@ -13,7 +13,7 @@ from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.files import read_bytes
 from nbl_export.printable import printable_lines
 from nbl_export.settings.definition import UsageError
-from nbl_export.settings.talking import BOTH
+from nbl_export.settings.measuring import BOTH
 
 if TYPE_CHECKING:
     from nbl_export.generate.answer import Generated

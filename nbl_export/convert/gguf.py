@@ -32,7 +32,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import atomic_path
 from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Listener, bytes_task
-from nbl_export.settings.converting import GGUF_TYPES
+from nbl_export.settings.graphs import GGUF_TYPES
 
 ARCHITECTURE = "deci"
 # The inner width of an MLP of zeros: as narrow as the blocks of quantized formats allow.

@@ -9,7 +9,7 @@ from typing import Any
 
 from nbl_export.blocks import Block, all_parts
 from nbl_export.settings import Budget
-from nbl_export.settings.budget import NO_BUDGET
+from nbl_export.settings.making import NO_BUDGET
 
 
 def exp(nats: float) -> float:

@@ -26,7 +26,7 @@ from nbl_export.report.schema import (
     environment,
     load_bench,
 )
-from nbl_export.settings.converting import PRECISIONS
+from nbl_export.settings.graphs import PRECISIONS
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:

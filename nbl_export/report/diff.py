@@ -29,7 +29,7 @@ from nbl_export.report.diff_gates import Unlike, gates, races_of, same_text, unl
 from nbl_export.report.drawing import Table, figure, mebibytes, number
 from nbl_export.report.render import filled
 from nbl_export.report.tables import verdicts_table
-from nbl_export.settings.bounds import DiffBounds
+from nbl_export.settings.measuring import DiffBounds
 
 Effect = (
     Literal[

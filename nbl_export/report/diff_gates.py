@@ -16,7 +16,7 @@ from nbl_export.checks import Check
 from nbl_export.report.diff_facts import BENCH, ENGINE_SPEED, SPEED, Opened
 from nbl_export.report.drawing import mebibytes
 from nbl_export.report.schema import Environment, Report
-from nbl_export.settings.bounds import DiffBounds
+from nbl_export.settings.measuring import DiffBounds
 from nbl_export.verify.parity.figures import MethodLoss
 from nbl_export.verify.speed.values import LEAST_ROUNDS, Ratio, Result, Speed
 

@@ -13,7 +13,7 @@ from nbl_export.linearize.selection import Candidate, Curve, Loss, PlanLoss, per
 from nbl_export.report.drawing import Table, figure, finite, listed, number
 from nbl_export.report.schema import Selection
 from nbl_export.settings import Budget
-from nbl_export.settings.size import bytes_of
+from nbl_export.settings.definition import bytes_of
 
 
 @dataclass(frozen=True)

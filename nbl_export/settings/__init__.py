@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field, replace
 
-from nbl_export.settings.bounds import DiffBounds
-from nbl_export.settings.budget import NO_BOUND, NO_BUDGET, Budget, LossBound, auto_budget
-from nbl_export.settings.converting import ConvertSettings
 from nbl_export.settings.definition import Settings, Task
-from nbl_export.settings.graphs import EngineSettings, ExportSettings, FolderSettings
-from nbl_export.settings.making import CalibrateSettings, SelectSettings
-from nbl_export.settings.measuring import BenchSettings, EvalSettings, VerifySettings
-from nbl_export.settings.talking import GenerateSettings
+from nbl_export.settings.graphs import ConvertSettings, EngineSettings, ExportSettings, FolderSettings
+from nbl_export.settings.making import (
+    NO_BOUND,
+    NO_BUDGET,
+    Budget,
+    CalibrateSettings,
+    LossBound,
+    SelectSettings,
+    auto_budget,
+)
+from nbl_export.settings.measuring import (
+    BenchSettings,
+    DiffBounds,
+    EvalSettings,
+    GenerateSettings,
+    VerifySettings,
+)
 
 __all__ = [
     "NO_BOUND",

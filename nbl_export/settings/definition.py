@@ -1,11 +1,10 @@
-"""What a setting is. Each is defined once: a field of a frozen dataclass, and its help, a line of the docstring.
+"""Define what a setting is. Each is defined once: a field of a frozen dataclass, and its help, a line of the docstring.
 
 samples: int = setting(128, TEXT, at_least(1))      # the field, the option --samples, the file's key samples
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
@@ -28,8 +27,6 @@ CHECKS, ANSWERS = Group("What is measured", sort_key=6), Group("What is generate
 MORE = Group("Advanced", sort_key=9)
 _WANTED = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
 _METAVARS = {int: "N", float: "X", str: "NAME", bool: ""}
-# Older versions of the library show no placeholder for a value.
-_HAS_METAVAR = "metavar" in inspect.signature(Parameter).parameters
 S = TypeVar("S", bound="Settings")
 C = TypeVar("C", bound=type)
 
@@ -103,7 +100,7 @@ class Setting:
         metavar = (
             self.metavar or ("LIST" if self.many else _METAVARS.get(self.kind, "NAME")) + "|auto" * self.auto
         )
-        more: dict[str, Any] = {"metavar": metavar} if _HAS_METAVAR else {}
+        more: dict[str, Any] = {"metavar": metavar}
         if self.kind is not bool:
             more |= {"converter": self._from_words, "n_tokens": 1, "json_list": False}
             more |= {"allow_repeating": True, "negative_iterable": ()}
@@ -242,3 +239,55 @@ class Settings:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+
+_FORM = re.compile(r"auto|cpu|xpu|cuda(:\d{1,4})?")
+_NO_MPS = Must(
+    lambda device: device != "mps",
+    "is mps: an Apple GPU has no float64, in which moments are summed; say cpu, or leave it out",
+)
+_KNOWN = Must(
+    lambda device: _FORM.fullmatch(device) is not None,
+    "is {value!r}; it must be auto, cpu, cuda, cuda:N (as cuda:1) or xpu",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDevice(Settings):
+    """What is asked of a stage that runs the model.
+
+    device: Where the model runs, and the graphs if ONNX Runtime has CUDA: cpu, cuda, cuda:N, xpu. auto: a GPU if
+        there is one.
+    """
+
+    device: str = setting(AUTO, MORE, _NO_MPS, _KNOWN, metavar="DEVICE")
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the device: what was made on one is used on machines that have another, or none.
+
+        Sums on a GPU differ in their last bits, so the record of a stage says where it ran; but they are no other
+        result, which everything made of them would have to follow.
+        """
+        return {name: value for name, value in super().as_json().items() if name != "device"}
+
+
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,3})?) ?([KMGT])(i?)B", re.IGNORECASE)
+
+
+def bytes_of(size: str) -> int:
+    """The bytes of a ``size`` such as 4GiB or 500MB; raises ``ValueError`` for anything else."""
+    found = _SIZE.fullmatch(size)
+    if found is None:
+        raise ValueError(size)
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1))
+
+
+def _is_size(size: str) -> bool:
+    try:
+        return bytes_of(size) > 0
+    except ValueError:
+        return False
+
+
+SIZE = Must(_is_size, "is {value!r}; give a size, as 4GiB or 500MB")

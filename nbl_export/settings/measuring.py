@@ -1,4 +1,4 @@
-"""What can be asked of the stages that measure: verify, eval, bench."""
+"""Define the settings of what measures and of what generates text: verify, eval, bench, diff, generate."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.errors import InputError
-from nbl_export.settings.budget import NO_BOUND, LossBound
 from nbl_export.settings.choices import DEVICES, PEERS, RETRIEVAL_CONTEXTS
 from nbl_export.settings.definition import (
+    ANSWERS,
     CHECKS,
+    COST,
     MORE,
     Must,
+    OnDevice,
     Settings,
     Task,
     at_least,
@@ -21,7 +24,7 @@ from nbl_export.settings.definition import (
     options,
     setting,
 )
-from nbl_export.settings.device import OnDevice
+from nbl_export.settings.making import NO_BOUND, LossBound
 
 _LENGTHS = Must(lambda c: c and min(c) >= 2, "needs lengths of at least 2 tokens")
 _ROWS = Must(lambda b: b and min(b) >= 1, "needs numbers of rows, at least 1")
@@ -156,3 +159,54 @@ class BenchSettings(Settings):
                 "of `nbl-export verify`."
             )
         return self
+
+
+_FACTOR = at_least(1, "1 or more (1.05 allows 5 % more)")
+
+
+@options
+@dataclass(frozen=True)
+class DiffBounds(Settings):
+    """What B may cost beside A, each a factor, and None where the user bounds nothing. B may be at the bound exactly.
+
+    max_ppl_increase: Exit 1 where B's perplexity ratio is more than X times A's.
+    max_slowdown: Exit 1 where B is surely slower than A by more than X times, by 95 % intervals.
+    max_size_increase: Exit 1 where B's graph and weights are more than X times A's bytes.
+    """
+
+    max_ppl_increase: float | None = setting(None, COST, _FACTOR)
+    max_slowdown: float | None = setting(None, COST, _FACTOR)
+    max_size_increase: float | None = setting(None, COST, _FACTOR)
+
+
+BOTH = "both"
+GRAPHS = (LINEARIZED, BASE, BOTH)
+_SHARE = Must(lambda p: 0 < p <= 1, "is {value}; it must be more than 0 and at most 1")
+
+
+@options
+@dataclass(frozen=True)
+class GenerateSettings(Settings):
+    """How text is generated, and by which graph.
+
+    graph: The graph that generates; with both, one after the other, each under its name.
+    max_tokens: Most tokens of an answer.
+    temperature: Divides the logits; 0 always takes the likeliest token.
+    top_p: Sample from the likeliest tokens that together have this probability.
+    seed: Seed of the sampling.
+    raw: Continue the text as it is, without the chat template.
+    system: The system message of the chat template.
+    """
+
+    graph: str = setting(LINEARIZED, ANSWERS, one_of(GRAPHS), metavar="|".join(GRAPHS))
+    max_tokens: int = setting(128, ANSWERS, at_least(1))
+    temperature: float = setting(0.0, ANSWERS, at_least(0))
+    top_p: float = setting(1.0, ANSWERS, _SHARE)
+    seed: int = setting(0, ANSWERS, at_least(0))
+    raw: bool = setting(False, ANSWERS)
+    system: str | None = setting(None, ANSWERS, metavar="TEXT")
+
+    def check(self) -> None:
+        super().check()
+        if self.raw and self.system:
+            raise InputError("--raw uses no chat template, and --system is a part of it: give one of them.")

@@ -15,7 +15,7 @@ from nbl_export.files import sha256_of_file, sha256_of_json
 from nbl_export.packages import part
 from nbl_export.report.assemble import conversions_in, stage_of
 from nbl_export.settings import BenchSettings
-from nbl_export.settings.converting import GGUF_TYPES, PRECISIONS
+from nbl_export.settings.graphs import GGUF_TYPES, PRECISIONS
 from nbl_export.stage_record import StageRecord
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import check_baseline, current_rewrite

@@ -14,7 +14,7 @@ from nbl_export.models.source import ModelSource, check_apart
 from nbl_export.progress import Listener
 from nbl_export.ranks import together
 from nbl_export.settings import CalibrateSettings
-from nbl_export.settings.size import bytes_of
+from nbl_export.settings.definition import bytes_of
 from nbl_export.stage_record import MODEL, key_of
 from nbl_export.stages.needs import check_disk, disk_to_calibrate, sizes_of_source
 from nbl_export.stages.run import Run, check_machine, started

@@ -18,7 +18,7 @@ from nbl_export.records import to_json
 from nbl_export.report.assemble import conversions_in, kept_conversion, stage_of
 from nbl_export.report.schema import Conversion, load_report
 from nbl_export.settings import VerifySettings
-from nbl_export.settings.converting import ConvertSettings
+from nbl_export.settings.graphs import ConvertSettings
 from nbl_export.stage_record import MODEL
 from nbl_export.stages.forms import FORMS, Form
 from nbl_export.stages.run import Run, opened

@@ -16,7 +16,7 @@ from nbl_export.files import TEMPORARY, atomic_path
 from nbl_export.linearize.plan import Plan
 from nbl_export.packages import missing
 from nbl_export.progress import Listener
-from nbl_export.settings.converting import GGUF_TYPES
+from nbl_export.settings.graphs import GGUF_TYPES
 from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from nbl_export.blocks import ATTENTION, MLP, SPAN, spans_of
 from nbl_export.calibrate.moments import file_bytes
 from nbl_export.errors import InputError
 from nbl_export.settings import CalibrateSettings, ExportSettings, RunSettings, SelectSettings, choices
-from nbl_export.settings.size import bytes_of
+from nbl_export.settings.definition import bytes_of
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:

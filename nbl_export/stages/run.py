@@ -28,7 +28,7 @@ from nbl_export.settings import (
     Settings,
     VerifySettings,
 )
-from nbl_export.settings.device import OnDevice
+from nbl_export.settings.definition import OnDevice
 from nbl_export.stage_record import key_of
 from nbl_export.workspace import Workspace, kept_digests
 

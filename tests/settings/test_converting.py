@@ -8,9 +8,7 @@ from nbl_export import api
 from nbl_export.convert.gguf import FORMATS, QUANTIZED
 from nbl_export.errors import InputError
 from nbl_export.models.tasks import task_named
-from nbl_export.places import FORMS
-from nbl_export.settings.converting import GGUF_TYPES, PRECISIONS
-from nbl_export.stages.forms import FORMS as STAGES
+from nbl_export.settings.graphs import GGUF_TYPES
 
 
 def test_every_precision_is_one_of_the_file() -> None:
@@ -44,10 +42,6 @@ def test_a_precision_that_the_form_cannot_have(to: str, precision: str, able: st
         InputError, match=f"--precision {precision} is of --to {able}, not of --to {to}: choose {choices}"
     ):
         api.ConvertSettings(to, precision).check()  # type: ignore[arg-type]
-
-
-def test_every_form_has_a_folder_and_a_stage() -> None:
-    assert tuple(PRECISIONS) == FORMS == tuple(STAGES)
 
 
 def test_an_encoder_has_no_such_form() -> None:

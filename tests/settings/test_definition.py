@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,18 +88,6 @@ def test_a_field_is_an_option_and_a_key() -> None:
         (bool, False, False),
         (float, False, False),
     ]
-
-
-def test_the_help_is_the_same_with_and_without_the_indentation_of_a_docstring(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Python 3.13 takes it away when it compiles a class."""
-    plain = inspect.cleandoc(str(Sample.__doc__))
-    found = []
-    for text in (plain, plain.replace("\n", "\n    ")):
-        monkeypatch.setattr(Sample, "__doc__", text)
-        found.append({one.key: one.help for one in settings_of(Sample)})
-    assert found[0] == found[1] and found[0]["count"] == "How many, in two lines."
 
 
 def test_words_become_values() -> None:

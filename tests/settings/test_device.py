@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nbl_export import settings
 from nbl_export.errors import InputError
-from nbl_export.settings.definition import settings_of
-from nbl_export.settings.device import OnDevice
-from nbl_export.settings.file import TABLES, read_settings
+from nbl_export.settings.definition import OnDevice, settings_of
+from nbl_export.settings.file import TABLES
 
 STAGES = ("calibrate", "select", "verify", "eval")
 
@@ -47,24 +45,8 @@ def test_a_device_without_float64_is_refused_and_why() -> None:
 
 
 @pytest.mark.parametrize("table", STAGES)
-def test_a_file_can_say_it(tmp_path: Path, table: str) -> None:
-    path = tmp_path / "nbl-export.toml"
-    path.write_text(f'[{table}]\ndevice = "cuda:1"\n')
-    assert read_settings(path) == {(table, "device"): "cuda:1"}
-    path.write_text(f'[{table}]\ndevice = "mps"\n')
-    with pytest.raises(InputError, match=rf"\[{table}\] device is mps: an Apple GPU"):
-        read_settings(path)
-
-
-@pytest.mark.parametrize("table", STAGES)
 def test_a_device_does_not_identify_what_is_made(table: str) -> None:
     plain, other = asked(table, "auto"), asked(table, "cuda")
     assert (
         isinstance(plain, OnDevice) and plain.as_json() == other.as_json() and "device" not in plain.as_json()
     )
-
-
-def test_it_stands_after_all_that_is_given_by_place() -> None:
-    assert settings.CalibrateSettings(("a.txt",), 7).samples == 7
-    assert settings.SelectSettings(3).k == 3 and settings.VerifySettings(5).decode_steps == 5
-    assert settings.EvalSettings(("a",), 4).limit == 4

@@ -182,13 +182,6 @@ def test_what_a_file_may_not_say(tmp_path: Path, name: str) -> None:
     assert caught.value.exit_code == 2 and "\n" not in message
 
 
-@pytest.mark.parametrize("raw", [b"\xff\xfe", b"k = '\x00'"])
-def test_bytes_that_are_no_text(tmp_path: Path, raw: bytes) -> None:
-    (tmp_path / "s.toml").write_bytes(raw)
-    with pytest.raises(InputError, match="is not a TOML file"):
-        read_settings(tmp_path / "s.toml")
-
-
 def test_a_file_that_is_not_there(asked: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert asked("select", "out", "--k", "1", "--config", "no.toml") == ()
     assert capsys.readouterr().err == "error: --config no.toml: there is no such file.\n"
@@ -198,12 +191,3 @@ def test_a_refused_file_stops_before_anything(asked: Any, tmp_path: Path) -> Non
     Path("nbl-export.toml").write_text("[select]\nkay = 1\n")
     assert asked("model", "--k", "1") == ()
     assert [p.name for p in tmp_path.iterdir()] == ["nbl-export.toml"]
-
-
-def test_what_stays_in_the_folder_may_be_in_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "s.toml"
-    path.write_text('[run]\nkeep-baseline = "no"\n')
-    assert read_settings(path) == {("run", "keep-baseline"): "no"}
-    path.write_text('[run]\nkeep-baseline = "maybe"\n')
-    with pytest.raises(InputError, match=r"keep-baseline 'maybe' is unknown; choose one of yes, no\.$"):
-        read_settings(path)

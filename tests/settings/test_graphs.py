@@ -14,17 +14,6 @@ from nbl_export.models.tasks import task_named
 from nbl_export.settings.graphs import OptionalEngines
 
 
-def test_defaults_are_what_the_exporter_offers_first() -> None:
-    def chosen(engines: bool, **asked: Any) -> tuple[str | None, str | None]:
-        settings = api.ExportSettings(**asked).resolve(task_named("text-generation"), engines)
-        return settings.precision, settings.kv_cache
-
-    assert chosen(False, exporter="torch") == ("fp32", "concat")
-    assert chosen(True, exporter="torch") == ("fp16", "static")
-    assert chosen(True, exporter="optimum") == ("fp32", "concat")
-    assert chosen(False, exporter="genai", precision="int4") == ("int4", "concat")
-
-
 @pytest.mark.parametrize("engines", [False, True])
 @pytest.mark.parametrize(
     ("asked", "made"),

@@ -44,11 +44,6 @@ def test_one_way_only_says_how_many(settings: SelectSettings, message: str) -> N
         settings.check()
 
 
-def test_layers_that_do_not_overlap_are_no_contradiction() -> None:
-    SelectSettings(k=2, layers=(2, 1)).check()
-    SelectSettings(layers=(Span(1, 2), 3, Mlp(3), Span(4, 4))).check()
-
-
 def test_auto_is_a_budget_or_a_ridge_by_error() -> None:
     auto: Any = "auto"
     assert settings.SelectSettings(k=auto).budget.max_perplexity_ratio == 1.10

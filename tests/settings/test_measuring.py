@@ -16,7 +16,6 @@ from nbl_export.settings import (
     Budget,
     EngineSettings,
     EvalSettings,
-    ExportSettings,
     LossBound,
     RunSettings,
     SelectSettings,
@@ -99,11 +98,6 @@ def test_a_file_names_no_task_that_may_run_code() -> None:
     assert tasks.from_file(["yaml", "rows.jsonl"], "[eval] tasks") == ("yaml", "rows.jsonl")
 
 
-def test_how_often_a_noisy_cell_is_repeated_is_no_option() -> None:
-    assert "most" not in {one.key for one in settings_of(BenchSettings)}
-    assert BenchSettings().most == 3
-
-
 def test_what_is_not_measured_cannot_be_bounded() -> None:
     bound = LossBound(max_perplexity_ratio=1.05)
     VerifySettings(bound=bound).check()
@@ -145,12 +139,6 @@ def test_one_bound_serves_the_choice_and_the_verdict(
     found = RunSettings(selection, verification=VerifySettings(bound=own)).sharing_bounds()
     assert (found.selection.budget, found.verification.bound) == (budget, bound)
     found.check()
-
-
-def test_what_is_not_asked_is_as_usual_but_for_engines() -> None:
-    assert RunSettings.of() == RunSettings(SelectSettings()) and RunSettings.of().engines is None
-    asked = RunSettings.of(SelectSettings(budget=Budget(max_kl=0.1)), exporting=ExportSettings("bf16"))
-    assert asked.exporting.precision == "bf16" and asked.verification.bound.max_kl == 0.1
 
 
 def test_k_and_a_speedup_still_contradict() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from nbl_export import api
 from nbl_export.errors import InputError
-from nbl_export.settings.size import bytes_of
+from nbl_export.settings.definition import bytes_of
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,3 @@ def test_a_size_is_so_many_bytes(size: str, found: int) -> None:
 def test_anything_else_is_refused(size: str) -> None:
     with pytest.raises(InputError, match=r"--memory is .*; give a size, as 4GiB or 500MB\.$"):
         api.CalibrateSettings(memory=size).check()
-
-
-def test_memory_is_no_part_of_what_a_calibration_is_made_of() -> None:
-    assert api.CalibrateSettings(memory="1GB").as_json() == api.CalibrateSettings().as_json()

@@ -74,8 +74,3 @@ def test_an_encoder_has_none() -> None:
     encoder = task_named("feature-extraction")
     with pytest.raises(InputError, match=r"--workload is measured by what a decoder predicts"):
         api.SelectSettings(k=1, workload=("prefill=8",)).resolve(encoder)
-
-
-def test_without_one_a_selection_is_asked_as_it_was_before_there_were_any() -> None:
-    assert "workload" not in api.SelectSettings(k=1).as_json()
-    assert api.SelectSettings(k=1, workload=("prefill=8",)).as_json()["workload"] == ("prefill=8",)

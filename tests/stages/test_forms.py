@@ -9,7 +9,7 @@ import pytest
 
 from nbl_export.errors import MissingDependencyError
 from nbl_export.packages import part
-from nbl_export.settings.converting import PRECISIONS
+from nbl_export.settings.graphs import PRECISIONS
 from nbl_export.stages.forms import FORMS, Form
 from nbl_export.stages.run import Run
 

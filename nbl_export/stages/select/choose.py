@@ -28,7 +28,7 @@ from nbl_export.linearize.search import (
 from nbl_export.linearize.selection import Candidate, Curve, CurvePoint, Loss, keeps, per_saving
 from nbl_export.progress import Listener
 from nbl_export.settings import Budget, SelectSettings
-from nbl_export.settings.size import bytes_of
+from nbl_export.settings.definition import bytes_of
 
 if TYPE_CHECKING:
     from nbl_export.stages.select.jobs import Jobs
