@@ -13,7 +13,7 @@ from typing import Any
 
 from nbl_export.datafile import TomlError, read_table
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.settings import bounds, converting, graphs, making, measuring, talking
+from nbl_export.settings import graphs, making, measuring
 from nbl_export.settings.definition import Settings, settings_of
 
 NAME = "nbl-export.toml"
@@ -25,9 +25,9 @@ TABLES: dict[str, type[Settings]] = {
     "verify": measuring.VerifySettings,
     "eval": measuring.EvalSettings,
     "bench": measuring.BenchSettings,
-    "generate": talking.GenerateSettings,
-    "convert": converting.ConvertSettings,
-    "diff": bounds.DiffBounds,
+    "generate": measuring.GenerateSettings,
+    "convert": graphs.ConvertSettings,
+    "diff": measuring.DiffBounds,
     "run": graphs.FolderSettings,
 }
 
