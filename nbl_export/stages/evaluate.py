@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
 from nbl_export.errors import InputError
@@ -25,12 +25,9 @@ from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.evaluate.results import Paired
-    from nbl_export.evaluate.retrieval import Answers, Filler, Question
+    from nbl_export.evaluate.retrieval import Answers, Question
     from nbl_export.evaluate.tasks import EvalTask, Outcome
     from nbl_export.report.evaluation import Evaluation
-
-T = TypeVar("T")
 
 # What a kept answer is worth depends on how it was asked; a change there makes this another number.
 _ASKED = 1
@@ -39,20 +36,16 @@ _UNBOUNDED = 2048
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """One of the two graphs: ``digest`` of its files; ``role`` heads its progress."""
+class _Asked:
+    """What both graphs are asked: a task, or the questions of a context length; ``digest`` of its content.
 
-    role: str
-    path: Path
+    ``answer`` takes a stream, the title of the progress and who listens to it, and gives a ``kind``.
+    """
+
+    title: str
     digest: str
-
-
-@dataclass(frozen=True)
-class _Answered:
-    """What one graph answered: to the tasks by name, to the questions by their context."""
-
-    tasks: dict[str, Outcome] = field(default_factory=dict)
-    retrieval: dict[int, Answers] = field(default_factory=dict)
+    kind: type[Any]
+    answer: Callable[[Any, str, Listener], Any]
 
 
 def evaluate(
@@ -85,7 +78,13 @@ def _evaluate(run: Run, settings: EvalSettings) -> Evaluation:
 
     require_onnxruntime()
     ws = run.workspace
-    graphs = _graphs(ws)
+    check_baseline(ws)
+    rewritten, exported = current_rewrite(ws), ws.require("export")
+    base = _files(ws, ws.baseline, exported)
+    # The linearized graph reads the data of the other.
+    shared = {name: digest for name, digest in base.items() if not name.endswith(ws.baseline.name)}
+    linearized = _files(ws, ws.model, rewritten) | shared
+    hashes = {"base": sha256_of_json(base), "linearized": sha256_of_json(linearized)}
     if settings.chat_template and not run.model.tokenizer.chat_template:
         raise InputError("This model's tokenizer has no chat template: leave out --chat-template.")
     positions = model_positions(ws)
@@ -95,48 +94,107 @@ def _evaluate(run: Run, settings: EvalSettings) -> Evaluation:
     made_of = {
         MODEL: run.model.source.model,
         SIDECARS: run.model.source.sidecars,
-        "rewrite": current_rewrite(ws).result,
+        "rewrite": rewritten.result,
         "calibrate": ws.require("calibrate").result,
         "tasks": sha256_of_json([t.digest for t in tasks]),
         "positions": str(positions),
     }
-
     device = run.on(settings.device)
     where = graphs_setting(device)
+    asked = _asked(run, settings, tasks, questions, positions or _UNBOUNDED)
 
     def work(listener: Listener) -> list[Path]:
-        answers = _Answers(run, graphs, tasks, questions, settings, positions, listener, where)
+        answers: dict[str, list[Any]] = {}
+        kept = 0
         with graphs_on(device, listener):
-            found = answers()
-        return write_evaluation(ws.report, _assembled(run, graphs, tasks, questions, settings, found))
+            for role, path in (("base", ws.baseline), ("linearized", ws.model)):
+                stream: Any = None  # one graph is in memory at a time, and none if nothing is asked of it
+                answers[role] = []
+                for one in asked:
+                    key = {
+                        "graph": hashes[role],
+                        "model": [run.model.source.model, run.model.source.sidecars],
+                        "asked": one.digest,
+                        "version": _ASKED,
+                        "positions": positions,
+                        **where,
+                    }
+                    file = ws.evaluations / f"{sha256_of_json(key)[:32]}.json"
+                    value = _kept(one.kind, file)
+                    kept += value is not None
+                    if value is None:
+                        stream = stream or _opened(path, positions or _UNBOUNDED)
+                        value = one.answer(stream, f"{role}: {one.title}", listener)
+                        write_sealed(file, to_json(value))
+                    answers[role].append(value)
+        if kept:
+            listener.note(f"eval: {kept} of {2 * len(asked)} results kept from before.")
+        pairs = list(zip(answers["base"], answers["linearized"], strict=True))
+        found = _compared(run, hashes, tasks, questions, settings, pairs)
+        return write_evaluation(ws.report, found)
 
     run.stage("eval", settings.as_json() | where, made_of, work, device)
     return load_evaluation(ws.report / "eval.json")
 
 
-def _graphs(ws: Workspace) -> tuple[_Graph, _Graph]:
-    check_baseline(ws)
-    rewritten = current_rewrite(ws)
-    exported = ws.require("export")
-    return (
-        _Graph("base", ws.baseline, _digest(ws, ws.baseline, exported)),
-        _Graph("linearized", ws.model, _digest(ws, ws.model, rewritten, exported)),
-    )
+def _files(ws: Workspace, graph: Path, record: StageRecord) -> dict[str, str]:
+    """The digests of a graph and its data files; what lies beside them is for consumers."""
+    prefix = graph.relative_to(ws.root).as_posix()
+    return {name: digest for name, digest in record.files.items() if name.startswith(prefix)}
 
 
-def _digest(ws: Workspace, graph: Path, record: StageRecord, shared: StageRecord | None = None) -> str:
-    # The graph and its data files; what lies beside them is for consumers.
-    prefix, base = (str(path.relative_to(ws.root)) for path in (graph, ws.baseline))
-    files = {n: d for n, d in record.files.items() if n.startswith(prefix)}
-    files |= {n: d for n, d in (shared.files if shared else {}).items() if n.startswith(f"{base}.")}
-    return sha256_of_json(files)
+def _asked(
+    run: Run,
+    settings: EvalSettings,
+    tasks: Sequence[EvalTask],
+    questions: Sequence[Sequence[Question]],
+    positions: int,
+) -> list[_Asked]:
+    from nbl_export.evaluate.retrieval import HIDDEN, Answers, answer
+    from nbl_export.evaluate.scoring import Limits, log_likelihoods
+    from nbl_export.evaluate.tasks import Outcome, run_task
+
+    limits = Limits(positions, len(run.model.tokenizer), settings.batch_size)
+
+    def task(of: EvalTask, stream: Any, title: str, listener: Listener) -> Outcome:
+        from nbl_export.evaluate.harness import DecoderLM
+
+        return run_task(DecoderLM(stream, run.model.tokenizer, limits, listener, title), of, settings)
+
+    def retrieval(of: Sequence[Question], stream: Any, title: str, listener: Listener) -> Answers:
+        with listener.task(title, len(of) * HIDDEN, "answers") as progress:
+            return answer(lambda pairs: log_likelihoods(stream, pairs, limits, progress.advance), of)
+
+    found = [_Asked(one.name, one.digest, Outcome, partial(task, one)) for one in tasks]
+    for same in questions:
+        digest = sha256_of_json([asdict(question) for question in same])
+        found.append(_Asked(f"{same[0].context} tokens", digest, Answers, partial(retrieval, same)))
+    return found
+
+
+def _opened(graph: Path, positions: int) -> Any:
+    from nbl_export.runtime.ort import ort_stream
+    from nbl_export.runtime.session import fit, session_bytes
+
+    # A small session is slower: in half precision it converts its weights in each pass.
+    return ort_stream(graph, positions, small=not fit(session_bytes(graph)))
+
+
+def _kept(kind: type[Any], path: Path) -> Any:
+    """What was kept; a damaged file is asked anew."""
+    with suppress(InputError):
+        return from_json(kind, read_sealed(path, "", ""), "", "")
+    return None
 
 
 def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[list[Question]]:
     """The questions of each context length; lengths asked for that the model cannot have are refused."""
-    from nbl_export.evaluate.retrieval import ask, least_context
+    from nbl_export.batch.media_ids import words
+    from nbl_export.calibrate.text import load_text
+    from nbl_export.evaluate.retrieval import Filler, ask, least_context
 
-    filler, tokenizer = _filler(run), run.model.tokenizer
+    text, tokenizer = load_text(run.workspace.text), run.model.tokenizer
+    filler = Filler(text.start, words(text.heldout).reshape(-1))
 
     def encode(text: str) -> list[int]:
         return [int(t) for t in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
@@ -157,169 +215,36 @@ def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[
     ]
 
 
-def _filler(run: Run) -> Filler:
-    from nbl_export.batch.media_ids import words
-    from nbl_export.calibrate.text import load_text
-    from nbl_export.evaluate.retrieval import Filler
-
-    text = load_text(run.workspace.text)
-    return Filler(text.start, words(text.heldout).reshape(-1))
-
-
-class _Answers:
-    """Asks both graphs whatever is not kept from before; called, it gives all answers by role and name."""
-
-    def __init__(
-        self,
-        run: Run,
-        graphs: Sequence[_Graph],
-        tasks: Sequence[EvalTask],
-        questions: Sequence[Sequence[Question]],
-        settings: EvalSettings,
-        positions: int | None,
-        listener: Listener,
-        where: Mapping[str, str],
-    ) -> None:
-        self.run, self.graphs, self.tasks, self.questions = run, graphs, tasks, questions
-        self.settings, self.positions, self.listener = settings, positions, listener
-        self.where = where
-        self.model = [run.model.source.model, run.model.source.sidecars]
-        self.stream: Any = None
-        self.kept = 0
-
-    def __call__(self) -> dict[str, _Answered]:
-        from nbl_export.evaluate.retrieval import Answers
-        from nbl_export.evaluate.tasks import Outcome
-
-        self.kept = asked = 0
-        found: dict[str, _Answered] = {}
-        for graph in self.graphs:
-            answered = found[graph.role] = _Answered()
-            with self._opened():
-                for task in self.tasks:
-                    answered.tasks[task.name] = self._ask(
-                        Outcome, graph, task.digest, partial(self._task, graph, task)
-                    )
-                for questions in self.questions:
-                    answered.retrieval[questions[0].context] = self._ask(
-                        Answers,
-                        graph,
-                        sha256_of_json([asdict(q) for q in questions]),
-                        partial(self._retrieval, graph, questions),
-                    )
-            asked += len(self.tasks) + len(self.questions)
-        if self.kept:
-            self.listener.note(f"eval: {self.kept} of {asked} results kept from before.")
-        return found
-
-    def _ask(self, kind: type[T], graph: _Graph, digest: str, ask: Callable[[], T]) -> T:
-        """What is kept of what ``graph`` answered; if nothing is, it is asked, and kept."""
-        path = self._path(graph, digest)
-        value = _read(kind, path)
-        self.kept += value is not None
-        if value is None:
-            value = ask()
-            write_sealed(path, to_json(value))
-        return value
-
-    @contextmanager
-    def _opened(self) -> Iterator[None]:
-        # One graph is in memory at a time, and none if nothing is asked of it.
-        try:
-            yield
-        finally:
-            self.stream = None
-
-    def _path(self, graph: _Graph, digest: str) -> Path:
-        key = sha256_of_json(
-            {
-                "graph": graph.digest,
-                "model": self.model,
-                "asked": digest,
-                "version": _ASKED,
-                "positions": self.positions,
-                **self.where,
-            }
-        )
-        return self.run.workspace.evaluations / f"{key[:32]}.json"
-
-    def _task(self, graph: _Graph, task: EvalTask) -> Outcome:
-        from nbl_export.evaluate.harness import DecoderLM
-        from nbl_export.evaluate.tasks import run_task
-
-        stream, limits = self._open(graph)
-        tokenizer, title = self.run.model.tokenizer, f"{graph.role}: {task.name}"
-        lm = DecoderLM(stream, tokenizer, limits, self.listener, title)
-        return run_task(lm, task, self.settings)
-
-    def _retrieval(self, graph: _Graph, questions: Sequence[Question]) -> Answers:
-        from nbl_export.evaluate.retrieval import HIDDEN, answer
-        from nbl_export.evaluate.scoring import log_likelihoods
-
-        stream, limits = self._open(graph)
-        title = f"{graph.role}: {questions[0].context} tokens"
-        with self.listener.task(title, len(questions) * HIDDEN, "answers") as task:
-            return answer(lambda pairs: log_likelihoods(stream, pairs, limits, task.advance), questions)
-
-    def _open(self, graph: _Graph) -> tuple[Any, Any]:
-        from nbl_export.evaluate.scoring import Limits
-        from nbl_export.runtime.ort import ort_stream
-        from nbl_export.runtime.session import fit, session_bytes
-
-        positions = self.positions or _UNBOUNDED
-        if self.stream is None:
-            # A small session is slower: in half precision it converts its weights in each pass.
-            small = not fit(session_bytes(graph.path))
-            self.stream = ort_stream(graph.path, positions, small=small)
-        return self.stream, Limits(positions, len(self.run.model.tokenizer), self.settings.batch_size)
-
-
-def _read(kind: type[T], path: Path) -> T | None:
-    """What was kept; a damaged file is asked anew."""
-    try:
-        return from_json(kind, read_sealed(path, "", ""), "", "")
-    except InputError:
-        return None
-
-
-def _assembled(
+def _compared(
     run: Run,
-    graphs: Sequence[_Graph],
+    hashes: Mapping[str, str],
     tasks: Sequence[EvalTask],
     questions: Sequence[Sequence[Question]],
     settings: EvalSettings,
-    answers: Mapping[str, _Answered],
+    answers: Sequence[tuple[Any, Any]],
 ) -> Evaluation:
+    """What both graphs answered, to the tasks and then to the questions, as scores and verdicts."""
     from nbl_export.evaluate.results import Means, gate, mean_of, retrieval_result, task_result
     from nbl_export.report.assemble import created
     from nbl_export.report.evaluation import Evaluation
     from nbl_export.report.schema import environment
 
-    base, linearized = (answers[g.role] for g in graphs)
-    pairs: dict[str, Paired] = {}
-    task_results, retrieval_results, choices = [], [], []
-    for task in tasks:
-        result, pair = task_result(task, base.tasks[task.name], linearized.tasks[task.name])
-        task_results.append(result)
-        if pair:
-            pairs[task.name] = pair
-    for asked in questions:
-        own = (side.retrieval[asked[0].context] for side in (base, linearized))
-        found, choice = retrieval_result(asked, *own)
-        retrieval_results.append(found)
-        choices.append(choice)
+    of_tasks, of_questions = answers[: len(tasks)], answers[len(tasks) :]
+    results = [task_result(task, *both) for task, both in zip(tasks, of_tasks, strict=True)]
+    pairs = {result.name: pair for result, pair in results if pair}
+    found = [retrieval_result(same, *both) for same, both in zip(questions, of_questions, strict=True)]
+    choices = [choice for _, choice in found]
+    unscored = [result.name for result, pair in results if not pair]
     return Evaluation(
         created=created(),
         tool_version=__version__,
         model=run.model.source.identity,
         environment=environment(),
         settings=settings,
-        hashes={g.role: g.digest for g in graphs},
-        tasks=tuple(task_results),
-        retrieval=tuple(retrieval_results),
+        hashes=hashes,
+        tasks=tuple(result for result, _ in results),
+        retrieval=tuple(result for result, _ in found),
         mean=Means(mean_of(list(pairs.values())), mean_of(choices)),
-        checks=tuple(
-            gate(settings.min_recovery, pairs, choices, [t.name for t in tasks if t.name not in pairs])
-        ),
+        checks=tuple(gate(settings.min_recovery, pairs, choices, unscored)),
         notes=(),
     )

@@ -13,13 +13,10 @@ import pytest
 import torch
 
 from nbl_export import api
-from nbl_export.cli import app
 from nbl_export.errors import InputError, MissingDependencyError, NblError
-from nbl_export.evaluate import tasks
+from nbl_export.evaluate import retrieval, tasks
 from nbl_export.packages import pip_line
 from nbl_export.report.evaluation import load_evaluation
-from nbl_export.settings.definition import settings_of
-from nbl_export.stages import evaluate as stage
 from nbl_export.workspace import Workspace
 from tests import command_line
 from tests.command_line import assert_refused, nbl
@@ -51,18 +48,18 @@ def folder(tmp_path: Path) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is really asked of a graph, in order."""
     names: list[str] = []
-    run_task, answer = tasks.run_task, stage._Answers._retrieval
+    run_task, answer = tasks.run_task, retrieval.answer
 
     def noting(lm: Any, task: Any, settings: Any) -> Any:
         names.append(lm.title)
         return run_task(lm, task, settings)
 
-    def noting_retrieval(self: Any, graph: Any, questions: Any) -> Any:
-        names.append(f"{graph.role}: {questions[0].context}")
-        return answer(self, graph, questions)
+    def noting_retrieval(score: Any, questions: Any) -> Any:
+        names.append(f"{questions[0].context} tokens")
+        return answer(score, questions)
 
     monkeypatch.setattr(tasks, "run_task", noting)
-    monkeypatch.setattr(stage._Answers, "_retrieval", noting_retrieval)
+    monkeypatch.setattr(retrieval, "answer", noting_retrieval)
     return names
 
 
@@ -160,7 +157,7 @@ def test_a_changed_graph_is_asked_anew_and_the_base_is_not(
     api.rewrite(stories_copy)
     del asked[:]
     after = api.evaluate(stories_copy, settings(folder, **contexts))
-    assert asked == ["linearized: fruit", "linearized: words", "linearized: 400"]
+    assert asked == ["linearized: fruit", "linearized: words", "400 tokens"]
     assert (
         before.hashes["base"] == after.hashes["base"]
         and before.hashes["linearized"] != after.hashes["linearized"]
@@ -236,24 +233,9 @@ def test_the_gate_is_the_exit_code(stories_copy: Path, tmp_path: Path) -> None:
     assert suite is not None and suite.get("failures") == "0" and suite.get("tests") == "2"
 
 
-def test_defaults_of_the_command_are_those_of_the_settings() -> None:
-    _, bound, _ = app.parse_args(["eval", "out"], exit_on_error=False, print_error=False)
-    bound.apply_defaults()
-    assert bound.arguments["settings"] == api.EvalSettings()
-    asked = [f"--{one.key}" for one in settings_of(api.EvalSettings)]
-    names = {name for argument in app["eval"].assemble_argument_collection() for name in argument.names}
-    assert len(asked) == 11 and set(asked) <= names
-
-
 BAD = {
-    "limit": (["--limit", "0"], "--limit is 0"),
-    "batch": (["--batch-size", "0"], "--batch-size is 0"),
-    "shots": (["--few-shot", "-1"], "--few-shot is -1"),
-    "samples": (["--retrieval-samples", "0"], "--retrieval-samples is 0"),
     "nothing": (["--no-retrieval"], "Nothing to evaluate"),
     "chat": (["--chat-template"], "has no chat template"),
-    "gate": (["--min-recovery", "300"], "--min-recovery is 300"),
-    "numbers": (["--retrieval-contexts", "a"], "--retrieval-contexts is 'a'"),
     "positions": (["--retrieval-contexts", "400,513"], "513 tokens, the model 512 positions"),
     "short": (["--retrieval-contexts", "64"], "--retrieval-contexts has 64 tokens"),
     "missing": (["--tasks", "./nowhere"], "./nowhere does not exist"),
