@@ -1,4 +1,4 @@
-"""The KV cache of a decoder graph: its inputs and outputs, and how some of them are removed.
+"""Find what a decoder graph keeps from token to token: its KV cache, and states of a fixed size of other layers.
 
     past ─► Concat │ TensorScatter │ fused attention ─► present
 
@@ -16,24 +16,20 @@ from typing import TypeVar
 
 import onnx_ir as ir
 
-from nbl_export.batch.names import EMBEDDINGS, MASK, SIDES, TOKENS, WRITE_INDICES
-from nbl_export.errors import BuildError, InputError
+from nbl_export.batch.names import SIDES, WRITE_INDICES
+from nbl_export.errors import InputError
 from nbl_export.files import parse_json
 from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, weight_shape
-from nbl_export.graph.roles import roles
-from nbl_export.graph.states import PAST, state_pairs
-from nbl_export.graph.tensors import int64_initializer
 from nbl_export.records import from_json
 
 T = TypeVar("T")
+PAST = re.compile(r"^past_key_values\.(\d{1,6})\.(key|value)$")
 PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
-_NUMBER = re.compile(r"\d+")
 # Metadata of our graphs: the model's layer index of each KV pair, and what each layer of a rewritten graph is
 # (:class:`.summary.DescribedLayer`).
 KV_LAYERS_KEY, LAYERS_KEY = "nbl_export.kv_layers", "nbl_export.layers"
 # The maximum number of nodes between the softmax and the product with V.
 _SOFTMAX_STEPS = 8
-_WIDEST = 256  # tensors that attention weights are computed from, at the same distance
 
 
 def is_static(model: ir.Model) -> bool:
@@ -245,8 +241,6 @@ def after_softmax(value: ir.Value | None) -> bool:
         if any(node.op_type == "Softmax" for node in nodes):
             return True
         level = {v for node in nodes if node.op_type not in PRODUCTS for v in node.inputs}
-        if len(level) > _WIDEST:
-            return False
     return False
 
 
@@ -266,118 +260,32 @@ def pair_bytes_per_token(pair: KVPair) -> int:
     return total
 
 
-def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair]) -> None:
-    """Remove the KV pairs of layers whose attention was removed, and renumber the rest contiguously.
+@dataclass(frozen=True)
+class StatePair:
+    """A state of fixed size that a layer without softmax attention keeps: a graph input and an output."""
 
-    ``pairs`` are all pairs of the graph, found before the attention was removed.
+    past: ir.Value
+    present: ir.Value
 
-    1. Remove the ``present`` outputs of removed layers.
-    2. A removed cache may still be read by a ``Shape`` (exporters take the past length from the first
-       layer). Such a ``Shape`` reads a retained layer instead or, if there is none, is computed from
-       ``attention_mask`` and ``input_ids``.
-    3. Remove dead nodes and the past inputs; an input that is still read is an error.
-    4. If the names contain the pair's number, what is left is numbered without gaps where a layer has nothing left, in
-       its old order: 0, 1, 2 …, also the states of other layers.
-    """
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    graph = model.graph
-    gone = [p for p in pairs if p.index in set(removed)]
-    retained = [p for p in pairs if p.index not in set(removed)]
-    templates = _templates(pairs)
-    for pair in gone:
-        for value in pair.present:
-            graph.outputs.remove(value)
-    RemoveUnusedNodesPass()(model)
-    for pair in gone:
-        for side in range(len(SIDES)):
-            for value, twins in ((pair.past[side], "past"), (pair.present[side], "present")):
-                twin = getattr(retained[0], twins)[side] if retained else None
-                for usage in [usage for one in _of_one_shape(value) for usage in one.uses()]:
-                    if usage.node.op_type == "Shape":
-                        _reroute_shape(model, usage.node, pair.geometry(side), twin, grown=twins == "present")
-    RemoveUnusedNodesPass()(model)
-    for pair in gone:
-        for value in pair.past:
-            if left := [f"{u.node.op_type} ({u.node.name})" for u in value.uses()]:
-                raise BuildError(f"{value.name} cannot be removed: a {left[0]} still reads it.")
-            graph.inputs.remove(value)
-    states = state_pairs(model)
-    numbers = {int(found[0]) for s in states if (found := _NUMBER.search(str(s.past.name)))}
-    nothing_left = [pair.index for pair in gone if pair.index not in numbers]
-
-    def new(number: int) -> int:
-        return number - sum(other < number for other in nothing_left)
-
-    for pair in retained:
-        for template, value in zip(templates, (*pair.past, *pair.present), strict=False):
-            value.name = template.format(new(pair.index))
-    if templates:
-        for value in (v for pair in states for v in (pair.past, pair.present)):
-            value.name = _NUMBER.sub(lambda found: str(new(int(found[0]))), str(value.name), count=1)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The state's shape without the batch."""
+        return tuple(d for d in (self.past.shape or ())[1:] if isinstance(d, int))
 
 
-def _of_one_shape(value: ir.Value) -> list[ir.Value]:
-    """``value`` and what has its shape by the operators that read it: a Cast, a Concat of it alone …"""
-    found = [value]
-    for one in found:
-        for node in readers(one):
-            alone = node.op_type == "Concat" and len(node.inputs) == 1
-            if alone or node.op_type in ("Cast", "CastLike", "Identity"):
-                found.append(node.outputs[0])
-    return found
+def state_pairs(model: ir.Model) -> tuple[StatePair, ...]:
+    """The states of a graph in the order of its inputs: past and present have the same name but for this word."""
+    outputs = {value.name: value for value in model.graph.outputs}
+    pairs = (
+        StatePair(value, outputs[name])
+        for value in model.graph.inputs
+        if not PAST.match(value.name or "")
+        and (name := (value.name or "").replace("past", "present", 1)) in outputs
+    )
+    return tuple(pair for pair in pairs if pair.past is not pair.present and _fixed(pair.past))
 
 
-def _templates(pairs: Sequence[KVPair]) -> list[str]:
-    """The names of past key, past value, present key and present value with {} for the pair's number.
-
-    Empty if the names do not contain the numbers 0, 1, 2 …: such pairs cannot be renumbered.
-    """
-    templates = []
-    for names in zip(*([str(v.name) for v in (*p.past, *p.present)] for p in pairs), strict=True):
-        for match in re.finditer(r"\d+", names[0]):
-            template = (names[0][: match.start()] + "\0" + names[0][match.end() :]).replace("{", "{{")
-            template = template.replace("}", "}}").replace("\0", "{}")
-            if all(template.format(pair.index) == name for pair, name in zip(pairs, names, strict=True)):
-                templates.append(template)
-                break
-    return templates if len(templates) == 2 * len(SIDES) else []
-
-
-def _reroute_shape(
-    model: ir.Model, node: ir.Node, geometry: tuple[int, int], twin: ir.Value | None, grown: bool
-) -> None:
-    """Let a ``Shape`` of a removed cache read ``twin``, or compute it: [batch, heads, length, head_dim]."""
-    if twin is not None:
-        node.replace_input_with(0, twin)
-        return
-    inputs = roles(model)
-    tokens = inputs.get(TOKENS, inputs.get(EMBEDDINGS))
-    if tokens is None or MASK not in inputs:
-        raise BuildError(
-            f"{node.name} reads the length of a removed cache, and the graph has no {TOKENS} and {MASK} to compute "
-            "it from: export the model with both inputs."
-        )
-
-    def emit(op: str, args: list[ir.Value], **attributes: int) -> ir.Value:
-        new = ir.node(op, args, attributes)
-        node.prepend(new)
-        return new.outputs[0]
-
-    def constant(number: int) -> ir.Value:
-        return int64_initializer(model.graph, f"cache.dim.{number}", [number])
-
-    def dimension(value: ir.Value, axis: int) -> ir.Value:
-        # Shape has start and end only since opset 15.
-        return emit("Gather", [emit("Shape", [value]), constant(axis)], axis=0)
-
-    heads, size = geometry
-    length = dimension(inputs[MASK], 1)
-    if not grown:
-        length = emit("Sub", [length, dimension(tokens, 1)])
-    batch = dimension(tokens, 0)
-    dimensions = [batch, constant(heads), length, constant(size)]
-    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-    stop = node.attributes["end"].as_int() if "end" in node.attributes else len(dimensions)
-    result = emit("Concat", dimensions[slice(start, stop)], axis=0)
-    ir.convenience.replace_all_uses_with(node.outputs[0], result)
+def _fixed(value: ir.Value) -> bool:
+    """Whether only the batch of ``value`` is open."""
+    shape = value.shape
+    return shape is not None and len(shape) > 1 and all(isinstance(d, int) for d in shape[1:])

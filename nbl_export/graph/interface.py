@@ -27,12 +27,11 @@ from nbl_export.batch.names import (
 )
 from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import KVPair, kv_layers, kv_pairs
+from nbl_export.graph.cache import KVPair, StatePair, kv_layers, kv_pairs, state_pairs
 from nbl_export.graph.cores import visible_cores
 from nbl_export.graph.embedding import embedding_of, reads_embeddings
 from nbl_export.graph.operators import fused_op
 from nbl_export.graph.roles import roles
-from nbl_export.graph.states import StatePair, state_pairs
 
 T = TypeVar("T")
 # Scalar inputs that some exporters add, and their default value.

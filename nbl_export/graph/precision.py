@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import PRESENT
+from nbl_export.graph.cache import PRESENT, state_pairs
 from nbl_export.graph.operators import captured, linear_op, weight_bits
-from nbl_export.graph.states import state_pairs
+from nbl_export.graph.rounding import cast
 from nbl_export.graph.summary import Float32Node
 from nbl_export.settings import choices
 
@@ -328,13 +328,10 @@ class _Converter:
         return made
 
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        name = f"{value.name}.as_{dtype.name.lower()}"
-        cast = ir.node("Cast", [value], {"to": int(dtype)}, name=name)
-        cast.outputs[0].name, cast.outputs[0].shape = name, value.shape
-        cast.outputs[0].type = ir.TensorType(dtype)
+        node = cast(value, dtype, f"{value.name}.as_{dtype.name.lower()}")
         producer = value.producer()
         if producer is not None:
-            producer.append(cast)
+            producer.append(node)
         else:
-            self.graph.insert_before(self.graph[0], cast)
-        return cast.outputs[0]
+            self.graph.insert_before(self.graph[0], node)
+        return node.outputs[0]

@@ -47,8 +47,6 @@ from nbl_export.graph.operators import (
 B = TypeVar("B", bound=Block)
 _MAX_STEPS = 12
 _MAX_ADDS = 3
-_MAX_BIASES = 64  # tensors after the output projection that may be y
-_MOST_STEPS = 20_000_000  # layers times nodes
 _MAX_STAGES = 6  # queries, keys and values through two projections each
 
 
@@ -136,11 +134,6 @@ def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal[int]]:
     if not visible and KV_LAYERS_KEY not in model.metadata_props:  # otherwise all layers are linear already
         _refuse_control_flow(model)
     search = search_of(model)
-    if len(cores) * len(search.order) > _MOST_STEPS:
-        raise InputError(
-            f"The graph has {len(cores):,} attention layers and {len(search.order):,} nodes, too many to search: "
-            "export the model again."
-        )
     found: list[AttentionRegion | Refusal[int]] = []
     for number, core in enumerate(cores):
         layer = core.pair if core.pair is not None and len(cores) == len(pairs) else number
@@ -224,7 +217,7 @@ def _scaled(product: ir.Node) -> ir.Value:
 def _candidates(value: ir.Value) -> tuple[Output, ...]:
     found = [Output(value)]
     biases = 0
-    while len(following := readers(value)) == 1 and len(found) < _MAX_BIASES:
+    while len(following := readers(value)) == 1:
         node = following[0]
         bias = later_bias(node)
         if bias is not None:

@@ -36,7 +36,6 @@ from nbl_export.graph.cache import (
     kv_layers,
     kv_pairs,
     metadata_list,
-    remove_pairs,
 )
 from nbl_export.graph.facts import summarize
 from nbl_export.graph.io import load_graph, save_graph
@@ -50,7 +49,7 @@ from nbl_export.linearize.plan import LinearLayer, Plan, linear_name, linear_out
 from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.confirm import confirm
-from nbl_export.rewrite.leave_out import leave_out
+from nbl_export.rewrite.leave_out import leave_out, remove_pairs
 from nbl_export.rewrite.planned import check_finite, planned_attentions, planned_mlps
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove, without_later
 from nbl_export.rewrite.quantize import product

@@ -50,8 +50,8 @@ def _build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     from nbl_export.engine.elsewhere import write_for_others
     from nbl_export.engine.library import check_capabilities, choose_library, find_gpu
     from nbl_export.engine.manifest import load_manifest
+    from nbl_export.graph.cache import state_pairs
     from nbl_export.graph.io import load_graph
-    from nbl_export.graph.states import state_pairs
 
     ws = run.workspace
     gpu = find_gpu()

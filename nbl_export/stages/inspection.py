@@ -83,10 +83,9 @@ def _kind(path: Path) -> str:
 
 
 def _onnx(path: Path) -> list[Table]:
-    from nbl_export.graph.cache import LAYERS_KEY
+    from nbl_export.graph.cache import LAYERS_KEY, state_pairs
     from nbl_export.graph.facts import summarize
     from nbl_export.graph.io import load_graph
-    from nbl_export.graph.states import state_pairs
 
     model = load_graph(path)
     s = summarize(model, path)

@@ -18,7 +18,7 @@ from nbl_export.engine.library import Library
 from nbl_export.engine.manifest import load_manifest
 from nbl_export.engine.network import parse_network
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.same import difference
+from tests.graph.external_data import resolved
 
 GRAPHS = {"model": "model.onnx", "baseline": "baseline/model.onnx"}
 
@@ -27,7 +27,8 @@ GRAPHS = {"model": "model.onnx", "baseline": "baseline/model.onnx"}
 def test_the_fixed_graph_is_the_same_with_a_length(built_out: Path, rtx: Library, name: str) -> None:
     graph = built_out / GRAPHS[name]
     fixed = fixed_path(graph)
-    assert difference(load_graph(graph), load_graph(fixed)) == ""
+    ours, theirs = (resolved(path).graph for path in (graph, fixed))
+    assert (ours.node, ours.initializer) == (theirs.node, theirs.initializer)
     assert fixed.stat().st_size < 2 * graph.stat().st_size, "its weights are those of the other"
     shapes = {v.name: v.shape for v in load_graph(fixed).graph.inputs if v.shape is not None}
     cache = [shape for one, shape in shapes.items() if "past" in str(one)]

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nbl_export.batch.names import past_name, present_name
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import kv_pairs, remove_pairs
+from nbl_export.graph.cache import kv_pairs
+from nbl_export.rewrite.leave_out import remove_pairs
 from tests.sessions import cpu_session
 
 SIDES = ("key", "value")

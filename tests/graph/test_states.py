@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from nbl_export.graph.states import state_pairs
+from nbl_export.graph.cache import state_pairs
 
 
 def value(name: str, *shape: int | str) -> ir.Value:
