@@ -14,7 +14,7 @@ byte, apart from what differs between undisturbed runs: times, and what is measu
 left.
 
 Processes are forked from one that has imported the libraries, which saves seconds for each; work that checkpoints
-once a minute does so at every step. With --fresh, each is started anew, and there are no kills at a change. Results
+once a minute does so at every step. Results
 are printed as a table; the folders of failures are kept.
 """
 
@@ -69,14 +69,13 @@ class Scenario:
     after: str
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
-    only_state: bool = False
 
 
 def scenarios(model: Path, text: Path, task: Path) -> list[Scenario]:
     """Every stage, and the rewrite of a foreign graph. Paths are relative to the place."""
     calibrated = ("--calibration", str(text), "--samples", "32", "--seq-len", "128", "--heldout-samples", "8")
     quick = ("--contexts", "16", "--rounds", "3", "--decode-steps", "2")
-    foreign = ("rewrite", "--onnx", "source", "--plan", "plan/plan.json")
+    foreign = ("rewrite", "--onnx", "out/baseline", "--plan", "out/nbl/plan.json")
     return [
         Scenario("calibrate", "", ("calibrate", str(model), "-o", "out", *calibrated)),
         Scenario("select", "calibrate", ("select", "out", "--k", "2")),
@@ -92,9 +91,8 @@ def scenarios(model: Path, text: Path, task: Path) -> list[Scenario]:
         ),
         Scenario("report", "verify", ("report", "out")),
         Scenario("run", "", (str(model), "--k", "2", "--criterion", "cca", "-o", "out", *calibrated, *quick)),
-        Scenario("foreign", "export", (), only_state=True),
-        Scenario("into a folder", "foreign", (*foreign, "-o", "new")),
-        Scenario("over an older one", "foreign", (*foreign, "-o", "older")),
+        Scenario("foreign", "export", (*foreign, "-o", "new")),
+        Scenario("over an older one", "foreign", (*foreign, "-o", "new")),
     ]
 
 
@@ -134,15 +132,13 @@ def preload() -> None:
         importlib.import_module(name)
 
 
-def run(
-    command: Sequence[str], place: Path, log: Path, kill: Kill | None = None, fresh: bool = False
-) -> Ended:
+def run(command: Sequence[str], place: Path, log: Path, kill: Kill | None = None) -> Ended:
     """`nbl-export COMMAND` in ``place``, in a process and a process group of its own."""
     counter = mmap.mmap(-1, 8)
     start = time.monotonic()
     child = os.fork()
     if not child:
-        _work(command, place, log, kill, counter, fresh)
+        _work(command, place, log, kill, counter)
     descriptor = os.pidfd_open(child)
     try:
         limit = SECONDS if kill is None or kill.after is None else kill.after
@@ -172,18 +168,13 @@ def _survivors(group: int) -> bool:
     return True
 
 
-def _work(
-    command: Sequence[str], place: Path, log: Path, kill: Kill | None, counter: mmap.mmap, fresh: bool
-) -> None:
+def _work(command: Sequence[str], place: Path, log: Path, kill: Kill | None, counter: mmap.mmap) -> None:
     try:
         os.setsid()
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for number in (1, 2):
             os.dup2(handle, number)
         os.chdir(place)
-        if fresh:
-            os.environ["PYTHONPATH"] = str(ROOT)
-            os.execv(sys.executable, [sys.executable, "-m", "nbl_export", *command])
 
         def changed(number: int) -> None:
             counter[:] = struct.pack("q", number + 1)
@@ -285,10 +276,8 @@ class Prepared:
 class Campaign:
     """Trials in one folder; a command always sees the same paths."""
 
-    def __init__(
-        self, work: Path, rng: random.Random, say: Callable[[str], None] = shown, fresh: bool = False
-    ) -> None:
-        self.work, self.rng, self.say, self.fresh = work, rng, say, fresh
+    def __init__(self, work: Path, rng: random.Random, say: Callable[[str], None] = shown) -> None:
+        self.work, self.rng, self.say = work, rng, say
         self.place, self.log = work / "place", work / "log.txt"
         self.states: dict[str, Path] = {"": work / "states" / "empty"}
         self.states[""].mkdir(parents=True)
@@ -298,7 +287,7 @@ class Campaign:
         shutil.copytree(state, self.place, symlinks=True)
 
     def run(self, command: Sequence[str], kill: Kill | None = None) -> Ended:
-        return run(command, self.place, self.log, kill, self.fresh)
+        return run(command, self.place, self.log, kill)
 
     def prepare(self, scenario: Scenario, undisturbed: int = 3) -> Prepared:
         """Run the scenario undisturbed; what it leaves is kept for those after it."""
@@ -317,20 +306,6 @@ class Campaign:
     def keep(self, name: str) -> None:
         self.states[name] = self.work / "states" / name
         shutil.copytree(self.place, self.states[name], symlinks=True)
-
-    def foreign(self, scenario: Scenario) -> None:
-        """The baseline of ``out`` as somebody else's graph, a plan, and a folder with an older result."""
-        self.reset(self.states[scenario.after])
-        (self.place / "out" / "baseline").rename(self.place / "source")
-        (self.place / "plan").mkdir()
-        for name in ("plan.json", "plan.safetensors"):
-            (self.place / "out" / "nbl" / name).rename(self.place / "plan" / name)
-        shutil.rmtree(self.place / "out")
-        other = self.states["repair"] / "out" / "nbl" / "plan.json"
-        command = ("rewrite", "--onnx", "source", "--plan", str(other), "-o", "older")
-        if (ended := self.run(command)).code:
-            raise SystemExit(f"The older result cannot be made: {ended.said[-2000:]}")
-        self.keep(scenario.name)
 
     def kill(self, prepared: Prepared, kind: str, part: float) -> Kill:
         if kind == "change":
@@ -394,24 +369,22 @@ def campaign(
     seed: int,
     only: Sequence[str],
     say: Callable[[str], None] = shown,
-    fresh: bool = False,
 ) -> list[Prepared]:
     """Spread ``kills`` over the scenarios, all or those that are named."""
     model, text, task = inputs(work)
-    trials = Campaign(work, random.Random(seed), say, fresh)
-    kinds = tuple(k for k in KINDS if not (fresh and k == "change"))
+    trials = Campaign(work, random.Random(seed), say)
     every = [s for s in scenarios(model, text, task) if all(importlib.util.find_spec(n) for n in s.needs)]
-    wanted = [s for s in every if not s.only_state and (not only or s.name in only)]
+    wanted = [s for s in every if not only or s.name in only]
     if unknown := set(only) - {s.name for s in wanted}:
         raise SystemExit(
             f"No such scenario: {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in every)}."
         )
-    needed = _with_earlier(wanted, every)
+    by_name, needed = {s.name: s for s in every}, {s.name for s in wanted}
+    for scenario in reversed(every):  # each comes after the one that it goes on from
+        if scenario.name in needed and scenario.after:
+            needed.add(by_name[scenario.after].name)
     prepared = []
     for scenario in (s for s in every if s.name in needed):
-        if scenario.only_state:
-            trials.foreign(scenario)
-            continue
         made = trials.prepare(scenario, 3 if scenario in wanted else 1)
         say(f"{scenario.name}: {made.seconds:.1f} s and {made.changes} changes undisturbed")
         if scenario in wanted:
@@ -420,22 +393,11 @@ def campaign(
         share = kills // len(prepared) + (number < kills % len(prepared))
         done = tries = 0
         while done < share and tries < 4 * share:
-            kind = kinds[(done + number) % len(kinds)]
+            kind = KINDS[(done + number) % len(KINDS)]
             done += trials.trial(one, kind, (done + trials.rng.random()) / share)
             tries += 1
         say(f"{one.scenario.name}: {sum(one.kills.values())} kills, {len(one.failures)} failures")
     return prepared
-
-
-def _with_earlier(wanted: Sequence[Scenario], every: Sequence[Scenario]) -> set[str]:
-    by_name, needed = {s.name: s for s in every}, set[str]()
-    open_ = [s.name for s in wanted]
-    while open_:
-        name = open_.pop()
-        needed.add(name)
-        open_ += [by_name[name].after] if by_name[name].after else []
-        open_ += ["repair"] if name == "foreign" else []
-    return needed
 
 
 def inputs(work: Path) -> tuple[Path, Path, Path]:
@@ -481,15 +443,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="names of scenarios, separated by commas")
     parser.add_argument("--work", type=Path, help="folder to work in; a temporary one by default")
-    parser.add_argument("--fresh", action="store_true", help="start every process anew")
     asked = parser.parse_args()
     work = Path(asked.work or tempfile.mkdtemp(prefix="nbl-crash.")).resolve()
     work.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    if not asked.fresh:
-        preload()
+    preload()
     only = [name for name in asked.only.split(",") if name]
-    done = campaign(work, asked.kills, asked.seed, only, fresh=asked.fresh)
+    done = campaign(work, asked.kills, asked.seed, only)
     print(table(done, time.monotonic() - start), flush=True)
     failed = any(p.failures for p in done)
     if not failed and asked.work is None:

@@ -81,7 +81,7 @@ SPOILS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_the_short_run(spoil: str, shared_data: Path, tmp_path: Path) -> None:
-    arguments = ["--kills", "12", "--seed", "1", "--only", "into a folder", "--work", str(tmp_path / "work")]
+    arguments = ["--kills", "12", "--seed", "1", "--only", "foreign", "--work", str(tmp_path / "work")]
     code = SPOILED.format(arguments=arguments, spoil=SPOILS[spoil], script=str(SCRIPT))
     environment = {**os.environ, "NBL_EXPORT_SHARED": str(shared_data.parent)}
     done = subprocess.run(
