@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.names import MASK, POSITIONS, TOKEN_TYPES, TOKENS
 
 # A batch by input name: integers [batch, sequence], or pixels [batch, channels, height, width].
@@ -63,36 +64,67 @@ def by_token(array: NDArray[Any], real: NDArray[np.bool_]) -> NDArray[Any] | Non
     return tokens
 
 
-def check_batch(inputs: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` unless these are rows of ids with their mask, or images."""
-    if TOKENS not in inputs:
-        arrays = list(inputs.values())
-        if any(
-            a.ndim != 4 or a.dtype != np.float32 or not a.size or not np.isfinite(a).all() for a in arrays
-        ):
-            raise ValueError("the images of its batch")
-        return
-    shape = inputs[TOKENS].shape
-    fits = len(shape) == 2 and all(a.shape == shape and a.dtype == np.int64 for a in inputs.values())
-    mask = inputs.get(MASK)
-    if not fits or not inputs[TOKENS].size or int(inputs[TOKENS].min()) < 0:
-        raise ValueError("the tokens of its batch")
-    if mask is not None and not (np.isin(mask, (0, 1)).all() and mask.any(axis=1).all()):
-        raise ValueError("the mask of its batch")
+def shortfall(scores: NDArray[Any], taken: NDArray[Any]) -> F32:
+    """[tokens]: by how much the lowest score ``taken`` is below the lowest of the best, as many as are taken.
+
+    ``scores`` are [tokens, …, n], ``taken`` [tokens, …, k] places in them. 0 for the best themselves.
+    """
+    places = taken.shape[-1]
+    best = np.partition(scores, -places, axis=-1)[..., -places]
+    lowest = np.take_along_axis(scores, taken, axis=-1).min(axis=-1)
+    with np.errstate(invalid="ignore"):
+        short = np.where(lowest >= best, 0.0, best - lowest)  # two scores of minus infinity are equal
+    found: F32 = short.reshape(len(short), -1).max(axis=-1).astype(np.float32)
+    return found
 
 
-def check_activations(inputs: Mapping[str, Any], arrays: Mapping[Any, Any]) -> None:
-    """Raise ``ValueError`` unless ``arrays`` are [tokens, d] float32, one row for each token of the batch."""
-    tokens = int(inputs[MASK].sum()) if MASK in inputs else inputs[TOKENS].size if TOKENS in inputs else None
-    widths = {a.shape[1] if a.ndim == 2 and a.dtype == np.float32 else 0 for a in arrays.values()}
-    rows = {a.shape[0] for a in arrays.values() if a.ndim}
-    if 0 in widths or len(widths) > 1 or len(rows) > 1 or (tokens is not None and rows - {tokens}):
-        raise ValueError("the shapes of its activations")
+def moved(before: NDArray[Any], after: NDArray[Any]) -> float:
+    """The largest difference of two scores, of those that are finite in both: others are ruled out, not weighed."""
+    known = np.isfinite(before) & np.isfinite(after)
+    # A group that is ruled out in one of them alone has other scores by its choice, which is judged for itself.
+    return float(np.abs(np.where(known, after, 0) - np.where(known, before, 0)).max(initial=0.0))
 
 
-def check_routes(inputs: Mapping[str, Any], routes: Mapping[int, Any]) -> None:
-    """Raise ``ValueError`` unless ``routes`` are places [tokens, …, k] int64, one row for each token of the batch."""
-    tokens = int(inputs[MASK].sum()) if MASK in inputs else inputs[TOKENS].size if TOKENS in inputs else 0
-    for taken in routes.values():
-        if taken.dtype != np.int64 or taken.ndim < 2 or len(taken) != tokens or taken.min(initial=0) < 0:
-            raise ValueError("the experts of its tokens")
+def differing(one: NDArray[Any], other: NDArray[Any]) -> int:
+    """The tokens for which two choices, each [tokens, …, k], are not the same places in any order."""
+    unlike = np.sort(one, axis=-1) != np.sort(other, axis=-1)
+    return int(unlike.reshape(len(unlike), -1).any(axis=-1).sum())
+
+
+def left_padded(rows: Sequence[NDArray[Any]], pad: int = 0) -> tuple[I64, I64, I64]:
+    """``input_ids``, ``attention_mask`` and ``position_ids`` of ragged ``rows``, padded on the left."""
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = 1
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    return ids, mask, positions
+
+
+def one_more(tokens: Sequence[int], mask: I64, positions: I64) -> tuple[I64, I64, I64]:
+    """``input_ids`` [rows, 1], ``attention_mask`` and ``position_ids`` of each row's next token."""
+    ids = np.array(tokens, dtype=np.int64)[:, None]
+    return ids, np.concatenate([mask, np.ones_like(ids)], axis=1), positions[:, -1:] + 1
+
+
+def right_padded(rows: Sequence[NDArray[Any]], pad: int = 0) -> tuple[I64, I64]:
+    """``input_ids`` and ``position_ids`` [batch, longest] of ragged ``rows``, padded on the right."""
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad, dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    return ids, np.tile(np.arange(width, dtype=np.int64), (len(rows), 1))
+
+
+def prefix_padded(rows: Sequence[NDArray[Any]], pad: int = 0) -> tuple[I64, I64, I64]:
+    """``input_ids``, ``attention_mask`` and ``position_ids`` of ragged ``rows``, padded on the right."""
+    ids, positions = right_padded(rows, pad)
+    return ids, prefix_mask([len(row) for row in rows], ids.shape[1]).astype(np.int64), positions
+
+
+def prefix_mask(lengths: Sequence[int] | I64, width: int) -> BOOL:
+    """[rows, width]: True for the first ``lengths[i]`` positions of row i."""
+    mask: BOOL = np.arange(width)[None] < np.asarray(lengths)[:, None]
+    return mask

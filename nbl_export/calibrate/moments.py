@@ -170,9 +170,7 @@ def _lower(matrix: F64) -> F64:
 
 
 def _whole(lower: F64, d: int) -> F64:
-    """The symmetric matrix [d, d] of a lower triangle; raises ``ValueError`` for one of another size."""
-    if lower.shape != (d * (d + 1) // 2,):
-        raise ValueError("the shape of a symmetric matrix")
+    """The symmetric matrix [d, d] of a lower triangle."""
     matrix = np.empty((d, d), lower.dtype)
     start = 0
     for i, row in enumerate(matrix):
@@ -194,14 +192,10 @@ def save_layer(path: Path, index: Block, layer: LayerMoments, metadata: Mapping[
 def load_layer(path: Path) -> tuple[Block, LayerMoments, dict[str, Any]]:
     """Index, moments and metadata as :func:`save_layer` wrote them; raises :class:`InputError` for anything else."""
     tensors, header = load_tensors(path, FORMAT, CALIBRATE_AGAIN)
-    try:
-        metadata = parse_json(header["nbl"])
-        index = from_json(metadata.pop(_LAYER))
-        if layer_of(index) < 0 or not isinstance(metadata.get("model"), str):
-            raise ValueError("of no layer, or not of a model")
-        return index, _layer(index, tensors), metadata
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None
+    metadata = parse_json(header["nbl"])
+    index, d = from_json(metadata.pop(_LAYER)), len(tensors["x"])
+    arrays = {name: _whole(tensors[name], d) if name in _SYMMETRIC else tensors[name] for name in ARRAYS}
+    return index, LayerMoments(int(tensors["n"][0]), **arrays), metadata
 
 
 def layer_file(folder: Path, index: Block) -> Path:
@@ -230,10 +224,7 @@ def load_moments(path: Path) -> tuple[Moments, dict[str, Any]]:
     index, _, metadata = load_layer(files[0])
     if len(files) == 1:
         return Moments(_StoredLayers({index: path if path.is_file() else files[0]}, metadata)), metadata
-    named = {file: _of_name(file) for file in files}
-    if bad := [file.name for file, index in named.items() if index is None]:
-        raise InputError(f"{path} has a file {bad[0]} that is not of its moments: {CALIBRATE_AGAIN}.")
-    found = {index: file for file, index in named.items() if index is not None}
+    found = {named: file for file in files if (named := _of_name(file)) is not None}
     return Moments(_StoredLayers({i: found[i] for i in sorted(found)}, metadata)), metadata
 
 
@@ -268,20 +259,6 @@ class _StoredLayers(Mapping[Block, LayerMoments]):
 
     def __len__(self) -> int:
         return len(self._files)
-
-
-def _layer(index: Block, tensors: Mapping[str, Any]) -> LayerMoments:
-    """One layer's moments, of the shapes and dtypes that they are written with."""
-    count = tensors["n"]
-    d = len(tensors["x"]) if tensors["x"].ndim == 1 else 0
-    arrays = {name: tensors[name] for name in ARRAYS}
-    arrays |= {name: _whole(arrays[name], d) for name in _SYMMETRIC}
-    fits = {name: a.shape for name, a in arrays.items()} == shapes(d)
-    if count.shape != (1,) or count.dtype != np.int64 or count[0] < 1 or not d or not fits:
-        raise ValueError(f"the shapes of layer {index}")
-    if any(a.dtype != np.float64 or not np.isfinite(a).all() for a in arrays.values()):
-        raise ValueError(f"the numbers of layer {index}")
-    return LayerMoments(n=int(count[0]), **arrays)
 
 
 def digest_of_tokens(tokens: NDArray[Any]) -> str:

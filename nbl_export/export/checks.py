@@ -23,8 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from nbl_export.batch.names import TOKEN_TYPES, TOKENS
-from nbl_export.batch.padding import left_padded, right_padded
-from nbl_export.batch.rows import batch_of_rows, real_positions
+from nbl_export.batch.rows import batch_of_rows, left_padded, real_positions, right_padded
 from nbl_export.errors import InputError, NblError, first_line
 from nbl_export.export.forms import ENCODER, FORMS, NONE, STATIC, Branches, Form
 from nbl_export.export.functions import attention, exportable, is_replaced

@@ -14,8 +14,9 @@ weights once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,11 @@ import torch
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.blocks import ATTENTION, Block, layer_of
-from nbl_export.calibrate.moments import LayerMoments
+from nbl_export.calibrate.moments import LayerMoments, Moments
 from nbl_export.calibrate.states import States, states_for
-from nbl_export.linearize.lmmse import LinearFit
-from nbl_export.linearize.plan import LinearLayer
+from nbl_export.errors import InputError
+from nbl_export.linearize.lmmse import LinearFit, branch_covariances, constant_direction
+from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.candidates import block_modules, choices, observing
 from nbl_export.models.layers import hidden_size, observed
@@ -212,3 +214,16 @@ def _batches(model: torch.nn.Module, tokens: Any) -> Iterator[Batch]:
     device = device_of(model)
     for at in range(0, len(tokens), _BATCH_ROWS):
         yield {TOKENS: torch.from_numpy(tokens[at : at + _BATCH_ROWS].astype(np.int64)).to(device)}
+
+
+def without_bias(plan: Plan, moments: Moments) -> Plan:
+    """``plan`` with W₀ in the place of each W, and b = 0. Raises :class:`InputError` without a layer's moments."""
+    layers: Mapping[Block, LayerMoments] = moments.layers
+    if gone := [block for block in plan.layers if block not in layers]:
+        raise InputError(f"There are no moments of layer {gone[0]}: run `nbl-export calibrate` again.")
+    made = {}
+    for block, one in plan.layers.items():
+        v = constant_direction(branch_covariances(layers[block], plan.fit_input))
+        w = one.w + np.outer(one.b, v)
+        made[block] = LinearLayer(w.astype(np.float32), np.zeros_like(one.b))
+    return replace(plan, layers=made, rank=None, ranks={})

@@ -28,8 +28,7 @@ from nbl_export.blocks import Block, layer_of
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize.plan import Plan, Replacement
 from nbl_export.linearize.selection import Loss
-from nbl_export.linearize.swap import linearized, replaced
-from nbl_export.linearize.sweep import ORIGINAL, Version, sweep, version_of
+from nbl_export.linearize.swap import ORIGINAL, Version, linearized, replaced, sweep, version_of
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import block_stack, hidden_size, vocabulary

@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from nbl_export.models.layers import BlockModules
 
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+
+from nbl_export.blocks import layer_of
+from nbl_export.linearize.adapters import Adapter
+from nbl_export.models.layers import block_stack
+from nbl_export.models.walk import Segment, after_blocks, passing_blocks, walking
+from nbl_export.progress import Listener
+
+
 class LinearReplacement(torch.nn.Module):
     """Replaces an attention or an MLP: returns W u + b in the same form, and uses no KV cache; zeros if it is dropped.
 
@@ -189,3 +200,80 @@ def _argument(module: torch.nn.Module, name: str) -> Callable[..., torch.Tensor]
         return found
 
     return find
+
+
+@dataclass(frozen=True)
+class Version:
+    """A model that differs from the settled one from the block ``first`` on.
+
+    ``layers`` are all that are linear in it, also before ``first``; ``adapters`` change weights of its blocks, by
+    parameter name. A ``change`` is another one, made when the version begins: it must be of the only version that is
+    run. Where the states of each row after the last block are known, they are its ``ends``, and no block is run.
+    """
+
+    first: int
+    layers: Mapping[Block, Replacement] = field(default_factory=dict)
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    change: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    ends: Sequence[torch.Tensor] = ()
+
+
+ORIGINAL = Version(0)
+
+
+def version_of(model: torch.nn.Module, plan: Plan) -> Version:
+    """``model`` with ``plan`` applied; raises :class:`InputError` for a plan of another depth or width."""
+    check_plan(model, plan)
+    return Version(layer_of(min(plan.chosen, default=0)), plan.replacements, plan.adapters)
+
+
+def sweep(
+    model: torch.nn.Module,
+    rows: Sequence[torch.Tensor],
+    versions: Sequence[Version],
+    fit_input: FitInput,
+    settled: Mapping[Block, Replacement] | None = None,
+    advance: Callable[[int], None] = lambda _tokens: None,
+    listener: Listener | None = None,
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Row, version and logits [seq, vocab] for each of ``rows`` [seq] int64 and of ``versions``, row after row.
+
+    ``settled`` are the linear layers of the settled model. ``advance`` is called with the tokens of each row,
+    and the ``listener`` is told of each block.
+    """
+    batches = [{"input_ids": row[None]} for row in rows]
+    ours = Version(0, settled or {})
+    states: list[Any] = [None] * len(batches)
+    own: list[list[Any]] = [list(version.ends) for version in versions]
+    with torch.inference_mode(), ExitStack() as changes, walking(model) as run:
+        with passing_blocks(model, listener) as parts:
+            for part in parts:
+                with run(part) as step:
+                    for version, there in zip(versions, own, strict=True):
+                        if version.ends:
+                            continue
+                        if not there and version.first < part.stop:
+                            there += states
+                            changes.enter_context(version.change)
+                        if there:
+                            with within(model, version, part, fit_input):
+                                there[:] = map(step, batches, there)
+                    if not all(own):
+                        with within(model, ours, part, fit_input):
+                            states = list(map(step, batches, states))
+        with after_blocks(model) as finish:
+            for number, batch in enumerate(batches):
+                for which, there in enumerate(own):
+                    yield number, which, finish(batch, there[number]).logits[0]
+                advance(len(rows[number]))
+
+
+@contextmanager
+def within(model: torch.nn.Module, version: Version, part: Segment, fit_input: FitInput) -> Iterator[None]:
+    """Within the block, the blocks of ``part`` are those of the ``version``."""
+    inside = range(part.start, part.stop)
+    layers = {i: layer for i, layer in version.layers.items() if layer_of(i) in inside}
+    prefixes = tuple(f"{block_stack(model)[0]}.{index}." for index in inside)
+    adapters = {name: one for name, one in version.adapters.items() if name.startswith(prefixes)}
+    with replaced(model, layers, fit_input) if layers else nullcontext(), adapted(model, adapters):
+        yield

@@ -20,8 +20,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.batch.names import MASK, POSITIONS, TOKENS, WRITE_INDICES
-from nbl_export.batch.padding import left_padded, prefix_padded, right_padded
-from nbl_export.batch.rows import Inputs, real_positions, rows_of_batch
+from nbl_export.batch.rows import (
+    Inputs,
+    left_padded,
+    prefix_padded,
+    real_positions,
+    right_padded,
+    rows_of_batch,
+)
 from nbl_export.errors import InputError
 from nbl_export.graph.interface import Interface, interface_of
 from nbl_export.graph.io import INLINE_BYTES, DataFile, load_graph

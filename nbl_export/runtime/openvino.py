@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.names import MASK, POSITIONS, SIDES, TOKENS
-from nbl_export.batch.padding import left_padded, one_more
+from nbl_export.batch.rows import left_padded, one_more
 from nbl_export.errors import BuildError
 from nbl_export.packages import missing
 from nbl_export.runtime.stream import KV, Stream

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.names import ALL_LOGITS, MASK, NUM_LOGITS_TO_KEEP, POSITIONS, TOKENS, WRITE_INDICES
-from nbl_export.batch.padding import left_padded, prefix_mask, prefix_padded, right_padded
-from nbl_export.batch.rows import Inputs
+from nbl_export.batch.rows import Inputs, left_padded, prefix_mask, prefix_padded, right_padded
 from nbl_export.errors import InputError
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph

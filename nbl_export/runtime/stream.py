@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, I64
-from nbl_export.batch.padding import left_padded, one_more, prefix_mask, right_padded
+from nbl_export.batch.rows import left_padded, one_more, prefix_mask, right_padded
 
 if TYPE_CHECKING:
     from typing import Self

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32
 from nbl_export.batch.names import WRITE_INDICES
-from nbl_export.batch.padding import left_padded, prefix_mask, right_padded
+from nbl_export.batch.rows import left_padded, prefix_mask, right_padded
 from nbl_export.engine.library import Library, find_gpu
 from nbl_export.engine.manifest import Manifest, check_runs, load_manifest
 from nbl_export.engine.network import DECODE, PREFILL

@@ -226,7 +226,7 @@ class DeciLm(Mlx):
 
     def adapted(self, plan: Plan) -> Plan:
         from nbl_export.calibrate.moments import load_moments
-        from nbl_export.linearize.no_bias import without_bias
+        from nbl_export.linearize.fits import without_bias
 
         return without_bias(plan, load_moments(self.run.workspace.moments)[0])
 

@@ -22,8 +22,7 @@ from nbl_export.checks import Check
 from nbl_export.linearize.loss import compare, loss_over_documents, mean_over_documents, reference, row_logits
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.selection import exp
-from nbl_export.linearize.swap import linearized
-from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
+from nbl_export.linearize.swap import ORIGINAL, linearized, sweep, version_of
 from nbl_export.models.media_tokens import written
 from nbl_export.models.walk import first_needed, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, streams

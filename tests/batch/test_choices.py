@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nbl_export.batch.choices import differing, moved, shortfall
+from nbl_export.batch.rows import differing, moved, shortfall
 
 INF = float("inf")
 SCORES = np.array([[4.0, 3.0, 1.0], [5.0, -INF, 2.0]], np.float32)

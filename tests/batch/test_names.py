@@ -19,14 +19,6 @@ def dims(value: onnx.ValueInfoProto) -> tuple[str | int, ...]:
     return tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
 
 
-def test_a_pair_is_numbered_as_consumers_number_it() -> None:
-    # The templates that onnxruntime-genai is configured with, and that optimum looks for.
-    for side in names.SIDES:
-        assert names.past_name(12, side) == f"past_key_values.%d.{side}" % 12
-        assert names.present_name(12, side) == f"present.%d.{side}" % 12
-    assert names.SIDES == ("key", "value")
-
-
 def test_inputs_of_a_decoder_have_these_names_and_dimensions(proto: onnx.ModelProto) -> None:
     found = {value.name: dims(value) for value in proto.graph.input}
     past = {
@@ -40,19 +32,3 @@ def test_inputs_of_a_decoder_have_these_names_and_dimensions(proto: onnx.ModelPr
 def test_outputs_of_a_decoder_have_these_names(proto: onnx.ModelProto) -> None:
     present = [names.present_name(i, side) for i in range(4) for side in names.SIDES]
     assert {value.name for value in proto.graph.output} == {"logits", *present}
-
-
-def test_no_two_names_are_one() -> None:
-    inputs = (
-        names.TOKENS,
-        names.EMBEDDINGS,
-        names.MASK,
-        names.POSITIONS,
-        names.TOKEN_TYPES,
-        names.PIXELS,
-        names.WRITE_INDICES,
-        names.NUM_LOGITS_TO_KEEP,
-    )
-    sizes = (names.BATCH, names.SEQUENCE, names.PAST, names.TOTAL, names.MAX)
-    for group in (inputs, sizes, (names.BASE, names.LINEARIZED)):
-        assert len(set(group)) == len(group)

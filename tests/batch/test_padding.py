@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nbl_export.batch.padding import left_padded, prefix_mask, prefix_padded, right_padded
+from nbl_export.batch.rows import left_padded, prefix_mask, prefix_padded, right_padded
 
 RAGGED = [np.array([7, 8, 9], np.int32), np.array([4], np.int32), np.array([5, 6], np.int32)]
 

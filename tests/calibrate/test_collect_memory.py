@@ -12,7 +12,6 @@ import pytest
 from nbl_export.calibrate.collect import collect_moments, store_moments
 from nbl_export.calibrate.moments import Moments, load_moments
 from nbl_export.calibrate.store import MomentsFolder
-from nbl_export.errors import InputError
 from nbl_export.models.load import in_precision
 from nbl_export.settings import CalibrateSettings
 from nbl_export.stages.needs import disk_to_calibrate, sizes_of
@@ -45,7 +44,7 @@ class Place:
         return len(list((self.partial / "states").glob("*.bin")))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_states_in_files_give_the_same_moments(
     model: Any, tokens: np.ndarray, tmp_path: Path, dtype: str
 ) -> None:
@@ -73,7 +72,7 @@ def test_it_goes_on_after_a_stop_at_any_batch(
 
 
 @pytest.mark.parametrize(("before", "after"), [(SMALL, LARGE), (LARGE, SMALL)])
-@pytest.mark.parametrize("at", [2, 6])
+@pytest.mark.parametrize("at", [6])
 def test_it_goes_on_with_another_amount_of_memory(
     model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path, before: int, after: int, at: int
 ) -> None:
@@ -120,9 +119,3 @@ def test_the_room_that_is_asked_for_before_the_work_is_enough(
     room = disk_to_calibrate(sizes_of(model), text)
     headers = 32 * 1024  # of the files, which the formula does not count
     assert 3 * BATCH < most[0] <= room.leaves + room.beside + headers
-
-
-def test_what_a_batch_needs_is_the_least(model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--memory .* is less than the states of one batch"):
-        Place(tmp_path).collect(model, tokens, BATCH - 1)
-    assert list(tmp_path.iterdir()) == []

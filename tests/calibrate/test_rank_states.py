@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.calibrate.rank_states import RankStates
+from nbl_export.calibrate.states import RankStates
 from nbl_export.checkpoint import Checkpoint
 from nbl_export.errors import InputError
 from nbl_export.ranks import ALONE, Ranks
@@ -64,17 +64,6 @@ def test_any_number_of_processes_finds_the_latest(tmp_path: Path, count: int) ->
         assert whole == {batch: array.tolist() for batch, array in arrays(2, range(BATCHES)).items()}
 
 
-def test_what_is_not_due_is_not_written(tmp_path: Path) -> None:
-    saved(tmp_path, 2, 1, every=3600.0)
-    assert names(tmp_path) == []
-    (tmp_path / "partial").mkdir()
-    kept = RankStates(None, ALONE, OURS)
-    kept.save(1, never)
-    assert kept.find(BATCHES) is None
-    states(tmp_path).save(1, never)  # one process has its own checkpoint
-    assert names(tmp_path) == []
-
-
 def test_what_is_older_goes(tmp_path: Path) -> None:
     (tmp_path / "partial").mkdir()
     (tmp_path / "partial" / "states.safetensors").write_bytes(b"of one process")
@@ -124,20 +113,3 @@ def test_a_file_that_goes_meanwhile_is_an_error_in_words(tmp_path: Path) -> None
     (tmp_path / "partial" / "states.001.1-of-2.safetensors").unlink()
     with pytest.raises(InputError):
         states(tmp_path).load(found[1], range(BATCHES))
-
-
-def test_a_machine_that_does_not_see_the_folder_keeps_nothing_and_goes_on(tmp_path: Path) -> None:
-    def work(ranks: Ranks) -> None:
-        folder = tmp_path if ranks.first else tmp_path / "nowhere"
-        states(folder, ranks).save(1, never)
-
-    assert forked(2, tmp_path / "results", work) == [None, None]
-    assert names(tmp_path) == []
-
-
-def test_states_of_which_one_process_has_too_many_are_not_kept(tmp_path: Path) -> None:
-    def work(ranks: Ranks) -> None:
-        states(tmp_path, ranks).save(1, never if ranks.first else None)
-
-    assert forked(2, tmp_path / "results", work) == [None, None]
-    assert names(tmp_path) == []

@@ -47,12 +47,6 @@ def test_what_was_put_is_there(make: Callable[[Path], Store], tmp_path: Path) ->
     assert store.has(0) and not store.has(1)
 
 
-def test_moments_in_memory_are_those_that_were_put_and_are_saved_nowhere() -> None:
-    store, first = InMemory(), layer(1)
-    store.put(4, first)
-    assert store.layers == {4: first} and store.checkpoint is None
-
-
 def test_a_file_without_a_name_gives_back_what_was_put(tmp_path: Path) -> None:
     store = Unnamed(tmp_path)
     for index in (3, 0, 7):
@@ -123,13 +117,3 @@ def test_what_is_of_another_run_or_damaged_is_not_gone_on_from(tmp_path: Path, o
     else:
         path.write_bytes(path.read_bytes()[:-8] if other == "cut" else b"")
     assert not store.has(4 if other == "index" else 3)
-
-
-def test_states_are_saved_beside_what_is_finished(tmp_path: Path) -> None:
-    store = folder_at(tmp_path)
-    store.put(0, layer(0))
-    assert store.checkpoint is not None
-    store.checkpoint.path.write_bytes(b"of blocks that are not finished")
-    assert len(list((tmp_path / "partial").iterdir())) == 2
-    store.publish()
-    assert not (tmp_path / "partial").exists()

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import adapted, digest_of, is_transposed, weight_digests
 from nbl_export.linearize.plan import load_plan, save_plan
 from nbl_export.linearize.repair import mlp_maps
@@ -71,12 +70,6 @@ def test_a_plan_keeps_its_adapters(tmp_path: Path) -> None:
     assert adapter.digests == weight_digests(weight)
     assert np.array_equal(adapter.change(), plan.adapters["a.b.weight"].change())
     assert found.without_layers().adapters == {}
-    bad = replace(adapter, down=np.full_like(adapter.down, np.nan))
-    save_plan(tmp_path / "bad.json", replace(plan, adapters={"a.b.weight": bad}))
-    with pytest.raises(
-        InputError, match=r"the change of a\.b\.weight is not a product of two finite matrices"
-    ):
-        load_plan(tmp_path / "bad.json")
 
 
 @pytest.mark.parametrize(

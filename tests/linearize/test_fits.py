@@ -18,7 +18,7 @@ from nbl_export.calibrate.states import OnDisk
 from nbl_export.linearize import fits as module
 from nbl_export.linearize.fits import WeightedSums, as_layer, sequential_fits, weighted_moments
 from nbl_export.linearize.lmmse import LinearFit, branch_covariances, fit_lmmse
-from nbl_export.linearize.plan import DROPPED, LinearLayer
+from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layers
@@ -113,14 +113,6 @@ def test_the_weighted_fit_is_weighted_least_squares(model: Any, fit_input: FitIn
         assert moments[index].n == TOKENS.size
 
 
-def test_an_outlier_does_not_decide_alone(model: Any) -> None:
-    """Scaling every weight changes nothing: the moments are as if each token had counted once."""
-    moments = dict(weighted_moments(model, TOKENS, "residual", lambda _n: None))[2]
-    h, _, _ = seen(model, 2)
-    weight = 1 / (h**2).sum(1)
-    np.testing.assert_allclose(moments.x / moments.n, np.average(h, axis=0, weights=weight), rtol=1e-5)
-
-
 def test_weights_are_the_streams_also_where_no_norm_is_before_the_attention() -> None:
     model = unsaved("olmo2").eval().requires_grad_(False)
     normed, residual = (dict(weighted_moments(model, TOKENS, how, lambda _n: None))[1] for how in FIT_INPUTS)
@@ -132,7 +124,7 @@ def test_weights_are_the_streams_also_where_no_norm_is_before_the_attention() ->
 
 
 @pytest.mark.parametrize("fit_input", FIT_INPUTS)
-@pytest.mark.parametrize("chosen", [(1, 2), (3, 0), (2,), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("chosen", [(3, 0), (0, 1, 2, 3)], ids=str)
 def test_each_layer_is_fitted_behind_those_before_it(
     model: Any, fit_input: FitInput, chosen: tuple[int, ...]
 ) -> None:
@@ -160,38 +152,6 @@ def test_the_first_layer_is_the_plain_fit(model: Any, fit_input: FitInput) -> No
     plain = fit_lmmse(collect_moments(model, TOKENS).layers[1], fit_input, 0.0)
     assert_fit(maps[1], (plain.w, plain.b))
     assert maps[1].w.dtype == maps[1].b.dtype == np.float32
-
-
-def test_moments_of_a_sequential_fit_are_solved_with_the_layer_s_number(model: Any) -> None:
-    asked: list[tuple[int, int]] = []
-
-    def note(index: int, moments: Any) -> LinearFit:
-        asked.append((index, moments.n))
-        return fit_lmmse(moments, "normed", 1e-3)
-
-    sequential_fits(model, TOKENS, (3, 1), "normed", note, lambda _n: None)
-    assert asked == [(1, TOKENS.size), (3, TOKENS.size)]
-
-
-@pytest.mark.parametrize("name", ["falcon", "gpt2", "gemma3-text", "bloom"])
-def test_other_structures_are_fitted_in_sequence_too(name: str) -> None:
-    """With a ridge: a LayerNorm's output has a direction without variance, in which W would be arbitrary."""
-    model, ridge = unsaved(name).eval().requires_grad_(False), 1e-3
-
-    def fitted(_index: int, moments: Any) -> LinearFit:
-        return fit_lmmse(moments, "normed", ridge)
-
-    maps = sequential_fits(model, TOKENS, (1, 3), "normed", fitted, lambda _n: None)
-    for index, before in ((1, {}), (3, {1: maps[1]})):
-        target = _outputs(model, index, TOKENS)
-        with replaced(model, before, "normed"):
-            u = _inputs(model, index, TOKENS)
-        # A ridge is as many rows more: the root of λ times the channel's sum of squares in it, and an output of nil.
-        centred, wanted = u - u.mean(0), target - target.mean(0)
-        more = np.diag(np.sqrt(ridge * (centred**2).sum(0)))
-        rows = np.vstack([centred, more]), np.vstack([wanted, np.zeros((len(more), wanted.shape[1]))])
-        w = np.linalg.lstsq(*rows, rcond=None)[0].T
-        assert_fit(maps[index], (w, target.mean(0) - w @ u.mean(0)), 1e-3)
 
 
 def _inputs(model: Any, index: int, tokens: Any) -> F64:
@@ -227,26 +187,10 @@ def _observed(model: Any, index: int, tokens: Any) -> tuple[F64, F64]:
     return tuple(torch.cat(rows).reshape(-1, rows[0].shape[-1]).numpy() for rows in (x, y))  # type: ignore[return-value]
 
 
-def test_the_model_is_as_it_was_after_every_fit(model: Any) -> None:
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    modules = {name: id(m) for name, m in model.named_modules()}
-    ids = torch.from_numpy(TOKENS[:2].astype(np.int64))
-    with torch.inference_mode():
-        before = model(input_ids=ids).logits
-    dict(weighted_moments(model, TOKENS, "normed", lambda _n: None))
-    sequential_fits(model, TOKENS, (0, 2), "residual", solve("residual"), lambda _n: None)
-    with pytest.raises(ZeroDivisionError):
-        sequential_fits(model, TOKENS, (0, 2), "normed", lambda *_: 1 / 0, lambda _n: None)  # type: ignore[arg-type, return-value]
-    with torch.inference_mode():
-        assert torch.equal(model(input_ids=ids).logits, before)
-    assert {name: id(m) for name, m in model.named_modules()} == modules
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
 # block by block ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3-text", "bloom"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma3-text"])
 def test_a_model_that_is_read_block_by_block_has_the_same_fits(name: str) -> None:
     in_memory = unsaved(name).eval().requires_grad_(False)
     low = streamed(Stored(in_memory), torch.float32)
@@ -336,18 +280,6 @@ def test_blocks_that_share_something_are_fitted_in_one_part(model: Any) -> None:
 
 
 # dropped -----------------------------------------------------------------------------------------
-
-
-def test_a_dropped_layer_writes_nothing(model: Any) -> None:
-    ids = torch.from_numpy(TOKENS[:2].astype(np.int64))
-    with torch.inference_mode(), replaced(model, {2: DROPPED}, "normed"):
-        found = model(input_ids=ids).logits
-    projection = model.model.layers[2].self_attn.o_proj
-    hook = projection.register_forward_hook(lambda _m, _a, y: y * 0)
-    with torch.inference_mode():
-        want = model(input_ids=ids).logits
-    hook.remove()
-    assert torch.equal(found, want)
 
 
 def test_a_fit_becomes_a_layer_in_float32(model: Any) -> None:

@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,20 +26,19 @@ from nbl_export.linearize.search import (
     NOISE,
     LossCache,
     MeasuredSets,
+    measured_losses,
     sensitivity,
     single_layer_losses,
 )
 from nbl_export.linearize.selection import Loss
 from nbl_export.linearize.swap import replaced
 from nbl_export.models import weights
-from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layers, hidden_size, vocabulary
 from nbl_export.models.media_tokens import seeing
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
 from tests.linearize.greedy import greedy_order
-from tests.listening import Notes
 from tests.models.test_weights import reads
 from tests.pictures import plain_tokens
 from tests.tiny_types import tiny_model
@@ -100,21 +100,6 @@ def test_a_model_costs_nothing_beside_itself(kept_in: torch.dtype, vocab: int) -
     logits, tokens = predictions(2, vocab=vocab), torch.arange(150) % vocab
     kl, excess = compare(reference(logits, tokens, kept_in), logits.clone(), tokens)
     assert np.all(kl == 0) and np.all(excess == 0)
-
-
-def test_what_is_kept_takes_two_bytes_an_entry() -> None:
-    kept = reference(predictions(0), torch.zeros(150, dtype=torch.long), torch.bfloat16)
-    assert kept.p.shape == (149, 97) and kept.p.element_size() == 2
-    assert kept.negentropy.dtype == kept.nll.dtype == torch.float32
-
-
-def test_half_precision_logits_are_compared_in_float32() -> None:
-    original, changed = predictions(0).bfloat16(), predictions(1).bfloat16()
-    tokens = torch.arange(150) % 97
-    kl, excess = compare(reference(original, tokens), changed, tokens)
-    want_kl, want_excess = by_hand(original.float().numpy(), changed.float().numpy(), tokens.numpy())
-    np.testing.assert_allclose(kl, want_kl, rtol=1e-4)
-    np.testing.assert_allclose(excess, want_excess, rtol=1e-4, atol=1e-5)
 
 
 def test_losses_over_documents() -> None:
@@ -326,22 +311,11 @@ def test_a_search_reads_the_weights_once_for_each_layer_and_twice_more(in_memory
     for model in (in_memory, low):
         with reads() as found:
             meter = LossMeter(model, rows, document, "normed")
-            sets = MeasuredSets(lambda meter=meter: meter, maps, LossCache({}, lambda _: None))
+            measure = partial(measured_losses, meter, maps)
+            sets = MeasuredSets(lambda meter=meter: meter, maps, LossCache({}, lambda _: None), measure)
             orders.append(greedy_order(sets, single_layer_losses(sets), 3))
     assert orders[0] == orders[1]
     assert set(Counter(found).values()) == {2 + (3 - 1)}, "the first layer is one of the singles"
-
-
-def test_what_stays_in_memory_is_measured_as_a_model_in_memory(in_memory: Any) -> None:
-    maps, (rows, document) = some_maps(), text()
-    low = streamed(Stored(in_memory), torch.float32)
-    with weights.resident(low), reads() as found:
-        meter = LossMeter(low, rows, document, "normed")
-        assert not meter.together
-        assert meter.measure({1: maps[1]}) == LossMeter(in_memory, rows, document, "normed").measure(
-            {1: maps[1]}
-        )
-    assert found == []
 
 
 def test_the_loss_of_a_plan_with_adapters(in_memory: Any) -> None:
@@ -412,17 +386,6 @@ def test_large_predictions_are_made_again_row_by_row_to_the_bit(
     assert found[0][0] == Loss(0, 0, 0, 0)
 
 
-def test_large_predictions_are_no_more_reads(in_memory: Any, large: list[int]) -> None:
-    maps, (rows, document) = some_maps(), text()
-    low = streamed(Stored(in_memory), torch.float32)
-    dummy_run(low)
-    notes = Notes()
-    with reads() as found:
-        LossMeter(low, rows, document, "normed", listener=notes).measure_all([{i: maps[i]} for i in maps])
-    assert notes.tasks == [("Running the blocks", 4, "blocks", 0)] * 2 and notes.advanced == [1] * 8
-    assert set(Counter(found).values()) == {2}, "once for the original, once for all sets"
-
-
 def test_sets_whose_states_have_no_room_together_are_measured_in_turns(
     in_memory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,18 +400,6 @@ def test_sets_whose_states_have_no_room_together_are_measured_in_turns(
 
 
 # noise -------------------------------------------------------------------------------------------
-
-
-def test_noise_is_the_same_in_every_run_and_on_the_original() -> None:
-    model, (rows, document) = tiny_model("llama"), text()
-    layer, other = attention_layers(model)[1:3]
-    meter = LossMeter(model, rows, document, "normed")
-    first = sensitivity(meter, layer, 5.0)
-    meter.settle({0: some_maps()[0]})  # it is measured on the original whatever came before
-    assert sensitivity(meter, layer, 5.0) == first
-    assert sensitivity(meter, other, 5.0) != first
-    assert not model.get_submodule(layer.output)._forward_hooks
-    assert meter.measure({}) == Loss(0, 0, 0, 0)
 
 
 def test_noise_against_a_run_with_the_noise_added_by_hand() -> None:
@@ -483,16 +434,6 @@ def test_noise_against_a_run_with_the_noise_added_by_hand() -> None:
     assert_close(found, Loss(*want))
     per_token = torch.cat(drawn).square().sum(-1).mean()
     assert float(per_token) == pytest.approx(NOISE * energy, rel=0.05)
-
-
-def test_small_noise_costs_in_proportion_to_its_energy() -> None:
-    """The theorem that the criterion rests on: the loss is linear in the share of the output that is missed."""
-    model, (rows, document) = tiny_model("llama"), text(rows=6)
-    layer = attention_layers(model)[1]
-    meter = LossMeter(model, rows, document, "normed")
-    costs = [sensitivity(meter, layer, energy).kl for energy in (1e-3, 2e-3, 4e-3, 8e-3)]
-    assert costs[0] > 0
-    assert [c / costs[0] for c in costs] == pytest.approx([1, 2, 4, 8], rel=0.15)
 
 
 def test_predictions_that_are_no_numbers_are_the_models_own() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from nbl_export.calibrate.moments import LayerMoments, Moments
 from nbl_export.errors import InputError
+from nbl_export.linearize.fits import without_bias
 from nbl_export.linearize.lmmse import branch_covariances, constant_direction, fit_lmmse
-from nbl_export.linearize.no_bias import without_bias
 from nbl_export.linearize.plan import LinearLayer, Plan
 
 D, N = 6, 4000

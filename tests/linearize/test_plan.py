@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ from safetensors.numpy import load_file
 
 from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
-from nbl_export.files import sha256_of_file
-from nbl_export.linearize.plan import DROPPED, FORMAT, LinearLayer, Plan, load_plan, ranks_of, save_plan
-from nbl_export.tensorfile import save_tensors
-from tests.linearize.made import COUNT, D, make_plan
+from nbl_export.linearize.plan import DROPPED, LinearLayer, Plan, load_plan, ranks_of, save_plan
+from tests.linearize.made import COUNT, make_plan
 
 
 @pytest.fixture
@@ -44,15 +41,6 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def edit_weights(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the numbers and make the JSON match them, as only someone who means it would."""
-    weights = path.with_suffix(".safetensors")
-    tensors = load_file(weights)
-    edit(tensors)
-    save_tensors(weights, FORMAT, tensors)
-    edit_json(path, weights_sha256=sha256_of_file(weights))
-
-
 # round trip --------------------------------------------------------------------------------------
 
 
@@ -75,22 +63,6 @@ def test_a_plan_comes_back_by_either_name(path: Path, suffix: str) -> None:
         else:
             assert got == want
     assert {p.name for p in path.parent.iterdir()} == {"plan.json", "plan.safetensors"}
-
-
-def test_transposed_views_keep_their_meaning(tmp_path: Path) -> None:
-    plan = make_plan()
-    w = plan.layers[1].w.T
-    save_plan(tmp_path / "plan.json", replace(plan, layers={1: LinearLayer(w, plan.layers[1].b)}))
-    np.testing.assert_array_equal(load_plan(tmp_path / "plan.json").layers[1].w, w)
-
-
-def test_the_json_says_in_words_what_the_plan_is(path: Path) -> None:
-    header = json.loads(path.read_text())
-    assert header["layers"] == [1, 4]
-    assert header["fit_input"] == "normed"
-    assert header["criterion"] == "cca"
-    assert header["calibration_tokens"] == 1234
-    assert header["weights"] == "plan.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -135,29 +107,6 @@ def test_what_is_dropped_comes_back_without_numbers(tmp_path: Path) -> None:
     assert loaded.without_layers().chosen == ()
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"dropped": [0, "1.mlp", 2, "2.mlp", 4]}, "a layer is named twice"),
-        ({"dropped": [9]}, "layer 9 is not in the plan's probe"),
-        ({"dropped": ["1-2.span"]}, "a span among its layers"),
-        ({"layers": ["1-2.span", 4]}, "a span among its layers"),
-        ({"dropped": ["2-1.span"]}, "is damaged"),
-        ({"dropped": 2}, "is damaged"),
-        ({"dropped": []}, "was edited by hand"),
-    ],
-    ids=str,
-)
-def test_other_dropped_layers_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    save_plan(tmp_path / "plan.json", with_a_span())
-    edit_json(tmp_path / "plan.json", **changes)
-    assert words in refusal(tmp_path / "plan.json")
-
-
-def test_a_plan_without_dropped_layers_is_written_as_before(path: Path) -> None:
-    assert "dropped" not in json.loads(path.read_text())
-
-
 def test_saving_over_an_old_plan_replaces_both_files(path: Path) -> None:
     new = make_plan(seed=1, layers=(2,))
     save_plan(path, new)
@@ -193,18 +142,6 @@ def test_one_changed_bit_in_the_numbers(path: Path) -> None:
     assert "truncated or edited" in refusal(path)
 
 
-def test_numbers_of_another_plan(path: Path, tmp_path: Path) -> None:
-    save_plan(tmp_path / "other" / "plan.json", make_plan(seed=1))
-    (tmp_path / "other" / "plan.safetensors").replace(path.with_suffix(".safetensors"))
-    assert "does not match plan.json" in refusal(path)
-
-
-@pytest.mark.parametrize("content", ["", "{", '{"format": "nbl-export/plan/1"', "\x00"])
-def test_a_cut_json(path: Path, content: str) -> None:
-    path.write_text(content)
-    assert "The plan is damaged" in refusal(path)
-
-
 @pytest.mark.parametrize("content", ["[]", "null", "{}", '{"format": "nbl-export/plan/2"}'])
 def test_json_that_is_no_plan(path: Path, content: str) -> None:
     path.write_text(content)
@@ -232,67 +169,6 @@ def test_json_that_is_no_plan(path: Path, content: str) -> None:
 def test_an_edited_json(path: Path, changes: dict[str, Any]) -> None:
     edit_json(path, **changes)
     refusal(path)
-
-
-@pytest.mark.parametrize("field", ["model", "hidden_size", "layer_count", "layers", "fit_input", "ridge"])
-def test_a_json_without_a_field(path: Path, field: str) -> None:
-    header = json.loads(path.read_text())
-    del header[field]
-    path.write_text(json.dumps(header))
-    assert field in refusal(path)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        LinearLayer(np.ones((D, D + 1), np.float32), np.ones(D, np.float32)),
-        LinearLayer(np.ones((D + 1, D + 1), np.float32), np.ones(D + 1, np.float32)),
-        LinearLayer(np.ones((D, D), np.float32), np.ones((1, D), np.float32)),
-    ],
-)
-def test_a_map_of_the_wrong_shape(path: Path, layer: LinearLayer) -> None:
-    save_plan(path, replace(make_plan(), layers={3: layer}))
-    message = refusal(path)
-    assert f"layer 3 has W {layer.w.shape} and b {layer.b.shape}" in message
-    assert f"{COUNT} layers of width {D}" in message
-
-
-def test_a_layer_that_the_model_does_not_have(path: Path) -> None:
-    for index in (COUNT, -1):
-        save_plan(path, make_plan(layers=(index,)))
-        assert f"layer {index}" in refusal(path)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["w", "b"])
-def test_a_map_that_is_not_finite(path: Path, name: str, bad: float) -> None:
-    plan = make_plan()
-    getattr(plan.layers[4], name).flat[2] = bad
-    save_plan(path, plan)
-    assert "W or b of layer 4 is NaN or infinite" in refusal(path)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["u", "y"])
-def test_a_probe_that_is_not_finite(path: Path, name: str, bad: float) -> None:
-    plan = make_plan()
-    getattr(plan, f"probe_{name}")[3].flat[2] = bad
-    save_plan(path, plan)
-    assert f"{name} of layer 3 on the probe is NaN or infinite" in refusal(path)
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda tensors: tensors.pop("layers.1.w"),
-        lambda tensors: tensors.pop("layers.4.b"),
-        lambda tensors: tensors.update({"stranger": np.zeros(1)}),
-        lambda tensors: tensors.update({"probe_u.one": np.zeros(1)}),
-    ],
-)
-def test_numbers_that_are_not_those_of_a_plan(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    edit_weights(path, edit)
-    assert "is damaged" in refusal(path)
 
 
 def test_a_save_that_fails_half_way_leaves_no_mixture(path: Path) -> None:
@@ -340,15 +216,4 @@ def test_a_plan_keeps_the_rank_of_each_layer(tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded.layers[index].w, layer.w)
         assert (loaded.layers[index].up is None) == (index == first)
     edit_json(path, ranks={str(i): 3 for i in rest})
-    assert "not rank 3" in refusal(path)
-    edit_json(path, ranks={"x": 2})
-    assert "is damaged" in refusal(path)
-
-
-def test_factors_of_another_rank_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    save_plan(path, of_rank(2))
-    edit_json(path, rank=3)
-    assert "the factors of layer 1 have the shapes (6, 2) and (2, 6), not rank 3" in refusal(path)
-    edit_json(path, rank=None)
-    assert "layers.1.w" in refusal(path)
+    assert "was edited by hand" in refusal(path)

@@ -31,7 +31,7 @@ from nbl_export.models.media_tokens import seeing
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
-from tests.interruptions import Recorder, crash, send
+from tests.interruptions import Recorder, send
 from tests.models.test_weights import reads
 from tests.pictures import plain_tokens
 from tests.tiny_types import tiny_model
@@ -90,7 +90,7 @@ def test_without_steps_the_maps_come_back_bit_by_bit(model: Any) -> None:
 
 
 @pytest.mark.parametrize("fit_input", ["normed", "residual"])
-@pytest.mark.parametrize("chosen", [(2,), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("chosen", [(0, 1, 2, 3)], ids=str)
 def test_steps_lower_the_divergence_on_the_text(
     model: Any, fit_input: FitInput, chosen: tuple[int, ...]
 ) -> None:
@@ -122,14 +122,6 @@ def test_nothing_is_learned_in_the_places_of_images(model: Any, monkeypatch: pyt
         found = [repair(model, maps, covariances, "normed", tokens, 1, 0) for tokens in (TOKENS[:4], rows)]
     assert places == [rows.size, rows.size - 4]
     assert not np.array_equal(found[0].layers[1].b, found[1].layers[1].b)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "bloom", "gemma3-text"])
-def test_other_structures_are_repaired_too(name: str) -> None:
-    model = unsaved(name).eval().requires_grad_(False)
-    maps, covariances = fits(model, (1, 2))
-    found = repair(model, maps, covariances, "normed", TOKENS, 20, 0).layers
-    assert divergence(model, found, "normed") < divergence(model, maps, "normed")
 
 
 def test_the_first_step_goes_down_the_gradient_in_the_layers_own_unit(model: Any) -> None:
@@ -213,55 +205,7 @@ def test_the_same_seed_gives_the_same_maps_and_another_one_others(model: Any) ->
         assert not np.array_equal(one[i].w, other[i].w)
 
 
-def test_nothing_but_the_maps_is_changed(model: Any) -> None:
-    maps, covariances = fits(model, (0, 2))
-    given = {i: (m.w.copy(), m.b.copy()) for i, m in maps.items()}
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    modules = {name: (id(m), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
-    ids = torch.from_numpy(TOKENS[:2].astype(np.int64))
-    with torch.inference_mode():
-        before = model(input_ids=ids).logits
-    repair(model, maps, covariances, "normed", TOKENS, 3, 0)
-    with torch.inference_mode():
-        assert torch.equal(model(input_ids=ids).logits, before)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert {name: (id(m), len(m._forward_pre_hooks)) for name, m in model.named_modules()} == modules
-    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-    for i, (w, b) in given.items():
-        np.testing.assert_array_equal(maps[i].w, w)
-        np.testing.assert_array_equal(maps[i].b, b)
-
-
-def test_an_interrupted_repair_leaves_the_model_as_it_was(model: Any) -> None:
-    maps, covariances = fits(model, (1,))
-    modules = {name: id(m) for name, m in model.named_modules()}
-
-    with pytest.raises(KeyboardInterrupt):
-        repair(model, maps, covariances, "normed", TOKENS, 3, 0, listener=Recorder(2, send(signal.SIGINT)))
-    assert {name: id(m) for name, m in model.named_modules()} == modules
-
-
-def test_every_row_is_read_before_any_is_read_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    maps, covariances = fits(model, (3,))
-    read: list[tuple[int, ...]] = []
-    forward = type(model).forward
-
-    def noting(self: Any, input_ids: Any = None, **more: Any) -> Any:
-        read.extend(tuple(row) for row in input_ids.tolist())
-        return forward(self, input_ids=input_ids, **more)
-
-    monkeypatch.setattr(type(model), "forward", noting)
-    repair(model, maps, covariances, "normed", TOKENS, 6, 0)
-    # Each step runs the original and the changed model over four of twelve rows.
-    steps = [read[at : at + 4] for at in range(0, len(read), 8)]
-    assert [read[at + 4 : at + 8] for at in range(0, len(read), 8)] == steps
-    everything = sorted(tuple(row) for row in TOKENS.tolist())
-    for epoch in (steps[:3], steps[3:]):
-        assert sorted(row for step in epoch for row in step) == everything
-    assert [row for step in steps[:3] for row in step] != [tuple(row) for row in TOKENS.tolist()]
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3-text"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma3-text"])
 def test_what_the_original_computes_is_computed_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eleven rows are batches of four, four and three, in every epoch; the maps are the same to the bit."""
     model = unsaved(name).eval().requires_grad_(False)
@@ -290,16 +234,6 @@ def test_the_rate_warms_up_and_goes_down() -> None:
     assert 0.05 < rates[-1] < 0.06
 
 
-def test_channels_that_never_vary_are_left_alone(model: Any) -> None:
-    maps, covariances = fits(model, (1,))
-    c = covariances[1]
-    quiet = c.c_uu.copy()
-    quiet[3, :] = quiet[:, 3] = 0.0
-    still = Covariances(c.mean_u, c.mean_v, quiet, c.c_vu, np.zeros_like(c.c_vv), c.power_u, c.power_v)
-    found = repair(model, maps, {1: still}, "normed", TOKENS, 2, 0).layers[1]
-    assert np.isfinite(found.w).all() and np.isfinite(found.b).all()
-
-
 # larger than memory ------------------------------------------------------------------------------
 
 
@@ -311,7 +245,7 @@ def read_by_block(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("fit_input", ["normed", "residual"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3-text", "bloom", "mixtral", "falcon"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma3-text"])
 def test_block_by_block_it_is_the_same_to_the_bit(
     name: str, fit_input: FitInput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,32 +325,17 @@ def again(
     )
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("after", [1, 5, 8])  # of epochs of three steps
-def test_an_interrupted_repair_goes_on_to_the_same_bits(
-    model: Any, tmp_path: Path, signum: int, after: int
-) -> None:
+@pytest.mark.parametrize("after", [1, 5])  # of epochs of three steps
+def test_an_interrupted_repair_goes_on_to_the_same_bits(model: Any, tmp_path: Path, after: int) -> None:
     fitted = fits(model, (1, 2))
     whole = repair(model, *fitted, "normed", TOKENS, 8, 0, 4)
     path = tmp_path / "checkpoint.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        again(model, fitted, path, "one", Recorder(after, send(signum)))
+        again(model, fitted, path, "one", Recorder(after, send(signal.SIGTERM)))
     listener = Recorder()
     assert same(again(model, fitted, path, "one", listener), whole)
     assert listener.start == (8, after)
     assert listener.notes == [f"The repair goes on from a checkpoint at {after} steps."]
-
-
-def test_a_crash_falls_back_on_the_last_checkpoint(model: Any, tmp_path: Path) -> None:
-    fitted = fits(model, (1, 2))
-    path = tmp_path / "checkpoint.safetensors"
-    with pytest.raises(RuntimeError, match="the power went"):
-        again(model, fitted, path, "one", Recorder(5, crash), every_seconds=0)
-    listener = Recorder()
-    assert same(
-        again(model, fitted, path, "one", listener), repair(model, *fitted, "normed", TOKENS, 8, 0, 4)
-    )
-    assert listener.start == (8, 4)
 
 
 def test_a_checkpoint_of_something_else_or_a_damaged_one_is_not_used(model: Any, tmp_path: Path) -> None:

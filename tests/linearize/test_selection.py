@@ -1,81 +1,78 @@
-"""What choosing layers found, as it is kept: curves in the order of K, and what was not measured."""
+"""What choosing layers found: ratios and their errors, bounds of loss, and how it is kept."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from nbl_export.errors import InputError
-from nbl_export.linearize.plan import load_plan
-from nbl_export.linearize.selection import Curve, CurvePoint, Loss, PlanLoss, ScoredLayer, Scores
+from nbl_export.linearize.selection import (
+    Curve,
+    CurvePoint,
+    Loss,
+    PlanLoss,
+    ScoredLayer,
+    Scores,
+    exp,
+    keeps,
+    per_saving,
+)
 from nbl_export.records import from_json, to_json
-from nbl_export.settings import NO_BUDGET, Budget
-from nbl_export.workspace import Workspace
+from nbl_export.settings import Budget
 
 LOSS = Loss(0.5, 0.1, 0.2, 0.02)
 POINTS = tuple(CurvePoint.of(range(k), replace(LOSS, kl=0.1 * (9 - k))) for k in (3, 1, 4, 2))
 SCORES = Scores(
     (
         ScoredLayer(0, 0.5, 2.0, 1e-6, 1e-6),
-        ScoredLayer(2, 0.25, 1.0, 1e-6, 1e-6, kl=0.1, kind="sliding window"),
+        ScoredLayer(2, 0.25, 1.0, 1e-6, 1e-6, kl=math.inf, kind="sliding window"),
     ),
     {"1": "state space"},
-    Curve(POINTS, 2, Budget(max_kl=0.5), 512, 4096, 12),
+    Curve(POINTS, 0, Budget(max_kl=0.0), 512, 4096, 12),
     PlanLoss(0.1, LOSS, None, {"2": 0.01}, LOSS),
     "bfloat16",
 )
 
 
-def back(scores: Scores) -> Scores:
-    raw = json.loads(json.dumps(to_json(scores), allow_nan=False))
-    return from_json(Scores, raw, "it", "do it again")
+def test_a_perplexity_ratio_by_hand() -> None:
+    """An excess of ln 1.25 nats a token is a quarter more perplexity."""
+    loss = Loss(kl=0.5, kl_se=0.1, excess=math.log(1.25), excess_se=0.02)
+    assert loss.perplexity_ratio == pytest.approx(1.25)
+    assert loss.perplexity_ratio_se == pytest.approx(0.025)
+    point = CurvePoint.of((7, 3), loss)
+    assert (point.k, point.layers, point.perplexity_ratio_se) == (2, (3, 7), pytest.approx(0.025))
+    beyond = Loss(1.0, 0.0, 800.0, 0.0)
+    assert beyond.perplexity_ratio == math.inf and beyond.finite and math.isnan(exp(math.nan))
+    assert not Loss(math.nan, 0.0, 0.0, 0.0).finite and not Loss(0.0, 0.0, math.inf, 0.0).finite
+    assert Loss(0.1, math.nan, 0.1, math.nan).finite
 
 
-def test_a_curve_is_read_by_k_in_whatever_order_it_was_measured() -> None:
-    curve = Curve(POINTS)
-    assert [p.k for p in curve.by_k] == [1, 2, 3, 4]
-    # The losses of this one fall: it is K that orders them, and the points stay as they were.
-    assert [p.layers for p in curve.by_k] == [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
-    assert curve.points == POINTS and Curve(()).by_k == []
-    assert (curve.budget, curve.chosen) == (NO_BUDGET, None)
-
-
-def test_scores_come_back_from_json() -> None:
-    assert back(SCORES) == SCORES
-    bare = Scores(SCORES.candidates)
-    assert back(bare) == bare and (bare.others, bare.curve, bare.result) == ({}, None, None)
-
-
-def test_nothing_chosen_is_not_nothing_measured() -> None:
-    """K = 0 is a choice, and a budget of 0 nats is a bound."""
-    assert SCORES.curve is not None
-    for chosen, budget in ((0, Budget(max_kl=0.0)), (None, NO_BUDGET)):
-        found = back(replace(SCORES, curve=replace(SCORES.curve, chosen=chosen, budget=budget)))
-        assert found.curve is not None
-        assert (found.curve.chosen, found.curve.budget) == (chosen, budget)
-
-
-def test_a_layer_whose_kind_was_not_kept_sees_everything() -> None:
-    raw = to_json(SCORES)
-    del raw["candidates"][0]["kind"]
-    assert from_json(Scores, raw, "it", "do it again") == SCORES
+def test_losses_for_what_is_saved() -> None:
+    assert [per_saving(3.0, 2.0), per_saving(-3.0, 2.0), per_saving(0.0, 2.0)] == [1.5, -6.0, 0.0]
+    assert per_saving(1.0, 0.0) == per_saving(-1.0, -1.0) == math.inf
 
 
 @pytest.mark.parametrize(
-    "damage", [{"candidates": [{"layer": 0}]}, {"curve": {"points": 3}}, {"more": 1}], ids=str
+    ("budget", "kl", "ratio", "kept"),
+    [
+        (Budget(max_kl=0.2), 0.2, 1.0, True),
+        (Budget(max_kl=0.2), 0.2001, 1.0, False),
+        (Budget(max_kl=0.2), math.nan, 1.0, False),
+        (Budget(max_perplexity_ratio=1.1), 9.0, 1.0999, True),
+        (Budget(max_perplexity_ratio=1.1), 0.0, 1.1001, False),
+        (Budget(0.2, 1.1), 0.1, 1.2, False),
+        (Budget(0.2, 1.1), 0.3, 1.0, False),
+        (Budget(min_speedup=9.0), 99.0, 99.0, True),
+    ],
 )
-def test_damaged_scores_are_refused(damage: dict[str, object]) -> None:
-    with pytest.raises(InputError, match=r"it is damaged .*: do it again"):
-        from_json(Scores, {**to_json(SCORES), **damage}, "it", "do it again")
+def test_a_loss_is_kept_or_not(budget: Budget, kl: float, ratio: float, kept: bool) -> None:
+    assert keeps(budget, Loss(kl, 0.0, math.log(ratio), 0.0)) is kept
 
 
-def test_a_run_keeps_the_scores_of_every_layer_and_chooses_the_best(stories_out: Path) -> None:
-    ws = Workspace.open(stories_out)
-    scores = from_json(Scores, json.loads(ws.candidates.read_text()), "it", "do it again")
-    assert [c.layer for c in scores.candidates] == [0, 1, 2, 3, 4]
-    assert {c.kind for c in scores.candidates} == {"full"} and scores.others == {}
-    best = sorted(scores.candidates, key=lambda c: c.cca)[:2]
-    assert load_plan(ws.plan).chosen == tuple(sorted(c.layer for c in best))
+def test_scores_come_back_from_json() -> None:
+    """Not measured is not nought, nor is a KL without bound."""
+    raw = json.loads(json.dumps(to_json(SCORES), allow_nan=False))
+    assert from_json(Scores, raw, "it", "do it again") == SCORES
+    assert [p.k for p in SCORES.curve.by_k] == [1, 2, 3, 4]  # type: ignore[union-attr]

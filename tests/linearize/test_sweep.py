@@ -11,14 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter, adapted
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.swap import replaced
-from nbl_export.linearize.sweep import ORIGINAL, Version, sweep, version_of
+from nbl_export.linearize.swap import ORIGINAL, Version, replaced, sweep
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.weights import Stored, streamed
-from tests.linearize.made import make_plan
 from tests.listening import Notes
 from tests.models.test_weights import logits, reads
 from tests.tiny_types import tiny_model
@@ -110,8 +107,3 @@ def test_a_sweep_that_nobody_finishes_leaves_the_model_as_it_was(model: Any) -> 
     for _ in sweep(model, ROWS, [Version(1, maps())], "normed"):
         break
     assert torch.equal(logits(model, ROWS[0][None]), before)
-
-
-def test_a_plan_of_another_depth_is_refused(in_memory: Any) -> None:
-    with pytest.raises(InputError, match="layers"):
-        version_of(in_memory, make_plan())

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.media_ids import FIRST, are_media
 from nbl_export.batch.names import EMBEDDINGS, POSITIONS
-from nbl_export.linearize.swap import linearized
-from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
+from nbl_export.linearize.swap import ORIGINAL, linearized, sweep, version_of
 from nbl_export.models.media_tokens import MediaTokens, seeing
 from nbl_export.models.weights import device_of, streams
 from nbl_export.progress import Listener

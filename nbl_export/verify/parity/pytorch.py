@@ -19,10 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, I64
-from nbl_export.batch.padding import left_padded
+from nbl_export.batch.rows import left_padded
 from nbl_export.graph.precision import Precision
-from nbl_export.linearize.swap import linearized
-from nbl_export.linearize.sweep import ORIGINAL, version_of, within
+from nbl_export.linearize.swap import ORIGINAL, linearized, version_of, within
 from nbl_export.models.caches import Entry, cache_layer, cache_with, entry_in, limited_steps
 from nbl_export.models.dummy_run import cache_shapes, dummy_run
 from nbl_export.models.libraries import accepted_arguments, cache_argument

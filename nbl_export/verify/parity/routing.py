@@ -19,9 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, I64
-from nbl_export.batch.choices import differing, moved, shortfall
-from nbl_export.batch.padding import left_padded, prefix_mask
-from nbl_export.batch.rows import by_token
+from nbl_export.batch.rows import by_token, differing, left_padded, moved, prefix_mask, shortfall
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph, scratch
 from nbl_export.graph.tensors import follow_links
