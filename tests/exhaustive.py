@@ -162,7 +162,6 @@ USUAL: Mapping[str, tuple[str, ...]] = {
     "verify/test_crossing.py::test_a_graph_that_has_it_passes": ("gemma3-concat", "phi3-static"),
     "verify/test_crossing.py::test_a_graph_without_it_is_refused_and_short_text_would_not_see_it": ("phi3",),
     "verify/test_crossing.py::test_decoding_across_alone_sees_it_too": ("ministral3", "phi3"),
-    "verify/test_crossing_encoders.py::test_a_form_without_it_is_refused_before_calibration": ("modernbert",),
     "verify/test_crossing_encoders.py::test_a_graph_that_has_it_passes": ("modernbert",),
     "verify/test_crossing_encoders.py::test_a_graph_without_it_is_refused_and_short_text_would_not_see_it": (
         "deberta",

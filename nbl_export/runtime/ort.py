@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.names import ALL_LOGITS, MASK, NUM_LOGITS_TO_KEEP, POSITIONS, TOKENS, WRITE_INDICES
-from nbl_export.batch.rows import Inputs, left_padded, prefix_mask, prefix_padded, right_padded
+from nbl_export.batch.rows import Inputs, prefix_mask, right_padded
 from nbl_export.errors import InputError
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph
@@ -287,22 +287,3 @@ def ort_stream(
     if interface.cacheless:
         return UncachedStream(lambda ids, mask, positions: decoder(ids, mask, positions, ()).logits)
     return PastStream(decoder)
-
-
-def run_outputs(
-    path: Path, rows: Sequence[NDArray[Any]] | Inputs, names: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """Outputs ``names`` (default: all) of the graph at ``path`` on a prefill of ``rows``, or an encoder's batch."""
-    feeds: dict[str, Any]
-    if isinstance(rows, Mapping):
-        model: OrtModel = OrtModel(path)
-        feeds = model.interface.named(rows)
-    elif interface_of(load_graph(path)).static:
-        model = (static := OrtStaticStream(path, max(len(row) for row in rows)))
-        feeds = static.prefill_feeds(rows)
-    else:
-        model = growing = OrtDecoder(path)
-        padded = prefix_padded(rows) if growing.interface.ragged else left_padded(rows)
-        feeds = growing.feeds(*padded, growing.empty_past(len(rows)))
-    wanted = list(names or (o.name for o in model.session.get_outputs()))
-    return dict(zip(wanted, run_session(model.session, wanted, feeds), strict=True))

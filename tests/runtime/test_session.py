@@ -33,7 +33,6 @@ from nbl_export.runtime.session import (
     provider_on,
     require_onnxruntime,
     running_on,
-    running_provider,
     session,
     session_bytes,
     session_options,
@@ -211,13 +210,6 @@ def test_graphs_run_in_cuda_where_onnxruntime_has_it(
         raise ZeroDivisionError
     session(rewritten)
     assert cuda_sessions == [[CPU], [cuda, CPU], [cuda, CPU], [CPU], [CUDA, CPU], [CPU]]
-
-
-def test_graphs_run_on_the_cpu_where_onnxruntime_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(require_onnxruntime(), "get_available_providers", lambda: [CPU])
-    assert provider_on("cuda:0") == CPU
-    with running_on("cuda:0"):
-        assert running_provider() == CPU
 
 
 def test_an_interrupt_while_onnxruntime_is_imported_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import is_static
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.runtime.intermediates import intermediate_tensors
-from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream, run_outputs
+from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream
 from nbl_export.runtime.stream import PastStream, RowStream
 from nbl_export.runtime.torch import TorchDecoder
 from tests.fixtures_graph import original_logits, pad_left, ragged_rows
-from tests.graph.parsed import parsed
 
 LAYERS, HEADS, DIM, VOCAB = 4, 2, 8, 260
+
+
 LENGTHS, STEPS = (11, 6, 1), 4
 
 
@@ -71,9 +71,6 @@ def torch_cache(model: Any, row: Any) -> list[Any]:
     with torch.inference_mode():
         cache = model(input_ids=torch.from_numpy(row.astype(np.int64))[None], use_cache=True).past_key_values
     return [(layer.keys[0].numpy(), layer.values[0].numpy()) for layer in cache.layers]
-
-
-# float32 -----------------------------------------------------------------------------------------
 
 
 def test_every_row_is_the_row_alone(graphs: Any, form: str, rows: list[Any], tiny_model: Any) -> None:
@@ -134,17 +131,6 @@ def test_a_static_stream_serves_its_whole_capacity_and_no_more(graphs: Any, tiny
         stream.prefill(ragged_rows((10,), VOCAB))
 
 
-def test_which_graphs_are_static(graphs: Any, tmp_path: Path) -> None:
-    assert {key: is_static(load_graph(path)) for key, path in graphs.items()} == {
-        key: key[0] == "static" for key in graphs
-    }
-    model = parsed("g (int64[b,s] input_ids) => (int64[b,s] logits) { logits = Identity(input_ids) }")
-    assert not is_static(model)
-
-
-# Taps --------------------------------------------------------------------------------------------
-
-
 def test_taps_are_left_padded_in_both_forms(graphs: Any, form: str, tiny_model: Any) -> None:
     rows = ragged_rows((9, 4, 1), VOCAB, seed=2)
     ids, mask, positions = pad_left(rows)
@@ -178,29 +164,6 @@ def test_taps_are_left_padded_in_both_forms(graphs: Any, form: str, tiny_model: 
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def test_outputs_of_a_prefill(graphs: Any, form: str, tiny_model: Any) -> None:
-    rows = ragged_rows((7, 3), VOCAB, seed=3)
-    found = run_outputs(graphs[form, "fp32"], rows)
-    pairs = [f"present.{i}.{side}" for i in range(LAYERS) for side in ("key", "value")]
-    assert list(found) == ["logits", *pairs]
-    assert found["logits"].shape == (2, 7, VOCAB) and found[pairs[-1]].shape == (2, HEADS, 7, DIM)
-    # Padding is where the form wants it.
-    side = slice(0, 3) if form == "static" else slice(4, 7)
-    np.testing.assert_allclose(
-        found["logits"][1, side], original_logits(tiny_model, rows[1]), rtol=0, atol=2e-4
-    )
-    assert list(run_outputs(graphs[form, "fp32"], rows, ["present.1.key"])) == ["present.1.key"]
-    with pytest.raises(InputError, match="has no tensor 'nothing'"):
-        intermediate_tensors(
-            graphs[form, "fp32"],
-            ["nothing"],
-            dict(zip(("input_ids", "attention_mask"), pad_left(rows)[:2], strict=True)),
-        )
-
-
-# Half precision ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
@@ -240,9 +203,6 @@ def test_caches_have_the_dtype_that_the_session_takes(graphs: Any, form: str) ->
         arrays = [a for pair in decoder.buffers(3, 8) for a in pair]
         assert [a.shape for a in arrays] == [(3, HEADS, 8, DIM)] * 2 * LAYERS
         assert {a.dtype.type for a in arrays} == {taken[kind]}
-
-
-# rows that are read one after the other ------------------------------------------------------------
 
 
 class Echo(RowStream):

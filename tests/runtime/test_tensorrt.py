@@ -1,10 +1,11 @@
-"""Engines fed through the real interface of an execution context, computed on the CPU (fake_tensorrt.py)."""
+"""An engine in place of the GPU's own: what it loads, what it computes, and where its caches are."""
 
 from __future__ import annotations
 
 import itertools
+import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nbl_export.errors import BuildError, InputError
+from nbl_export.engine.library import Gpu
+from nbl_export.engine.manifest import load_manifest
+from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.linearize.swap import linearized
+from nbl_export.runtime import tensorrt as module
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.stream import PastStream
-from nbl_export.runtime.tensorrt import EngineStream, LoadedEngine
+from nbl_export.runtime.tensorrt import EngineStream, LoadedEngine, load_engine
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.verify.parity.decoder import compare_streams
 from nbl_export.verify.parity.figures import gates_for
@@ -30,17 +34,28 @@ from tests.runtime.fake_tensorrt import (
     FakeDevice,
     FakeEngine,
     Graphs,
+    engine_file,
     graphs_of,
     loaded_engine,
     tensor_at,
 )
 
 ALL = (0, 1, 2, 3, 4)
+
+
 FORMS = ("concat", "static")
+
+
 HEADS, DIM = 4, 8
+
+
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
 # Rows to run one after another: to the last place of the context, then other sizes, and one size twice.
 BATCHES = ((16, 11, 8), (9,), (12,), (12, 16, 13), (10, 16, 11))
+
+
 STEPS = 7
 
 
@@ -72,9 +87,6 @@ def run(stream: EngineStream, lengths: tuple[int, ...], steps: int, seed: int = 
     for step in range(steps):
         found.append(stream.decode([int(r[n + step]) for r, n in zip(rows, lengths, strict=True)]).copy())
     return found
-
-
-# parity ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [(), (0, 3), ALL], ids=str)
@@ -135,23 +147,6 @@ def test_the_cache_is_what_transformers_caches(graphs: Graphs, form: str) -> Non
                 np.testing.assert_allclose(side[i][:, real[i]], expected[0].numpy(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("form", "buffers"), [("static", 1), ("concat", 2)])
-def test_bytes_of_cache_and_workspace(graphs: Graphs, form: str, buffers: int) -> None:
-    for precision, size in (("fp32", 4), ("fp16", 2)):
-        stream = EngineStream(loaded_engine(graphs(form, precision, (0, 3))))
-        assert stream.cache_bytes == 0
-        for rows in (3, 1):
-            run(stream, (4,) * rows, 2)
-            assert stream.cache_bytes == buffers * 3 * 2 * rows * HEADS * LIMITS.max_context * DIM * size
-    none = EngineStream(loaded_engine(graphs(form, "fp32", ALL)))
-    run(none, (4, 2), 1)
-    assert none.cache_bytes == 0 and none.cache()[0] == []
-    assert none.workspace_bytes == 2 * FakeEngine.device_memory_size_v2
-
-
-# buffers and bindings ----------------------------------------------------------------------------
-
-
 def test_a_static_cache_stays_where_it_is(graphs: Graphs) -> None:
     loaded = replace(loaded_engine(graphs("static")), captures=False)
     stream = EngineStream(loaded)
@@ -189,14 +184,6 @@ def test_a_growing_cache_alternates_between_two_buffers(graphs: Graphs) -> None:
     assert made == [(2, n) for n in range(11, 17)]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_one_token_is_prefilled_by_the_prefill_profile(graphs: Graphs, form: str) -> None:
-    loaded = replace(loaded_engine(graphs(form)), captures=False)
-    run(EngineStream(loaded), (1,), 2)
-    ran = [event for event in device_of(loaded).events if event[0] == "run"]
-    assert ran == [("run", "prefill"), ("run", "decode"), ("run", "decode")]
-
-
 def test_static_decode_is_recorded_after_its_first_step_and_then_replayed(graphs: Graphs) -> None:
     loaded = loaded_engine(graphs("static"))
     stream, device = EngineStream(loaded), device_of(loaded)
@@ -211,17 +198,6 @@ def test_static_decode_is_recorded_after_its_first_step_and_then_replayed(graphs
     device.events.clear()
     run(stream, (5, 4, 9), 5)
     assert [event for event in device.events if event[0] != "zeros"] == [first[0], *["replay"] * 5]
-
-
-@pytest.mark.parametrize(("form", "captures"), [("concat", True), ("concat", False), ("static", False)])
-def test_what_moves_or_captures_by_itself_is_never_recorded(
-    graphs: Graphs, form: str, captures: bool
-) -> None:
-    loaded = replace(loaded_engine(graphs(form)), captures=captures)
-    found = run(EngineStream(loaded), (4, 9), 5)
-    assert device_of(loaded).count("capture") == device_of(loaded).count("replay") == 0
-    expected = run(EngineStream(loaded_engine(graphs("static"))), (4, 9), 5)
-    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), rtol=0, atol=1e-4)
 
 
 class InStream(TorchDispatchMode):
@@ -269,9 +245,6 @@ def test_whatever_writes_on_the_device_goes_through_its_stream(
     assert {c[1] for c in calls if c[0] == "execute"} == {7}
 
 
-# refusals ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_what_does_not_fit_is_refused_and_changes_nothing(graphs: Graphs, form: str) -> None:
     loaded, tokens = loaded_engine(graphs(form)), np.arange(3, 13, dtype=np.int32)
@@ -309,3 +282,161 @@ def test_a_failing_context_is_an_error_of_its_profile(graphs: Graphs, form: str,
         loaded.contexts[profile].broken = True
         with pytest.raises(BuildError, match=f"failed to run its {profile} profile"):
             run(EngineStream(loaded), (4, 2), 1)
+
+
+L4 = Gpu("NVIDIA L4", "8.9")
+
+
+RTX = {"library": "tensorrt-rtx", "ahead_of_time": True, "capabilities": ("SM86", "SM89"), "gpu": None}
+
+
+class FakeLibrary(types.ModuleType):
+    """``tensorrt`` or ``tensorrt_rtx`` as far as loading asks for it; ``engine`` is what it deserializes."""
+
+    CudaGraphStrategy = types.SimpleNamespace(DISABLED="disabled", WHOLE_GRAPH_CAPTURE="whole")
+
+    class Logger:
+        ERROR = 2
+
+        def __init__(self, severity: int) -> None:
+            assert severity == self.ERROR
+
+    def __init__(self, name: str, version: str = "10.16.0") -> None:
+        super().__init__(name)
+        self.__version__ = version
+        self.engine: FakeEngine | None = None
+        self.given: list[bytes] = []
+
+    def Runtime(self, logger: Any) -> Any:
+        assert isinstance(logger, self.Logger)
+
+        def deserialize(data: bytes) -> FakeEngine | None:
+            self.given.append(data)
+            return self.engine
+
+        return types.SimpleNamespace(deserialize_cuda_engine=deserialize)
+
+
+Installed = tuple[FakeLibrary, Path, FakeDevice]
+
+
+@pytest.fixture
+def installed(graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Installed]:
+    """A library in place of the real one, an engine file that it loads, and a GPU to load it on."""
+
+    def install(name: str = "tensorrt", **changes: Any) -> Installed:
+        graph, device, library = graphs("static", "fp16", (0, 3)), FakeDevice(), FakeLibrary(name)
+        path = engine_file(graph, tmp_path / "model.engine", **changes)
+        library.engine = FakeEngine(graph, load_manifest(path), device)
+        monkeypatch.setitem(sys.modules, name, library)
+        monkeypatch.setattr(module, "find_gpu", lambda: L4)
+        return library, path, device
+
+    return install
+
+
+def test_a_context_for_each_profile_and_an_engine_that_runs(installed: Callable[..., Installed]) -> None:
+    library, path, device = installed()
+    loaded = load_engine(path, device)
+    assert library.given == [path.read_bytes()]
+    assert loaded.engine is library.engine and loaded.device is device
+    assert list(loaded.contexts) == ["prefill", "decode"]
+    for index, name in enumerate(("prefill", "decode")):
+        context = loaded.contexts[name]
+        assert context.calls == [("profile", index, device.stream)] and context.profile.name == name
+        assert context.config is None
+    assert loaded.contexts["prefill"] is not loaded.contexts["decode"]
+    stream = EngineStream(loaded)
+    assert stream.kv_layers == (1, 2, 4)
+    assert stream.prefill([np.arange(3, 8)]).shape == (5, 512)
+    for token in range(3):
+        stream.decode([token])
+    assert device.count("capture") == 1 and device.count("replay") == 2
+
+
+def test_rtx_captures_by_itself(installed: Callable[..., Installed]) -> None:
+    """It compiles kernels while it runs; a recording of ours would keep the ones it began with."""
+    _, path, device = installed("tensorrt_rtx", **RTX)
+    loaded = load_engine(path, device)
+    assert [c.config.cuda_graph_strategy for c in loaded.contexts.values()] == ["whole", "whole"]
+    stream = EngineStream(loaded)
+    stream.prefill([np.arange(3, 8)])
+    for token in range(3):
+        stream.decode([token])
+    assert device.count("capture") == device.count("replay") == 0
+
+
+@pytest.mark.parametrize("name", ["logits", "past_key_values.1.value", "write_indices", "present.0.key"])
+def test_an_engine_of_other_types_than_its_network_is_refused(
+    installed: Callable[..., Installed], name: str
+) -> None:
+    library, path, device = installed()
+    assert library.engine is not None
+    before, library.engine.types[name] = library.engine.types[name], "BF16"
+    with pytest.raises(BuildError, match=rf"{name} is BF16, the network it was built from {before}"):
+        load_engine(path, device)
+    assert not library.engine.contexts
+
+
+def test_an_engine_that_the_library_does_not_load(installed: Callable[..., Installed]) -> None:
+    library, path, device = installed()
+    library.engine = None
+    with pytest.raises(
+        InputError, match=r"tensorrt 10\.16\.0 does not load .*model\.engine: build the engine"
+    ):
+        load_engine(path, device)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("how", ["no context", "no profile"])
+def test_a_context_that_cannot_be_had(
+    installed: Callable[..., Installed], monkeypatch: pytest.MonkeyPatch, how: str, failing: int
+) -> None:
+    library, path, device = installed()
+    assert library.engine is not None
+    real, made = library.engine.create_execution_context, []
+
+    def create(*arguments: Any) -> Any:
+        made.append(real(*arguments))
+        if len(made) - 1 != failing:
+            return made[-1]
+        monkeypatch.setattr(made[-1], "set_optimization_profile_async", lambda *_: False)
+        return made[-1] if how == "no profile" else None
+
+    monkeypatch.setattr(library.engine, "create_execution_context", create)
+    profile = ("prefill", "decode")[failing]
+    with pytest.raises(BuildError, match=f"no execution context for the {profile} profile"):
+        load_engine(path, device)
+
+
+def test_the_manifest_is_checked_before_the_library_is_asked(
+    installed: Callable[..., Installed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, path, device = installed()
+    good = path.read_bytes()
+    for bad, why in ((good[:-1] + b"?", "was changed after it was built"), (good[:-5], "truncated")):
+        path.write_bytes(bad)
+        with pytest.raises(InputError, match=why):
+            load_engine(path, device)
+    path.write_bytes(good)
+    monkeypatch.setattr(module, "find_gpu", lambda: None)
+    with pytest.raises(MissingDependencyError, match="no NVIDIA GPU is visible"):
+        load_engine(path, device)
+    monkeypatch.setattr(module, "find_gpu", lambda: Gpu("NVIDIA T4", "7.5"))
+    with pytest.raises(InputError, match=r"built for SM89; NVIDIA T4 has compute capability 7\.5"):
+        load_engine(path, device)
+    monkeypatch.setattr(module, "find_gpu", lambda: L4)
+    library.__version__ = "10.16.1"
+    with pytest.raises(InputError, match=r"built by tensorrt 10\.16\.0, installed is 10\.16\.1"):
+        load_engine(path, device)
+    assert library.given == []
+
+
+def test_a_cpu_build_of_torch_is_named(
+    installed: Callable[..., Installed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, path, _ = installed()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingDependencyError, match="needs a CUDA build of torch") as caught:
+        load_engine(path)
+    assert caught.value.exit_code == 3 and library.given == []

@@ -1,20 +1,22 @@
-"""What is verified: rows of held-out text by hand, and what a graph says of itself."""
+"""What is verified, rows of held-out text by hand, and what a verification collects."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from nbl_export.calibrate.text import CalibrationText
+from nbl_export.checks import Check
 from nbl_export.graph.rounding import UNTIMED
 from nbl_export.progress import Silent
 from nbl_export.settings import VerifySettings
 from nbl_export.verify.case import DecoderCase
+from nbl_export.verify.measurement import Measurement
+from nbl_export.verify.speed.pair import fitting_contexts
 from tests.runtime.fake_tensorrt import Graphs
 
 NONE: Any = None
@@ -46,11 +48,6 @@ def test_a_text_too_short_is_read_again() -> None:
     assert row.tolist() == [5, 6, 7, 5, 6] and other.tolist() == [7, 5]
 
 
-def test_both_graphs_go_by_their_role() -> None:
-    both = replace(case(), baseline=Path("a"), rewritten=Path("b"))
-    assert both.graphs == {"base": Path("a"), "linearized": Path("b")}
-
-
 @pytest.mark.parametrize(
     ("precision", "speed", "why"),
     [
@@ -66,8 +63,46 @@ def test_why_a_graph_is_not_timed(graphs: Graphs, precision: str, speed: bool, w
     assert found.why_not_timed == why
 
 
-def test_the_graph_is_read_once_and_its_weights_stay_on_disk(graphs: Graphs) -> None:
-    found = case(path=graphs("concat", "fp32", (0, 3)))
-    assert found.graph is found.graph
-    large = [v.const_value for v in found.graph.graph.initializers.values() if v.const_value.size > 1000]  # type: ignore[union-attr]
-    assert large and all(isinstance(value, ir.ExternalTensor) for value in large)
+def test_what_is_within_its_gates_is_not_searched_for_where_it_is_lost() -> None:
+    found = Measurement()
+    found.check_parity([], "all within", lambda: pytest.fail("searched"))
+    assert found.checks == [Check("parity", "passed", "all within")] and found.divergence is None
+
+
+@pytest.mark.parametrize(("where", "said"), [("at layer 3", "one; two; at layer 3"), (None, "one; two")])
+def test_what_is_not_says_each_gate_and_where_it_is_lost(where: str | None, said: str) -> None:
+    found = Measurement()
+    found.check_parity(["one", "two"], "all within", lambda: where)
+    assert found.checks == [Check("parity", "failed", said)] and found.divergence == where
+
+
+def test_what_was_measured_together_is_timed_once_and_what_was_skipped_is_not() -> None:
+    found, spent = Measurement(), 0.05
+    for status in ("passed", "skipped"):
+        with found.clock():
+            time.sleep(spent)
+            found.check("a", status, "")  # type: ignore[arg-type]
+            found.check("b", "failed", "")
+    with found.clock():
+        pass
+    first, *others = [check.seconds for check in found.checks]
+    assert first is not None and spent <= first < 60 * spent and others == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("limit", "room", "fitting", "dropped"),
+    [
+        (None, 1, [16, 64, 512], ""),
+        (512, 0, [16, 64, 512], ""),
+        (512, 1, [16, 64], "512"),
+        (16, 1, [8], "16, 64, 512"),  # half of the positions where nothing that was asked for fits
+        (2, 1, [2], "16, 64, 512"),
+    ],
+)
+def test_contexts_that_a_model_has_positions_for(
+    limit: int | None, room: int, fitting: list[int], dropped: str
+) -> None:
+    found = Measurement()
+    assert fitting_contexts(found, limit, (16, 64, 512), room) == fitting
+    told = f"Speed at {dropped} tokens is not measured: the model has {limit} positions."
+    assert found.notes == ([told] if dropped else [])

@@ -15,12 +15,8 @@ from nbl_export.batch.names import MASK, TOKENS
 from nbl_export.batch.rows import batch_of_rows
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.probe import probe_inputs
-from nbl_export.errors import InputError
-from nbl_export.export import checks as on_copy
-from nbl_export.export.checks import crossed_on_copy
 from nbl_export.export.forms import encoder_form
 from nbl_export.export.torch import export_torch
-from nbl_export.graph.summary import OnCopy
 from nbl_export.linearize.lmmse import fit_lmmse
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.tasks import FEATURES, task_named
@@ -33,7 +29,11 @@ from nbl_export.verify.encoder import measure_encoder
 from tests.beyond import ENCODERS, SWITCH, VOCAB
 
 LAYER, TASK = 1, task_named(FEATURES)
+
+
 TOKEN_ROWS = np.random.default_rng(5).integers(3, VOCAB, (16, 150))
+
+
 Case = Callable[[str, bool], EncoderCase]
 
 
@@ -103,25 +103,6 @@ def test_a_graph_without_it_is_refused_and_short_text_would_not_see_it(
     )
     monkeypatch.setattr(module, "crossing_batches", lambda *_: ([], ()))
     assert measure_encoder(wrong).checks[0].status == "passed"
-
-
-@pytest.mark.parametrize("name", ["modernbert", "gemma3"])
-def test_a_form_without_it_is_refused_before_calibration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ENCODERS[name].model()
-    assert crossed_on_copy(right, form_of(right)) == (OnCopy(ENCODERS[name].key, tokens(name), 16),)
-    wrong = ENCODERS[name].model()
-
-    def export(copy: torch.nn.Module, path: Any, form: Any) -> Any:
-        fields = {**copy.config.to_dict(), **ENCODERS[name].off}  # type: ignore[operator, union-attr]
-        other = type(copy)(type(copy.config).from_dict(fields)).float().eval()  # type: ignore[operator, union-attr]
-        other.load_state_dict(copy.state_dict())
-        return export_torch(other, path, form=form)
-
-    monkeypatch.setattr(on_copy, "export_torch", export)
-    beyond = f"{ENCODERS[name].key} {tokens(name)}"
-    words = rf"^The graph of \w+ computes other outputs than PyTorch beyond {beyond} \(error .* is 16\): this arch"
-    with pytest.raises(InputError, match=words):
-        crossed_on_copy(wrong, form_of(wrong))
 
 
 def test_a_row_of_any_length_has_the_ends_of_a_document(case: Case) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
 from nbl_export.calibrate.text import CalibrationText
 from nbl_export.engine.build import EngineFile
@@ -25,7 +24,6 @@ from nbl_export.models.lengths import Crossed, Length
 from nbl_export.models.load import in_precision
 from nbl_export.packages import pip_line
 from nbl_export.progress import Silent
-from nbl_export.report.speed import ENGINES, speed_table
 from nbl_export.runtime import tensorrt as tensorrt_module
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.settings import VerifySettings
@@ -43,7 +41,6 @@ from nbl_export.verify.engines import (
 from nbl_export.verify.measurement import Measurement
 from nbl_export.verify.parity.figures import DecoderParity
 from nbl_export.verify.speed.candidates import TIMED_STEPS, Candidate, TorchPrompt
-from nbl_export.verify.speed.race import Rounds, race
 from nbl_export.verify.speed.values import Result, Speed
 from tests.runtime.fake_tensorrt import Graphs, engine_file, loaded_engine, manifest_of
 from tests.verify.clocked import Scripted
@@ -135,100 +132,6 @@ def test_a_race_by_hand(clock: list[float]) -> None:
         assert later.tokens_per_second == pytest.approx(1e3 / later.timing.median_ms)
         assert first.tokens_per_second == pytest.approx(64e3 / first.timing.median_ms)
         assert first.cache_bytes == later.cache_bytes == 1001
-
-
-def raising(error: Exception) -> Callable[[int, int], Any]:
-    def make(_context: int, _batch: int) -> Any:
-        raise error
-
-    return make
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        NblError("onnxruntime has no CUDAExecutionProvider here"),
-        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB"),
-        RuntimeException("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : no room"),
-        RuntimeError(),
-    ],
-    ids=lambda e: type(e).__name__,
-)
-def test_who_cannot_take_part_is_left_out_with_the_reason(clock: list[float], error: Exception) -> None:
-    log: list[str] = []
-    candidates = [
-        Candidate("onnxruntime CUDA, base", raising(error)),
-        Candidate("base engine", lambda *_: Scripted("base engine", clock, log, lambda n: 0.004)),
-        Candidate(
-            "linearized engine",
-            lambda *_: Scripted("linearized engine", clock, log, lambda n: 0.001),
-            "base engine",
-        ),
-    ]
-    speed = measure_engine_speed(L4, candidates, (8, 32), 3)
-    assert [name for name, _ in speed.absent()] == ["onnxruntime CUDA, base"]
-    ((_, reason),) = speed.absent()
-    assert reason and "\n" not in reason and str(error).partition("\n")[0] in reason
-    assert list(timed(speed)) == [
-        (name, context, phase)
-        for context in (8, 32)
-        for phase in ("prefill", "decode")
-        for name in ("base engine", "linearized engine")
-    ]
-    found = speedups(speed)
-    assert [(context, phase) for context, phase, _ in found] == [
-        (c, p) for c in (8, 32) for p in ("prefill", "decode")
-    ]
-    assert all(value == pytest.approx(4) for _, _, value in found)
-    assert (speed.machine.device, speed.machine.compute_capability) == ("NVIDIA L4", "8.9")
-    assert speed.rounds == 3 and speed.machine.roofline is None
-    table = speed_table(ENGINES, speed)
-    assert table.title == "Speed on NVIDIA L4, batch 1" and len(table.rows) == 8
-    assert ("prefill 32", "linearized engine", "4.00×") in [(*row[:2], row[5]) for row in table.rows]
-    assert (
-        "p99" in table.columns and "onnxruntime CUDA, base in prefill 8, decode 8, prefill 32" in table.note
-    )
-
-
-@pytest.mark.parametrize("at", [0, 7, 7 + TIMED_STEPS + 4], ids=["prefill", "step", "later round"])
-def test_who_finds_no_room_while_running_is_left_out_too(clock: list[float], at: int) -> None:
-    """An engine allocates its cache in the first prefill, eager PyTorch its activations."""
-
-    def full(call: int) -> float:
-        if call == at:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
-        return 0.5
-
-    log: list[str] = []
-    makes: dict[str, Callable[[int, int], Any]] = {
-        "base engine": lambda *_: Scripted("base engine", clock, [], lambda n: 0.004),
-        "linearized engine": lambda c, _: Scripted(
-            "linearized engine", clock, [], full if c == 8 else lambda n: 1
-        ),
-        "another": lambda *_: Scripted("another", clock, log, lambda n: 0.002),
-    }
-    bases = {"linearized engine": "base engine"}
-    candidates = [Candidate(name, make, bases.get(name)) for name, make in makes.items()]
-    speed = measure_engine_speed(L4, candidates, (8, 16), 6)
-    found = timed(speed)
-    phases = ("prefill", "decode") if at == 0 else ("decode",)
-    everyone = {(name, c, phase) for name in makes for c in (8, 16) for phase in ("prefill", "decode")}
-    assert found.keys() == everyone - {("linearized engine", 8, phase) for phase in phases}
-    assert list(speed.absent()) == [("linearized engine", "CUDA out of memory.")]
-    assert [c for c, phase, _ in speedups(speed) if phase == "decode"] == [16]
-    assert log.count("another prefill") == 2 * 7 and log.count("another rewind") == 2 * 7
-    for context in (8, 16):
-        assert found["base engine", context, "decode"].timing.median_ms == pytest.approx(4)
-        assert found["another", context, "prefill"].timing.p99_ms == pytest.approx(2)
-    with pytest.raises(torch.OutOfMemoryError):
-        prompt = makes["linearized engine"](8, 1)
-        race({"linearized engine": prompt}, _both, Rounds(3, 3), lambda _: None)
-
-
-def _both(prompt: Any) -> None:
-    prompt.prefill()
-    for _ in range(TIMED_STEPS):
-        prompt.step()
 
 
 def test_who_takes_part_on_a_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,11 +316,6 @@ def test_an_engine_that_cannot_run_is_a_failed_check_and_not_the_end(
             "failed",
             "The engine failed to run its prefill profile.",
         )
-
-
-def test_an_engine_of_other_layers_is_refused(on_gpu: Measure, graphs: Graphs) -> None:
-    with pytest.raises(InputError, match="rewritten by another plan"):
-        on_gpu(engine=graphs("static", "fp32", (1, 3)))
 
 
 @pytest.mark.parametrize("limits", [Limits(3, 4, 8), Limits(3, 1, 2)], ids=str)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from nbl_export.calibrate.text import load_text
-from nbl_export.linearize.loss import mean_over_documents
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.encoder import encoder_of
 from nbl_export.models.load import load_model
@@ -39,34 +38,6 @@ def by_hand(values: list[float], owner: list[int]) -> tuple[float, float]:
     residuals = [sum(v - mean for v, o in zip(values, owner, strict=True) if o == d) for d in documents]
     count = len(documents)
     return mean, math.sqrt(count / (count - 1) * sum(r * r for r in residuals)) / n
-
-
-def test_mean_over_documents_by_hand() -> None:
-    # Documents of 2 and 1 tokens, mean 4: residual sums -3 and 3; se = √(2/1 (9 + 9)) / 3 = 2.
-    mean, se = mean_over_documents(np.array([2.0, 3.0, 7.0]), np.array([5, 5, 9], dtype=np.int32))
-    assert (mean, se) == (pytest.approx(4), pytest.approx(2))
-
-
-def test_mean_over_documents_against_the_formula() -> None:
-    generator = np.random.default_rng(0)
-    owner = np.sort(generator.choice([3, 4, 17, 90], size=200)).astype(np.int32)
-    values = generator.standard_normal(200) + owner / 50
-    found = mean_over_documents(values, owner)
-    assert found == pytest.approx(by_hand(values.tolist(), owner.tolist()), rel=1e-12)
-    # Which number a document has does not matter, nor in which order tokens come.
-    order = generator.permutation(200)
-    assert mean_over_documents(values[order], owner[order] * 2 + 1) == pytest.approx(found, rel=1e-12)
-
-
-def test_tokens_of_one_document_are_no_independent_samples() -> None:
-    values = np.repeat([0.0, 1.0], 500)
-    owner = np.repeat([0, 1], 500).astype(np.int32)
-    assert mean_over_documents(values, owner)[1] == pytest.approx(0.5)
-    assert mean_over_documents(values, np.arange(1000, dtype=np.int32))[1] < 0.02
-
-
-def test_one_document_has_no_standard_error() -> None:
-    assert mean_over_documents(np.array([1.0, 2.0]), np.array([4, 4], dtype=np.int32)) == (1.5, 0.0)
 
 
 def log_softmax(logits: Any) -> Any:

@@ -76,8 +76,7 @@ class SpeedMeter:
         return why if isinstance(why, str) else None
 
     def __call__(self, k: int) -> Speedups:
-        from nbl_export.verify.speed.pair import Pair, anew_or_why_not, measure_speed
-        from nbl_export.verify.speed.workloads import workload_ms
+        from nbl_export.verify.speed.pair import Pair, anew_or_why_not, measure_speed, workload_ms
 
         if k not in self.found:
             base, listener = self._ws.baseline, self._listener

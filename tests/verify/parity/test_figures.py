@@ -93,20 +93,6 @@ def test_what_fails_is_not_rounded_to_what_passes(field: str, value: float, said
     assert failure.startswith(said)
 
 
-def test_figures_without_a_gate_decide_nothing() -> None:
-    loose = dict.fromkeys(
-        ("mean_abs", "p99_abs", "max_rel", "mean_rel", "p99_rel", "kv_max_abs"), 1000000000.0
-    )
-    assert Parity((9,), (replace(PERFECT, **loose),), GATES).failures() == []
-
-
-def test_parity_as_json_keeps_every_figure() -> None:
-    raw = to_json(Parity((9, 4), (PERFECT,), GATES))
-    assert raw["prompt_lengths"] == [9, 4]
-    assert raw["gates"]["max_abs_logit"] == 1e-3
-    assert raw["steps"][0]["min_cosine"] == 1 and len(raw["steps"][0]) == 16
-
-
 def parity_of(means: Sequence[float], limit: float = 1.5) -> Parity:
     steps = tuple(
         StepParity(1, 0, mean, *[0.0] * 4, 1, 0, 1, 0, step=n)  # type: ignore[arg-type]
@@ -172,9 +158,6 @@ def test_quantized_graphs_are_held_to_the_unmodified_one_alone(precision: str) -
     # What has no gate still has to be a number.
     nan = replace(worst, max_abs=NAN, min_cosine=NAN, max_kl=NAN, top1=NAN, kv_max_rel=NAN)
     assert len(Parity((9,), (nan,), gates).failures()) == 5
-
-
-# encoders ----------------------------------------------------------------------------------------
 
 
 def output(name: str = "last_hidden_state", width: int = 32, **changes: float) -> OutputParity:

@@ -1,28 +1,28 @@
-"""Speed: what is timed and how the figures are put together. No time is asserted."""
+"""Speed of two graphs, and milliseconds of workloads: what is timed and put together. No time is asserted."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from nbl_export.graph.cache import kv_bytes_per_token
 from nbl_export.graph.io import load_graph
 from nbl_export.records import from_json, to_json
 from nbl_export.runtime import session as sessions
-from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.runtime.session import session_bytes
+from nbl_export.settings.workload import Workload
 from nbl_export.verify.speed import candidates
-from nbl_export.verify.speed import race as race_module
-from nbl_export.verify.speed.candidates import OrtPrompt, timed_row
+from nbl_export.verify.speed import pair as module
+from nbl_export.verify.speed.candidates import Candidate
 from nbl_export.verify.speed.ceiling import graph_cost
-from nbl_export.verify.speed.pair import Pair, anew_or_why_not, measure_speed, phases_of
-from nbl_export.verify.speed.values import Speed
+from nbl_export.verify.speed.pair import Pair, anew_or_why_not, measure_speed, phases_of, workload_ms
+from nbl_export.verify.speed.race import Harness
+from nbl_export.verify.speed.values import Machine, Roofline, Speed
 
 
 def test_structure_of_a_measurement(pair: Pair) -> None:
@@ -63,75 +63,6 @@ def test_without_a_cache_there_is_no_decode(pair: Pair) -> None:
     assert phases_of(replace(cost, kv_bytes_per_token=0)) == ("prefill",)
 
 
-@pytest.mark.parametrize("context", [2, 8])
-def test_decode_reads_a_really_filled_cache(stories_out: Path, context: int) -> None:
-    decoder = OrtDecoder(stories_out / "model.onnx")
-    prompt = OrtPrompt(decoder, context, 4)
-    assert not prompt.past
-    prompt.prefill()
-    assert {name: tuple(value.shape()) for name, value in prompt.past.items()} == {
-        f"past_key_values.{n}.{s}": (1, 4, context, 8) for n in range(3) for s in ("key", "value")
-    }
-    assert {name: array.shape for name, array in prompt.step_inputs.items()} == {
-        "input_ids": (1, 1),
-        "attention_mask": (1, context + 1),
-        "position_ids": (1, 1),
-        "num_logits_to_keep": (),
-    }
-    assert prompt.step_inputs["position_ids"].tolist() == [[context]]
-    # The cache is the one that the timed prompt leaves behind.
-    ids = timed_row(context).astype(np.int64)[None]
-    positions = np.arange(context)[None]
-    expected = decoder(ids, np.ones_like(ids), positions, decoder.empty_past(1)).present
-    for n, pair in enumerate(expected):
-        for name, tensor in zip(("key", "value"), pair, strict=True):
-            found = prompt.past[f"past_key_values.{n}.{name}"].numpy()
-            np.testing.assert_allclose(found, tensor, rtol=0, atol=1e-6)
-            assert np.abs(found).min(axis=(1, 3)).max() > 0
-    assert prompt.memory_bytes() == 6 * 4 * context * 8 * 4
-    prompt.step()
-
-
-@pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Have rounds take so many seconds."""
-
-    def script(prefill: Callable[[Any], float], decode: Callable[[Any], float]) -> None:
-        monkeypatch.setattr(race_module, "prefill_seconds", lambda prompt: (prefill(prompt),))
-        monkeypatch.setattr(race_module, "decode_seconds", lambda prompt, _steps: (decode(prompt),))
-
-    return script
-
-
-def is_base(prompt: Any) -> bool:
-    """Of stories260K with two linear layers."""
-    return len(prompt.model.past_names) > 6
-
-
-def test_a_cell_by_hand(pair: Pair, scripted: Callable[..., None]) -> None:
-    seconds = iter([0.0, *(0.004, 0.006, 0.008) * 2])
-    scripted(lambda _: 1.0, lambda p: next(seconds) if is_base(p) else 0.002)
-    cell = measure_speed(pair, (16,), 6).cells[1]
-    base, linearized = cell.results
-    assert (base.timing.median_ms, base.timing.low_ms, base.timing.high_ms) == (6, 4.5, 7.5)
-    assert linearized.timing.median_ms == 2
-    # The ratios are 2, 3 and 4, each twice.
-    found = linearized.over_base
-    assert found and (found.low, found.value, found.high) == pytest.approx((2.25, 3, 3.75))
-    assert (found.least, found.most) == pytest.approx((2, 4))
-    assert found.resolved and linearized.rounds == 6
-    assert base.linearized_over == found and base.over_base is None
-
-
-def test_rounds_are_added_where_nothing_can_be_said(pair: Pair, scripted: Callable[..., None]) -> None:
-    calls = iter(range(100))
-    # Base and linearized in turn: as fast as each other, now the one and now the other a little faster.
-    scripted(lambda _: (1.0, 1.1, 1.1, 1.0)[next(calls) % 4], lambda p: 1.0 + is_base(p) * 0.5)
-    (_, prefill, a), (_, decode, b) = measure_speed(pair, (8,), 3).speedups()
-    assert (prefill.rounds, a.resolved) == (9, False)
-    assert (decode.rounds, b.resolved, b.value) == (6, True, 1.5)
-
-
 @pytest.mark.parametrize(("times", "how"), [(2.3, False), (1.5, True), (0.5, "skipped")])
 def test_sessions_are_both_there_or_take_turns_or_are_not_made(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, times: float, how: bool | str
@@ -163,3 +94,69 @@ def test_in_turns_one_session_is_there_at_a_time(pair: Pair, monkeypatch: pytest
         ("decode", ["base", "linearized"]),
     ]
     assert all(r.cache_bytes > 0 for r in speed.cells[1].results)
+
+
+MACHINE = Machine("cpu", 1, roofline=Roofline("cpu", "float32", 1, 1e9, 1e9))
+
+
+class Told:
+    """Takes seconds that grow with the cell; it decodes only after a prefill."""
+
+    def __init__(self, times: float, context: int, batch: int) -> None:
+        self.seconds = {"prefill": times * context * batch, "decode": times * batch}
+        self.filled = False
+
+    def prefill(self) -> None:
+        self.filled = True
+
+    def rewind(self) -> None:
+        assert self.filled
+
+    def step(self) -> None:
+        assert self.filled
+
+    def memory_bytes(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def asked(told: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Sequence[tuple[int, int]]]]:
+    """Graphs by name that take as many times as long as their name says; what was raced of them."""
+    cells: list[tuple[str, Sequence[tuple[int, int]]]] = []
+    measure = Harness.measure
+
+    def measured(self: Harness, wanted: Sequence[tuple[int, int]], listener: Any = None) -> Any:
+        cells.append((self.phases[0], wanted))
+        return measure(self, wanted, listener)
+
+    def candidate(name: str, path: Path, base: str | None = None, **_: Any) -> Candidate:
+        return Candidate(name, lambda context, batch=1: Told(float(path.name), context, batch), base)
+
+    monkeypatch.setattr(Harness, "measure", measured)
+    monkeypatch.setattr(module, "graph_candidate", candidate)
+    monkeypatch.setattr(module, "cpu_machine", lambda: MACHINE)
+    return cells
+
+
+def test_milliseconds_by_hand(asked: list[Any]) -> None:
+    works = [Workload(prefill=10), Workload(prefill=20, decode=4, context=100, batch=2, weight=3)]
+    found = workload_ms(Path("2"), {"linear": Path("1")}, works)
+    # 10 tokens; three times two rows of 20, and of 4 tokens one by one.
+    each = 1e3 * (10 + 3 * (2 * 20 + 4 * 2))
+    assert found == {"base": pytest.approx(2 * each), "linear": pytest.approx(each)}
+    assert asked == [("prefill", [(1, 10), (2, 20)]), ("decode", [(2, 102)])]
+
+
+def test_a_decode_alone_needs_no_prefill_race(asked: list[Any]) -> None:
+    found = workload_ms(Path("2"), {"a": Path("1"), "b": Path("4")}, [Workload(decode=2, context=8)])
+    assert found == {"base": pytest.approx(4e3), "a": pytest.approx(2e3), "b": pytest.approx(8e3)}
+    assert [phase for phase, _ in asked] == ["decode"]
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_graphs_really_run(pair: Pair, monkeypatch: pytest.MonkeyPatch, anew: bool) -> None:
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    monkeypatch.setattr(module, "cpu_machine", lambda: MACHINE)
+    work = [Workload(prefill=16, decode=2, context=24, batch=2)]
+    found = workload_ms(pair.base, {"one": pair.linearized, "two": pair.base}, work, anew=anew)
+    assert list(found) == ["base", "one", "two"] and all(ms > 0 for ms in found.values())

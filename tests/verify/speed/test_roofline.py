@@ -53,19 +53,6 @@ def test_the_best_repetition_of_the_fastest_counts(
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_measured_in_pytorch_alone(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    """onnxruntime has no such product on a CPU, and its float32 is another rate."""
-    monkeypatch.setattr(module, "_ort_product", lambda: pytest.fail("in float32"))
-    seen: list[torch.dtype] = []
-    product = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append(a.dtype) or product(a, b, out=out))
-    found = measure_roofline(dtype=dtype)
-    assert seen == [getattr(torch, dtype)] * 7
-    assert (found.device, found.dtype) == ("cpu", dtype)
-
-
-@pytest.mark.usefixtures("small")
 def test_the_product_of_onnxruntime_is_really_computed() -> None:
     (found,) = module._ort_product()()  # type: ignore[misc]
     square = np.random.default_rng(0).random((8, 8), dtype=np.float32).astype(np.float64)
