@@ -31,8 +31,7 @@ from nbl_export.export.fused import check_sizes, unsupported_by_gqa
 from nbl_export.export.torch import check_traces, export_torch, trace
 from nbl_export.graph.summary import OnCopy
 from nbl_export.models.dummy_run import check_supported, dummy_run
-from nbl_export.models.encoder import Encoder
-from nbl_export.models.forward import run_uncached
+from nbl_export.models.forward import Encoder, run_uncached
 from nbl_export.models.layers import backbone, vocabulary
 from nbl_export.models.layers import positions as positions_of
 from nbl_export.models.lengths import BEYOND, REHEARSAL, Length, Room, crossed_by, crossing_prompts

@@ -28,8 +28,14 @@ from nbl_export.errors import InputError
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN, GraphStates, rows_of
 from nbl_export.models.caches import Entry, PastLayer, cache_layer, cache_with, entry_in, query_length
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.encoder import INPUT_ORDER, encoder_of, encoder_outputs
-from nbl_export.models.forward import CachedDecoder, Tokens, run_with_past
+from nbl_export.models.forward import (
+    INPUT_ORDER,
+    CachedDecoder,
+    Tokens,
+    encoder_of,
+    encoder_outputs,
+    run_with_past,
+)
 from nbl_export.models.layers import positions
 from nbl_export.models.libraries import accepted_arguments, accepts, cache_argument
 from nbl_export.models.tasks import Pooling, Task

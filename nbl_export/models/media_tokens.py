@@ -1,6 +1,6 @@
-"""Tokens that stand for the embeddings of images and sounds, so that rows with them are rows of tokens as any others.
+"""Put tokens in the places of the embeddings of images, so that rows with them are rows of tokens as any others.
 
-A language model is given an image or a sound as embeddings among those of its tokens. Each such embedding is a token
+A language model is given an image as embeddings among those of its tokens. Each such embedding is a token
 here, with a number from :data:`FIRST` on, which no vocabulary has: a row of a table beside the model's own. Within
 :func:`seeing` the model understands them. Whatever else it is given for them is derived of them, too: positions of
 several rows (M-RoPE), a mask by which the tokens of one image attend to each other in both directions, embeddings of
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.media_ids import FIRST, are_media
 from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, POSITIONS
-from nbl_export.errors import InputError
 from nbl_export.models.layers import backbone, has_per_layer
 from nbl_export.tensorfile import load_as, save_tensors
 
@@ -183,16 +182,4 @@ def save_media(path: Path, media: MediaTokens) -> None:
 
 def load_media(path: Path, remedy: str) -> MediaTokens:
     """Read what :func:`save_media` wrote; raises :class:`InputError` for anything else."""
-    media = load_as(MediaTokens, path, FORMAT, remedy)
-    floats = (media.features, media.later)
-    columns = (media.offsets, media.steps, media.block, media.stand_in)
-    if (
-        [array.ndim for array in (*floats, *columns)] != [2, 3, 2, 1, 1, 1]
-        or any(array.dtype != np.float32 or not np.isfinite(array).all() for array in floats)
-        or any(array.dtype != np.int32 for array in (*columns, media.both_ways))
-        or any(len(array) != len(media) for array in (media.later, *columns))
-        or media.later.shape[2] != media.features.shape[1]
-        or media.both_ways.shape != (1,)
-    ):
-        raise InputError(f"{path} is damaged (its arrays are not tokens of images or sounds): {remedy}.")
-    return media
+    return load_as(MediaTokens, path, FORMAT, remedy)

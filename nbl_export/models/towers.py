@@ -84,13 +84,23 @@ class Towers:
         The numbers of tokens go on from one text to the next. Raises :class:`InputError` if the processor or the model
         does not take them, or if the language model is given something that cannot be derived of its tokens.
         """
-        self._check_towers(images, where)
+        why = ""
+        if images and without_tower(self._model):
+            why = f"the tower of images of {self._name} is of timm, and is not there: {part('timm').pip}"
+        elif images and not hasattr(self._processor, "image_processor"):
+            why = (
+                f"{self._source} has no processor of images (preprocessor_config.json, processor_config.json): add the "
+                "one that the model was trained with"
+            )
+        if why:
+            raise InputError(f"{where}: {why}, or {_TEXT_INSTEAD}.")
+        options: dict[str, Any] = {"images": [list(images)]} if images else {}
         try:
             with quiet():
-                inputs = self._processed(text, images)
+                inputs = self._processor(
+                    text=[text], return_tensors="pt", add_special_tokens=False, **options
+                )
                 given = self._handed_over(inputs)
-        except InputError:
-            raise
         except Exception as error:  # a processor's and a model's own code may raise anything
             raise InputError(
                 f"{where}: {self._name} does not take this text with its images "
@@ -103,25 +113,6 @@ class Towers:
                 f"{where}: the processor of {self._source} makes no tokens of its images: correct the processor."
             )
         return self._checked(ids, given, where)
-
-    def _check_towers(self, images: Sequence[Any], where: str) -> None:
-        if images and without_tower(self._model):
-            raise InputError(
-                f"{where}: the tower of images of {self._name} is of timm, and is not there: "
-                f"{part('timm').pip}, or {_TEXT_INSTEAD}."
-            )
-        if images and not hasattr(self._processor, "image_processor"):
-            raise InputError(
-                f"{where}: {self._source} has no processor of images (preprocessor_config.json, processor_config.json)"
-                f": add the one that the model was trained with, or {_TEXT_INSTEAD}."
-            )
-
-    def _processed(self, text: str, images: Sequence[Any]) -> Mapping[str, Any]:
-        given: dict[str, Any] = {"images": [list(images)]} if images else {}
-        found: Mapping[str, Any] = self._processor(
-            text=[text], return_tensors="pt", add_special_tokens=False, **given
-        )
-        return found
 
     def _handed_over(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         found: list[dict[str, Any]] = []
@@ -197,41 +188,37 @@ class Towers:
 
         Models look up these tokens themselves, the padding token, or the first one.
         """
-        rows = given.get(PER_LAYER)
+        rows, found = given.get(PER_LAYER), ids[there]
         if rows is None:
-            return ids[there]
+            return found
         body = language_model(self._model)
-        padding = getattr(body.config, "pad_token_id", None)
-        found = ids[there]
-        for instead in (padding, 0):
-            if instead is not None:
-                tried = torch.full_like(found, instead)
-                if torch.equal(body.get_per_layer_inputs(tried[None])[0], rows[0][there]):
-                    return tried
+        for instead in (getattr(body.config, "pad_token_id", None), 0):
+            tried = torch.full_like(found, instead or 0)
+            if torch.equal(body.get_per_layer_inputs(tried[None])[0], rows[0][there]):
+                return tried
         return found
 
     def _check_derived(
         self, media: MediaTokens, ids: torch.Tensor, given: dict[str, Any], where: str
     ) -> None:
-        wrong: list[str] = []
         embedded, positions = given["inputs_embeds"], given.get("position_ids")
-        body = language_model(self._model)
-        if not torch.equal(media.embeddings(ids, self._model), embedded):
-            wrong.append("other embeddings of the text")
-        beside = media.beside(ids, body)
-        wrong += [
-            f"{name} that are not those of its tokens"
-            for name in (PER_LAYER, PLACES)
-            if not _equal(beside.get(name), given.get(name))
-        ]
-        if positions is not None:
-            rows = positions if positions.ndim == 3 else positions[None]
-            expected = media.positions(ids)
-            if not torch.equal(rows[-expected.shape[0] :], expected):
-                wrong.append("positions that do not go on after an image")
+        beside = media.beside(ids, language_model(self._model))
+        rows, expected = (
+            (positions if positions is None or positions.ndim == 3 else positions[None]),
+            media.positions(ids),
+        )
         made = masks(media, ids, self._model.config.get_text_config(), embedded)
-        if not _as_derived(given.get("attention_mask"), made):
-            wrong.append("a mask of another kind")
+        derived = {
+            "other embeddings of the text": torch.equal(media.embeddings(ids, self._model), embedded),
+            **{
+                f"{name} that are not those of its tokens": _equal(beside.get(name), given.get(name))
+                for name in (PER_LAYER, PLACES)
+            },
+            "positions that do not go on after an image": rows is None
+            or torch.equal(rows[-expected.shape[0] :], expected),
+            "a mask of another kind": _as_derived(given.get("attention_mask"), made),
+        }
+        wrong = [what for what, same in derived.items() if not same]
         if wrong:
             raise InputError(
                 f"{where}: {self._name} hands its language model {wrong[0]}: calibration on its images is "
@@ -269,9 +256,7 @@ def _offsets(
 
 
 def _equal(made: torch.Tensor | None, found: torch.Tensor | None) -> bool:
-    if made is None or found is None:
-        return made is found
-    return torch.equal(made, found)
+    return made is found if made is None or found is None else torch.equal(made, found)
 
 
 def _allowed(mask: torch.Tensor) -> torch.Tensor:
@@ -337,8 +322,6 @@ def _load(source: ModelSource) -> Any:
             model, info = kind.from_pretrained(
                 path, output_loading_info=True, use_safetensors=True, dtype=torch.float32
             )
-        except InputError:
-            raise
         except Exception as error:
             raise InputError(
                 f"transformers cannot load the towers of {source.source} ({first_line(error)[:300]}): {_TEXT_INSTEAD}."

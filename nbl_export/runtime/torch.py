@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from nbl_export.models.caches import Entry
-    from nbl_export.models.encoder import Encoder
+    from nbl_export.models.forward import Encoder
 
 
 class TorchDecoder:

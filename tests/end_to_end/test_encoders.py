@@ -480,7 +480,7 @@ def test_an_encoder_that_cannot_be_traced_is_refused_before_its_moments(
     def fail(*_: Any) -> Any:
         raise RuntimeError("no rule for this\nand a long story")
 
-    monkeypatch.setattr("nbl_export.models.encoder.pool", fail)
+    monkeypatch.setattr("nbl_export.models.forward.pool", fail)
     assert pooling.pool is not fail
     with pytest.raises(
         InputError, match=r"BertModel cannot be traced .*\(no rule for this\): this architecture"

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from nbl_export.export.forms import encoder_form
 from nbl_export.export.torch import export_torch
-from nbl_export.models.encoder import SENTENCE
+from nbl_export.models.forward import SENTENCE
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import Pooling, task_named

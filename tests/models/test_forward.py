@@ -20,8 +20,7 @@ from nbl_export.models.caches import (
     limited_steps,
 )
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.encoder import SENTENCE, encoder_of
-from nbl_export.models.forward import run_uncached, run_with_past
+from nbl_export.models.forward import SENTENCE, encoder_of, run_uncached, run_with_past
 from nbl_export.models.libraries import accepted_arguments
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model

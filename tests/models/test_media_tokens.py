@@ -8,11 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from nbl_export.batch.media_ids import FIRST
-from nbl_export.errors import InputError
 from nbl_export.models.media_tokens import (
     MediaTokens,
     joined,
@@ -110,18 +108,7 @@ def test_tokens_of_several_documents_are_one_table() -> None:
     assert found.both_ways.tolist() == [1] and found.later.shape == (14, 0, 2)
 
 
-def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
+def test_tokens_are_read_as_they_were_written(tmp_path: Path) -> None:
     save_media(tmp_path / "x", tokens())
-    assert len(load_media(tmp_path / "x", "again")) == 7
-    for name, value in (
-        ("steps", np.zeros(6, np.int32)),
-        ("features", np.full((7, 2), np.nan, np.float32)),
-        ("block", np.zeros(7, np.int64)),
-        ("stand_in", np.zeros((7, 1), np.int32)),
-        ("later", np.zeros((7, 1, 3), np.float32)),
-        ("later", np.full((7, 1, 2), np.inf, np.float32)),
-        ("later", np.zeros((6, 1, 2), np.float32)),
-    ):
-        save_media(tmp_path / "x", MediaTokens(**{**vars(tokens()), name: value}))
-        with pytest.raises(InputError, match="are not tokens of images"):
-            load_media(tmp_path / "x", "again")
+    found = load_media(tmp_path / "x", "again")
+    assert all(np.array_equal(getattr(found, name), value) for name, value in vars(tokens()).items())

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from nbl_export.errors import InputError
-from nbl_export.models.encoder import last_token, pool
+from nbl_export.models.forward import last_token, pool
 from nbl_export.models.tasks import Pooling, find_pooling, is_causal, reads, task_named, task_of
 from tests.encoders import as_sentence_transformer
 

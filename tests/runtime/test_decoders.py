@@ -18,7 +18,7 @@ from nbl_export.export.forms import encoder_form
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.cache import KV_LAYERS_KEY
 from nbl_export.linearize.swap import linearized
-from nbl_export.models.encoder import encoder_of
+from nbl_export.models.forward import encoder_of
 from nbl_export.models.load import in_precision, load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named

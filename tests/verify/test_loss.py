@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoMode
 
 from nbl_export.calibrate.text import load_text
 from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.models.encoder import encoder_of
+from nbl_export.models.forward import encoder_of
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import find_pooling, task_named
