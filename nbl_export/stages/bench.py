@@ -28,22 +28,11 @@ from nbl_export.stages.build import current_engines, model_positions, passed_ove
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.stages.run import Run, opened
 from nbl_export.stages.verify import finish_drawing, redrawn
-from nbl_export.verify.speed.values import CellResult, Machine, Speed
+from nbl_export.verify.speed.values import CellResult, Machine
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.report.schema import BenchReport
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """A bench to make: of which rewrite, against which graphs, and the ``key`` that says it is the same bench."""
-
-    run: Run
-    settings: BenchSettings
-    rewrite: str
-    against: tuple[Against, ...]
-    key: str
 
 
 def bench(
@@ -78,8 +67,12 @@ def _bench(run: Run, settings: BenchSettings) -> BenchReport:
     for peer in PEER_FORMS:
         if peer in settings.peers:
             made_of[peer] = sha256_of_json([record.result for record in peer_records(ws, peer).values()])
-    asked = _Bench(run, settings, rewritten.result, against, key_of("bench", asdict(settings), made_of))
-    run.stage("bench", asdict(settings), made_of, lambda listener: _measured(asked, listener))
+    key = key_of("bench", asdict(settings), made_of)
+
+    def work(listener: Listener) -> list[Path]:
+        return _measured(run, settings, rewritten.result, against, key, listener)
+
+    run.stage("bench", asdict(settings), made_of, work)
     value = load_bench(ws.report / "bench.json")
     _add_to_report(ws, rewritten, value)
     return value
@@ -95,29 +88,63 @@ def _add_to_report(ws: Workspace, rewritten: StageRecord, value: BenchReport) ->
         redrawn(ws, replace(report, bench=value))
 
 
-def _measured(asked: _Bench, listener: Listener) -> list[Path]:
+@dataclass(frozen=True)
+class _Partial:
+    """The cells of a bench that are measured so far."""
+
+    key: str
+    cells: tuple[CellResult, ...] = ()
+
+
+def _measured(
+    run: Run, settings: BenchSettings, rewrite: str, against: Sequence[Against], key: str, listener: Listener
+) -> list[Path]:
+    """Race in every cell, of which each is on disk when it is done: an interrupted bench of this ``key`` goes on."""
     from nbl_export.report.assemble import created
     from nbl_export.report.render import write_bench
     from nbl_export.report.schema import BenchReport, environment
     from nbl_export.verify.speed.checks import bench_checks
+    from nbl_export.verify.speed.memory import Memory, measure_memory
+    from nbl_export.verify.speed.pair import phases_of
+    from nbl_export.verify.speed.race import Harness, Rounds
 
-    run, settings, ws = asked.run, asked.settings, asked.run.workspace
-    contexts, notes = _contexts(settings, model_positions(ws))
-    kept = _Kept(ws.bench_cells, asked.key)
-    cells = [(b, c) for b in settings.batches for c in contexts if (b, c) not in kept.done]
-    if kept.cells:
-        notes.append(f"{len(kept.cells)} cells are those of a run that was interrupted, on its own roofline.")
-        listener.note(f"bench: {len(kept.cells)} cells kept from before.")
+    ws = run.workspace
+    positions = model_positions(ws)
+    contexts, notes = _contexts(settings, positions)
+    kept = _Partial(key)
+    # There may be none, or it is damaged: then it is measured anew.
+    with suppress(InputError):
+        raw = read_sealed(ws.bench_cells, "The bench so far", "it is begun anew")
+        kept = from_json(_Partial, raw, str(ws.bench_cells), "it is begun anew")
+    found = list(kept.cells) if kept.key == key else []
+    done = {(cell.batch, cell.context) for cell in found}
+    cells = [(b, c) for b in settings.batches for c in contexts if (b, c) not in done]
+    if found:
+        notes.append(f"{len(found)} cells are those of a run that was interrupted, on its own roofline.")
+        listener.note(f"bench: {len(found)} cells kept from before.")
     with ExitStack() as stack:
-        speed = _raced(asked, cells, kept, stack, listener)
-    speed = replace(speed, cells=tuple(kept.cells))
+        candidates = bench_candidates(run, against, settings, stack)
+        measures = cells and settings.memory and settings.device == "cpu"
+        harness = Harness(
+            candidates,
+            _machine(settings, ws),
+            Rounds(settings.rounds, settings.most * settings.rounds, settings.seconds),
+            phases_of(candidates[0].cost),
+            memory=measure_memory(candidates, cells, positions, listener) if measures else Memory(),
+            positions=positions,
+            anew=settings.anew,
+        )
+        for both in harness.run(cells, listener):
+            found += both
+            write_sealed(ws.bench_cells, to_json(_Partial(key, tuple(found))))
+        speed = replace(harness.speed(()), cells=tuple(found))
     report = BenchReport(
         created=created(),
         tool_version=__version__,
         model=run.model.source.identity,
         environment=environment(),
         settings=asdict(settings),
-        hashes={"rewrite": asked.rewrite},
+        hashes={"rewrite": rewrite},
         speed=speed,
         checks=tuple(bench_checks(speed)),
         notes=tuple(notes),
@@ -139,32 +166,6 @@ def _contexts(settings: BenchSettings, most: int | None) -> tuple[list[int], lis
     return contexts, [f"{named} tokens are left out: the model has {most:,} positions."] if left else []
 
 
-def _raced(
-    asked: _Bench, cells: Sequence[tuple[int, int]], kept: _Kept, stack: ExitStack, listener: Listener
-) -> Speed:
-    """Race in ``cells``, which ``kept`` is given; the race without cells."""
-    from nbl_export.verify.speed.memory import Memory, measure_memory
-    from nbl_export.verify.speed.pair import phases_of
-    from nbl_export.verify.speed.race import Harness, Rounds
-
-    run, settings = asked.run, asked.settings
-    candidates = bench_candidates(run, asked.against, settings, stack)
-    positions = model_positions(run.workspace)
-    measured = cells and settings.memory and settings.device == "cpu"
-    harness = Harness(
-        candidates,
-        _machine(settings, run.workspace),
-        Rounds(settings.rounds, settings.most * settings.rounds, settings.seconds),
-        phases_of(candidates[0].cost),
-        memory=measure_memory(candidates, cells, positions, listener) if measured else Memory(),
-        positions=positions,
-        anew=settings.anew,
-    )
-    for both in harness.run(cells, listener):
-        kept.add(both)
-    return harness.speed(())
-
-
 def _machine(settings: BenchSettings, ws: Workspace) -> Machine:
     """What is timed on, and its roofline: half graphs run as they are on a GPU only."""
     from nbl_export.graph.io import load_graph
@@ -176,34 +177,3 @@ def _machine(settings: BenchSettings, ws: Workspace) -> Machine:
     gates = graph_precision(load_graph(ws.baseline)).gates
     roofline = measure_roofline(settings.device, gates if gates in ("float16", "bfloat16") else "float32")
     return Machine(roofline.device, roofline=roofline)
-
-
-class _Kept:
-    """The cells measured so far, on disk when each is done: an interrupted bench goes on from there."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self._path, self._key = path, key
-        found = _Partial(key)
-        # There may be none, or it is damaged: then it is measured anew.
-        with suppress(InputError):
-            raw = read_sealed(path, "The bench so far", "it is begun anew")
-            found = from_json(_Partial, raw, str(path), "it is begun anew")
-        same = found if found.key == key else _Partial(key)
-        self.cells = list(same.cells)
-
-    @property
-    def done(self) -> set[tuple[int, int]]:
-        return {(cell.batch, cell.context) for cell in self.cells}
-
-    def add(self, cells: Sequence[CellResult]) -> None:
-        self.cells += cells
-        self._save()
-
-    def _save(self) -> None:
-        write_sealed(self._path, to_json(_Partial(self._key, tuple(self.cells))))
-
-
-@dataclass(frozen=True)
-class _Partial:
-    key: str
-    cells: tuple[CellResult, ...] = ()

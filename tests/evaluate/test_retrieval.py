@@ -104,12 +104,6 @@ def test_questions_depend_on_the_seed_alone(filler: Filler) -> None:
     assert ask(filler, encode, 700, 3, 0) == asked(0)[:3]
 
 
-def test_text_shorter_than_the_context_begins_again() -> None:
-    short = Filler(START, np.array(encode("Only this. "), dtype=np.int32))
-    (question,) = ask(short, encode, 800, 1, 0)
-    assert decode(question.prompt).count("Only this. ") > 20
-
-
 def test_a_context_too_short_is_refused(filler: Filler) -> None:
     with pytest.raises(
         InputError, match=r"--retrieval-contexts has 100 tokens; .* needs \d+ at least"

@@ -125,18 +125,6 @@ def test_inspect_shows_an_engine_by_either_file(built_out: Path, name: str) -> N
         assert "no: no NVIDIA GPU" in done.out
 
 
-def test_inspect_of_a_folder_lists_the_build(built_copy: Path) -> None:
-    def line() -> str:
-        done = nbl("inspect", built_copy)
-        assert done.code == 0
-        (found,) = [x for x in done.out.splitlines() if x.startswith("build")]
-        return found
-
-    assert " done " in line()
-    (built_copy / "engine" / "model.engine").write_bytes(b"cut")
-    assert "damaged" in line()
-
-
 @pytest.mark.parametrize(("length", "words"), [(2000, "truncated"), (None, "does not exist")])
 def test_inspect_of_half_an_engine_is_refused(built_copy: Path, length: int | None, words: str) -> None:
     path = built_copy / "engine" / "model.engine"
@@ -174,7 +162,7 @@ def test_no_room_for_an_engine(built_copy: Path) -> None:
     assert engines(built_copy) == before
 
 
-@pytest.mark.parametrize("delay", [0.1, 0.4])
+@pytest.mark.parametrize("delay", [0.4])
 def test_ctrl_c_while_the_library_works_leaves_what_there_was(built_copy: Path, delay: float) -> None:
     before = engines(built_copy)
     done = interrupted("Building base", "build", built_copy, *SMALL, delay=delay)

@@ -40,11 +40,3 @@ def test_an_engine_that_is_not_here(to: str, stories_out: Path, monkeypatch: pyt
     else:
         with pytest.raises(MissingDependencyError, match=f"{form.needing} needs {form.package}: pip install"):
             form.check_engine()
-
-
-def test_a_library_that_does_not_load_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> Any:
-        raise OSError("no such symbol")
-
-    monkeypatch.setattr(FORMS["gguf"], "require", staticmethod(broken))
-    assert not FORMS["gguf"].is_here()

@@ -99,11 +99,3 @@ def test_a_changed_file_is_not_excused(out: Path) -> None:
     ws.baseline.parent.mkdir()
     ws.baseline.write_bytes(b"another")
     assert ws.damaged_file(record) == "baseline/model.onnx"
-
-
-def test_somebody_elses_files_stay(stories_copy: Path) -> None:
-    from nbl_export.stages.rewrite import drop_baseline
-
-    (stories_copy / "baseline" / "notes.txt").write_text("mine")
-    drop_baseline(Workspace.open(stories_copy))
-    assert [p.name for p in (stories_copy / "baseline").iterdir()] == ["notes.txt"]
