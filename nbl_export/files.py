@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -28,6 +29,8 @@ from nbl_export.packages import check_system
 TEMPORARY = ".nbl.tmp"
 # Bytes. The largest JSON file that we read is a model's list of weights: a few MB for a thousand billion parameters.
 JSON_LIMIT = 1 << 26
+TomlError = tomllib.TOMLDecodeError
+_TOML_LIMIT = 1 << 20  # bytes of a file of settings
 _SEAL = "sha256"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -249,6 +252,34 @@ def _finite(number: str) -> float:
     if not math.isfinite(value):
         raise _NotFinite(f"the number {number[:20]}")
     return value
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; raises :data:`TomlError` for one that is not TOML.
+
+    That includes numbers of thousands of digits and texts nested too deep.
+    """
+    text = read_bytes(path, _TOML_LIMIT).decode("utf-8")
+    try:
+        return tomllib.loads(text)
+    except TomlError:
+        raise
+    except RecursionError:
+        raise TomlError("nested too deep") from None
+    except ValueError:  # Python says how to allow as many digits
+        raise TomlError("a number of too many digits") from None
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, with every character that a terminal obeys, or that is no character, as U+FFFD."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """``text`` with its lines, each as :func:`printable` has it; a tab is four spaces, other white space is one."""
+    return "".join(
+        "\n" if c == "\n" else "    " if c == "\t" else " " if c.isspace() else printable(c) for c in text
+    )
 
 
 def member(folder: Path, name: object, what: str) -> Path:

@@ -6,9 +6,9 @@ JSON has no NaN and no infinity: they are the strings ``"nan"``, ``"inf"`` and `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from nbl_export.blocks import Block
 from nbl_export.blocks import from_json as block_from_json
@@ -21,6 +21,22 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _SHOWN = 300  # characters of what is wrong
 _LARGEST = 1 << 63  # of an integer: an int64 holds less, and a float more
+
+Status = Literal["passed", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verdict: ``detail`` says what was measured, or why it was skipped.
+
+    ``seconds`` is how long that took, when it was measured; None where no clock ran, or where another check of the same
+    measurement has them.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    seconds: float | None = None
 
 
 def to_json(value: Any) -> dict[str, Any]:

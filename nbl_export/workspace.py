@@ -4,23 +4,23 @@ A stage is done when ``nbl/workspace.json`` has a record of it with the requeste
 unchanged, byte for byte. The key is a hash of all inputs of the stage (:mod:`nbl_export.stage_record`), so changing
 ``--k`` repeats selection and the stages after it, never calibration.
 
-The folder may come from somebody else: every name that a record gives passes :func:`nbl_export.files.member`, folders
-in it are no links, and nothing in it makes code run.
+It may come from somebody else: every name that a record gives passes :func:`nbl_export.files.member`, folders in it are
+no links, and nothing in it makes code run.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from os.path import samestat
 from pathlib import Path
 from typing import Any
 
 from nbl_export.digests import Digests
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.files import atomic_path, locked, member, read_json, sweep, write_json
-from nbl_export.places import Places
 from nbl_export.progress import Listener
 from nbl_export.records import T, from_json, part_from_json
 from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of, kind_of, stale
@@ -28,8 +28,69 @@ from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of
 STATE_VERSION = 1
 # The command that makes each stage, where it is not `nbl-export STAGE OUT`.
 _COMMANDS = {"calibrate": "nbl-export calibrate MODEL -o {}", "select": "nbl-export select {} --k K"}
-# Names of an output folder that somebody else's files may have too.
+# Names that somebody else's files may have, too.
 _OWN = ("model.onnx", "config.json", "tokenizer.json", "baseline", "engine", "report")
+
+
+ENGINE_SUFFIX = ".engine"
+# Forms of other engines, the first a file; the others are folders, one for each precision.
+FORMS = ("gguf", "mlx", "hf", "openvino", "decilm")
+FOLDER_PRECISIONS = ("fp32", "fp16", "bf16")
+PACKAGE = "package.json"
+
+
+class Places:
+    """Where the files of the output folder ``root`` are: no other module spells their names."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.nbl = nbl = root / "nbl"
+        self.state_path = nbl / "workspace.json"
+        self.digests_file = nbl / "digests.json"
+        self.text = nbl / "text.safetensors"
+        self.images = nbl / "images.safetensors"
+        self.moments = nbl / "moments"
+        self.partial_moments = nbl / "moments.partial"
+        self.repair_checkpoint = nbl / "repair.partial.safetensors"
+        self.probe = nbl / "probe.safetensors"
+        self.candidates = nbl / "candidates.json"
+        self.measured = nbl / "measured.json"
+        self.costs = nbl / "costs.json"
+        self.plan = nbl / "plan.json"
+        self.export_summary = nbl / "export.json"
+        self.rewrite_summary = nbl / "rewrite.json"
+        self.bench_cells = nbl / "bench.partial.json"  # of an interrupted bench
+        self.evaluations = nbl / "eval"  # the answers of each graph on each task, by key
+        self.baseline = root / "baseline" / "model.onnx"
+        self.embedding = root / "embedding.onnx"  # of decoders that read embeddings, of both graphs
+        self.model = root / "model.onnx"
+        self.engine = root / "engine" / f"model{ENGINE_SUFFIX}"
+        self.base_engine = root / "engine" / f"baseline{ENGINE_SUFFIX}"
+        self.report = root / "report"
+
+    def gguf(self, kind: str) -> Path:
+        return self.root / "gguf" / f"model-{kind}.gguf"
+
+    def converted(self, form: str, precision: str) -> Path:
+        return self.root / form / precision
+
+    def conversion(self, form: str, precision: str) -> Path:
+        return self.nbl / f"conversion.{form}.{precision}.json"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Every folder that is written to."""
+        return (
+            *(self.root, self.nbl, self.moments, self.partial_moments, self.evaluations),
+            *(self.baseline.parent, self.engine.parent, self.report, self.report / "plots"),
+            *(self.root / form for form in FORMS),
+            *(self.converted(form, precision) for form in FORMS[1:] for precision in FOLDER_PRECISIONS),
+        )
+
+
+def is_package(root: Path) -> bool:
+    """Whether ``root`` is a package: what a deployment needs of an output folder."""
+    return (root / PACKAGE).is_file()
 
 
 def kept_digests(root: Path, rehash: bool = False, listener: Listener | None = None) -> Digests:
@@ -80,7 +141,6 @@ class Workspace(Places):
                     "remove it or choose another --output."
                 )
 
-    # opening ---------------------------------------------------------------------------------
     @classmethod
     def create(cls, root: Path, digests: Digests | None = None) -> Workspace:
         """Open ``root``, creating it if needed; refuses a path that is not a folder or cannot be written."""
@@ -97,11 +157,6 @@ class Workspace(Places):
     @classmethod
     def open(cls, root: Path, digests: Digests | None = None) -> Workspace:
         """Open an existing output folder; anything else is an :class:`InputError`."""
-        if not root.is_dir():
-            raise InputError(
-                f"{root} is not a folder: name the output folder of an earlier nbl-export run, "
-                f"or start with `nbl-export calibrate MODEL -o {root}`."
-            )
         if not is_workspace(root):
             raise InputError(
                 f"{root} is not an output folder of nbl-export (no nbl/workspace.json): "
@@ -130,12 +185,9 @@ class Workspace(Places):
 
     def _is_still_there(self) -> bool:
         """Whether the folder of the held lock is the one of its name."""
-        try:
-            return self._lock is not None and os.path.samestat(
-                os.fstat(self._lock), (self.nbl / ".lock").lstat()
-            )
-        except OSError:
-            return False
+        with suppress(OSError):
+            return self._lock is not None and samestat(os.fstat(self._lock), (self.nbl / ".lock").lstat())
+        return False
 
     def _check_still_there(self) -> None:
         """Refuse to write into a folder that was moved or deleted meanwhile, or into another one of its name."""
@@ -145,17 +197,13 @@ class Workspace(Places):
                 "where it is now."
             )
 
-    # state -----------------------------------------------------------------------------------
     def _read_state(self) -> dict[str, Any]:
         remedy = f"delete {self.root} and start again"
         state = read_json(self.state_path, "The record of this output folder", remedy, finite=True)
-        if not isinstance(state, dict) or not isinstance(state.get("stages"), dict):
-            raise InputError(f"{self.state_path} is not a record of nbl-export: {remedy}.")
-        if state.get("version") != STATE_VERSION:
-            raise InputError(
-                f"{self.state_path} has version {state.get('version')!r}, this nbl-export reads "
-                f"{STATE_VERSION}: use another --output."
-            )
+        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+            raise InputError(f"{self.state_path} is not a record of this nbl-export: use another --output.")
+        if not isinstance(state.get("stages"), dict):
+            raise InputError(f"{self.state_path} is damaged: {remedy}.")
         return state
 
     def _write_state(self) -> None:
@@ -238,12 +286,9 @@ class Workspace(Places):
 
     def finished(self, stage: str) -> StageRecord:
         """The record of a stage that must have been done; raises :class:`InputError` with the command for it."""
-        record = self.record(stage)
-        if record is None:
-            raise InputError(
-                f"{self.root} has no finished `{stage}` yet: run `{self._command(stage)}` first."
-            )
-        return record
+        if record := self.record(stage):
+            return record
+        raise InputError(f"{self.root} has no finished `{stage}` yet: run `{self._command(stage)}` first.")
 
     def _command(self, stage: str) -> str:
         return _COMMANDS.get(stage, f"nbl-export {stage} {{}}").format(self.root)
@@ -266,9 +311,7 @@ class Workspace(Places):
     def current(self, stage: str) -> StageRecord | None:
         """The record of a stage that is done, of what there is now, and intact; None otherwise."""
         record = self.record(stage)
-        if record is None or self.stale(stage) or self.damaged_file(record):
-            return None
-        return record
+        return None if record is None or self.stale(stage) or self.damaged_file(record) else record
 
     def damaged_file(self, record: StageRecord) -> str | None:
         """The first file of a record that is missing or was changed, or None."""
@@ -282,17 +325,19 @@ class Workspace(Places):
     def is_done(self, stage: str, key: str) -> bool:
         """Whether ``stage`` was finished with this ``key`` and its files are intact."""
         record = self.record(stage)
-        if record is None or record.key != key or record.other_inputs(stage, record.settings, record.made_of):
-            return False
-        return self.damaged_file(record) is None
+        return bool(
+            record
+            and record.key == key
+            and not record.other_inputs(stage, record.settings, record.made_of)
+            and self.damaged_file(record) is None
+        )
 
     def why_again(self, stage: str, settings: Mapping[str, Any], made_of: Mapping[str, str]) -> str | None:
         """Why a stage that was finished once is not done with these inputs, in words; None if it never was."""
-        record = self.record(stage)
-        if record is None:
-            return None
-        why = record.other_inputs(stage, settings, made_of)
-        return why or f"{self.damaged_file(record)} is missing or was changed"
+        if record := self.record(stage):
+            why = record.other_inputs(stage, settings, made_of)
+            return why or f"{self.damaged_file(record)} is missing or was changed"
+        return None
 
     def redrew(self, stage: str, files: list[Path]) -> None:
         """Record that files of a finished stage were written anew, from what it had found."""
@@ -310,11 +355,11 @@ class Workspace(Places):
         device: str = "",
     ) -> None:
         """Record that ``stage`` is done; files that only an earlier run of it wrote are deleted."""
-        key = key_of(stage, settings, made_of)
-        written, asked, read = self._digests_of(files), dict(settings), dict(made_of)
-        took, said = round(seconds, 3), tuple(notes)
-        record = StageRecord(key, asked, written, took, said, read, STAGES[kind_of(stage)], device)
-        self._keep(stage, record)
+        key, written, read = key_of(stage, settings, made_of), self._digests_of(files), dict(made_of)
+        version, took = STAGES[kind_of(stage)], round(seconds, 3)
+        self._keep(
+            stage, StageRecord(key, dict(settings), written, took, tuple(notes), read, version, device)
+        )
 
     def drop(self, stage: str, files: Sequence[Path]) -> None:
         """Delete ``files`` of a finished stage, which nobody then misses: it stays done."""
@@ -349,8 +394,7 @@ class ReadOnly(Workspace):
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Nothing is written, so nobody is kept out."""
         yield
 
     def _write_state(self) -> None:
-        """Nothing is written."""
+        pass

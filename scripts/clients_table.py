@@ -18,7 +18,7 @@ from pathlib import Path
 
 from junitparser import JUnitXml, Skipped, TestCase
 
-from nbl_export.datafile import read_table
+from nbl_export.files import read_table
 
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "docs" / "clients.md"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 
 from nbl_export import api, digests
@@ -60,42 +56,6 @@ def test_every_verb_is_named_and_its_settings_too() -> None:
         assert hasattr(api, name), name
 
 
-def test_an_export_is_the_model_as_it_is(stories_out: Path, stories_copy: Path) -> None:
-    listener = Notes()
-    path = api.export(stories_copy, listener=listener)
-    assert listener.kept == ["export"] and path == stories_copy / "baseline" / "model.onnx"
-    assert api.rewrite(stories_copy, listener) == stories_copy / "model.onnx"
-    assert listener.kept == ["export", "rewrite"]
-    assert (
-        api.select(stories_copy, TWO, listener).chosen == load_plan(Workspace.open(stories_out).plan).chosen
-    )
-
-
-def test_a_plan_is_taken_to_a_graph_of_somebody_else(stories_out: Path, tmp_path: Path) -> None:
-    """The same plan by the same rewrite gives the same graph, wherever the baseline lies."""
-    theirs = Path(shutil.copytree(stories_out / "baseline", tmp_path / "theirs"))
-    plan = stories_out / "nbl" / "plan.json"
-    result = api.rewrite_onnx(str(theirs), str(plan), str(tmp_path / "out"))
-    assert (result.before.kv_pairs, result.after.kv_pairs) == (5, 3)
-    ours, found = (onnx.load(str(p / "model.onnx")) for p in (stories_out, tmp_path / "out"))
-    assert [i.name for i in found.graph.input] == [i.name for i in ours.graph.input]
-    maps = [
-        {t.name: onnx.numpy_helper.to_array(t) for t in g.graph.initializer if "nbl_linear" in t.name}
-        for g in (ours, found)
-    ]
-    assert maps[0].keys() == maps[1].keys() and len(maps[0]) == 4
-    assert all(np.array_equal(maps[0][name], maps[1][name]) for name in maps[0])
-
-
-def test_what_is_inspected_is_shown_as_tables(stories_out: Path) -> None:
-    (table, *_) = api.inspect(stories_out / "model.onnx")
-    shown = {row[0]: row[1] for row in table.rows}
-    nodes = onnx.load(str(stories_out / "model.onnx"), load_external_data=False).graph.node
-    assert shown["nodes"] == f"{len(nodes):,}"
-    with pytest.raises(InputError, match="does not exist"):
-        api.inspect(stories_out / "nowhere")
-
-
 def test_importing_it_loads_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "scipy", "matplotlib", "lm_eval")
     code = f"import sys; from nbl_export import api; print([m for m in {heavy} if m in sys.modules])"
@@ -116,21 +76,6 @@ def test_the_folder_of_another_model_is_refused(stories_copy: Path, tmp_path: Pa
     assert (times(stories_copy), state(stories_copy)) == before
 
 
-def test_a_model_that_changed_is_refused(stories_copy: Path, stories_folder: Path, tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(stories_folder, tmp_path / "moved"))
-    record = stories_copy / "nbl" / "workspace.json"
-    raw = json.loads(record.read_text())
-    raw["model"]["path"] = str(moved)
-    record.write_text(json.dumps(raw))
-    assert api.select(stories_copy, TWO).chosen
-    weights = moved / "model.safetensors"
-    raw_weights = bytearray(weights.read_bytes())
-    raw_weights[-1] ^= 1
-    weights.write_bytes(raw_weights)
-    with pytest.raises(InputError, match="has changed since"):
-        api.select(stories_copy, TWO)
-
-
 def test_a_repair_of_weights_that_an_int4_graph_does_not_hold_is_refused_first(
     stories_folder: Path, tmp_path: Path, calibration: Any
 ) -> None:
@@ -141,56 +86,6 @@ def test_a_repair_of_weights_that_an_int4_graph_does_not_hold_is_refused_first(
     assert not (tmp_path / "out").exists()
     replace(selection, repair_rank=0).check_precision("int4")
     selection.check_precision("fp16")
-
-
-def test_settings_are_refused_before_a_folder_is_made(
-    stories_folder: Path, tmp_path: Path, calibration: Any
-) -> None:
-    out = tmp_path / "out"
-    for selection in (
-        api.SelectSettings(),
-        api.SelectSettings(k=-1),
-        api.SelectSettings(k=1, ridge=1.0),
-        api.SelectSettings(k=1, criterion="luck"),
-        api.SelectSettings(k=1, fit_input="other"),  # type: ignore[arg-type]
-        api.SelectSettings(k=1, fit="other"),  # type: ignore[arg-type]
-        api.SelectSettings(k=1, repair=-1),
-        api.SelectSettings(k=1, repair=5, repair_rank=-1),
-        api.SelectSettings(k=1, fit="drop", repair=5),
-        api.SelectSettings(k=1, budget=api.Budget(min_speedup=1.1)),
-        api.SelectSettings(layers=(1,), budget=api.Budget(max_kl=0.1, min_speedup=1.1)),
-        api.SelectSettings(budget=api.Budget(max_kl=-0.1)),
-        api.SelectSettings(budget=api.Budget(max_perplexity_ratio=0.9)),
-        api.SelectSettings(budget=api.Budget(min_speedup=0.9)),
-        api.SelectSettings(budget=api.Budget(max_kl=float("nan"))),
-    ):
-        with pytest.raises(InputError):
-            api.run(stories_folder, out, selection, calibration)
-    for verification in (
-        api.VerifySettings(decode_steps=0),
-        api.VerifySettings(rounds=2),
-        api.VerifySettings(contexts=(1,)),
-        api.VerifySettings(contexts=()),
-    ):
-        with pytest.raises(InputError):
-            api.run(stories_folder, out, api.SelectSettings(k=1), calibration, verification)
-    for field in ("samples", "seq_len", "selection_samples", "heldout_samples"):
-        with pytest.raises(InputError, match="--" + field.replace("_", "-")):
-            api.run(
-                stories_folder,
-                out,
-                api.SelectSettings(k=1),
-                api.CalibrateSettings(**{**vars(calibration), field: 0}),
-            )
-    assert not out.exists()
-
-
-def test_two_processes_do_not_share_a_folder(stories_copy: Path) -> None:
-    with (
-        Workspace.open(stories_copy).lock(),
-        pytest.raises(InputError, match="Another nbl-export is running"),
-    ):
-        api.select(stories_copy, api.SelectSettings(k=1))
 
 
 @pytest.mark.parametrize(

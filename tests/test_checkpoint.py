@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nbl_export.checkpoint import Checkpoint, saving_to
-from nbl_export.errors import Interrupted
 from tests.interruptions import send
 
 
@@ -23,16 +20,6 @@ class Saved:
 
     def __call__(self, path: Path) -> None:
         self.paths.append(path)
-
-
-@pytest.fixture(autouse=True)
-def hung_up_as_usual() -> Iterator[None]:
-    """Under nohup, SIGHUP is ignored, and stays so."""
-    before = signal.getsignal(signal.SIGHUP)
-    if before is signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
@@ -68,25 +55,6 @@ def test_the_first_interrupt_waits_for_the_next_step_and_saves(
     assert steps == [0, 1] and saved.paths == [tmp_path / "c"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path, saved: Saved, signum: int) -> None:
-    before = signal.signal(signum, signal.SIG_IGN)
-    try:
-        with saving_to(Checkpoint(tmp_path / "c"), saved) as between:
-            send(signum)()
-            between()
-    finally:
-        signal.signal(signum, before)
-    assert saved.paths == []
-
-
-def test_an_interrupt_knows_its_signal(tmp_path: Path, saved: Saved) -> None:
-    with pytest.raises(Interrupted) as ended, saving_to(Checkpoint(tmp_path / "c"), saved) as between:
-        send(signal.SIGHUP)()
-        between()
-    assert ended.value.exit_code == 129
-
-
 def test_the_second_interrupt_stops_at_once(tmp_path: Path, saved: Saved) -> None:
     reached = False
     with pytest.raises(KeyboardInterrupt), saving_to(Checkpoint(tmp_path / "c"), saved):
@@ -94,14 +62,6 @@ def test_the_second_interrupt_stops_at_once(tmp_path: Path, saved: Saved) -> Non
         send(signal.SIGINT)()
         reached = True
     assert not reached and saved.paths == []
-
-
-def test_without_a_checkpoint_an_interrupt_stops_and_saves_nothing(saved: Saved) -> None:
-    with pytest.raises(KeyboardInterrupt), saving_to(None, saved) as between:
-        between()
-        send(signal.SIGINT)()
-        between()
-    assert saved.paths == []
 
 
 @pytest.mark.parametrize("ends", ["well", "badly"])
@@ -122,20 +82,3 @@ def test_handlers_are_as_before_when_it_is_over(tmp_path: Path, saved: Saved, en
         assert signal.getsignal(signal.SIGTERM) is mine and signal.getsignal(signal.SIGINT) is interrupt
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def test_another_thread_may_work_too(tmp_path: Path, saved: Saved) -> None:
-    """Only the main thread may handle signals; elsewhere the clock alone saves."""
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            with saving_to(Checkpoint(tmp_path / "c", every_seconds=-1), saved) as between:
-                between()
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert failures == [] and saved.paths == [tmp_path / "c"]

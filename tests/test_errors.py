@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 from pathlib import Path
 
@@ -42,22 +41,6 @@ def test_any_other_error_keeps_the_reason() -> None:
     assert str(os_error_in_words(OSError("it broke"), "while reading")) == "it broke while reading."
 
 
-def test_no_empty_brackets_without_a_file_name() -> None:
-    text = str(os_error_in_words(os_error(errno.ENOSPC, None), "while writing the graph"))
-    assert text.startswith("No room on the disk while writing the graph: ")
-
-
-def test_an_error_of_the_real_system_is_translated(tmp_path: Path) -> None:
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("needs /dev/full")
-    with pytest.raises(OSError) as caught, full.open("w") as file:
-        file.write("x")
-    assert str(os_error_in_words(caught.value, "while writing")).startswith(
-        "No room on the disk while writing"
-    )
-
-
 def test_a_short_write_of_numpy_is_a_full_disk() -> None:
     full = Path("/dev/full")
     if not full.exists():
@@ -67,11 +50,6 @@ def test_a_short_write_of_numpy_is_a_full_disk() -> None:
     assert str(os_error_in_words(caught.value, "while writing")).startswith(
         "No room on the disk while writing"
     )
-
-
-def test_a_file_that_is_not_open_for_writing_is_no_full_disk() -> None:
-    text = str(os_error_in_words(io.UnsupportedOperation("not writable"), "while writing"))
-    assert text == "not writable while writing."
 
 
 @pytest.mark.parametrize(
@@ -88,19 +66,6 @@ def test_exit_codes_are_those_of_the_design(error: type[errors.NblError], code: 
     assert error.exit_code == code
     assert error("x").exit_code == code
     assert issubclass(error, errors.NblError)
-
-
-def test_exit_codes_of_outcomes_that_are_no_error_class() -> None:
-    assert errors.GATE_FAILED == 1
-    assert errors.INTERRUPTED == 128 + 2  # a shell's number for SIGINT
-    codes = {0, 1, 2, 3, 4, errors.INTERRUPTED}
-    assert errors.INTERNAL not in codes
-
-
-def test_an_unusable_layer_is_bad_input_and_a_missing_package_is_not() -> None:
-    assert issubclass(errors.CalibrationError, errors.InputError)
-    assert not issubclass(errors.MissingDependencyError, errors.InputError)
-    assert not issubclass(errors.BuildError, errors.InputError)
 
 
 def test_the_first_line_of_what_a_library_says() -> None:
@@ -123,13 +88,3 @@ def test_an_interrupt_behind_the_error_of_a_library_is_found() -> None:
     assert errors.interrupt_behind(caught(interrupt, True)) is interrupt
     assert errors.interrupt_behind(caught(ValueError("no"), True)) is None
     assert errors.interrupt_behind(interrupt) is interrupt
-
-
-def test_one_that_is_only_in_the_context_counts_too() -> None:
-    try:
-        try:
-            raise KeyboardInterrupt
-        finally:
-            raise RuntimeError("while it was handled")
-    except RuntimeError as error:
-        assert isinstance(errors.interrupt_behind(error), KeyboardInterrupt)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from nbl_export.errors import InputError
 from nbl_export.files import (
     JSON_LIMIT,
-    TEMPORARY,
+    TomlError,
     atomic_path,
     json_text,
     jsonable,
@@ -21,11 +20,13 @@ from nbl_export.files import (
     open_data,
     overlap,
     parse_json,
+    printable,
+    printable_lines,
     read_bytes,
     read_json,
     read_sealed,
+    read_table,
     sha256_of_file,
-    sha256_of_json,
     stays_in,
     write_json,
     write_sealed,
@@ -90,26 +91,6 @@ def test_read_json_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> None:
             read_json(path, "The thing", "do that")
 
 
-def test_hashes(tmp_path: Path) -> None:
-    data = os.urandom(5 << 20)  # more than one block
-    (tmp_path / "x").write_bytes(data)
-    assert sha256_of_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
-    assert sha256_of_json({"b": [1, 2], "a": None}) == hashlib.sha256(b'{"a":null,"b":[1,2]}').hexdigest()
-
-
-def test_a_half_written_file_is_marked_as_ours(tmp_path: Path) -> None:
-    with atomic_path(tmp_path / "file.json") as temporary:
-        assert temporary.name.startswith(".file.json.") and temporary.name.endswith(TEMPORARY)
-
-
-def test_text_is_utf8_whatever_the_locale_says(tmp_path: Path) -> None:
-    path = tmp_path / "x.txt"
-    write_text(path, "é狐\n")
-    assert path.read_bytes() == b"\xc3\xa9\xe7\x8b\x90\n"
-    write_json(path, {"name": "é"})
-    assert path.read_bytes() == b'{\n  "name": "\xc3\xa9"\n}\n'
-
-
 def test_numbers_that_json_has_not_become_words_at_any_depth() -> None:
     value = {"a": [1.5, float("nan")], 3: ({"b": float("inf")}, -float("inf")), "c": None, "d": "nan", "e": 2}
     found = jsonable(value)
@@ -167,13 +148,6 @@ def test_a_file_above_its_limit_is_refused_without_being_read_whole(tmp_path: Pa
 def test_what_is_no_json_text_is_a_value_error(content: bytes | str) -> None:
     with pytest.raises(ValueError):
         parse_json(content)
-
-
-def test_json_as_models_have_it_is_read() -> None:
-    assert parse_json('{"limit": [0.0, Infinity], "name": "\\ud83d\\ude00"}') == {
-        "limit": [0.0, float("inf")],
-        "name": "😀",
-    }
 
 
 @pytest.mark.parametrize(
@@ -234,25 +208,6 @@ def test_a_lock_keeps_others_out_and_is_never_written_to(tmp_path: Path) -> None
             pass
 
 
-def test_a_lock_that_was_deleted_while_it_was_waited_for_is_taken_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import fcntl
-
-    lock, real = tmp_path / ".lock", fcntl.flock
-    calls = []
-
-    def flock(handle: int, how: int) -> None:
-        if not calls:
-            lock.unlink()
-        calls.append(how)
-        real(handle, how)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with locked(lock, "Busy: wait."):
-        assert lock.exists() and len(calls) == 2
-
-
 def test_a_lock_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "link").symlink_to("victim")
@@ -297,11 +252,16 @@ def test_how_two_folders_share_files(tmp_path: Path, one: str, other: str, how: 
     assert overlap(tmp_path / "link" / one, tmp_path / other) == how
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400"])
-def test_numbers_that_json_does_not_have(number: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(f'{{"a": [1, {number}]}}')
-    assert len(read_json(path, "It", "go")["a"]) == 2
-    with pytest.raises(InputError, match=rf"^It is damaged \({path}: the number {number}\): go\.$"):
-        read_json(path, "It", "go", finite=True)
-    assert parse_json("[1.5, -2e3, 7]", finite=True) == [1.5, -2000.0, 7]
+def test_foreign_text_is_shown_as_text_a_terminal_does_not_obey() -> None:
+    assert printable("a\x1b[2J\u202e\nb é模") == "a\ufffd[2J\ufffd\ufffdb é模"
+    assert printable_lines("a\x1b\tb\nc\u2003d") == "a\ufffd    b\nc d"
+
+
+@pytest.mark.parametrize("text", ["a = ", "a = [" * 2000, f"a = {'9' * 5000}"])
+def test_what_python_cannot_hold_is_no_toml(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("a = 1\n[b]\nc = 'ö'\n", encoding="utf-8")
+    assert read_table(path) == {"a": 1, "b": {"c": "ö"}}
+    path.write_text(text)
+    with pytest.raises(TomlError):
+        read_table(path)

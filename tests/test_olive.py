@@ -13,7 +13,6 @@ import onnx
 import pytest
 
 from nbl_export import api
-from nbl_export.errors import MissingDependencyError
 
 pytest.importorskip("olive", reason="needs olive-ai: pip install 'nbl-export[olive]'")
 QUICK = ["--samples", "24", "--heldout-samples", "4", "--criterion", "cca", "--no-speed"]
@@ -105,11 +104,3 @@ def test_the_passes_are_written_to_a_file(tmp_path: Path) -> None:
     assert len(passes) > 10
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("error: Say where to write")
-
-
-def test_without_olive_its_pip_line_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "olive"] + ["nbl_export.olive"]:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "olive", None)
-    with pytest.raises(MissingDependencyError, match=r"The pass of Olive needs olive-ai: pip install"):
-        import nbl_export.olive  # noqa: F401

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import distributed_c10d
 
 from nbl_export import api, ranks
 from nbl_export.errors import CalibrationError, InputError
@@ -54,11 +50,6 @@ def test_one_process_does_everything_itself() -> None:
     sums = torch.ones(2)
     ALONE.add_up([sums])
     assert sums.tolist() == [1, 1]
-
-
-def test_torch_is_not_imported_for_one_process() -> None:
-    code = "import sys; from nbl_export import ranks; ranks.begin(); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize(("rank", "count"), [("one", 2), (0, "two"), (2, 2), (-1, 2), (0, 0), ("", 2)])
@@ -134,15 +125,6 @@ def test_sums_on_a_device_that_is_not_connected_travel_by_the_cpu(
         return sums.tolist() if here.first else None
 
     assert forked(2, tmp_path, work) == [[3.0, 3.0], None]
-
-
-@pytest.mark.parametrize(
-    ("backends", "gpu"), [("cpu:gloo,cuda:nccl", True), ("cpu:gloo,cuda:gloo", False), ("cpu:gloo", False)]
-)
-def test_gpus_are_connected_by_nccl_alone(monkeypatch: pytest.MonkeyPatch, backends: str, gpu: bool) -> None:
-    monkeypatch.setattr(distributed_c10d, "get_backend_config", lambda: backends)
-    assert ranks._travels(torch.device("cuda:1")) == gpu
-    assert ranks._travels(torch.device("cpu"))
 
 
 def test_an_error_of_one_is_the_error_of_all(tmp_path: Path) -> None:
@@ -230,19 +212,6 @@ def test_who_loses_a_process_says_so_once(tmp_path: Path, victim: int) -> None:
     assert sorted(spoken for _, _, spoken in found) == [False, True]
 
 
-def test_who_hangs_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "TIMEOUT", timedelta(seconds=1))
-
-    def work(here: Ranks) -> Any:
-        here.each(lambda: None)
-        if here.first:
-            here.each(lambda: None)
-        time.sleep(2)
-
-    lost, _ = forked(2, tmp_path, work)
-    assert isinstance(lost, LostRankError)
-
-
 def test_processes_that_are_not_there_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "TIMEOUT", timedelta(seconds=1))
     of_torchrun(monkeypatch, 0, 2)
@@ -259,15 +228,6 @@ def test_a_group_of_the_calling_program_is_used_and_stays(tmp_path: Path) -> Non
         return same, torch.distributed.is_initialized(), here.each(lambda: here.rank)
 
     assert forked(2, tmp_path, work) == [(True, True, [0, 1])] * 2
-
-
-def test_a_group_that_is_begun_stays(tmp_path: Path) -> None:
-    def work(here: Ranks) -> Any:
-        with together() as inner:
-            same = inner is here
-        return same, here.each(lambda: here.rank)
-
-    assert forked(2, tmp_path, work) == [(True, [0, 1])] * 2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of, kind_of, stale
+from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of, stale
 
 
 def record(stage: str, settings: dict[str, int], made_of: dict[str, str], content: str = "x") -> StageRecord:
@@ -69,13 +69,3 @@ def test_a_record_that_names_a_stage_which_is_not_there() -> None:
 def test_a_stage_without_the_one_above_it_is_stale() -> None:
     below = record("select", {}, {"calibrate": "gone"})
     assert stale({"select": below}, "select", {}) == "`calibrate` was done again"
-
-
-def test_each_form_of_a_conversion_is_a_stage_of_its_own() -> None:
-    assert [kind_of(name) for name in ("convert gguf fp16", "convert", "verify")] == [
-        "convert",
-        "convert",
-        "verify",
-    ]
-    one, other = (key_of(f"convert {form} fp16", {}, {}) for form in ("gguf", "mlx"))
-    assert one != other != key_of("convert", {}, {})

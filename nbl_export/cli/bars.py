@@ -19,7 +19,7 @@ from rich.progress import Task as RichTask
 from rich.text import Text
 
 from nbl_export.cli import output, process
-from nbl_export.printable import printable
+from nbl_export.files import printable
 from nbl_export.progress import Task
 
 _TITLE = 23  # columns of a task's title

@@ -206,7 +206,7 @@ def verify(
 ) -> int:
     """Check parity, measure method loss and speed; exit 1 if a gate fails."""
     api, terminal = loaded(said, settings)
-    from nbl_export.places import is_package
+    from nbl_export.workspace import is_package
 
     listener = terminal.TerminalListener()
     if is_package(out):

@@ -22,8 +22,8 @@ from cyclopts.help import DefaultFormatter, HelpEntry
 from nbl_export import __version__, ranks
 from nbl_export.cli import commands, process
 from nbl_export.errors import INTERNAL, INTERRUPTED, NblError, os_error_in_words
+from nbl_export.files import printable
 from nbl_export.packages import import_in_words
-from nbl_export.printable import printable
 from nbl_export.settings.choices import LIBRARIES
 from nbl_export.settings.definition import FILE, MORE, UsageError
 from nbl_export.settings.file import NAME, TABLES, read_settings

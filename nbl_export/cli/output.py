@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nbl_export.errors import os_error_in_words
-from nbl_export.files import jsonable
-from nbl_export.printable import printable, printable_lines
+from nbl_export.files import jsonable, printable, printable_lines
 from nbl_export.records import to_json
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from nbl_export.checks import Check
 from nbl_export.cli.bars import TerminalListener
 from nbl_export.cli.output import (
     answer,
@@ -28,7 +27,7 @@ from nbl_export.cli.output import (
     say,
     set_up,
 )
-from nbl_export.records import to_json
+from nbl_export.records import Check, to_json
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
 from nbl_export.report.summary import loss_in_words, numbered, replaced, verdict_line

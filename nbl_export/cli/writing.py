@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.files import read_bytes
-from nbl_export.printable import printable_lines
+from nbl_export.files import printable_lines, read_bytes
 from nbl_export.settings.definition import UsageError
 from nbl_export.settings.measuring import BOTH
 

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.blocks import Block, Mlp, layer_of
-from nbl_export.checks import Check
 from nbl_export.convert.gguf_tokenizer import TokenizerFields
 from nbl_export.convert.llama import LAYERS, check_like_llama, numbers, rope_base, rope_factors
 from nbl_export.errors import InputError
 from nbl_export.files import atomic_path
 from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Listener, bytes_task
+from nbl_export.records import Check
 from nbl_export.settings.graphs import GGUF_TYPES
 
 ARCHITECTURE = "deci"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.datafile import read_table
 from nbl_export.errors import InputError
+from nbl_export.files import read_table
 
 _PREFIX = "tokenizer."
 # Types of tokens, as gguf.TokenType has them.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nbl_export.errors import InputError, first_line
-from nbl_export.printable import printable
+from nbl_export.files import printable
 
 Message = dict[str, str]
 

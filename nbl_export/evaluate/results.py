@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbl_export.batch.arrays import F64
-from nbl_export.checks import Check
 from nbl_export.evaluate.retrieval import HIDDEN, Answers, Question
+from nbl_export.records import Check
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.tasks import EvalTask, Outcome

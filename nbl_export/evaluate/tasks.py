@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.calibrate.documents import documents
-from nbl_export.datafile import read_table
 from nbl_export.errors import InputError, MissingDependencyError, NblError, first_line
-from nbl_export.files import jsonable, sha256_of_json, user_path
+from nbl_export.files import jsonable, read_table, sha256_of_json, user_path
 from nbl_export.models.libraries import quiet
 from nbl_export.packages import part
 from nbl_export.settings import EvalSettings

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from nbl_export.blocks import Block, Mlp, layer_of
-from nbl_export.datafile import read_table
 from nbl_export.errors import InputError
+from nbl_export.files import read_table
 
 if TYPE_CHECKING:
     import torch

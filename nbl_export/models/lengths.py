@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import PIXELS
-from nbl_export.datafile import read_table
+from nbl_export.files import read_table
 from nbl_export.models.layers import (
     block_stack,
     hidden_size,

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from nbl_export.datafile import read_table
 from nbl_export.errors import InputError, first_line
+from nbl_export.files import read_table
 from nbl_export.models.layers import block_stack, layer_count, text_config
 from nbl_export.models.lengths import Length
 from nbl_export.models.libraries import quiet

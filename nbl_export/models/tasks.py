@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.batch.names import PIXELS, TOKENS
-from nbl_export.datafile import read_table
 from nbl_export.errors import InputError
-from nbl_export.files import member, read_json
+from nbl_export.files import member, read_json, read_table
 from nbl_export.models.folder import AGAIN
 
 # A configuration with one of these keys is of a vision model.

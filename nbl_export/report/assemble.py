@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
 from nbl_export.blocks import counted
-from nbl_export.checks import Check
 from nbl_export.files import read_json
 from nbl_export.graph.summary import ExportSummary, RewriteSummary
 from nbl_export.linearize.selection import Scores
-from nbl_export.places import Places
-from nbl_export.records import from_json
+from nbl_export.records import Check, from_json
 from nbl_export.report.schema import (
     BenchReport,
     Conversion,
@@ -27,7 +25,7 @@ from nbl_export.report.schema import (
     load_bench,
 )
 from nbl_export.settings.graphs import PRECISIONS
-from nbl_export.workspace import Workspace
+from nbl_export.workspace import Places, Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.build import EngineFile

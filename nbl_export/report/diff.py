@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nbl_export.checks import Check
 from nbl_export.errors import InputError
 from nbl_export.files import open_data, write_text
+from nbl_export.records import Check
 from nbl_export.report.diff_facts import (
     BENCH,
     ENGINE_SPEED,

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nbl_export.checks import Check
 from nbl_export.errors import InputError
 from nbl_export.evaluate.results import Estimate
 from nbl_export.files import read_json, sha256_of_file
 from nbl_export.graph.summary import GraphFacts, GraphSummary
-from nbl_export.records import to_json
+from nbl_export.records import Check, to_json
 from nbl_export.report.drawing import listed
 from nbl_export.report.evaluation import NAMES, Evaluation, load_evaluation
 from nbl_export.report.schema import BenchReport, Header, Report, load_bench, load_report

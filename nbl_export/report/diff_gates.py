@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from nbl_export.checks import Check
+from nbl_export.records import Check
 from nbl_export.report.diff_facts import BENCH, ENGINE_SPEED, SPEED, Opened
 from nbl_export.report.drawing import mebibytes
 from nbl_export.report.schema import Environment, Report

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import LINEARIZED
 from nbl_export.blocks import Block, Mlp, Span, layer_of
+from nbl_export.files import printable
 from nbl_export.linearize.selection import Curve
-from nbl_export.printable import printable
 from nbl_export.report.drawing import finite, listed, number
 from nbl_export.report.schema import Report, Selection
 from nbl_export.report.selection import BUDGETS, scored_by, speedups_of

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbl_export.files import atomic_path, write_json, write_text
-from nbl_export.printable import printable
+from nbl_export.files import atomic_path, printable, write_json, write_text
 from nbl_export.report.drawing import Table, finite
 from nbl_export.report.plots import PLOTS, Plot, report_plots, speed_plot
 from nbl_export.report.schema import BenchReport, Header, Report

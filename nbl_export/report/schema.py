@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from nbl_export.blocks import Block
-from nbl_export.checks import Check
 from nbl_export.engine.manifest import Manifest
 from nbl_export.errors import InputError
 from nbl_export.files import read_json
 from nbl_export.graph.summary import Float32Node, OnCopy, RewriteSummary
 from nbl_export.linearize.selection import Scores
 from nbl_export.models.source import ModelIdentity
-from nbl_export.records import from_json, to_json
+from nbl_export.records import Check, from_json, to_json
 from nbl_export.verify.parity.figures import (
     DecoderParity,
     EncoderParity,

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nbl_export.checks import Check
 from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import GraphSummary
+from nbl_export.records import Check
 from nbl_export.report.drawing import Table, figure, mebibytes, number, percent
 from nbl_export.report.schema import Conversion, Graph, Report
 from nbl_export.report.selection import curve_table, layers_table, result_table

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nbl_export.datafile import TomlError, read_table
 from nbl_export.errors import InputError, os_error_in_words
+from nbl_export.files import TomlError, read_table
 from nbl_export.settings import graphs, making, measuring
 from nbl_export.settings.definition import Settings, settings_of
 

@@ -47,10 +47,10 @@ from nbl_export.models.lengths import crossed_by, crossing_prompts
 from nbl_export.models.libraries import accepts
 from nbl_export.models.source import ModelIdentity, ModelSource
 from nbl_export.models.tasks import task_named
-from nbl_export.places import Places
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 from nbl_export.settings.choices import SELF
+from nbl_export.workspace import Places
 
 if TYPE_CHECKING:
     import torch

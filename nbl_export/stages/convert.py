@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbl_export.checks import Check
 from nbl_export.files import TEMPORARY, write_json
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.packages import part
 from nbl_export.progress import Listener
-from nbl_export.records import to_json
+from nbl_export.records import Check, to_json
 from nbl_export.report.assemble import conversions_in, kept_conversion, stage_of
 from nbl_export.report.schema import Conversion, load_report
 from nbl_export.settings import VerifySettings

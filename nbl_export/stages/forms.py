@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbl_export.checks import Check
 from nbl_export.errors import MissingDependencyError
 from nbl_export.files import TEMPORARY, atomic_path
 from nbl_export.linearize.plan import Plan
 from nbl_export.packages import missing
 from nbl_export.progress import Listener
+from nbl_export.records import Check
 from nbl_export.settings.graphs import GGUF_TYPES
 from nbl_export.stages.run import Run
 

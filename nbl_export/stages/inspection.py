@@ -9,14 +9,13 @@ from nbl_export.blocks import Block
 from nbl_export.errors import InputError
 from nbl_export.files import read_json
 from nbl_export.graph.summary import ProofErrors
-from nbl_export.places import ENGINE_SUFFIX as ENGINE
-from nbl_export.places import is_package
 from nbl_export.report.assemble import conversions_in, rewrite_of, selection_of
 from nbl_export.report.drawing import Table, mebibytes
 from nbl_export.report.selection import layers_table
 from nbl_export.report.tables import engines_table, forms_table, graph_table
 from nbl_export.tensorfile import format_of
-from nbl_export.workspace import Workspace, is_workspace
+from nbl_export.workspace import ENGINE_SUFFIX as ENGINE
+from nbl_export.workspace import Workspace, is_package, is_workspace
 
 if TYPE_CHECKING:
     import onnx_ir as ir

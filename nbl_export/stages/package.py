@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 from nbl_export import __version__
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.blocks import Block
-from nbl_export.checks import Check
 from nbl_export.errors import InputError
 from nbl_export.files import (
     TEMPORARY,
@@ -43,9 +42,8 @@ from nbl_export.files import (
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelIdentity, expected, find_model
-from nbl_export.places import PACKAGE, Places, is_package
 from nbl_export.progress import Listener, Silent
-from nbl_export.records import from_json, part_from_json, to_json
+from nbl_export.records import Check, from_json, part_from_json, to_json
 from nbl_export.report.assemble import created
 from nbl_export.report.card import CARD, license_of, model_card, without_paths
 from nbl_export.report.render import write_report
@@ -55,7 +53,7 @@ from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import check_baseline
 from nbl_export.stages.run import check_machine, graphs_on
 from nbl_export.stages.verify import measured
-from nbl_export.workspace import Workspace, kept_digests
+from nbl_export.workspace import PACKAGE, Places, Workspace, is_package, kept_digests
 
 if TYPE_CHECKING:
     import onnx_ir as ir

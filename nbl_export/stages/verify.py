@@ -11,7 +11,6 @@ from nbl_export.batch.names import TOKENS
 from nbl_export.errors import InputError
 from nbl_export.files import sha256_of_file, write_json
 from nbl_export.linearize.plan import Plan, load_plan
-from nbl_export.places import Places
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
@@ -19,7 +18,7 @@ from nbl_export.stage_record import STAGES, StageRecord
 from nbl_export.stages.build import current_engines, model_positions, passed_over
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
-from nbl_export.workspace import Workspace
+from nbl_export.workspace import Places, Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.build import EngineFile

@@ -22,7 +22,6 @@ from nbl_export.batch.media_ids import words
 from nbl_export.batch.names import BASE, LINEARIZED, PIXELS, TOKENS
 from nbl_export.batch.rows import Inputs, batch_of_rows
 from nbl_export.calibrate.text import CalibrationText
-from nbl_export.checks import Check, Status
 from nbl_export.engine.build import EngineFile
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
@@ -34,6 +33,7 @@ from nbl_export.models.layers import positions
 from nbl_export.models.lengths import Crossed, crossed_by, crossing_prompts
 from nbl_export.models.tasks import Pooling, Task
 from nbl_export.progress import Listener
+from nbl_export.records import Check, Status
 from nbl_export.settings import VerifySettings
 from nbl_export.verify.parity.figures import Crossing
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.batch.media_ids import words
-from nbl_export.checks import Check
 from nbl_export.graph.precision import precision_of
+from nbl_export.records import Check
 from nbl_export.runtime.stream import Stream
 from nbl_export.verify.case import DecoderCase, parity_text
 from nbl_export.verify.parity.decoder import Recorded, compare, record

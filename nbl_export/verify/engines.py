@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nbl_export.batch.names import BASE, LINEARIZED
-from nbl_export.checks import Check, Status
 from nbl_export.engine.build import EngineFile
 from nbl_export.engine.library import Gpu, find_gpu
 from nbl_export.engine.network import Limits
@@ -23,6 +22,7 @@ from nbl_export.linearize.swap import linearized
 from nbl_export.models.lengths import crossed_by, crossing_prompts
 from nbl_export.models.load import in_precision
 from nbl_export.progress import Listener
+from nbl_export.records import Check, Status
 from nbl_export.runtime.session import CUDA
 from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.runtime.torch import torch_stream

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import F64
 from nbl_export.batch.rows import Inputs, batch_of_rows
 from nbl_export.blocks import layer_of
-from nbl_export.checks import Check
 from nbl_export.linearize.loss import compare, loss_over_documents, mean_over_documents, reference, row_logits
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.selection import exp
@@ -27,6 +26,7 @@ from nbl_export.models.media_tokens import written
 from nbl_export.models.walk import first_needed, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, streams
 from nbl_export.progress import Listener, Silent
+from nbl_export.records import Check
 from nbl_export.runtime.torch import TorchEncoder
 from nbl_export.settings import LossBound
 from nbl_export.verify.parity.figures import LOGITS, Likeness, Measure, MethodLoss

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from nbl_export.checks import Check, Status
+from nbl_export.records import Check, Status
 from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, EngineParity, Likeness, MethodLoss
 from nbl_export.verify.speed.values import Speed
 

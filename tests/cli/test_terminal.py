@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from nbl_export.checks import Check
 from nbl_export.cli import terminal
 from nbl_export.cli.terminal import TerminalListener, show_diagnosis, show_report, show_tables
 from nbl_export.evaluate.results import Means
 from nbl_export.models.source import ModelIdentity
+from nbl_export.records import Check
 from nbl_export.report.drawing import Table
 from nbl_export.report.evaluation import Evaluation
 from nbl_export.report.schema import BenchReport, Report, environment, load_report

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from nbl_export.datafile import read_table
 from nbl_export.errors import InputError
+from nbl_export.files import read_table
 from nbl_export.models import layers
 from nbl_export.models.dummy_run import check_supported
 from nbl_export.models.layers import Family as Row

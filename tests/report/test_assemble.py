@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from nbl_export import __version__
-from nbl_export.checks import Check
 from nbl_export.engine.build import EngineFile
 from nbl_export.errors import InputError
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.source import find_model
-from nbl_export.records import to_json
+from nbl_export.records import Check, to_json
 from nbl_export.report.assemble import (
     assemble,
     conversions_in,

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from nbl_export.checks import Check
 from nbl_export.errors import InputError
 from nbl_export.files import write_json
+from nbl_export.records import Check
 from nbl_export.report.diff import (
     Change,
     Diff,

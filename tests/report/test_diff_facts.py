@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from nbl_export.blocks import Mlp
-from nbl_export.checks import Check
 from nbl_export.errors import InputError
+from nbl_export.records import Check
 from nbl_export.report.diff_facts import (
     Opened,
     loss_facts,

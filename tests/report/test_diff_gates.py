@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.checks import Check, Status
+from nbl_export.records import Check, Status
 from nbl_export.report.diff_facts import SPEED, Opened, opened
 from nbl_export.report.diff_gates import Race, gates, races_of, same_text, slowdowns, unlike
 from nbl_export.report.schema import Kept

@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nbl_export.checks import Check
 from nbl_export.errors import InputError
 from nbl_export.evaluate.results import (
     Both,
@@ -22,6 +21,7 @@ from nbl_export.evaluate.results import (
     TaskResult,
 )
 from nbl_export.models.source import ModelIdentity
+from nbl_export.records import Check
 from nbl_export.report.evaluation import (
     NAMES,
     Evaluation,

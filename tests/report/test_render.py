@@ -14,9 +14,8 @@ from xml.etree import ElementTree
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
 
-from nbl_export.checks import Check
-from nbl_export.printable import printable
-from nbl_export.records import from_json
+from nbl_export.files import printable
+from nbl_export.records import Check, from_json
 from nbl_export.report.drawing import Table
 from nbl_export.report.plots import PLOTS, report_plots
 from nbl_export.report.render import markdown, numeric_columns, page, write_junit, write_report

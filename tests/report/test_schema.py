@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from nbl_export.checks import Check
 from nbl_export.errors import InputError
 from nbl_export.files import write_json
 from nbl_export.models.source import ModelIdentity
-from nbl_export.records import from_json, to_json
+from nbl_export.records import Check, from_json, to_json
 from nbl_export.report.render import write_bench
 from nbl_export.report.schema import BenchReport, Environment, Report, environment, load_bench, load_report
 from nbl_export.settings import BenchSettings

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from nbl_export.blocks import Block, Mlp, Span
-from nbl_export.checks import Check
+from nbl_export.records import Check
 from nbl_export.report.schema import Report
 from nbl_export.report.speed import ceiling_in_words
 from nbl_export.report.summary import (

@@ -6,9 +6,9 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
-from nbl_export.checks import Check
 from nbl_export.engine.network import NetworkFacts, NetworkTensor
 from nbl_export.graph.summary import Float32Node, GraphSummary
+from nbl_export.records import Check
 from nbl_export.report.card import without_paths
 from nbl_export.report.schema import Conversion, Report
 from nbl_export.report.selection import layers_table

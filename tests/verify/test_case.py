@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from nbl_export.calibrate.text import CalibrationText
-from nbl_export.checks import Check
 from nbl_export.graph.rounding import UNTIMED
 from nbl_export.progress import Silent
+from nbl_export.records import Check
 from nbl_export.settings import VerifySettings
 from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.measurement import Measurement

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nbl_export.datafile import read_table
+from nbl_export.files import read_table
 
 LOGITS = "logits"
 # The gates of a rewritten graph against the unmodified one with the linear layers put in, of any dtype.

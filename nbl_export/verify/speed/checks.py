@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite
 
-from nbl_export.checks import Check
+from nbl_export.records import Check
 from nbl_export.verify.speed.values import Speed
 
 # The base graph in a second session.

@@ -15,10 +15,10 @@ from junitparser import JUnitXml
 
 from nbl_export import api
 from nbl_export.calibrate.text import CalibrationText
-from nbl_export.checks import Check
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Silent
+from nbl_export.records import Check
 from nbl_export.rewrite.confirm import LinearPart, linear_part
 from nbl_export.rewrite.replace import ProvenGraph, proven_regions, rewrite_file
 from nbl_export.runtime.ort import ort_stream

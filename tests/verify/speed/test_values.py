@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from nbl_export.checks import Check
-from nbl_export.records import from_json, to_json
+from nbl_export.records import Check, from_json, to_json
 from nbl_export.verify.speed.candidates import Candidate
 from nbl_export.verify.speed.checks import CONTROL, bench_checks, speed_check
 from nbl_export.verify.speed.race import Rounds
