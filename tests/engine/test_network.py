@@ -22,7 +22,6 @@ from nbl_export.engine.network import (
     check_network,
     check_operators,
     check_precision,
-    let_attention_decompose,
     limits,
     parse_network,
     profiles,
@@ -100,23 +99,6 @@ def test_a_network_is_what_the_graph_is(
         check_network(facts, precision_of(precision), kept + 1, form == "static", stored["FLOAT"])
 
 
-def test_decomposition_is_allowed_for_attention_layers_only(
-    rtx: Library, graphs: Callable[[str, str], Graphs]
-) -> None:
-    parsed = parse_network(rtx, graphs("fp16", "concat").base)
-
-    def decomposable() -> list[bool]:
-        layers = [parsed.network.get_layer(i) for i in range(parsed.network.num_layers)]
-        found = [x for x in layers if x.type == rtx.module.LayerType.ATTENTION_OUTPUT]
-        for layer in found:
-            layer.__class__ = rtx.module.IAttentionOutputLayer
-        return [layer.attention.decomposable for layer in found]
-
-    assert decomposable() == [False] * 5
-    let_attention_decompose(rtx, parsed.network)
-    assert decomposable() == [True] * 5
-
-
 # operators ---------------------------------------------------------------------------------------
 
 
@@ -146,10 +128,6 @@ def test_operators_of_onnxruntime_are_named_with_the_way_around(tmp_path: Path) 
     assert "\n" not in message and message.endswith(".")
 
 
-def test_standard_operators_are_accepted_under_both_names(tmp_path: Path) -> None:
-    check_operators(foreign(tmp_path / "model.onnx", ("", "Relu"), ("ai.onnx", "Relu")), tmp_path)
-
-
 def with_attention(source: Path, target: Path, attribute: ir.Attr) -> Path:
     model = load_graph(source)
     for node in model.graph:
@@ -174,15 +152,6 @@ def test_what_the_parser_does_not_take_is_named(
         assert words in message, message
     assert "\n" not in message and message.endswith(".")
     assert {p.name for p in tmp_path.iterdir()} <= {"model.onnx", "model.onnx.data"}
-
-
-def test_a_cache_of_unknown_length_is_refused_by_its_operator(
-    rtx: Library, graphs: Callable[[str, str], Graphs]
-) -> None:
-    with pytest.raises(
-        BuildError, match=r"does not take the operator TensorScatter .*static sequence length"
-    ):
-        parse_network(rtx, graphs("fp16", "static").base)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

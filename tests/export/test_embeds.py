@@ -19,7 +19,6 @@ from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.embedding import NAME
 from nbl_export.models import forward
-from nbl_export.models.layers import position_rows
 from nbl_export.rewrite.replace import rewrite_file
 from tests.end_to_end.matrix import CHOSEN, parity
 from tests.families import LAYERS, WIDTH, Calibrated
@@ -102,16 +101,6 @@ def test_rows_of_positions_that_differ_are_the_models(
         other = positions.copy()
         other[row] += np.arange(12)
         assert np.abs(of_graph(other) - found).max() > 1e-3
-
-
-@pytest.mark.parametrize(("name", "rows"), [("llava", 1), ("qwen2-vl", 3), ("qwen3-vl", 3), ("glm4v", 3)])
-def test_rows_are_found_in_the_configuration(
-    name: str, rows: int, wrapper: Callable[[str], Calibrated]
-) -> None:
-    model = wrapper(name).model
-    assert position_rows(model) == rows
-    shape = reading_embeds(FORMS["concat"], model).inputs["position_ids"]
-    assert list(shape) == ([1, 2] if rows == 3 else [0, 1])
 
 
 def test_a_model_with_another_table_of_token_ids_is_refused(

@@ -68,13 +68,6 @@ def test_text_goes_in_by_three_names_and_comes_out_as_states_and_a_sentence(
     assert run_graph(path, one)["last_hidden_state"].shape == (1, 10, WIDTH)
 
 
-def test_an_input_that_the_batches_have_not_is_not_asked_for(bert: Path, tmp_path: Path) -> None:
-    inputs = {name: TEXT[name] for name in ("input_ids", "attention_mask")}
-    proto = exported(bert, tmp_path / "model.onnx", inputs, None)
-    assert [i.name for i in proto.graph.input] == ["input_ids", "attention_mask"]
-    assert SENTENCE not in {o.name for o in proto.graph.output}
-
-
 def test_images_are_of_one_size_and_of_any_number(tmp_path: Path) -> None:
     folder, path = vision_encoder(tmp_path / "vit"), tmp_path / "model.onnx"
     proto = exported(folder, path, PIXELS, None)

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.opt import modeling_opt
 
 from nbl_export.errors import InputError
-from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC
+from nbl_export.export.forms import STATIC
 from nbl_export.export.torch import export_torch
 from nbl_export.models.dummy_run import check_supported
 from tests.fixtures_graph import original_logits, ragged_rows
@@ -108,19 +108,6 @@ def test_each_layer_writes_two_buffers_and_attends_once_in_groups(proto: onnx.Mo
             assert (node.input[0], node.input[2]) == (f"past_key_values.{layer}.{side}", "write_indices")
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             assert attributes["axis"] == -2 and attributes.get("mode", b"linear") == b"linear"
-
-
-def test_weights_are_those_of_the_other_form(proto: onnx.ModelProto, tiny_graph: Path) -> None:
-    def weights(model: onnx.ModelProto) -> Counter[tuple[str, tuple[int, ...]]]:
-        floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
-        return Counter((t.name, tuple(t.dims)) for t in floats)
-
-    assert weights(proto) == weights(onnx.load(str(tiny_graph), load_external_data=False))
-
-
-def test_forms_by_name() -> None:
-    assert FORMS == {"concat": CONCAT, "shared": SHARED, "static": STATIC, "none": NONE}
-    assert (CONCAT.opset, SHARED.opset, STATIC.opset, NONE.opset) == (23, 23, 24, 23)
 
 
 # Numbers -----------------------------------------------------------------------------------------
@@ -214,16 +201,6 @@ def test_what_lies_in_free_places_and_in_padding_is_not_seen(
     assert worst(static_graph, rows, chunks, tiny_model, garbage=garbage, pad=pad) < 2e-4
 
 
-def test_garbage_makes_no_bit_of_difference(static_graph: Path) -> None:
-    rows = ragged_rows((9, 4), VOCAB, seed=4)
-    runs = []
-    for garbage, pad in ((0.0, 0), (3e5, 77)):
-        buffers = Buffers(static_graph, 2, 12, garbage)
-        runs.append([buffers([r[:-2] for r in rows], (0, 0), pad), buffers([r[-2:-1] for r in rows], (7, 2))])
-    for clean, dirty in zip(*runs, strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(clean, dirty, strict=True))
-
-
 def test_the_cache_holds_transformers_keys_and_values(static_graph: Path, tiny_model: Any) -> None:
     rows = ragged_rows((9, 6), VOCAB, seed=5)
     buffers = Buffers(static_graph, 2, 14, garbage=5.0)
@@ -268,13 +245,6 @@ def test_window_in_some_layers_only(tmp_path: Path) -> None:
     assert worst(path, rows, [(7, 3), (2, 3), (1, 1), (1, 1)], model, garbage=10) < 2e-4
     masks = {n.input[3] for n in onnx.load(str(path)).graph.node if n.op_type == "Attention"}
     assert len(masks) == 2
-
-
-def test_learned_positions_go_by_position_and_not_by_place(tmp_path: Path) -> None:
-    model = randomized(OPTForCausalLM(OPTConfig(**SMALL_OPT)), 3)
-    path, _ = export_torch(model, tmp_path / "model.onnx", form=STATIC)
-    rows = ragged_rows((11, 6, 4), 50)
-    assert worst(path, rows, [(8, 3, 1), ONE, (2, 2, 2)], model) < 2e-4
 
 
 def test_a_model_that_makes_its_mask_itself_is_refused(

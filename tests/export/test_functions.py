@@ -1,4 +1,4 @@
-"""What a model is traced with computes what NumPy says in float64, and is gone when the block ends."""
+"""What is traced in the place of a model's own functions computes the same, as does the model after it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from nbl_export.export.ropes import both_ways
 from transformers.models.deberta_v2 import modeling_deberta_v2
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from nbl_export.batch.arrays import BOOL, F64
 from nbl_export.errors import InputError
 from nbl_export.export import functions
+from nbl_export.export.checks import check_form
+from nbl_export.export.forms import FORMS
 from nbl_export.export.functions import _inverse_erf, attention, exportable, is_replaced
+from nbl_export.export.torch import export_torch
+from tests.alone import furthest, graph_logits, own_logits, own_steps, rows_of
 from tests.tiny_types import tiny_model
 
 HEADS, KV_HEADS, NEW, TOTAL, SIZE = 4, 2, 3, 5, 8
@@ -98,16 +103,6 @@ def test_keys_that_an_index_has_chosen_are_not_taken_for_all(name: str) -> None:
     attention(torch.nn.Module(), q, q, q, None, **{name: None})
 
 
-def test_caps_and_sinks_are_seen_in_the_numbers_above() -> None:
-    """Otherwise the test before this one would say nothing of them."""
-    q, k, v = (drawn(1, HEADS, 1, SIZE, seed=i).double().numpy() for i in range(3))
-    mask = np.ones((1, 1, 1, 1), bool)
-    k2, v2 = np.concatenate([k, -k], 2), np.concatenate([v, 2 * v], 2)
-    plain = by_hand(q, k2, v2, mask.repeat(2, 3), 1.0, None, None)
-    assert np.abs(by_hand(q, k2, v2, mask.repeat(2, 3), 1.0, 0.5, None) - plain).max() > 0.1
-    assert np.abs(by_hand(q, k, v, mask, 1.0, None, np.ones(HEADS)) - v.transpose(0, 2, 1, 3)).max() > 0.1
-
-
 # experts -----------------------------------------------------------------------------------------
 
 
@@ -178,22 +173,6 @@ def test_a_model_computes_the_same_with_them_and_is_as_before_after_them(model_t
     assert all(a is b for a, b in zip(now, originals, strict=True))
 
 
-def test_attention_is_handed_the_mask_that_was_asked_for() -> None:
-    """A mask that sees its own token alone: every output is that token's value, whatever the text."""
-    model: Any = tiny_model("llama")
-
-    def alone(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.eye(4, dtype=torch.bool)[None, None]
-
-    ids = torch.tensor([[5, 9, 3, 44]])
-    with torch.inference_mode(), exportable(model, alone):
-        together = model(input_ids=ids).logits
-    with torch.inference_mode():
-        # Positions turn queries and keys, which do not matter where one key is seen.
-        each = [model(input_ids=ids[:, i : i + 1]).logits for i in range(4)]
-    torch.testing.assert_close(together, torch.cat(each, dim=1), rtol=0, atol=1e-4)
-
-
 def test_what_is_traced_instead_of_the_models_own_is_known() -> None:
     long = {
         "rope_type": "dynamic",
@@ -248,3 +227,62 @@ def test_logarithmic_buckets_are_those_of_pytorch_in_another_runtime(tmp_path: P
     expected = _Buckets(own)(distances).numpy()
     assert np.array_equal(session.run(None, {name: distances.numpy()})[0], expected)
     assert len(np.unique(expected)) > 20
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+# Each has a switch at 100 tokens.
+MODELS: dict[str, Any] = {
+    "phi3": lambda: tiny_model("phi3", num_hidden_layers=2, max_position_embeddings=512),
+    "phimoe": lambda: tiny_model("phimoe", num_hidden_layers=2, max_position_embeddings=512),
+    "dynamic": lambda: tiny_model(
+        "llama", num_hidden_layers=2, max_position_embeddings=100, rope_parameters=DYNAMIC
+    ),
+}
+# Up to its positions this family has frequencies of its own.
+HUNYUAN = {**DYNAMIC, "alpha": 1000.0}
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> Any:
+    return MODELS[request.param]()
+
+
+def test_the_switch_acts(model: Any) -> None:
+    # A token of a text of 99 has other logits where more follow it, which no attention could do.
+    row = rows_of(135)[0]
+    assert np.abs(own_logits(model, row)[:99] - own_logits(model, row[:99])).max() > 0.01
+    row = row[:99]
+    assert np.abs(own_logits(model, row)[:60] - own_logits(model, row[:60])).max() < 1e-4
+
+
+@pytest.mark.parametrize("form", ["concat", "static", "none"])
+def test_both_ways_are_in_the_graph(model: Any, form: str, tmp_path: Path) -> None:
+    check_form(model, FORMS[form])
+    rows = [rows_of(length) for length in (60, 100, 101, 135)]
+    expected = [own_logits(model, row) for (row,) in rows]
+    path = export_torch(model, tmp_path / "model.onnx", form=FORMS[form])[0]
+    for row, own in zip(rows, expected, strict=True):
+        assert np.abs(graph_logits(path, form, row, 0)[0] - own).max() < 1e-4
+
+
+@pytest.mark.parametrize("form", ["concat", "static"])
+def test_a_short_row_has_the_frequencies_of_the_longest(model: Any, form: str, tmp_path: Path) -> None:
+    rows = rows_of(120, 50)
+    # What transformers keeps of a longer text it forgets at a short one.
+    alone = [own_logits(model, row[:-3]) for row in rows]
+    off = [np.abs(t[:-3] - a).max() for t, a in zip(own_steps(model, rows, 3), alone, strict=True)]
+    assert off[0] < 1e-4 and off[1] > 0.01
+    own_logits(model, rows_of(20)[0])
+    assert furthest(model, tmp_path, form, rows, steps=3, together=True) < 1e-4
+
+
+def test_the_model_is_as_it_was(model: Any) -> None:
+    before = own_logits(model, rows_of(60)[0])
+    ids = torch.from_numpy(rows_of(135)[0])[None]
+    whole = own_logits(model, ids[0].numpy())
+    with both_ways(model), torch.inference_mode():
+        np.testing.assert_array_equal(model(input_ids=ids, use_cache=False).logits[0].numpy(), whole)
+        found = model(input_ids=torch.from_numpy(rows_of(60)[0])[None], use_cache=False).logits[0].numpy()
+        np.testing.assert_array_equal(found, before)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.max is not None and torch.max(torch.tensor([1, 3])) == 3

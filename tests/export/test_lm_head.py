@@ -12,16 +12,12 @@ import torch
 
 from nbl_export.batch.names import NUM_LOGITS_TO_KEEP
 from nbl_export.export.lm_head import add_num_logits_input, sliced_lm_head
-from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph
-from nbl_export.graph.precision import precision_of
-from nbl_export.rewrite.replace import rewrite_file
-from nbl_export.runtime.ort import OrtDecoder, ort_stream
+from nbl_export.runtime.ort import OrtDecoder
 from tests.families import unsaved
-from tests.fixtures_graph import pad_left, plan_by_hand, ragged_rows
+from tests.fixtures_graph import pad_left, ragged_rows
 from tests.sessions import cpu_session
-from tests.tiny_types import tiny_model
 
 ROWS = ragged_rows((9, 4, 7), 250)
 
@@ -51,16 +47,6 @@ def test_a_program_need_not_know_the_input(tiny_graph: Path) -> None:
     assert [i.name for i in session.get_overridable_initializers()] == [NUM_LOGITS_TO_KEEP]
 
 
-def test_another_default_is_what_such_a_program_gets(tiny_graph: Path, tmp_path: Path) -> None:
-    model = load_graph(tiny_graph)
-    for value in [v for v in model.graph.inputs if v.name == NUM_LOGITS_TO_KEEP]:
-        value.const_value = ir.tensor(np.array(1, dtype=np.int64), name=NUM_LOGITS_TO_KEEP)
-    save_graph(model, tmp_path / "model.onnx")
-    np.testing.assert_allclose(
-        logits(tmp_path / "model.onnx", None), logits(tiny_graph, 1), rtol=0, atol=1e-5
-    )
-
-
 # gemma2 caps its logits behind the product; gpt2 and bloom tie the head; a head may have a bias (phi).
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "gemma2", "phi", "qwen3"])
 def test_other_heads(name: str, tmp_path: Path) -> None:
@@ -73,21 +59,6 @@ def test_other_heads(name: str, tmp_path: Path) -> None:
         taken = {"position_ids": positions} if name not in ("bloom",) else {}
         wanted = model(input_ids=ids, attention_mask=mask, **taken).logits
     np.testing.assert_allclose(whole[:, -1], wanted[:, -1].numpy(), rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_graphs_too(precision: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    save_in_precision(trace(tiny_model("llama", num_hidden_layers=1)), path, precision_of(precision), ROWS)
-    whole = logits(path, None)
-    np.testing.assert_allclose(logits(path, 1), whole[:, -1:], rtol=0, atol=1e-2)
-
-
-def test_a_rewritten_graph_keeps_the_input(stories_out: Path, tmp_path: Path) -> None:
-    baseline = stories_out / "baseline" / "model.onnx"
-    rewrite_file(baseline, plan_by_hand(stories_out, (0, 2, 4)), tmp_path / "model.onnx")
-    path = tmp_path / "model.onnx"
-    np.testing.assert_allclose(logits(path, 1), logits(path, 0)[:, -1:], rtol=0, atol=1e-5)
 
 
 def test_the_product_is_found_again_and_nothing_is_added_twice(tiny_graph: Path) -> None:
@@ -135,9 +106,3 @@ def test_a_head_that_is_not_understood_is_left_alone(
     assert not add_num_logits_input(model)
     assert [node.op_type for node in model.graph] == nodes
     assert NUM_LOGITS_TO_KEEP not in {v.name for v in model.graph.inputs}
-
-
-def test_our_own_streams_get_all_logits(tiny_graph: Path) -> None:
-    stream = ort_stream(tiny_graph, 32)
-    assert stream.prefill(ROWS).shape == (9 + 4 + 7, 260)
-    assert stream.decode([1, 2, 3]).shape == (3, 260)

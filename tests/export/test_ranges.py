@@ -1,26 +1,27 @@
-"""The reach of a graph's tensors: PyTorch's activations and NumPy have the same largest magnitudes."""
+"""Ranges on real text, and a graph in the precision that they allow."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 
-from nbl_export.export import ranges as ranges_module
-from nbl_export.export.ranges import ranges_of
+from nbl_export.errors import BuildError
+from nbl_export.export import half as half_module
+from nbl_export.export.forms import FORMS
+from nbl_export.export.ranges import ranges_of, save_in_precision
+from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph
-from nbl_export.runtime import intermediates
-from nbl_export.runtime.intermediates import compute_tensors
-from tests.fixtures_graph import pad_left, ragged_rows
-from tests.graph.parsed import parsed
+from nbl_export.graph.precision import PRECISIONS
+from tests.fixtures_graph import load, pad_left, ragged_rows
+from tests.graph.parsed import casts, interface_types, parsed, weight_types
+from tests.listening import Notes
 
 VOCAB, BLOCKS = 260, 4
 
@@ -103,27 +104,6 @@ def test_every_float_tensor_is_measured_and_no_other(graph: Path) -> None:
     assert all(type(value) is float for value in found.values())
 
 
-def test_the_file_stays_and_nothing_is_left(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def state() -> dict[str, Any]:
-        return {
-            p.name: (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
-            for p in graph.parent.iterdir()
-        }
-
-    before = state()
-    assert set(before) == {"model.onnx", "model.onnx.data"}
-    ranges_of(load_graph(graph), ragged_rows((5,), VOCAB))
-    assert state() == before
-
-    def fail(*_args: Any, **_more: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ranges_module, "compute_tensors", fail)
-    with pytest.raises(KeyboardInterrupt):
-        ranges_of(load_graph(graph), ragged_rows((5,), VOCAB))
-    assert state() == before
-
-
 # By hand -----------------------------------------------------------------------------------------
 
 STEPS = """steps (int64[b,s] input_ids) => (float[b,s] logits) {
@@ -180,33 +160,169 @@ def test_what_is_no_number_is_infinite_wherever_it_stands(tmp_path: Path, place:
 # in parts ----------------------------------------------------------------------------------------
 
 
-def test_parts_give_the_ranges_of_the_whole(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part has few weights, which are in no file before; the ranges are those of one run of all."""
-    rows = ragged_rows((19, 11, 2), VOCAB, seed=3)
-    whole = ranges_of(load_graph(graph), rows)
-    sizes: list[int] = []
-    real = intermediates._session
+LAYERS, VOCAB = 4, 260
+FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+HALF = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 
-    def session(proto: onnx.ModelProto, folder: Path | None, *others: Any) -> Any:
-        sizes.append(sum(int(np.prod(t.dims)) for t in proto.graph.initializer))
-        assert folder is not None and len(list(folder.iterdir())) <= 1
-        return real(proto, folder, *others)
 
-    monkeypatch.setattr(intermediates, "_session", session)
-    monkeypatch.setattr(ranges_module, "compute_tensors", partial(compute_tensors, partition_bytes=20_000))
-    scratch = graph.parent / "scratch"
-    scratch.mkdir()
-    try:
-        model = load_graph(graph)
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            assert tensor is not None
-            value.const_value = ir.tensor(tensor.numpy().copy(), name=tensor.name)
-        parts = ranges_of(model, rows, scratch)
-        assert list(scratch.iterdir()) == []
-    finally:
-        scratch.rmdir()
-    assert len(sizes) > BLOCKS and sum(sizes) > 4 * max(sizes)
-    assert parts.keys() == whole.keys()
-    for name, value in whole.items():
-        np.testing.assert_allclose(parts[name], value, rtol=1e-5, err_msg=name)
+@pytest.fixture(scope="module", params=["concat", "static"])
+def full(request: pytest.FixtureRequest, tiny_graph: Path, static_graph: Path) -> Path:
+    """The tiny Llama in float32."""
+    return tiny_graph if request.param == "concat" else static_graph
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def exported(request: pytest.FixtureRequest, full: Path, tmp_path_factory: Any) -> Any:
+    """Precision, the nodes kept, and the tiny Llama in that precision, read with onnx."""
+    path = tmp_path_factory.mktemp("half") / "model.onnx"
+    rows = ragged_rows((40, 21), VOCAB) if request.param == "fp16" else []
+    notes = Notes()
+    files, kept = save_in_precision(load_graph(full), path, PRECISIONS[request.param], rows, listener=notes)
+    measured = ["Measuring ranges"] if request.param == "fp16" else []
+    assert [title for title, *_ in notes.tasks] == [*measured, "Writing the graph"]
+    assert sum(notes.advanced) == sum(total for _, total, *_ in notes.tasks)
+    assert files == [path, path.with_name("model.onnx.data")] == sorted(path.parent.iterdir())
+    onnx.checker.check_model(str(path), full_check=True)
+    return request.param, kept, onnx.load(str(path))
+
+
+def test_interface_is_half_but_for_logits(exported: Any, full: Path) -> None:
+    name, _, proto = exported
+    before = interface_types(onnx.load(str(full), load_external_data=False))
+    expected = {n: HALF[name] if n.startswith(("past", "present")) else t for n, t in before.items()}
+    assert list(interface_types(proto).items()) == list(expected.items())
+    assert list(expected.values()).count(HALF[name]) == 4 * LAYERS
+    assert (expected.pop("logits"), expected["input_ids"], expected["position_ids"]) == (FLOAT, INT64, INT64)
+    assert FLOAT not in expected.values()
+
+
+def test_weights_are_half_and_rounded_to_nearest(exported: Any, full: Path) -> None:
+    name, _, proto = exported
+    half = {t.name: t for t in proto.graph.initializer}
+    before = onnx.load(str(full))
+    assert set(half) == {t.name for t in before.graph.initializer}
+    floats = [t for t in before.graph.initializer if t.data_type == FLOAT]
+    stayed = [t.name for t in floats if half[t.name].data_type == FLOAT]
+    # The rotary frequencies, which only the angle reads.
+    assert len(stayed) == 1 and [n.op_type for n in proto.graph.node if stayed[0] in n.input] == ["Mul"]
+    for tensor in floats:
+        if tensor.name not in stayed:
+            assert half[tensor.name].data_type == HALF[name]
+            exact, found = (
+                torch.tensor(onnx.numpy_helper.to_array(t).astype(np.float32))
+                for t in (tensor, half[tensor.name])
+            )
+            rounded = exact.to(torch.float16 if name == "fp16" else torch.bfloat16).float()
+            assert torch.equal(found, rounded), tensor.name
+
+
+def test_only_the_angles_stay_float32(exported: Any, full: Path) -> None:
+    _, kept, proto = exported
+    assert sorted(k.op for k in kept) == ["Cast", "Cos", "Mul", "Sin"]
+    assert {k.node for k in kept} <= {n.name for n in proto.graph.node}
+    before = Counter(n.op_type for n in onnx.load(str(full), load_external_data=False).graph.node)
+    after = Counter(n.op_type for n in proto.graph.node)
+    # Cosines and sines down once for all layers, logits up.
+    assert after - before == {"Cast": 3} and before - after == {}
+    assert set(casts(proto).values()) == {1}
+    last = next(n for n in proto.graph.node if "logits" in n.output)
+    assert last.op_type == "Cast" and casts(proto)[last.input[0], FLOAT] == 1
+
+
+# float16 on rows ---------------------------------------------------------------------------------
+
+DECODER = """decoder (int64[b,s] input_ids) => (float[b,s,4] logits) {
+    e = Gather(table, input_ids)
+    h = MatMul(e, map)
+    r = Relu(h)
+    logits = MatMul(r, head)
+}"""
+
+
+def decoder() -> Any:
+    """Token 5's embedding is 200; its h is 8 · 200 · 20 = 32,000. Every other token's is a 200th of that."""
+    table = np.ones((10, 8), np.float32)
+    table[5] = 200
+    weights = {"table": table, "map": np.full((8, 4), 20), "head": np.eye(4) / 1000}
+    return parsed(DECODER, **{n: w.astype(np.float32) for n, w in weights.items()})
+
+
+@pytest.mark.parametrize(("token", "wide"), [(5, True), (4, False)])
+@pytest.mark.parametrize("where", [(0, 0), (1, 2)], ids=str)
+def test_the_rows_decide_what_stays_float32(
+    tmp_path: Path, token: int, wide: bool, where: tuple[int, int]
+) -> None:
+    rows = [np.array([1, 2, 3, 1], np.int32), np.array([7, 8, 9], np.int32)]
+    rows[where[0]][where[1]] = token
+    _, kept = save_in_precision(decoder(), tmp_path / "model.onnx", PRECISIONS["fp16"], rows)
+    assert [k.op for k in kept] == ["MatMul", "Relu", "MatMul"] * wide
+    assert [k.reason for k in kept][:2] == ["h reaches 3.2e+04 on real text"] * 2 * wide
+    types = weight_types(onnx.load(str(tmp_path / "model.onnx")))
+    other = FLOAT if wide else HALF["fp16"]
+    assert types == {"table": HALF["fp16"], "map": other, "head": other}
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_float32s_range_needs_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def fail(*_args: Any, **_more: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(half_module, "ranges_of", fail)
+    files, kept = save_in_precision(decoder(), tmp_path / "new" / "model.onnx", PRECISIONS[name], [])
+    assert kept == [] and files == [tmp_path / "new" / "model.onnx"]
+    expected = HALF["bf16"] if name == "bf16" else FLOAT
+    assert set(weight_types(onnx.load(str(files[0]))).values()) == {expected}
+
+
+# leftovers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no room"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("step", ["ranges_of", "to_precision", "save_graph"])
+def test_a_failure_leaves_the_folder_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
+) -> None:
+    old = {"model.onnx": b"the old graph", "model.onnx.data": b"the old data", "config.json": b"{}"}
+    for name, content in old.items():
+        (tmp_path / name).write_bytes(content)
+
+    def fail(*_args: Any, **_more: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(half_module, step, fail)
+    with pytest.raises(type(error)):
+        save_in_precision(decoder(), tmp_path / "model.onnx", PRECISIONS["fp16"], [np.array([1, 2])])
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
+
+
+# the KV cache ------------------------------------------------------------------------------------
+
+
+ROWS = ragged_rows((40, 21), VOCAB)
+
+
+@pytest.fixture(scope="module")
+def reaches(tiny_graph: Path) -> Mapping[str, float]:
+    return ranges_of(load_graph(tiny_graph), ROWS)
+
+
+def scaled(folder: Path, form: str, side: str, factor: float) -> Any:
+    """A float32 graph of the tiny Llama whose layer 1 has so much larger keys or values."""
+    model = load(folder)
+    projection = getattr(model.get_submodule("model.layers.1.self_attn"), f"{side[0]}_proj")
+    with torch.no_grad():
+        projection.weight.mul_(factor)
+    return trace(model, FORMS[form])
+
+
+@pytest.mark.parametrize(("form", "side"), [("concat", "key"), ("static", "value"), ("shared", "key")])
+def test_a_cache_beyond_float16_is_refused_by_its_layer(
+    tiny_folder: Path, reaches: Mapping[str, float], tmp_path: Path, form: str, side: str
+) -> None:
+    graph = scaled(tiny_folder, form, side, 70_000 / reaches[f"present.1.{side}"])
+    with pytest.raises(BuildError) as caught:
+        save_in_precision(graph, tmp_path / "model.onnx", PRECISIONS["fp16"], ROWS)
+    message = str(caught.value)
+    assert message.startswith(f"The {side}s of attention layer 1 (present.1.{side}) reach "), message
+    assert message.endswith("use --precision bf16.") and "65,504" in message and "\n" not in message
+    assert list(tmp_path.iterdir()) == []
