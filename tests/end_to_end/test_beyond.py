@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nbl_export import api
-from nbl_export.export import form_check, on_copy
+from nbl_export.export import checks
 from nbl_export.models.lengths import Room
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
@@ -33,8 +33,7 @@ def test_the_report_says_what_crossed_a_window(
     folder: Path, tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:
-        for module in (form_check, on_copy):
-            monkeypatch.setattr(module, "REHEARSAL", Room(0.0))
+        monkeypatch.setattr(checks, "REHEARSAL", Room(0.0))
         original = crossing.crossed_by
         monkeypatch.setattr(crossing, "crossed_by", lambda *a: original(*a, Room(0.0)))
     out = tmp_path / "out"

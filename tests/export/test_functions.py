@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from nbl_export.export.ropes import both_ways
 from transformers.models.deberta_v2 import modeling_deberta_v2
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -280,7 +280,8 @@ def test_the_model_is_as_it_was(model: Any) -> None:
     before = own_logits(model, rows_of(60)[0])
     ids = torch.from_numpy(rows_of(135)[0])[None]
     whole = own_logits(model, ids[0].numpy())
-    with both_ways(model), torch.inference_mode():
+    with ExitStack() as undo, torch.inference_mode():
+        functions._use_both_ways(model, undo)
         np.testing.assert_array_equal(model(input_ids=ids, use_cache=False).logits[0].numpy(), whole)
         found = model(input_ids=torch.from_numpy(rows_of(60)[0])[None], use_cache=False).logits[0].numpy()
         np.testing.assert_array_equal(found, before)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nbl_export.errors import BuildError
-from nbl_export.export import half as half_module
+from nbl_export.export import ranges as half_module
 from nbl_export.export.forms import FORMS
 from nbl_export.export.ranges import ranges_of, save_in_precision
 from nbl_export.export.torch import trace
@@ -113,10 +113,10 @@ STEPS = """steps (int64[b,s] input_ids) => (float[b,s] logits) {
     parity = Mod(input_ids, two)
     logits = Relu(y)
 }"""
-ROWS = [np.array([3, 8, 12], np.int32), np.array([5, 1], np.int32)]
+FEW = [np.array([3, 8, 12], np.int32), np.array([5, 1], np.int32)]
 
 
-def reach(tmp_path: Path, scale: Any, rows: Sequence[Any] = ROWS) -> dict[str, float]:
+def reach(tmp_path: Path, scale: Any, rows: Sequence[Any] = FEW) -> dict[str, float]:
     constants = {"ten": np.float32(10), "scale": np.asarray(scale, np.float32), "two": np.array(2)}
     save_graph(parsed(STEPS, **constants), tmp_path / "model.onnx")
     return dict(ranges_of(load_graph(tmp_path / "model.onnx"), rows))
@@ -125,7 +125,7 @@ def reach(tmp_path: Path, scale: Any, rows: Sequence[Any] = ROWS) -> dict[str, f
 def test_negative_numbers_and_padding_count(tmp_path: Path) -> None:
     # Padded with token 0: low is -7, -2, 2 and 0 - 10, -5, -9; whole numbers are nobody's matter.
     assert reach(tmp_path, 0.5) == {"x": 12.0, "low": 10.0, "y": 5.0, "logits": 1.0}
-    assert reach(tmp_path, 0.5, [ROWS[0]]) == {"x": 12.0, "low": 7.0, "y": 3.5, "logits": 1.0}
+    assert reach(tmp_path, 0.5, [FEW[0]]) == {"x": 12.0, "low": 7.0, "y": 3.5, "logits": 1.0}
 
 
 def test_a_large_number_among_many_rows_is_found(tmp_path: Path) -> None:

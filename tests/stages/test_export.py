@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nbl_export import api
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.export import form_check
+from nbl_export.export import checks
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.stages.export import check_model, export, not_given
@@ -117,13 +117,13 @@ def test_a_model_that_the_form_does_not_suit_is_refused_before_work(tmp_path: Pa
 
 def test_a_run_checks_a_form_once(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
-    plain = form_check.check_form
+    plain = checks.check_form
 
     def counted(model: Any, form: Any, listener: Any) -> Any:
         checked.append(form.name)
         return plain(model, form, listener)
 
-    monkeypatch.setattr(form_check, "check_form", counted)
+    monkeypatch.setattr(checks, "check_form", counted)
     notes = Notes()
     run = Run.start(find_model(str(tiny_folder)), tmp_path / "out", notes)
     check_model(run, CONCAT)
@@ -140,7 +140,7 @@ def test_a_run_checks_a_form_once(tiny_folder: Path, tmp_path: Path, monkeypatch
         check_model(run, replace(CONCAT, kv_cache=form))
     assert checked == ["concat", "none", "concat"]
     # What was refused is refused again.
-    monkeypatch.setattr(form_check, "_error", lambda *_: 1.0)
+    monkeypatch.setattr(checks, "_error", lambda *_: 1.0)
     for _ in range(2):
         with pytest.raises(InputError, match="computes other logits with --kv-cache static"):
             check_model(run, replace(CONCAT, kv_cache="static"))
