@@ -3,7 +3,7 @@
 Each layer has an attention, a matrix in its place, or nothing, and an MLP likewise. In mlx-lm biases are of all layers
 or of none: where one has a bias, the others get zeros. The inner width of its MLPs is a multiple of 256: a narrower one
 gets zeros, which change nothing. DeciLM has other names, and no biases anywhere: the plan's b must be in its W already
-(:mod:`nbl_export.linearize.no_bias`). Source: tensorrt_llm/_torch/models/modeling_nemotron_nas.py.
+(:mod:`nbl_export.linearize.fits`). Source: tensorrt_llm/_torch/models/modeling_nemotron_nas.py.
 """
 
 from __future__ import annotations

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.digests import Digests
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, sha256_of_json, user_path, write_json
 from nbl_export.models.source import ModelSource, check_apart
@@ -91,7 +89,10 @@ def _calibrate(run: Run, settings: CalibrateSettings) -> None:
 
     ws, source = run.workspace, run.model.source
     loader, ranks = loader_for(source), run.ranks
-    stamps = ranks.shared(lambda: sha256_of_json(_stamps(ws.digests, files_of(source, settings))))
+    stamps = ranks.shared(
+        # A changed text changes the key, a new modification time does not.
+        lambda: sha256_of_json([(str(f), ws.digests.of(f)) for f in files_of(source, settings)])
+    )
     made_of = {MODEL: source.model, loader.unit: stamps}
     device, asked = run.on(settings.device), settings.as_json()
     key = key_of("calibrate", asked, made_of)
@@ -120,7 +121,7 @@ def _calibrate(run: Run, settings: CalibrateSettings) -> None:
                 data = loader.read(run.model, settings, listener)
                 loader.save(loader.path(ws), data)
                 record = {"key": key, "sha256": sha256_of_file(loader.path(ws))}
-                write_json(_record(loader.path(ws)), record)
+                write_json(loader.path(ws).with_suffix(".json"), record)
             _check_enough(data.calibration, model, loader.unit)
             with listener.task("Recording the probe", 1, "probe") as task:
                 probes.append(loader.probe(run.model, data, settings.parts))
@@ -162,22 +163,13 @@ def _check_exports(run: Run, probe: Probe) -> None:
     crossed_on_copy(model.model, form, run.listener)
 
 
-def _record(path: Path) -> Path:
-    return path.with_suffix(".json")
-
-
 def _load_saved(path: Path, key: str, loader: CalibrationLoader) -> Any:
     """The data of an interrupted calibration with the same settings; None if there is none, or if it is damaged."""
     try:
-        record = read_json(_record(path), "The record of the calibration data", "")
+        record = read_json(path.with_suffix(".json"), "The record of the calibration data", "")
         return loader.load(path) if record == {"key": key, "sha256": sha256_of_file(path)} else None
     except (InputError, OSError):
         return None
-
-
-def _stamps(digests: Digests, files: Iterable[Path]) -> list[tuple[str, str]]:
-    """Name and content hash of the local files: a changed text changes the key, a new modification time does not."""
-    return [(str(f), digests.of(f)) for f in files]
 
 
 def _token_count(rows: Any, model: torch.nn.Module) -> int:
