@@ -57,7 +57,7 @@ BEYOND: dict[str, tuple[dict[str, Any], str, str]] = {
     "k of MLPs": ({"k": 5}, "mlp", "--k is 5; it must be between 0 and 4 (the model's MLPs)."),
     "k of both": ({"k": 9}, "both", "between 0 and 8 (the model's attention layers and MLPs)."),
     "k with spans": ({"k": 9}, "all", "between 0 and 8 (the model's attention layers and MLPs)."),
-    "a layer": ({"layers": (1, 99)}, "attention", "names layer 99; the model has layers 0 to 3."),
+    "a layer": ({"layers": (1, 99)}, "attention", "names layer 99; the layers that can be are 0, 1, 2, 3."),
     "an MLP": (
         {"layers": (Mlp(3),)},
         "attention",
@@ -269,7 +269,7 @@ def test_a_k_beyond_the_moments_is_refused_before_a_layer_is_scored(
     assert "--k is 99; it must be between 0 and 5" in refused(
         lambda: api.select(stories_copy, api.SelectSettings(k=99))
     )
-    assert "names layer 7; the model has layers 0 to 4." in refused(
+    assert "names layer 7; the layers that can be are 0, 1, 2, 3, 4." in refused(
         lambda: api.select(stories_copy, api.SelectSettings(layers=(7,)))
     )
 

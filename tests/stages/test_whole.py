@@ -239,7 +239,9 @@ def test_a_k_beyond_the_model_is_refused_before_calibration(
 ) -> None:
     with pytest.raises(InputError, match=r"--k is 6; it must be between 0 and 5"):
         api.run(stories_folder, tmp_path / "out", api.SelectSettings(k=6), calibration)
-    with pytest.raises(InputError, match=r"--layers names layer 5; the model has layers 0 to 4\."):
+    with pytest.raises(
+        InputError, match=r"--layers names layer 5; the layers that can be are 0, 1, 2, 3, 4\."
+    ):
         api.run(stories_folder, tmp_path / "out", api.SelectSettings(layers=(1, 5)), calibration)
     assert not (tmp_path / "out" / "nbl" / "moments").exists()
 
