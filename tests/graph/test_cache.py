@@ -1,4 +1,4 @@
-"""The KV cache of a graph: finding its pairs, and taking some away, run in ONNX Runtime."""
+"""KV caches: paired by name, removed and renumbered; states beside them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nbl_export.batch.names import past_name, present_name
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import kv_pairs
+from nbl_export.graph.cache import kv_pairs, state_pairs
 from nbl_export.rewrite.leave_out import remove_pairs
 from tests.sessions import cpu_session
 
@@ -181,3 +181,32 @@ def test_a_past_that_is_still_read_is_an_error_naming_the_reader() -> None:
     model.graph.outputs.append(next(v for n in model.graph for v in n.outputs if v.name == "kept"))
     with pytest.raises(BuildError, match=r"past_key_values\.1\.key cannot be removed: a Relu \(the_reader\)"):
         remove_pairs(model, (1,), kv_pairs(model))
+
+
+def value(name: str, *shape: int | str) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def graph(inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
+    return ir.Model(ir.Graph(inputs, outputs, nodes=[], opset_imports={"": 23}), ir_version=10)
+
+
+def test_a_state_is_an_input_and_an_output_of_one_name_of_which_the_batch_alone_is_open() -> None:
+    inputs = [
+        value("input_ids", "batch", "sequence"),
+        value("past.0.conv", "batch", 32, 3),
+        value("past_recurrent.0", "batch", 4, 8, 8),
+        value("past_key_values.1.key", "batch", 2, "past", 8),
+        value("past.2.conv", "batch", 32, 3),  # no output
+    ]
+    outputs = [
+        value("logits", "batch", "sequence", 260),
+        value("present.0.conv", "batch", 32, 3),
+        value("present_recurrent.0", "batch", 4, 8, 8),
+        value("present_key_values.1.key", "batch", 2, "total", 8),
+    ]
+    found = state_pairs(graph(inputs, outputs))
+    assert [(p.past.name, p.present.name, p.shape) for p in found] == [
+        ("past.0.conv", "present.0.conv", (32, 3)),
+        ("past_recurrent.0", "present_recurrent.0", (4, 8, 8)),
+    ]

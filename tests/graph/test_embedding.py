@@ -19,8 +19,6 @@ from nbl_export.graph.embedding import NAME, Embedding, add_features, embedding_
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
 from nbl_export.graph.tensors import set_folder
-from nbl_export.models.layers import backbone
-from nbl_export.models.multimodal import placeholders
 from tests.families import Calibrated
 
 OFF = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2}
@@ -106,28 +104,3 @@ def test_one_that_is_missing_or_another_graph_is_said(tmp_path: Path) -> None:
     assert load_graph(tmp_path / NAME)
     with pytest.raises(InputError, match="is no embedding of nbl-export"):
         embedding_of(model)
-
-
-@pytest.mark.parametrize(("name", "padding"), [("gemma3n", False), ("gemma4", True)])
-def test_embeddings_of_each_layer_are_beside_it(
-    name: str, padding: bool, wrapper: Callable[[str], Calibrated], tmp_path: Path
-) -> None:
-    """In the places of images they are those of the padding token (Gemma 4), or of the token that stands there."""
-    model = wrapper(name).model
-    body, token = backbone(model), placeholders(model)["image"]
-    form = embedding_form(model)
-    save_in_precision(trace(model, form), tmp_path / NAME, precision_of("fp32"), [np.arange(9)], form.outputs)
-    ids = np.random.default_rng(0).integers(0, 240, (2, 7))
-    ids[0, 1:3] = ids[1, 4] = token
-    instead = body.config.pad_token_id if padding else token
-    looked_up = torch.from_numpy(np.where(ids == token, instead, ids))
-    with torch.inference_mode():
-        expected = body.get_per_layer_inputs(looked_up).numpy()
-    np.testing.assert_array_equal(Embedding(tmp_path / NAME)(ids)["per_layer_inputs"], expected)
-    add_features(tmp_path / NAME, {"image": token})
-    session = ort.InferenceSession(str(tmp_path / NAME))
-    features = np.random.rand(3, body.config.hidden_size).astype(np.float32)
-    embedded, per_layer = session.run(None, {"input_ids": ids, "image_features": features})
-    assert [o.name for o in session.get_outputs()] == ["inputs_embeds", "per_layer_inputs"]
-    np.testing.assert_array_equal(per_layer, expected)
-    np.testing.assert_array_equal(embedded[ids == token], features)

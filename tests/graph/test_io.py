@@ -151,22 +151,6 @@ def test_every_byte_arrives_in_aligned_ranges_each_once(two_files: Path, tmp_pat
     assert sum(ranges[-1]) == out.with_name(DATA).stat().st_size
 
 
-def test_ranges_that_only_resemble_each_other_are_both_stored(tmp_path: Path) -> None:
-    """Of one beginning but another length, and of the same place in the same-named file of two folders."""
-    data = [random_bytes(8000, seed) for seed in (1, 2)]
-    for name, content in zip("ab", data, strict=True):
-        pair = [external("w", TensorProto.FLOAT, [2000], ("source.bin", 0, 8000))]
-        pair += [external("half", TensorProto.FLOAT, [1000], ("source.bin", 0, 4000))]
-        save(graph_of(pair), tmp_path / name / "model.onnx", content)
-    model, other = (load_graph(tmp_path / name / "model.onnx") for name in "ab")
-    out = tmp_path / "model.onnx"
-    save_graph(model, out)
-    assert raw(out) == {"w": data[0], "half": data[0][:4000]}
-    model.graph.initializers["half"].const_value = other.graph.initializers["half"].const_value
-    save_graph(model, out)
-    assert raw(out) == {"w": data[0], "half": data[1][:4000]}
-
-
 def in_memory() -> dict[str, tuple[ir.TensorProtocol, bytes]]:
     """Tensors of several classes of onnx-ir, with the bytes that ONNX prescribes for them."""
     generator = np.random.default_rng(0)
@@ -251,14 +235,6 @@ def test_other_kernels(two_files: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(io, "_BLOCK", 1000)
     save_graph(load_graph(two_files), tmp_path / "model.onnx")
     assert resolved(tmp_path / "model.onnx") == resolved(two_files)
-
-
-def test_a_source_that_shrinks_meanwhile_is_noticed(two_files: Path, tmp_path: Path) -> None:
-    model = load_graph(two_files)
-    os.truncate(two_files.with_name("a.bin"), 100)
-    with pytest.raises(InputError, match=r"a\.bin is truncated"):
-        save_graph(model, tmp_path / "out" / "model.onnx")
-    assert names(tmp_path / "out") == set()
 
 
 _MEASURED = """
@@ -400,33 +376,6 @@ def test_no_kill_leaves_the_old_graph_with_new_data(base: Path, how: str) -> Non
         if not killed:
             break
     assert number > 10 and raw(path) == new
-
-
-def test_a_saved_graph_is_on_the_disk_before_its_name_is(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    real_sync, real_replace = os.fsync, Path.replace
-
-    def fsync(descriptor: int) -> None:
-        events.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}".split(".nbl")[0][:20])
-        real_sync(descriptor)
-
-    def replace(self: Path, target: Path) -> Path:
-        events.append(f"rename {target.name}")
-        return real_replace(self, target)
-
-    model = load_graph(base)
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "replace", replace)
-    save_graph(model, base)
-    folder = "sync baseline"
-    assert [e for e in events if e == folder or e.startswith("rename")] == [
-        folder,  # the old graph is gone
-        f"rename {DATA}",
-        folder,
-        "rename model.onnx",
-        folder,
-    ]
-    assert events[1].startswith("sync .model.onnx") and events[4].startswith("sync .model.onnx")
 
 
 # checks, copies, initializers --------------------------------------------------------------------

@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.linearize.plan import Plan, load_plan, save_plan
+from nbl_export.linearize.plan import save_plan
 from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.rewrite.foreign import rewrite_foreign
 from tests.command_line import assert_refused, nbl
@@ -105,18 +105,6 @@ def genai_names(folder: Path, name: object) -> None:
     config = json.loads(json.dumps(GENAI))
     config["model"]["decoder"]["filename"] = name
     (folder / "genai_config.json").write_text(json.dumps(config))
-
-
-def test_the_usual_name_is_taken_of_several_and_the_configuration_names_another(source: Source) -> None:
-    (source.folder / "genai_config.json").unlink()
-    assert (source.folder / "encoder.onnx").exists()
-    rewrite_foreign(source.folder, source.plan, source.out)
-    source.graph.rename(source.folder / "decoder.onnx")
-    (source.folder / "model.onnx").write_bytes(b"another graph")
-    genai_names(source.folder, "decoder.onnx")
-    rewrite_foreign(source.folder, source.plan, source.out)
-    assert_rewritten(source.out / "decoder.onnx", source.plan)
-    assert not (source.out / "model.onnx").exists()
 
 
 def only_others(source: Source) -> None:
@@ -348,11 +336,3 @@ def test_the_api_needs_no_torch(source: Source) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_a_plan_that_linearizes_nothing_changes_no_number(source: Source) -> None:
-    plan: Plan = load_plan(source.plan).without_layers()
-    save_plan(source.plan, plan)
-    rewrite_foreign(source.folder, source.plan, source.out)
-    assert_rewritten(source.out / "model.onnx", source.plan)
-    assert said(source.out)["kv_layers"] == [0, 1, 2]
