@@ -36,20 +36,6 @@ def require_onnxruntime() -> Any:
     return onnxruntime
 
 
-# Older releases, of which the last is the newest for Python 3.10, compute the Attention of opset 23 wrong where a row
-# is padded (1.23.2: NaN), and do not load opset 24.
-_RIGHT = (1, 24)
-
-
-def outdated() -> str | None:
-    """The version of onnxruntime, if that computes the Attention operator wrong; None where none is installed."""
-    try:
-        version = str(require_onnxruntime().__version__)
-    except MissingDependencyError:
-        return None
-    return version if tuple(map(int, version.split(".")[:2])) < _RIGHT else None
-
-
 # One of onnxruntime's execution providers, by its name or with options, as onnxruntime takes them.
 Provider = str | tuple[str, Mapping[str, str]]
 CPU = "CPUExecutionProvider"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.errors import InputError
 from nbl_export.files import TEMPORARY, atomic_path, publish, write_json
 from nbl_export.graph.summary import ExportSummary
 from nbl_export.models.source import ModelSource
@@ -17,7 +17,7 @@ from nbl_export.models.tasks import Task
 from nbl_export.progress import Listener
 from nbl_export.records import to_json
 from nbl_export.settings import ExportSettings
-from nbl_export.settings.choices import NEEDS_ITS_OPSET, OLDEST_OPSET, OPSETS
+from nbl_export.settings.choices import OPSETS
 from nbl_export.stage_record import MODEL, SIDECARS
 from nbl_export.stages.needs import check_disk, disk_to_export, sizes_of_source
 from nbl_export.stages.run import Run, opened
@@ -55,7 +55,7 @@ def _export(run: Run, settings: ExportSettings, there: bool) -> None:
     # The Python that runs the exporter does not affect the graph.
     recorded = {name: value for name, value in settings.as_json().items() if name != "python"}
     if settings.exported_by == "torch":
-        recorded["opset"] = settings.opset or _newest_opset(str(settings.kv_cache))
+        recorded["opset"] = settings.opset or OPSETS[str(settings.kv_cache)]
     if not task.causal:
         recorded |= {"task": task.name, "pooling": pooling.as_json() if pooling else None}
     made_of = {MODEL: run.model.source.model, SIDECARS: run.model.source.sidecars}
@@ -66,12 +66,8 @@ def _export(run: Run, settings: ExportSettings, there: bool) -> None:
         copies = check_model(run, settings)
         if not task.causal:
             copies = crossed_on_copy(run.model.model, _form(run, settings), listener)
-        notes = [
-            left_out(run.model.source),
-            not_given(run.model.model) if settings.embeds else "",
-            _older_opset(settings),
-        ]
-        for note in filter(None, notes):
+        not_seen = not_given(run.model.model) if settings.embeds else ""
+        for note in filter(None, [left_out(run.model.source), not_seen]):
             listener.note(note)
         check_disk(ws, [disk_to_export(sizes_of_source(run.model.source), settings)])
         exported = _export_torch if settings.exported_by == "torch" else _export_elsewhere
@@ -106,34 +102,7 @@ def check_export_of(source: ModelSource, settings: ExportSettings) -> None:
             f"--exporter {settings.exported_by} reads a multimodal model ({source.wrapper}) in its own way: leave it "
             "out."
         )
-    if settings.exported_by == "torch" and settings.kv_cache == "static" and (version := _outdated()):
-        raise MissingDependencyError(
-            f"Graphs with a static cache are of opset {OPSETS['static']}, which onnxruntime {version} does not know: "
-            "install 1.24 or later, which needs Python 3.11, or take --kv-cache concat."
-        )
     check_processor(source)
-
-
-def _outdated() -> str | None:
-    from nbl_export.runtime.session import outdated
-
-    return outdated()
-
-
-def _newest_opset(cache: str) -> int:
-    """The newest opset of graphs with this ``cache`` that the installed onnxruntime computes right."""
-    return OLDEST_OPSET if cache not in NEEDS_ITS_OPSET and _outdated() else OPSETS[cache]
-
-
-def _older_opset(settings: ExportSettings) -> str:
-    """Why a graph is of another opset than others, in one sentence; nothing where it is not."""
-    cache = str(settings.kv_cache)
-    if settings.exported_by != "torch" or settings.opset or _newest_opset(cache) == OPSETS[cache]:
-        return ""
-    return (
-        f"The graph is of opset {OLDEST_OPSET}: onnxruntime {_outdated()} computes the Attention of opset 23 wrong "
-        "where a row is padded. 1.24 or later, which needs Python 3.11, does not."
-    )
 
 
 def left_out(source: ModelSource) -> str:
@@ -231,7 +200,7 @@ def _form(run: Run, settings: ExportSettings) -> Form:
 
 
 def _of_opset(form: Form, settings: ExportSettings) -> Form:
-    newest = min(form.opset, _newest_opset(str(settings.kv_cache)))
+    newest = min(form.opset, OPSETS[str(settings.kv_cache)])
     return replace(form, opset=settings.opset or newest)
 
 

@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nbl_export import api
-from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.export import checks
+from nbl_export.errors import InputError
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.stages.export import check_model, export, not_given
@@ -149,32 +147,3 @@ def test_a_run_checks_a_form_once(tiny_folder: Path, tmp_path: Path, monkeypatch
 def test_what_a_graph_of_embeddings_is_not_given_is_said(wrapper: Callable[[str], Calibrated]) -> None:
     assert "(deepstack), for which the graph has no inputs" in not_given(wrapper("qwen3-vl").model)
     assert not_given(wrapper("qwen2.5-vl").model) == ""
-
-
-def test_an_old_onnxruntime_gets_an_old_opset(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """1.23 computes Attention wrong where a row is padded: what it is to run has none; what needs it is refused."""
-    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
-    source, notes = find_model(str(tiny_folder)), Notes()
-    run = Run.start(source, tmp_path / "out", notes)
-    export(run, CONCAT)
-    model = onnx.load(str(run.workspace.baseline), load_external_data=False)
-    assert {o.domain: o.version for o in model.opset_import}[""] == 18
-    assert "Attention" not in {node.op_type for node in model.graph.node}
-    assert any(
-        "The graph is of opset 18: onnxruntime 1.23.2 computes the Attention" in n for n in notes.notes
-    )
-    assert run.workspace.record("export").settings["opset"] == 18
-    shared = api.ExportSettings("fp32", "shared")
-    export(run, shared)
-    assert run.workspace.record("export").settings["opset"] == 23
-    with pytest.raises(
-        MissingDependencyError, match=r"opset 24, which onnxruntime 1\.23\.2 does not know: .* concat"
-    ):
-        export(run, api.ExportSettings("fp32", "static"))
-    # Whoever names an opset gets it.
-    export(run, api.ExportSettings("fp32", "concat", opset=23))
-    assert run.workspace.record("export").settings["opset"] == 23
-    monkeypatch.setattr(onnxruntime, "__version__", "1.24.1")
-    export(run, api.ExportSettings("fp32", "static"))
