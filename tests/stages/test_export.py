@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nbl_export import api
 from nbl_export.errors import InputError
+from nbl_export.export import checks
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.stages.export import check_model, export, not_given
