@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
-environment .venv-test '.[cpu,eval,genai,llamacpp,mlx,openvino,olive,text,hub,rtx,dev]'
+environment .venv-test '.[cpu,eval,genai,llamacpp,mlx,openvino,olive,rtx,dev]'
 NBL_EXPORT_SMOLLM2=$PWD/$(smollm2)
 NBL_EXPORT_MINILM=$PWD/$(minilm)
 NBL_EXPORT_OPTIMUM_PYTHON=$(optimum_python)
