@@ -174,7 +174,7 @@ class Compared:
             if way != PAPERS and (not way.startswith(f"{ALL}, by") or way == f"{ALL}, by {by}"):
                 enough = [cut for cut in every if self._ways.gain(cut, by) >= least]
                 taken[way] = min(enough, key=lambda cut: cut.kl, default=None)
-        # What --frontier takes: whichever loses least on the selection text.
+        # Whichever loses least on the selection text.
         taken[OURS] = ours = min((c for c in taken.values() if c), key=lambda c: c.kl)
         if self._repair and by != WEIGHTS:
             taken[REPAIRED] = self._ways.repaired(ours, self._repair)

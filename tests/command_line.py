@@ -22,7 +22,7 @@ from rich.console import Console
 from nbl_export import cli
 from nbl_export.cli import output
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "TERM": "xterm"}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm"}
 for _name in ("NBL_EXPORT_DEBUG", "PYTEST_CURRENT_TEST"):
     ENVIRONMENT.pop(_name, None)
 SMALL = ["--samples", "16", "--seq-len", "64", "--heldout-samples", "4"]
@@ -42,7 +42,6 @@ def nbl(*arguments: object, cwd: Path | None = None, limit: int | None = None) -
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["nbl-export", *map(str, arguments)])
         patch.setattr(output, "ERR", Console(file=err, highlight=False))
-        patch.setenv("COLUMNS", ENVIRONMENT["COLUMNS"])
         patch.delenv("NBL_EXPORT_DEBUG", raising=False)
         if cwd is not None:
             patch.chdir(cwd)

@@ -19,6 +19,8 @@ from tests.interruptions import interruptible
 interruptible()
 # Nothing in the tests may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What commands draw has this width, as wide as the paths of a run of tests need.
+os.environ["COLUMNS"] = "120"
 # Models this small are faster on one thread, and far faster beside another process.
 torch.set_num_threads(1)
 

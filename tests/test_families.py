@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.engine.build import Built, build_in_child
+from nbl_export.engine.build import Built, Source, Target, build_in_child
 from nbl_export.engine.library import import_library
 from nbl_export.engine.network import Limits
 from nbl_export.errors import BuildError, InputError
@@ -25,7 +25,6 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
 from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.layers import attention_layers
-from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages.build import check_states
 from nbl_export.verify.parity.decoder import Parity
@@ -245,13 +244,12 @@ def test_engine(
     plan = calibrated_of(family).plan(CHOSEN["half"])
     graph = tmp_path / GRAPH
     rewrite_file(exported(family, form, "fp16"), plan, graph)
-    library, attention = import_library("rtx"), len(plan.attention_layers)
-    engine, timings = tmp_path / "model.engine", tmp_path / "timings"
+    target = Target(import_library("rtx"), None, LIMITS, ("SM86",))
+    source = Source("linearized", graph, len(plan.attention_layers), tmp_path / "model.engine")
 
     def build() -> Built:
         check_states(calibrated_of(family).model)  # as the stage does, before any work
-        with Silent().task("Building", 1000, "steps") as task:
-            return build_in_child(library, graph, attention, LIMITS, ("SM86",), engine, timings, task)
+        return build_in_child(target, source, source.engine, tmp_path / "timings", lambda _steps: None)
 
     if refused(family, f"engine {form}", build, record_property):
         return

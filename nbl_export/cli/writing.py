@@ -33,23 +33,29 @@ def prompt_of(words: str | None, file: Path | None) -> str:
     where = "--prompt" if words is not None else f"--prompt-file {file}" if file else "The standard input"
     try:
         if words is not None:
-            content = words.encode("utf-8")
-        elif file is not None and file != _STDIN:
-            content = read_bytes(file, _MOST)
-        elif sys.stdin is None or sys.stdin.isatty():
-            raise UsageError(
-                "There is no prompt: give --prompt TEXT, --prompt-file FILE, or text on the standard input."
-            )
+            text = words
+            text.encode("utf-8")
+        elif file is None or file == _STDIN:
+            if sys.stdin is None or sys.stdin.isatty():
+                raise UsageError(
+                    "There is no prompt: give --prompt TEXT, --prompt-file FILE, or text on the standard input."
+                )
+            text = _decoded(sys.stdin.buffer.read())
         else:
-            content = sys.stdin.buffer.read()
-        text = content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+            text = _decoded(read_bytes(file, _MOST))
     except UnicodeError:
         raise InputError(f"{where} is not UTF-8: convert it.") from None
+    except FileNotFoundError:
+        raise InputError(f"{where}: there is no such file.") from None
     except OSError as error:
         raise os_error_in_words(error, f"reading {where}") from None
     if not text.strip():
         raise InputError(f"{where} has no text: give a prompt.")
     return text
+
+
+def _decoded(content: bytes) -> str:
+    return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
 
 
 def is_typed(words: str | None, file: Path | None) -> bool:

@@ -75,7 +75,7 @@ def test_what_is_no_prompt(
 def test_a_file_that_is_not_there_and_nobody_who_types(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="there is no such file"):
         prompt_of(None, tmp_path / "x")
     with pytest.raises(InputError):
         prompt_of(None, tmp_path)
