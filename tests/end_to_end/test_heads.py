@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from nbl_export import api
-from nbl_export.batch.names import MASK, TOKEN_TYPES, TOKENS
+from nbl_export.batch.names import MASK, TOKENS
 from nbl_export.batch.rows import batch_of_rows
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
@@ -31,32 +31,7 @@ SIZES = {
     "bos_token_id": encoders.CLS,
     "eos_token_id": encoders.SEP,
 }
-GPT2 = {"n_embd": encoders.WIDTH, "n_layer": 4, "n_head": 4, "n_positions": 96}
 HEADS = {
-    "reward": ("llama", "LlamaForSequenceClassification", {**SIZES, "num_labels": 1}),
-    "labels": (
-        "gpt2",
-        "GPT2ForSequenceClassification",
-        {**SIZES, **GPT2, "num_labels": 3, "pad_token_id": 256},
-    ),
-    # Its positions have another name in the configuration, and a table as long as they are many.
-    "positions": (
-        "mpt",
-        "MptForSequenceClassification",
-        {
-            "d_model": encoders.WIDTH,
-            "n_layers": 4,
-            "n_heads": 4,
-            "max_seq_len": 96,
-            "vocab_size": encoders.VOCAB,
-        },
-    ),
-    # A cache of this window would branch on the length of the text.
-    "window": (
-        "mistral",
-        "MistralForSequenceClassification",
-        {**SIZES, "sliding_window": 8, "num_labels": 3},
-    ),
     # One layer keeps a state, which padding must not change.
     "state": (
         "minimax",
@@ -95,8 +70,6 @@ def test_a_row_has_the_result_of_its_text_wherever_it_is_padded(head: str, tmp_p
     report = api.run(folder, tmp_path / "out", api.SelectSettings(k=1), text, CHECKS)
     assert report.passed and report.method_loss is not None
     assert report.model.task == ("feature-extraction" if embedding else "text-classification")
-    measured = {measure.what for measure in report.method_loss.measures}
-    assert ("change of the score" in measured) == (head == "reward")
 
     plan = load_plan(Workspace.open(tmp_path / "out").plan)
     made = AutoModel if embedding else AutoModelForSequenceClassification
@@ -104,20 +77,9 @@ def test_a_row_has_the_result_of_its_text_wherever_it_is_padded(head: str, tmp_p
     graph = OrtEncoder(tmp_path / "out" / "model.onnx")
     output = "sentence_embedding" if embedding else "logits"
     rows = [{TOKENS: np.random.default_rng(n).integers(5, 250, (1, n))} for n in (12, 5, 9)]
-    if TOKEN_TYPES in graph.interface.inputs:  # which the tokenizer gives, and GPT-2 embeds
-        rows = [{**row, TOKEN_TYPES: np.zeros_like(row[TOKENS])} for row in rows]
     with torch.inference_mode(), linearized(model, plan):
         expected = np.concatenate([own(model, row, embedding).numpy() for row in rows])
     for left in (True, False):
         batch = batch_of_rows(rows, encoders.PAD, left)
         assert batch[MASK].min() == 0
         np.testing.assert_allclose(graph(batch)[output], expected, rtol=0, atol=2e-5)
-
-
-def test_a_head_of_every_token_is_exported_as_it_is(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    encoders.build(folder, "llama", "LlamaForTokenClassification", **SIZES, num_labels=5)
-    encoders.save_tokenizer(folder)
-    text = api.CalibrateSettings(sources=(str(encoders.write_text(tmp_path / "text.jsonl")),), **TEXT)
-    report = api.run(folder, tmp_path / "out", api.SelectSettings(k=1), text, CHECKS)
-    assert report.passed and report.model.task == "token-classification"

@@ -112,35 +112,3 @@ def test_where_states_have_no_inputs_it_is_refused_before_any_work(
         exporting = api.ExportSettings(**settings)
         api.run(hybrid, tmp_path / "out", api.SelectSettings(k=1), TEXT, exporting=exporting)
     assert not (tmp_path / "out" / "nbl" / "moments").exists()
-
-
-def test_engines_of_states_are_refused_before_any_work(hybrid: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nbl-export[rtx]'")
-    for cache in ("static", "concat"):
-        with pytest.raises(
-            api.NblError, match=r"2 of Lfm2ForCausalLM; layer 0: conv\): leave the engines out"
-        ):
-            api.run(
-                hybrid,
-                tmp_path / "out",
-                api.SelectSettings(k=1),
-                TEXT,
-                exporting=api.ExportSettings(precision="fp16", kv_cache=cache),
-                engines=api.EngineSettings("rtx", sm=("86",)),
-            )
-    assert not (tmp_path / "out" / "nbl" / "moments").exists()
-
-
-def test_more_layers_than_there_is_attention_are_refused(hybrid: Path, tmp_path: Path) -> None:
-    with pytest.raises(api.NblError, match=r"--k is 3; it must be between 0 and 2"):
-        settings = api.ExportSettings(kv_cache="none")
-        api.run(hybrid, tmp_path / "out", api.SelectSettings(k=3), TEXT, exporting=settings)
-
-
-def test_all_attention_of_a_hybrid_without_a_cache(hybrid: Path, tmp_path: Path) -> None:
-    """What is left still mixes tokens: every step computes the whole text, as in the unmodified graph."""
-    checks = api.VerifySettings(decode_steps=3, contexts=(16,), rounds=3)
-    none = api.ExportSettings(kv_cache="none")
-    report = api.run(hybrid, tmp_path / "out", api.SelectSettings(k=2), TEXT, checks, exporting=none)
-    assert report.passed and report.graph.after.ops["Conv"] == 2
-    assert report.speed is not None and {c.phase for c in report.speed.cells} == {"prefill"}

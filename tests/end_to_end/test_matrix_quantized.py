@@ -30,7 +30,6 @@ from tests.end_to_end.matrix import (
 from tests.exhaustive import exhaustive
 from tests.exporters import GRAPH, Graphs
 from tests.families import Calibrated
-from tests.fixtures_graph import low_rank
 
 ROWS_AT_ONCE = 4  # divides every projection of every family
 
@@ -71,20 +70,6 @@ def test_few_bits(
     computed_in_float32(out / GRAPH, tmp_path / GRAPH)
     with weights_of(case.model, list(matrices.values()), plan):
         assert parity(case.model, meant, tmp_path / GRAPH).failures() == []
-
-
-def test_int4_of_low_rank(graphs: Graphs, calibrated_of: Callable[[str], Calibrated], tmp_path: Path) -> None:
-    """Both factors are quantized like the graph's own matrices; the rank need not fill a block."""
-    source, case = graphs("genai-int4", "llama-gqa"), calibrated_of("llama-gqa")
-    plan = low_rank(case.plan(CHOSEN["half"]), 12)
-    out, _ = rewritten(source, plan, tmp_path)
-    assert_exactly_the_plan_is_gone("genai-int4", source, out, plan)
-    matrices = dequantized(out / GRAPH)
-    for layer, linear in plan.layers.items():
-        down, up = (matrices[f"layers.{layer}.nbl_linear.{part}matmul"] for part in ("down_", ""))
-        assert linear.up is not None and linear.down is not None
-        assert 0 < relative(down, linear.down) < 0.15 and 0 < relative(up, linear.up) < 0.15
-    assert_loses_no_more(case.model, plan, source, out)
 
 
 def assert_loses_no_more(model: Any, plan: Plan, source: Path, out: Path, dtype: str = "int4") -> None:

@@ -25,32 +25,6 @@ from tests.pictures import PLACE, picture, save_documents, save_processor
 PROMPT, COUNT = [5, 9, 33, 77, 120, 44, 8, 91, 17, 3], 12
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "went",
-        "away",
-        "to",
-        "find",
-        "food",
-        "by",
-        "the",
-        "river",
-    ]
-    numbers = np.random.default_rng(0)
-    rows = [json.dumps({"text": " ".join(numbers.choice(words, 60))}) for _ in range(150)]
-    path.write_text("\n".join(rows))
-    return path
-
-
 WORDS = [
     "the",
     "cat",
@@ -138,10 +112,12 @@ def test_every_stage(
     precision: str,
     cache: str,
     wrapper_folder: Callable[[str], Path],
-    text: Path,
     tmp_path: Path,
 ) -> None:
-    out = tmp_path / "out"
+    out, text = tmp_path / "out", tmp_path / "text.jsonl"
+    numbers = np.random.default_rng(0)
+    rows = [json.dumps({"text": " ".join(numbers.choice(WORDS, 60))}) for _ in range(150)]
+    text.write_text("\n".join(rows))
     report = api.run(
         wrapper_folder(name),
         out,

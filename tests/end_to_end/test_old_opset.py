@@ -12,7 +12,6 @@ from pathlib import Path
 import onnx
 import pytest
 
-from nbl_export import api
 from nbl_export.export.forms import FORMS
 from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import export_torch
@@ -59,21 +58,3 @@ def test_every_family_is_rewritten_and_right(
         of_opset(rewritten, OLDEST_OPSET)
         found = parity(case.model, plan, rewritten, precision_of(precision).gates)
         assert found.failures() == []
-
-
-def test_a_run_says_the_opset_that_was_asked_for(
-    stories_folder: Path, stories_copy: Path, calibration: api.CalibrateSettings
-) -> None:
-    """Another opset is another graph; without one it is the newest again."""
-    for opset, stated in ((20, 20), (None, 23)):
-        report = api.run(
-            stories_folder,
-            stories_copy,
-            api.SelectSettings(k=2, criterion="cca"),
-            calibration,
-            api.VerifySettings(speed=False, quality=False),
-            exporting=api.ExportSettings(opset=opset),
-        )
-        assert report.verdict == "passed" and report.graph.opset == stated
-        found = onnx.load(str(stories_copy / GRAPH), load_external_data=False)
-        assert {o.domain: o.version for o in found.opset_import}[""] == stated

@@ -38,26 +38,6 @@ collect._Work.finish = counted
 main()
 """
 
-# Interrupts torchrun, as Ctrl-C does, when three blocks are passed, and then works on for long.
-INTERRUPTED = """
-import os, signal, time
-from nbl_export.calibrate import collect
-from nbl_export.cli.main import main
-
-passed, finish = [], collect._Work.finish
-
-def counted(work):
-    finish(work)
-    passed.append(None)
-    if len(passed) == 3:
-        if os.environ["RANK"] == "0":
-            os.kill(os.getppid(), signal.SIGINT)
-        time.sleep(60)
-
-collect._Work.finish = counted
-main()
-"""
-
 
 @pytest.fixture(scope="module")
 def asked(stories_text: Path) -> api.CalibrateSettings:
@@ -168,27 +148,7 @@ def test_a_killed_process_ends_all_and_any_number_goes_on(
     assert_same_moments(alone, out)
 
 
-def test_an_interrupt_ends_all_with_one_sentence(
-    stories_folder: Path, asked: api.CalibrateSettings, options: list[object], alone: Path, tmp_path: Path
-) -> None:
-    out, script = tmp_path / "out", tmp_path / "interrupted.py"
-    script.write_text(INTERRUPTED)
-    done = torchrun(2, "calibrate", stories_folder, "-o", out, *options, script=script)
-    assert_said_once(done, "run the same command again")
-    no_leftovers(out)
-    assert len(list(Workspace(out).partial_moments.iterdir())) == 3
-    api.calibrate(stories_folder, out, asked)
-    assert_same_moments(alone, out)
-
-
 def test_bad_input_is_said_once(stories_folder: Path, options: list[object], tmp_path: Path) -> None:
     done = torchrun(2, "calibrate", stories_folder, "-o", tmp_path / "out", *options, "--samples", 0)
     assert_said_once(done, "--samples")
     assert not (tmp_path / "out").exists()
-
-
-def test_another_command_is_refused_once(both: Path) -> None:
-    done = torchrun(2, "export", both)
-    assert_said_once(done, "one process", "started in 2")
-    assert done.err.count("\n") == 0
-    assert not Workspace.open(both).baseline.exists()

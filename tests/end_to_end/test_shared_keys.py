@@ -33,11 +33,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return made
 
 
-@pytest.fixture(params=["gemma4_text"])
-def folder(request: pytest.FixtureRequest, folders: Callable[[str], Path]) -> Path:
-    return folders(request.param)
-
-
 @pytest.mark.parametrize(
     ("kind", "form"), [("gemma3n_text", "concat"), pytest.param("gemma4_text", "static", marks=exhaustive)]
 )
@@ -57,29 +52,30 @@ def test_a_layer_that_borrows_is_linearized_alone(
     assert report.selection.others["1"] == "full: its keys and values are read by layer 3"
     before, after = report.graph.before, report.graph.after
     # The cache is the lenders', and they stay.
-    assert before.kv_pairs == after.kv_pairs == (0 if form == "none" else 2)
+    assert before.kv_pairs == after.kv_pairs == 2
     assert before.ops["Attention"] - after.ops["Attention"] == 1
-    if form != "none":
-        assert kv_layers(load_graph(tmp_path / "out" / "model.onnx")) == (0, 1)
-        assert "1 attention layer and 0 KV pairs gone" in report.checks[0].detail
+    assert kv_layers(load_graph(tmp_path / "out" / "model.onnx")) == (0, 1)
+    assert "1 attention layer and 0 KV pairs gone" in report.checks[0].detail
     table = api.inspect(tmp_path / "out" / "baseline" / "model.onnx")[-1]
     rows = {row[0]: row[-1] for row in table.rows}
     assert rows["0"] == "no: no other layer reads its keys and values (found: read by 2)"
     assert rows["2"] == rows["3"] == "yes"
 
 
-def test_all_that_borrow_are_linear_and_repaired(folder: Path, tmp_path: Path) -> None:
+def test_all_that_borrow_are_linear_and_repaired(folders: Callable[[str], Path], tmp_path: Path) -> None:
     """By losses that start at a later block, and by training that goes through both kinds of layers."""
     selection = api.SelectSettings(k=2, criterion="kl", repair=2, fit_input="residual")
-    report = api.run(folder, tmp_path / "out", selection, TEXT, CHECKS)
+    report = api.run(folders("gemma4_text"), tmp_path / "out", selection, TEXT, CHECKS)
     assert report.passed and set(report.selection.layers) == {2, 3}
 
 
-def test_a_layer_that_lends_is_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
+def test_a_layer_that_lends_is_refused_before_any_work(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
     with pytest.raises(
         api.NblError, match=r"--layers names layer 1, .* \(full: its keys and values are read by layer 3\)"
     ):
-        api.run(folder, tmp_path / "out", api.SelectSettings(layers=(1, 3)), TEXT)
+        api.run(folders("gemma4_text"), tmp_path / "out", api.SelectSettings(layers=(1, 3)), TEXT)
     with pytest.raises(api.NblError, match=r"--k is 3; it must be between 0 and 2"):
-        api.run(folder, tmp_path / "out", api.SelectSettings(k=3), TEXT)
+        api.run(folders("gemma4_text"), tmp_path / "out", api.SelectSettings(k=3), TEXT)
     assert not (tmp_path / "out" / "nbl" / "moments").exists()

@@ -20,7 +20,6 @@ from nbl_export.engine.manifest import load_manifest
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
-from nbl_export.runtime.session import require_onnxruntime
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.tensorrt import EngineStream, LoadedEngine, load_engine
 from nbl_export.runtime.torch import TorchDecoder
@@ -148,24 +147,6 @@ def _check_speed(speed: Speed | None, gpu: Gpu) -> None:
     assert {(c.phase, c.context) for c, _, _ in speed.speedups()} == cells.keys()
 
 
-@pytest.mark.parametrize("form", ["static", "concat"])
-def test_speed_of_everyone_or_the_reason_of_the_absent(build: Build, form: str, gpu: Gpu) -> None:
-    report = api.verify(build(form, "fp16"), replace(VERIFY, speed=True, contexts=(16, 64), rounds=3))
-    _check_speed(report.engine_speed, gpu)
-    assert report.engine_speed is not None
-    has_cuda = "CUDAExecutionProvider" in require_onnxruntime().get_available_providers()
-    cells = report.engine_speed.cells
-    timed = {r.name for c in cells for r in c.results}
-    for role in ("base", "linearized"):
-        name = f"onnxruntime CUDA, {role}"
-        if name in timed:
-            assert has_cuda and not any(name in c.absent for c in cells)
-        else:
-            why = cells[0].absent[name]
-            assert f"Not timed on the GPU: {name}: {why}." in report.notes
-            assert has_cuda or why == "onnxruntime has no CUDAExecutionProvider here"
-
-
 # the stream --------------------------------------------------------------------------------------
 
 
@@ -215,21 +196,6 @@ def test_a_decode_step_as_a_cuda_graph_is_the_same_step(build: Build, library: s
         assert not any(np.array_equal(x, y) for x, y in itertools.pairwise(a))
     assert (recorded._replay is not None) == (library == "tensorrt")
     assert stepwise._replay is None
-
-
-def test_answers_do_not_depend_on_when_they_are_asked_for(build: Build) -> None:
-    """All work is in one order: what is queued without waiting gives what is waited for at each step."""
-    engine = loaded(build("static", "fp16"))
-    waiting, queued = EngineStream(engine), EngineStream(loaded(build("static", "fp16")))
-    rows = ragged_rows((70, 33, 51), 500)
-    for _ in range(20):
-        waiting.prefill(rows)
-        expected = [waiting.decode([step, 7, 9]) for step in range(5)][-1].copy()
-        queued.prefill_on_device(rows[:1])
-        queued.prefill_on_device(rows)
-        for step in range(5):
-            found = queued.decode_on_device([step, 7, 9])
-        np.testing.assert_allclose(queued.device.get(found)[:, 0], expected, rtol=0, atol=1e-3)
 
 
 # other machines ----------------------------------------------------------------------------------

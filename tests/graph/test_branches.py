@@ -26,11 +26,6 @@ MLP: dict[str, Node] = {
     "add2": ("Add", ["out", "y2"], ["out2"]),
     "head": ("MatMul", ["out2", "w.head"], ["logits"]),
 }
-# And a value that runs beside the stream, to its end.
-BESIDE: dict[str, Node] = {
-    "add3": ("Add", ["out2", "h"], ["out3"]),
-    "head": ("MatMul", ["out3", "w.head"], ["logits"]),
-}
 
 
 def found_in(changes: dict[str, Node | None], candidates: tuple[Block, ...] = (0, Mlp(0))) -> Any:
@@ -69,17 +64,6 @@ def test_a_gated_mlp() -> None:
     assert (region.x.name, region.y.name, region.h.name) == ("x2", "y2", "out")
     assert [node.name for node in region.linear_nodes] == ["gate", "up", "down"]
     assert region.style == "decomposed" and region.pair is None
-
-
-def test_a_bias_is_part_of_y_and_a_scale_is_not_the_only_candidate() -> None:
-    (region,) = found_in(
-        {
-            "bias": ("Add", ["y2", "gain"], ["y3"]),
-            "scale": ("Mul", ["y3", "gain"], ["y4"]),
-            "add2": ("Add", ["out", "y4"], ["out2"]),
-        }
-    )
-    assert {(o.value.name, o.biases) for o in region.outputs} >= {("y2", 0), ("y3", 1), ("y4", 1)}
 
 
 def test_beside_the_attention() -> None:
@@ -124,39 +108,6 @@ def test_a_layer_without_an_mlp_is_refused() -> None:
     (refusal,) = found_in(dict.fromkeys(MLP) | {"head": ONE_LAYER["head"]})
     assert isinstance(refusal, Refusal) and refusal.layer == Mlp(0)
     assert "adds its attention and its MLP to one stream" in str(refusal)
-
-
-def test_of_more_branches_than_there_should_be_the_mlp_is_the_first_behind_attention() -> None:
-    """One may be another way of mixing tokens, which the proof tells from the MLP."""
-    (region,) = found_in(
-        {
-            "more": ("MatMul", ["out2", "w.v"], ["y3"]),
-            "add3": ("Add", ["out2", "y3"], ["out3"]),
-            "most": ("MatMul", ["out3", "w.o"], ["y4"]),
-            "add4": ("Add", ["out3", "y4"], ["out4"]),
-            "head": ("MatMul", ["out4", "w.head"], ["logits"]),
-        }
-    )
-    assert (region.x.name, region.y.name) == ("x2", "y2")
-
-
-def test_another_attention_behind_it_is_no_mlp() -> None:
-    """Layer 0 has no MLP: what follows its attention is that of layer 1."""
-    model = one_layer({**MLP, **BESIDE})
-    (region,) = find_regions(model)
-    assert isinstance(region, AttentionRegion)
-    down = next(node for node in model.graph if node.name == "down")
-    second = AttentionRegion(**{**vars(region), "layer": 1, "projection": down})
-    (found,) = mlp_regions(model, [region, second], (0, 1, Mlp(0)), 2)
-    assert isinstance(found, Refusal)
-
-
-def test_a_value_that_runs_beside_the_stream_hides_no_mlp() -> None:
-    """Embeddings of each layer, or a second stream: nothing passes through one, but what attention gives does."""
-    model = one_layer({**MLP, **BESIDE})
-    assert len(find_branches(model, [r for r in find_regions(model) if isinstance(r, AttentionRegion)])) < 2
-    (region,) = mlp_regions(model, find_regions(model), (0, Mlp(0)), 1)
-    assert (region.x.name, region.y.name, region.h.name) == ("x2", "y2", "out")
 
 
 def test_other_mixers_of_tokens_are_told_from_mlps_by_their_place() -> None:

@@ -10,7 +10,6 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from nbl_export.batch.names import past_name, present_name
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import kv_pairs, state_pairs
 from nbl_export.rewrite.leave_out import remove_pairs
@@ -84,11 +83,6 @@ def feeds(layers: int) -> dict[str, Any]:
     }
     ids = np.arange(BATCH * NEW, dtype=np.int64).reshape(BATCH, NEW)
     return {"input_ids": ids, "attention_mask": np.ones((BATCH, PAST + NEW), np.int64), **past}
-
-
-def test_names() -> None:
-    assert past_name(3, "key") == "past_key_values.3.key"
-    assert present_name(12, "value") == "present.12.value"
 
 
 def test_pairs_come_by_index_with_key_before_value() -> None:
@@ -166,13 +160,6 @@ def test_questions_for_the_past_length_are_answered_without_it(removed: tuple[in
     after = run(model, feeds(2))
     for name, expected in ANSWERS.items():
         assert before[name].tolist() == after[name].tolist() == expected, name
-
-
-def test_an_empty_past_is_answered_too() -> None:
-    model = cache_graph(1, {"length": ("past_key_values.0.key", {"start": 2, "end": 3})})
-    remove_pairs(model, (0,), kv_pairs(model))
-    ids = np.ones((BATCH, NEW), dtype=np.int64)
-    assert run(model, {"input_ids": ids, "attention_mask": ids})["length"].tolist() == [0]
 
 
 def test_a_past_that_is_still_read_is_an_error_naming_the_reader() -> None:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
-import pytest
 
-from nbl_export.errors import InputError
 from nbl_export.graph.facts import facts_of, summarize
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.summary import RewriteSummary, Stored
+from nbl_export.graph.summary import Stored
 from nbl_export.linearize.plan import load_plan
-from nbl_export.records import from_json
-from nbl_export.workspace import Workspace
-from tests.folders import copied
 
 
 def test_facts_are_what_onnx_counts(stories_out: Path) -> None:
@@ -50,44 +42,6 @@ def test_linear_layers_are_those_of_the_plan(stories_out: Path) -> None:
     assert set(facts.kv_layers) == set(before.kv_layers) - set(facts.linear)
 
 
-def test_no_weight_is_read(stories_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("a weight was read")
-
-    for name in ("numpy", "tobytes", "_load"):
-        assert hasattr(ir.ExternalTensor, name)
-        monkeypatch.setattr(ir.ExternalTensor, name, refuse)
-    assert facts_of(stories_out / "model.onnx").summary.parameters > 200_000
-
-
-def saved(path: Path, *shape: object) -> Path:
-    node = onnx.helper.make_node("Identity", ["x"], ["y"])
-    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.DOUBLE, shape) for n in "xy")
-    if not shape:
-        x.type.tensor_type.ClearField("shape")
-    text = onnx.helper.make_tensor("t", onnx.TensorProto.STRING, [2], [b"ab", b"c"])
-    graph = onnx.helper.make_graph([node], "g", [x], [y], [text])
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), str(path))
-    return path
-
-
-def test_a_graph_that_is_no_decoder(tmp_path: Path) -> None:
-    facts = facts_of(saved(tmp_path / "g.onnx", 2, None, "n"))
-    assert facts.inputs == ("x: float64[2, ?, n]",) and facts.cache == "none"
-    assert facts.initializers == {"string": Stored(1, 3)}
-    assert (facts.kv_layers, facts.linear) == ((), ())
-    assert facts_of(saved(tmp_path / "h.onnx")).inputs == ("x: float64[?]",)
-
-
-def test_metadata_of_somebody_else_is_refused(stories_out: Path, tmp_path: Path) -> None:
-    path = copied(stories_out / "baseline" / "model.onnx", tmp_path)
-    proto = onnx.load(str(path), load_external_data=False)
-    proto.metadata_props.add(key="nbl_export.layers", value="no list")
-    path.write_bytes(proto.SerializeToString())
-    with pytest.raises(InputError, match=r"The graph's metadata nbl_export.layers was not written by"):
-        facts_of(path)
-
-
 def test_a_summary_counts_what_onnx_counts(tiny_graph: Path) -> None:
     proto = onnx.load(str(tiny_graph))
     summary = summarize(load_graph(tiny_graph), tiny_graph)
@@ -108,17 +62,3 @@ def test_a_summary_counts_what_onnx_counts(tiny_graph: Path) -> None:
     read = {t.name: onnx.numpy_helper.to_array(t).nbytes for t in proto.graph.initializer}
     small = sum(size for size in read.values() if size < 1024)
     assert summarize(load_graph(tiny_graph), below).file_bytes == sum(read.values()) - small
-
-
-def test_the_record_of_a_rewrite_is_of_the_files_of_the_run(stories_out: Path) -> None:
-    ws = Workspace.open(stories_out)
-    kept = from_json(RewriteSummary, json.loads(ws.rewrite_summary.read_text()), "it", "do it again")
-    for found, path in ((kept.before, ws.baseline), (kept.after, ws.model)):
-        assert found == summarize(load_graph(path), path)
-    chosen = load_plan(ws.plan).chosen
-    assert kept.before.ops["Attention"] - kept.after.ops["Attention"] == len(chosen) == 2
-    # q, k, v and o of width 64 went, W and b came.
-    assert kept.before.parameters - kept.after.parameters >= 2 * (64 * 64 * 2 + 2 * 64 * 32 - 64 * 64 - 64)
-    assert kept.kv_layers == tuple(i for i in range(5) if i not in chosen)
-    assert [p.layer for p in kept.proofs] == [0, 1, 2, 3, 4]
-    assert all(0 <= error < 1e-4 for p in kept.proofs for error in (p.input_error, p.output_error))

@@ -117,10 +117,3 @@ def test_a_cache_that_says_nothing_of_its_heads_is_refused(tiny_graph: Path) -> 
         InputError, match=r"number of heads and the head_dim of past_key_values\.0\.key are unknown"
     ):
         interface_of(model)
-
-
-def test_a_graph_that_gives_only_its_cache_is_no_decoder() -> None:
-    model = grouped()
-    model.graph.outputs.pop()
-    with pytest.raises(InputError, match="no output but its KV cache"):
-        interface_of(model)

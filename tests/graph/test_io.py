@@ -5,7 +5,6 @@ What was written is read by onnx's own loader or by NumPy from the file, never b
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import subprocess
@@ -24,14 +23,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph import io
 from nbl_export.graph.io import (
     check_file,
     load_graph,
-    save_again,
     save_beside,
     save_graph,
-    scratch_copy,
 )
 from nbl_export.graph.tensors import external_files, int64_initializer
 from tests.graph.external_data import DATA, external, graph_of, places, random_bytes, raw, resolved, save
@@ -58,15 +54,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 def graph(tiny_graph: Path, tmp_path: Path) -> Path:
     """A copy of the tiny graph with its data, to be damaged."""
     return Path(shutil.copytree(tiny_graph.parent, tmp_path / "graph")) / "model.onnx"
-
-
-def test_weights_are_read_as_they_are(graph: Path) -> None:
-    reference = onnx.load(str(graph))
-    model = load_graph(graph)
-    assert len(model.graph.initializers) == len(reference.graph.initializer)
-    for tensor in reference.graph.initializer:
-        value = model.graph.initializers[tensor.name].const_value
-        assert value is not None and np.array_equal(value.numpy(), onnx.numpy_helper.to_array(tensor))
 
 
 @pytest.mark.parametrize("content", [b"", b"this is a text file\n" * 50, b"\0" * 4096], ids=len)
@@ -122,15 +109,6 @@ def test_ranges_that_do_not_fit_are_refused(tmp_path: Path, place: tuple[int, in
     proto = graph_of([external("w", TensorProto.FLOAT, [1000], ("source.bin", *place))])
     with pytest.raises(InputError, match=words):
         load_graph(save(proto, tmp_path / "model.onnx", bytes(4000)))
-
-
-def test_offset_and_length_may_be_missing_and_links_inside_are_followed(tmp_path: Path) -> None:
-    tensor = external("w", TensorProto.FLOAT, [1000], ("link.bin", 0, 4000))
-    del tensor.external_data[1:]
-    path = save(graph_of([tensor]), tmp_path / "in" / "model.onnx", random_bytes(4000))
-    (path.parent / "link.bin").symlink_to("source.bin")
-    save_graph(load_graph(path), tmp_path / "model.onnx")
-    assert raw(tmp_path / "model.onnx")["w"] == random_bytes(4000)
 
 
 # writing -----------------------------------------------------------------------------------------
@@ -189,23 +167,6 @@ def test_types_from_memory(tmp_path: Path, name: str, monkeypatch: pytest.Monkey
     assert (written.data_type, tuple(written.dims)) == (tensor.dtype.value, tensor.shape.numpy())
 
 
-def test_what_stays_inside(tmp_path: Path) -> None:
-    """Strings, however long; empty tensors and scalars; attributes in memory. Then there is no data file."""
-    words = TensorProto(name="words", data_type=TensorProto.STRING, dims=[2], string_data=[b"a" * 5000, b""])
-    few = [
-        external("empty", TensorProto.FLOAT, [0, 4], ("source.bin", 3, 0)),
-        external("scalar", TensorProto.FLOAT, [], ("source.bin", 4, 4)),
-    ]
-    large = onnx.numpy_helper.from_array(np.arange(5000, dtype=np.float32), "c")
-    proto = graph_of([words, *few], [helper.make_node("Constant", [], ["y"], value=large)])
-    out = tmp_path / "out" / "model.onnx"
-    out.parent.mkdir()
-    out.with_name(DATA).write_bytes(b"of an older graph")
-    path = save(proto, tmp_path / "in" / "model.onnx", random_bytes(8))
-    assert save_graph(load_graph(path), out, unchecked, data_name=DATA) == [out]
-    assert names(out.parent) == {"model.onnx"} and resolved(out) == resolved(path)
-
-
 def test_nested_tensors_are_written(nested: Path, tmp_path: Path) -> None:
     def outputs(path: Path) -> list[np.ndarray]:
         given = {"x": np.ones(4096, np.float32)}
@@ -217,24 +178,6 @@ def test_nested_tensors_are_written(nested: Path, tmp_path: Path) -> None:
     shutil.rmtree(nested.parent)
     assert all(np.array_equal(a, b) for a, b in zip(outputs(out), expected, strict=True))
     assert (out.parent / "source.bin").stat().st_size == 5 * 16384
-
-
-@pytest.mark.parametrize("how", ["other file systems", "absent", "short"])
-def test_other_kernels(two_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    real = os.copy_file_range
-
-    def refuse(*_: object) -> int:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    if how == "absent":
-        monkeypatch.delattr(os, "copy_file_range")
-    elif how == "short":
-        monkeypatch.setattr(os, "copy_file_range", lambda s, t, n, a, b: real(s, t, min(n, 777), a, b))
-    else:
-        monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr(io, "_BLOCK", 1000)
-    save_graph(load_graph(two_files), tmp_path / "model.onnx")
-    assert resolved(tmp_path / "model.onnx") == resolved(two_files)
 
 
 _MEASURED = """
@@ -329,14 +272,6 @@ def test_a_graph_that_reads_replaced_data_is_gone_before(base: Path) -> None:
     assert not path.exists() and raw(base) == {n: a.tobytes() for n, a in weights(3).items()}
 
 
-def test_saved_again_no_weight_moves(base: Path) -> None:
-    data, model = base.with_name(DATA).read_bytes(), load_graph(base)
-    model.graph.outputs[0].name = "z"
-    assert save_again(model, base) == [base, base.with_name(DATA)]
-    assert base.with_name(DATA).read_bytes() == data
-    assert [o.name for o in onnx.load(str(base)).graph.output] == ["z"]
-
-
 SAVES: dict[str, Callable[..., list[Path]]] = {"alone": save_graph, "beside": save_beside}
 
 
@@ -393,19 +328,6 @@ def test_the_checker_refuses_what_onnx_refuses(base: Path) -> None:
     with pytest.raises(BuildError, match="does not pass the ONNX checker") as caught:
         check_file(base)
     assert "\n" not in str(caught.value)
-
-
-def test_a_scratch_copy_lives_for_the_block_only(base: Path) -> None:
-    before = contents(base.parent)
-
-    def rename(model: ir.Model) -> None:
-        model.graph.outputs[0].name = "scores"
-
-    with pytest.raises(RuntimeError, match="inside"), scratch_copy(base, rename) as copy:
-        assert copy.parent == base.parent  # beside its data
-        assert [o.name for o in onnx.load(str(copy), load_external_data=False).graph.output] == ["scores"]
-        raise RuntimeError("inside")
-    assert contents(base.parent) == before
 
 
 def test_equal_numbers_share_an_initializer() -> None:

@@ -16,18 +16,15 @@ from nbl_export.graph.operators import (
     MICROSOFT,
     SKIP_NORMS,
     captured,
-    constant_tensor,
     infer_types,
     is_constant,
-    key,
     linear_op,
-    readers,
     weight_bits,
     weight_format,
     weight_shape,
 )
 from tests.graph.parsed import parsed
-from tests.graph.quantized import D, dequantized, dynamic, graph, matrix, n_bits
+from tests.graph.quantized import dequantized, dynamic, graph, matrix, n_bits
 from tests.sessions import cpu_session
 
 ROWS, COLUMNS = 5, 3
@@ -63,22 +60,6 @@ def test_a_weights_shape_is_that_of_the_map(name: str) -> None:
     assert weight_shape(node) == y.shape == (ROWS, COLUMNS)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        n_bits(4, 16, True, 2, None),
-        dequantized(TensorProto.INT8, None, False, turned=True),
-        dynamic("MatMulInteger", True, False),
-        dynamic("DynamicQuantizeMatMul", False, True),
-    ],
-    ids=["n bits", "dequantized", "integers", "quantized when it is known"],
-)
-def test_packed_weights_have_the_shape_of_their_map_too(model: ir.Model) -> None:
-    node = next(n for n in model.graph if n.name == "neighbour")
-    assert linear_op(node) == LINEAR[key(node)]
-    assert weight_shape(node) == (D, D)
-
-
 def test_a_product_of_two_activations_is_no_linear_map() -> None:
     model = parsed("g (float[n,4] a, float[4,n] b) => (float[n,n] y) { y = MatMul(a, b) }")
     node = node_of(model, "MatMul")
@@ -109,18 +90,6 @@ def test_what_only_constant_nodes_lie_behind_is_a_weight() -> None:
     assert constant == {"c", "both", "turned"}
     assert is_constant(model.graph.initializers["w"])
     assert not is_constant(model.graph.inputs[0]) and not is_constant(None)
-
-
-def test_asking_for_a_shape_is_not_reading() -> None:
-    model = parsed(
-        """g (float[n,2] x) => (float[n,2] y, int64[2] s, int64 z) {
-            s = Shape(x)
-            z = Size(x)
-            a = Relu(x)
-            y = Add(a, x)
-        }"""
-    )
-    assert sorted(n.op_type for n in readers(model.graph.inputs[0])) == ["Add", "Relu"]
 
 
 def test_what_a_branch_reads_of_the_graph_around_it() -> None:
@@ -180,26 +149,6 @@ def test_numbers_of_onnxruntimes_operators_are_its_own() -> None:
     for (_, name), bias in SKIP_NORMS.items():
         names = [i.name for i in schemas[name].inputs]
         assert names[:2] == ["input", "skip"] and names[bias] == "bias"
-
-
-def test_the_tensor_of_a_constant_in_each_form() -> None:
-    forms = {
-        "value": ir.tensor(np.float32([1, 2])),
-        "value_floats": [1.0, 2.0],
-        "value_float": 3.0,
-        "value_ints": [4],
-    }
-    found = []
-    for name, held in forms.items():
-        (value,) = ir.node("Constant", [], attributes={name: held}).outputs
-        tensor = constant_tensor(value)
-        found.append(None if tensor is None else tensor.numpy().tolist())
-    assert found == [[1, 2], [1, 2], 3, None]
-    (computed,) = ir.node("Relu", [ir.val("x")]).outputs
-    assert constant_tensor(computed) is constant_tensor(ir.val("x")) is None
-    held_tensor = ir.tensor(np.float32([5]), name="w")
-    assert constant_tensor(ir.val("w", const_value=held_tensor)) is held_tensor
-    assert constant_tensor(ir.node("Constant", []).outputs[0]) is None
 
 
 F16, F32, I64, BOOL = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL

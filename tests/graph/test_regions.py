@@ -68,10 +68,6 @@ def assert_regions_are_the_attention(path: Path, model: Any, layers: int, core: 
         assert np.abs(first - last).max() > 0.1
 
 
-def test_tiny_llama(tiny_graph: Path, tiny_model: torch.nn.Module) -> None:
-    assert_regions_are_the_attention(tiny_graph, tiny_model, 4, "Attention")
-
-
 def test_variants(variant: Variant) -> None:
     """Biases belong to y; without the fused operator the core is the product with V."""
     assert_regions_are_the_attention(variant.path, variant.model, 2, variant.core)
@@ -146,19 +142,6 @@ def one_layer(changes: dict[str, Node | None]) -> ir.Model:
     model.graph.sort()
     onnx.checker.check_model(ir.to_proto(model))
     return model
-
-
-def test_the_plain_graph_is_found() -> None:
-    (region,) = find_regions(one_layer({}))
-    assert isinstance(region, AttentionRegion)
-    assert (region.x.name, region.y.name, region.core) == ("x", "y", "Attention")
-    assert region.h is not None and region.h.name == "h"
-
-
-def test_where_y_joins_no_stream_h_is_what_x_is_a_norm_of() -> None:
-    (region,) = find_regions(one_layer({"add": ("Tanh", ["y"], ["out"])}))
-    assert isinstance(region, AttentionRegion)
-    assert region.h is not None and region.h.name == "h" and region.y.name == "y"
 
 
 IDENTITIES: dict[str, Node | None] = {

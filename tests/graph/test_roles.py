@@ -46,11 +46,6 @@ def test_names_of_their_own_are_found_by_structure(table: str) -> None:
     assert INPUTS_KEY not in model.metadata_props
 
 
-def test_a_usual_name_means_what_it_says() -> None:
-    names = {**OWN, "positions": "attention_mask", "mask": "other"}
-    assert meaning(graph(TABLE, names))["attention_mask"] == "attention_mask"
-
-
 def test_what_a_rewrite_removes_is_remembered() -> None:
     model = graph(TABLE, OWN)
     remember_roles(model)
@@ -60,12 +55,3 @@ def test_what_a_rewrite_removes_is_remembered() -> None:
     assert meaning(model) == MEANING
     del model.metadata_props[INPUTS_KEY]
     assert "position_ids" not in meaning(model)
-
-
-@pytest.mark.parametrize(
-    "said", ["[", "[1]", '{"input_ids": 5}', '{"input_ids": "gone"}', '{"nonsense": "a"}']
-)
-def test_metadata_of_others_says_nothing(said: str) -> None:
-    model = graph(TABLE, OWN)
-    model.metadata_props[INPUTS_KEY] = said
-    assert meaning(model) == MEANING

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +94,6 @@ def test_each_node_is_computed_in_float32_and_rounded_once(tmp_path: Path) -> No
     assert not np.array_equal(found["c"], ((X @ W) + B) ** 2)
 
 
-def test_an_input_with_more_digits_is_rounded_first(tmp_path: Path) -> None:
-    model = parsed(
-        "g (bfloat16[n] x) => (bfloat16[n] y, bfloat16[n] z) { y = Identity(x)\n z = Sub(x, c) }",
-        c=np.array(1, BF16),
-    )
-    # Halfway cases go to even; 1 + 2⁻⁹ is lost.
-    x = np.array([1 + 2**-9, 1 + 2**-8, 1 + 3 * 2**-8, 3.14159265, -1e-40, 1e38], np.float32)
-    found = run(model, tmp_path, x=x)
-    rounded = bf16(x)
-    assert np.array_equal(found["y"], rounded.float().numpy())
-    assert np.array_equal(found["z"], (rounded.float() - 1).bfloat16().float().numpy())
-    assert found["y"][0] == 1 and found["z"][0] == 0
-
-
 def test_float32_islands_keep_their_digits(tmp_path: Path) -> None:
     """Softmax between Casts, as a converted graph has it."""
     model = parsed(
@@ -125,44 +110,6 @@ def test_float32_islands_keep_their_digits(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["p"], p, rtol=1e-6)
     assert not is_bf16(found["p"])
     assert np.array_equal(found["q"], 2 * bf16(found["p"]).float().numpy())
-
-
-def test_a_weight_read_twice_is_cast_once(tmp_path: Path) -> None:
-    model = parsed(
-        """g (bfloat16[n,12] x) => (bfloat16[n,12] y, bfloat16[n,12] z) {
-            y = Mul(x, w)
-            s = Add(y, w)
-            z = Mul(s, w)
-        }""",
-        w=B.astype(BF16),
-    )
-    found = run(model, tmp_path, x=X[:, :12])
-    x, w = bf16(X[:, :12]), bf16(B)
-    y = (x.float() * w.float()).bfloat16()
-    s = (y.float() + w.float()).bfloat16()
-    assert np.array_equal(found["y"], y.float().numpy())
-    assert np.array_equal(found["z"], (s.float() * w.float()).bfloat16().float().numpy())
-    proto = onnx.load(str(tmp_path / "emulated.onnx"))
-    read = Counter((n.input[0], n.attribute[0].i) for n in proto.graph.node if n.op_type == "Cast")
-    assert read["w", FLOAT] == 1 and set(read.values()) == {1}
-    assert [t.data_type for t in proto.graph.initializer] == [BFLOAT16]
-
-
-def test_an_output_that_is_read_on_keeps_its_name_and_numbers(tmp_path: Path) -> None:
-    """Like a present key, which attention reads too."""
-    model = parsed(
-        """g (bfloat16[n,4] past, bfloat16[m,4] new) => (bfloat16[t,4] present, float[t,4] logits) {
-            present = Concat<axis = 0>(past, new)
-            d = Mul(present, present)
-            logits = Cast<to = 1>(d)
-        }"""
-    )
-    past, new = X[:2, :4], X[2:, :4] * np.float32(1.01)
-    found = run(model, tmp_path, past=past, new=new)
-    assert list(found) == ["present", "logits"]
-    present = torch.cat([bf16(past), bf16(new)])
-    assert np.array_equal(found["present"], present.float().numpy())
-    assert np.array_equal(found["logits"], (present.float() ** 2).bfloat16().float().numpy())
 
 
 # which graphs ------------------------------------------------------------------------------------
@@ -218,13 +165,6 @@ def test_numbers_behind_a_dequantize_linear_move(dtype: int) -> None:
     assert np.abs(steps).max() == 1 and 0 < (steps != 0).mean() < 0.2
 
 
-def test_scales_and_zero_points_stay() -> None:
-    model = n_bits(4, 32, True, 2, accuracy=None)
-    values = {n: v.const_value for n, v in model.graph.initializers.items() if n != "b"}
-    nudge(model)
-    assert all(model.graph.initializers[n].const_value is tensor for n, tensor in values.items())
-
-
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16])
 def test_halves_move_to_the_next_number(kind: Any) -> None:
     numbers = np.random.default_rng(0).standard_normal(60_000).astype(kind)
@@ -237,15 +177,6 @@ def test_halves_move_to_the_next_number(kind: Any) -> None:
     last_bit = float(ml_dtypes.finfo(kind).eps)
     assert (found != exact).mean() == pytest.approx(1 / 12, rel=0.05)
     assert step.max() <= last_bit * 1.001 and step[step > 0].min() >= last_bit / 2 * 0.999
-
-
-def test_float32_activations_and_weights_stay(tiny_graph: Path) -> None:
-    model = load_graph(tiny_graph)
-    before = {n: v.const_value for n, v in model.graph.initializers.items()}
-    nudge(model)
-    assert all(v.const_value is before[n] for n, v in model.graph.initializers.items())
-    row = np.ones((2, 3), dtype=np.float32)
-    assert nudged_values(row, ir.DataType.FLOAT, 0) is row and nudged_values(row, None, 0) is row
 
 
 def test_moved_numbers_are_as_far_from_a_weight_as_its_rounding() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from nbl_export import __version__
-from nbl_export.engine.build import EngineFile
 from nbl_export.errors import InputError
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import load_plan
@@ -26,7 +25,6 @@ from nbl_export.report.assemble import (
 from nbl_export.report.schema import Conversion, Report
 from nbl_export.verify.measurement import Measurement
 from nbl_export.workspace import Workspace
-from tests.engine.conftest import manifest_by_hand
 
 
 def read(out: Path, name: str) -> Any:
@@ -95,16 +93,6 @@ def test_it_holds_what_was_measured(assembled: Any, report: Report) -> None:
     # The rewrite's verdict comes first, and does not hide another's.
     assert [(c.name, c.status) for c in found.checks] == [("graph rewrite", "passed"), ("parity", "failed")]
     assert found.checks[0].detail.startswith("2 attention layers and KV pairs gone") and not found.passed
-
-
-def test_a_build_is_part_of_it_only_with_its_engines(assembled: Any, stories_copy: Path) -> None:
-    ws = Workspace.open(stories_copy)
-    ws.finish("build", {"library": "rtx"}, {}, [], 1.5, ["built"])
-    assert "build" not in assembled().settings and assembled().engines is None
-    manifest = manifest_by_hand()
-    found = assembled(engines=[EngineFile(stories_copy / "engine" / "model.engine", manifest)])
-    assert found.engines == (manifest,) and found.settings["build"] == {"library": "rtx"}
-    assert found.stage_seconds["build"] == 1.5 and "built" in found.notes
 
 
 @pytest.mark.parametrize(
@@ -193,12 +181,6 @@ def test_sections_keep_their_date_their_settings_and_their_verdict(later: Report
     assert checks["method loss"].detail == "--no-quality; what is shown was measured 2026-01-01"
     assert len(checks) == len(found.checks)
     assert (found.created, found.settings) == (later.created, later.settings)
-
-
-def test_the_first_date_stays(later: Report, earlier: Report) -> None:
-    once = kept(later, earlier)
-    twice = kept(replace(later, created="2028-01-01"), once)
-    assert twice.kept == once.kept and twice.checks == once.checks
 
 
 @pytest.mark.parametrize("name", GRAPHS)

@@ -63,12 +63,6 @@ def test_a_name_of_a_model_makes_nothing_but_text(report: Report) -> None:
     assert "<script>" not in card and "\\](http://y)" in card  # which is no link
 
 
-def test_an_encoder_is_used_without_a_generator(report: Report) -> None:
-    card = model_card(replace(report, graph=replace(report.graph, task="feature-extraction")))
-    assert front_matter(card)["pipeline_tag"] == "feature-extraction"
-    assert "InferenceSession" in card and "onnxruntime_genai" not in card
-
-
 def test_the_license_is_what_the_base_s_card_says(tmp_path: Path) -> None:
     assert license_of(tmp_path) is None
     card = tmp_path / "README.md"
@@ -80,8 +74,3 @@ def test_the_license_is_what_the_base_s_card_says(tmp_path: Path) -> None:
     ):
         card.write_text(text)
         assert license_of(tmp_path) == expected, text
-
-
-def test_the_license_of_a_gguf_file(smollm2: Path) -> None:
-    assert license_of(smollm2.parent, smollm2.name) == "apache-2.0"
-    assert license_of(smollm2.parent, "not-there.gguf") is None

@@ -22,16 +22,12 @@ from nbl_export.report.diff import (
     Side,
     change,
     compare,
-    headline_table,
     markdown,
-    tables,
     verdict_line,
     write_markdown,
 )
 from nbl_export.report.diff_facts import Better, Fact, Figure
-from nbl_export.report.evaluation import write_evaluation
 from nbl_export.settings import DiffBounds
-from tests.report.test_evaluation import evaluation
 from tests.report.test_schema import bench  # noqa: F401
 
 NONE = DiffBounds()
@@ -95,18 +91,6 @@ def test_what_is_missing_is_said_with_the_reason(stories_out: Path, tmp_path: Pa
     assert notes(mirrored, "Speed") == ("A has none (not asked for (--no-speed)).",)
 
 
-def test_evaluations(tmp_path: Path) -> None:
-    (tmp_path / "b").mkdir()
-    mean = evaluation().mean.tasks
-    assert mean and mean.recovery
-    worse = replace(mean, recovery=replace(mean.recovery, value=0.8))
-    write_evaluation(tmp_path, evaluation())
-    write_evaluation(tmp_path / "b", evaluation(mean=replace(evaluation().mean, tasks=worse)))
-    diff = compare(tmp_path / "eval.json", tmp_path / "b" / "eval.json", NONE)
-    assert by_name(diff, "Tasks and retrieval")["mean recovery of tasks"].effect == "worse"
-    assert diff.verdict == "no gate" and diff.a.verdict == "no gate"
-
-
 def test_two_kinds_are_refused(stories_out: Path) -> None:
     with pytest.raises(InputError) as told:
         compare(stories_out, stories_out / "model.onnx", NONE)
@@ -166,11 +150,6 @@ def test_two_standard_errors_of_the_difference(difference: float, effect: str) -
     assert both(a, b) == effect
 
 
-def test_an_error_that_is_not_known_decides_nothing() -> None:
-    assert both(fact(1.0, "lower", se=0.1), fact(9.0, "lower", se=nan)) == "of unknown noise"
-    assert both(fact(1.0, "lower", se=0.1), fact(inf, "lower", se=nan)) == "worse"
-
-
 @pytest.mark.parametrize(
     ("least", "most", "effect"),
     [
@@ -185,21 +164,6 @@ def test_an_error_that_is_not_known_decides_nothing() -> None:
 def test_intervals_that_are_apart(least: float, most: float, effect: str) -> None:
     a = fact(1.15, "higher", least=1.1, most=1.2)
     assert both(a, fact(1.3 if most > 1.2 else 1.0, "higher", least=least, most=most)) == effect
-
-
-def test_what_does_not_compare_is_neither_better_nor_worse() -> None:
-    found = change("x", fact(1, "lower"), fact(9, "lower"), "on another machine")
-    assert found.effect == "on another machine"
-    assert change("x", fact(1, "lower"), fact(1, "lower"), "on another machine").effect == "same"
-    assert change("x", fact(1, "lower"), None, "on another machine").effect == "only in A"
-
-
-def test_lists_say_what_came_and_went() -> None:
-    a, b = (Fact(Figure(2), members=m) for m in (("2", "3"), ("3", "4.mlp")))
-    found = change("layers", a, b)
-    assert (found.effect, found.note) == ("changed", "added 4.mlp; removed 2")
-    assert change("layers", b, a).note == "added 2; removed 4.mlp"
-    assert change("layers", a, replace(a, members=("3", "2"))).effect == "same"
 
 
 # drawing -------------------------------------------------------------------------------------------
@@ -235,45 +199,6 @@ def made(*changes: Change, checks: tuple[Check, ...] = (), **more: Any) -> Diff:
     part = Section("Part", changes, ("a note",))
     fields = {"difference": "changed", "verdict": "failed" if checks else "no gate", "checks": checks, **more}
     return Diff("report", Side("a"), Side("b"), sections=(part,), bounds=NONE, **fields)
-
-
-def speedup(value: float, least: float, most: float) -> Fact:
-    return Fact(Figure(value, least=least, most=most), "higher", "times", True, "5 ms")
-
-
-def test_intervals_and_times() -> None:
-    a, b = speedup(1.2, 1.1, 1.3), speedup(1.5, 1.4, 1.6)
-    (row,) = headline_table(made(change("x", a, b))).rows
-    assert row == ("x", "1.20× (1.10 to 1.30)", "1.50× (1.40 to 1.60)", "+25.0%, better", "5 ms")
-    (row,) = headline_table(made(change("x", a, b)), brief=True).rows
-    assert len(row) == 4
-    unknown = speedup(1.5, float("-inf"), float("inf"))
-    assert headline_table(made(change("x", a, unknown))).rows[0][2:4] == ("1.50×", "+25.0%, of unknown noise")
-    assert headline_table(made(change("x", a, None))).rows[0][2:4] == ("none", "only in A")
-    assert headline_table(made(change("x", a, a))).rows[0][3] == "="
-
-
-def test_what_differs_is_not_written_alike() -> None:
-    def row(a: float, b: float, unit: str) -> tuple[str, ...]:
-        return headline_table(
-            made(change("x", *(Fact(Figure(v), unit=unit, headline=True) for v in (a, b))))
-        ).rows[0]
-
-    assert row(1_048_576, 1_048_577, "bytes")[1:3] == ("1,048,576", "1,048,577")
-    assert row(1.00001, 1.00002, "loss")[1:3] == ("1.00001", "1.00002")
-    assert row(1.000012345678, 1.000012345999, "loss")[1:3] == ("1.0000123457", "1.000012346")
-    assert row(2e-5, 4e-2, "error")[3] == "× 2,000" and row(1.0, 9.0, "")[3] == "+800.0%"
-    assert row(0.0, 1.0, "loss")[1:4] == ("0.0000", "1.0000", "changed")
-    assert row(float("nan"), 1.0, "loss")[1:3] == ("nan", "1.0000")
-
-
-def test_a_terminal_shows_what_is_more_than_noise() -> None:
-    noise = change("n", *(Fact(Figure(v, se=1.0), unit="loss") for v in (0.0, 0.1)))
-    other = change("o", *(Fact(Figure(v)) for v in (1, 2)))
-    (table,) = tables(made(noise, other), brief=True)
-    assert [row[0] for row in table.rows] == ["o"] and table.note == "a note 1 more within noise."
-    (table,) = tables(made(noise, other))
-    assert [row[0] for row in table.rows] == ["n", "o"] and table.note == "a note"
 
 
 def test_the_verdict_in_words() -> None:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import isnan
 from pathlib import Path
 
 import pytest
 
 from nbl_export.blocks import Mlp
 from nbl_export.errors import InputError
-from nbl_export.records import Check
 from nbl_export.report.diff_facts import (
     Opened,
-    loss_facts,
     model_facts,
     opened,
-    speed_facts,
-    task_facts,
 )
 from nbl_export.report.evaluation import write_evaluation
-from nbl_export.verify.parity.figures import Likeness, Measure, MethodLoss
-from tests.report.diff_sides import changed, report_of
+from tests.report.diff_sides import report_of
 from tests.report.test_evaluation import evaluation
 
 
@@ -45,50 +39,6 @@ def test_a_model_its_layers_and_what_was_asked(two: Opened) -> None:
     assert within["verify: bound: max_kl"].figure.value == "0.5"
     assert "verify: bound: max_perplexity_ratio" not in within
     assert model_facts(None) == {}
-
-
-def test_a_loss_with_its_errors(two: Opened) -> None:
-    loss = report_of(two).method_loss
-    assert isinstance(loss, MethodLoss)
-    figure = loss_facts(loss)["perplexity ratio"].figure
-    assert (figure.value, figure.se) == (loss.perplexity_ratio, loss.perplexity_ratio_se)
-    se = loss_facts(replace(loss, documents=1))["perplexity ratio"].figure.se
-    assert se is not None and isnan(se), "of one document there is none"
-    assert loss_facts(None) == {}
-
-
-def test_measures_of_an_encoder_are_likenesses_or_distances() -> None:
-    names = ("cosine of logits", "top-1 agreement", "KL to the original, nats", "change of the score")
-    facts = loss_facts(Likeness(9, "images", tuple(Measure(n, 0.5, 0.1, 9) for n in names)))
-    assert [facts[name].better for name in names] == ["higher", "higher", "lower", "lower"]
-    assert [facts[name].headline for name in names] == [True, False, False, False]
-
-
-def test_speedups_are_by_cell_with_their_intervals(two: Opened) -> None:
-    speed = report_of(two).speed
-    assert speed is not None
-    facts = speed_facts(speed, headline=True)
-    assert list(facts) == ["prefill 16: speedup", "decode 16: speedup"]
-    one = facts["prefill 16: speedup"]
-    assert (one.figure.value, one.figure.least, one.figure.most) == pytest.approx((1.2, 1.176, 1.224))
-    assert one.detail == "8.33 ms" and one.headline and one.better == "higher"
-    assert speed_facts(None) == {}
-
-
-def test_tasks_and_retrieval() -> None:
-    facts = task_facts(evaluation())
-    assert facts["fruit, acc: linearized"].figure.value == 0.76
-    assert facts["fruit, acc: recovery"].figure.se == 0.014
-    assert facts["words, perplexity"].figure.value == 13.5
-    assert facts["retrieval, 1,024 tokens, choice: linearized"].better == "higher"
-    assert "retrieval, 256 tokens, exact: recovery" not in facts
-    assert facts["mean recovery of tasks"].headline
-    assert task_facts(None) == {}
-
-
-def test_checks_of_one_name_are_told_apart(two: Opened) -> None:
-    twice = changed(two, checks=(Check("x", "passed", ""), Check("x", "failed", "")))
-    assert {n: c.status for n, c in twice.checks().items()} == {"x": "passed", "x (2)": "failed"}
 
 
 # what is compared ------------------------------------------------------------------------------------

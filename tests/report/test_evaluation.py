@@ -27,7 +27,6 @@ from nbl_export.report.evaluation import (
     Evaluation,
     evaluation_tables,
     load_evaluation,
-    markdown,
     write_evaluation,
 )
 from nbl_export.report.schema import environment
@@ -90,32 +89,6 @@ def test_a_task_is_a_row_with_every_figure_in_its_column() -> None:
     assert "sample" not in table.note
 
 
-def test_retrieval_by_choice_then_exact_then_depth() -> None:
-    _, table, depth = evaluation_tables(evaluation())
-    assert [row[0] for row in table.rows] == [
-        "256 tokens, choice",
-        "1,024 tokens, choice",
-        "256 tokens, exact",
-        "1,024 tokens, exact",
-        "mean",
-    ]
-    assert [row[2] for row in table.rows[:4]] == ["25", "25", "", ""]
-    assert [row[6] for row in table.rows[:4]] == ["95.0 ± 1.4", "95.0 ± 1.4", "", ""]
-    assert depth.columns == ("", "0 to 25 %", "75 to 100 %")
-    assert depth.rows[1] == ("1,024 tokens", "100 → 67", "67 → 33")
-
-
-@pytest.mark.parametrize(
-    ("states", "passed"),
-    [((), True), (("passed",), True), (("passed", "failed"), False), (("skipped",), False)],
-    ids=["no gate", "kept", "not kept", "nothing could be judged"],
-)
-def test_without_a_gate_it_passes(states: tuple[Any, ...], passed: bool) -> None:
-    value = evaluation(checks=tuple(Check(state, state, "") for state in states))
-    verdict = "no gate" if not states else "passed" if passed else "failed"
-    assert value.passed is passed and value.as_json()["verdict"] == verdict
-
-
 def test_it_comes_back_from_its_file_and_has_a_suite_only_with_checks(tmp_path: Path) -> None:
     plain, judged = evaluation(), evaluation(checks=(Check("mean recovery", "failed", "95 ± 1 %"),))
     assert [p.name for p in write_evaluation(tmp_path / "a", plain)] == list(NAMES[:2])
@@ -127,13 +100,3 @@ def test_it_comes_back_from_its_file_and_has_a_suite_only_with_checks(tmp_path: 
     assert suite.find("testcase/failure") is not None
     (case,) = suite.iter("testcase")
     assert case.get("classname") == "nbl-export_eval-model"
-
-
-def test_the_page_says_how_it_was_asked() -> None:
-    text = markdown(evaluation(notes=("a note",)))
-    assert text.startswith("# nbl-export evaluation: a/model\n") and "- a note" in text
-    assert "seed 0, no few-shot examples, all rows of each task." in text
-    asked = EvalSettings(("a",), limit=8, few_shot=2, seed=3)
-    assert "seed 3, 2 few-shot examples, 8 rows of each task." in markdown(evaluation(settings=asked))
-    judged = markdown(evaluation(checks=(Check("mean recovery", "passed", "fine"),)))
-    assert "Checks" not in text and judged.index("## Checks") < judged.index("## Tasks")

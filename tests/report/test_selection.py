@@ -6,15 +6,12 @@ from dataclasses import replace
 from math import exp
 from typing import Any
 
-from nbl_export.linearize.selection import Candidate, Curve, Loss, PlanLoss
+from nbl_export.linearize.selection import Curve, Loss, PlanLoss
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report, Selection
 from nbl_export.report.selection import (
-    SCORES,
     curve_table,
-    fit_in_words,
     result_table,
-    scored_by,
 )
 from nbl_export.report.tables import report_tables
 
@@ -40,32 +37,6 @@ def test_every_k_is_a_row(curve: Curve) -> None:
         "Budget: perplexity ratio ≤ 1.2, KL ≤ 0.5, speedup ≥ 1.07×."
     )
     assert "layers" not in curve_table(curve, brief=True).columns
-
-
-def test_what_a_workload_gains_has_a_column(curve: Curve) -> None:
-    points = tuple(replace(p, workload_speedup=1 + p.k / 4) for p in curve.points)
-    table = curve_table(replace(curve, points=points))
-    assert table.columns[3:6] == ("workload, by its blocks", "prefill", "decode")
-    assert [row[3] for row in table.rows] == ["1.25×", "1.50×", "1.75×", "2.00×"]
-    assert "Workload, by its blocks: its time less what each of them saves" in table.note
-    timed = tuple(replace(p, timed_speedup=1.3 if p.k == 2 else None) for p in points)
-    table = curve_table(replace(curve, points=timed))
-    assert table.columns[4] == "workload, timed" and [row[4] for row in table.rows] == ["", "1.30×", "", ""]
-    assert "Workload" not in curve_table(curve).note
-
-
-def test_ranks_that_were_chosen_are_said(report: Report) -> None:
-    selection = report.selection
-
-    def words(ranks: dict[str, int]) -> str:
-        result = PlanLoss(ranks=ranks, rank_lost=dict.fromkeys(ranks, 0.01))
-        return fit_in_words(replace(selection, rank=None, result=result)).rpartition("; ")[2]
-
-    count = len(selection.layers)
-    lost = "which loses at most 1.00% of the variance of a layer's output"
-    assert words({"2": 64, "3": 128}) == f"W of rank 64 to 128 in 2 of {count} layers, {lost}"
-    assert words({"2": 64}) == f"W of rank 64 in 1 of {count} layers, {lost}"
-    assert words({}) == "W whole, since no rank is without loss"
 
 
 def test_the_maps_that_were_kept_have_a_table_where_they_were_measured(report: Report) -> None:
@@ -101,35 +72,3 @@ def test_the_maps_that_were_kept_have_a_table_where_they_were_measured(report: R
     for brief in (False, True):
         shown = [t.title for t in report_tables(replace(report, selection=selection), brief)]
         assert shown.count(title) == 1
-
-
-def test_fits_in_words(report: Report) -> None:
-    said = replace(report.selection, fit_input="residual", ridge=None, fit="weighted", repair=200)
-    assert fit_in_words(said) == (
-        "the weighted fit (tokens by 1/‖h‖²) on the residual input, ridge chosen by held-out error; "
-        "then 200 steps of distillation"
-    )
-    ranked = replace(said, rank=96, result=PlanLoss(rank_lost={"3": 0.001, "7": 0.0123}))
-    assert fit_in_words(ranked).endswith(
-        "distillation; W of rank 96, which loses at most 1.23% of the variance of a layer's output"
-    )
-    assert fit_in_words(replace(said, fit="drop", repair=0)) == "zero (the layers are dropped)"
-
-
-def test_score_by_criterion() -> None:
-    candidates = [
-        Candidate(0, 0.1, 1.0, 0.0, 0.0),
-        Candidate(1, 0.2, 2.0, 0.0, 0.0, kl=0.3, predicted=0.4, drop=0.5),
-    ]
-    for criterion, key in (
-        ("cca", "cca"),
-        ("nmse", "nmse"),
-        ("kl", "kl"),
-        ("greedy", "kl"),
-        ("linearity", "predicted"),
-        ("drop", "drop"),
-        ("manual", "cca"),
-        ("layer 1", "cca"),
-    ):
-        assert scored_by(criterion, candidates) is SCORES[key]
-    assert scored_by("kl", candidates[:1]) is SCORES["cca"]

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf, nan
 from typing import Any
-
-import pytest
 
 from nbl_export.report.drawing import Table
 from nbl_export.report.speed import (
     ENGINES,
     VERIFIED,
     ceiling_in_words,
-    milliseconds,
     speed_table,
-    spread,
 )
 from nbl_export.verify.speed.values import (
     CandidateInfo,
@@ -89,15 +84,6 @@ def test_over_the_base_alone_the_linearized_one_has_its_speedup_once() -> None:
     assert shown(table, "eager")["linearized over it"] == "1.50× not resolved"
 
 
-def test_a_column_that_nobody_has_a_figure_for_is_left_out() -> None:
-    plain = Result("base", Timing(12.0, 11.0, 13.0), 3, 800.0)
-    table = speed_table(VERIFIED, race(CellResult("decode", 4, 512, (plain,))))
-    assert table.columns == ("", "candidate", "ms", "tokens/s", "rounds")
-    assert table.rows == (("decode 4 × 512", "base", "12.0 ± 1.0", "800", "3"),)
-    for word in ("resolved", "Ceiling", "p99", "Peak"):
-        assert word not in table.note
-
-
 def test_the_note_says_what_was_done() -> None:
     absent = {"eager": "out of memory"}
     cells = [replace(CELL, phase="decode", context=n, absent=absent) for n in (8, 16)]
@@ -111,28 +97,6 @@ def test_the_note_says_what_was_done() -> None:
     assert note.endswith("Not timed: eager in decode 8, decode 16 (out of memory).")
     assert "allow on any machine" in speed_table(VERIFIED, race(CELL, machine=Machine("CPU"))).note
     assert "threads" not in speed_table(ENGINES, race(CELL, machine=Machine("A GPU"))).note.split(":")[0]
-
-
-@pytest.mark.parametrize(
-    ("ms", "text"),
-    [
-        (0.1234, "0.123"),
-        (0.9999, "1.000"),
-        (1.0, "1.00"),
-        (9.994, "9.99"),
-        (10.0, "10.0"),
-        (1234.56, "1234.6"),
-    ],
-)
-def test_shorter_times_have_more_decimals(ms: float, text: str) -> None:
-    assert milliseconds(ms) == text
-
-
-def test_a_spread_is_half_the_interquartile_range() -> None:
-    assert spread(Timing(10.0, 8.0, 11.0)) == "10.0 ± 1.5"
-    assert spread(Timing(0.5, 0.25, 0.75)) == "0.500 ± 0.250"
-    # Of an earlier version no quartiles are known.
-    assert spread(Timing(10.0, nan, nan)) == "10.0" and spread(Timing(inf, nan, nan)) == "inf"
 
 
 def test_a_speedup_above_its_ceiling_is_said() -> None:

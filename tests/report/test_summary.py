@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 
 import pytest
 
-from nbl_export.blocks import Block, Mlp, Span
-from nbl_export.records import Check
+from nbl_export.blocks import Block, Mlp
 from nbl_export.report.schema import Report
 from nbl_export.report.speed import ceiling_in_words
 from nbl_export.report.summary import (
     headlines,
-    making,
     replaced,
-    replaced_line,
     verdict_line,
 )
 from nbl_export.verify.parity.figures import DecoderParity, MethodLoss
@@ -39,15 +35,6 @@ def test_headlines_of_a_whole_report(full: Report) -> None:
     assert abs(float(shown["Parity"].value) / worst - 1) < 0.05
 
 
-def test_parity_that_is_no_number_is_the_worst(report: Report) -> None:
-    assert isinstance(report.parity, DecoderParity)
-    figures = zip(report.parity.steps, (1e-5, math.nan, 2.0), strict=False)
-    steps = tuple(replace(s, max_abs=v) for s, v in figures)
-    changed = replace(report, parity=replace(report.parity, steps=steps))
-    (parity,) = (h for h in headlines(changed) if h.name == "Parity")
-    assert parity.value == "nan"
-
-
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
@@ -60,28 +47,6 @@ def test_parity_that_is_no_number_is_the_worst(report: Report) -> None:
 def test_what_was_replaced_is_counted_by_kind(report: Report, layers: tuple[Block, ...], words: str) -> None:
     model = replace(report.model, layers=5)
     assert replaced(replace(report, model=model, selection=replace(report.selection, layers=layers))) == words
-
-
-@pytest.mark.parametrize(
-    ("layers", "fit", "words"),
-    [
-        ((2, 3), "lmmse", "replaced by one affine map each"),
-        ((Span(0, 1), 3), "lmmse", "replaced by 2 affine maps together"),
-        ((Span(0, 1),), "lmmse", "replaced by 1 affine map together"),
-        ((2, 3), "drop", "left out of the graph"),
-    ],
-)
-def test_what_stands_there_instead(report: Report, layers: tuple[Block, ...], fit: str, words: str) -> None:
-    made = replace(report, selection=replace(report.selection, layers=layers, fit=fit))
-    assert replaced_line(made).endswith(words)
-    size = headlines(made)[0].name
-    assert size == ("Attention layers left out" if fit == "drop" else "Attention layers replaced")
-
-
-def test_verdict_names_what_failed(report: Report) -> None:
-    checks = (Check("a", "failed", ""), Check("b", "passed", ""), Check("c", "failed", ""))
-    assert verdict_line(replace(report, checks=checks)).startswith("(a, c); perplexity × ")
-    assert verdict_line(replace(report, checks=())).startswith("(nothing was checked); perplexity × ")
 
 
 def test_verdict_names_what_it_costs_and_what_was_asked(report: Report) -> None:
@@ -102,14 +67,3 @@ def test_verdict_names_what_it_costs_and_what_was_asked(report: Report) -> None:
     assert both == f"{what}, at most perplexity × 2 and KL 0.5 asked"
     nan = replace(costly, method_loss=replace(loss, perplexity_ratio=math.nan, kl=math.inf))
     assert "perplexity × nan, KL inf on held-out text" in verdict_line(nan)
-
-
-def test_how_it_was_made(report: Report) -> None:
-    made = dict(making(report))
-    assert made["Graphs"] == "fp32, concat KV cache, opset 23"
-    assert re.search(r"\(seed 0, read in b?float(16|32)\)$", made["Calibrated on"])
-    assert made["Layers chosen by"] == "cca"
-    assert made["W and b are"] == "the LMMSE fit on the normed input, ridge 1e-06"
-    assert made["Model fingerprint"] == report.hashes["model"]
-    encoder = replace(report, graph=replace(report.graph, task="feature-extraction"))
-    assert dict(making(encoder))["Graphs"] == "fp32, feature-extraction, opset 23"

@@ -10,7 +10,6 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import BuildError
-from nbl_export.linearize.adapters import Adapter
 from nbl_export.rewrite.adapt import merge_adapters
 from tests.linearize.made import adapter_for
 
@@ -64,16 +63,3 @@ def test_a_weight_that_is_not_there_once_is_refused(times: int) -> None:
         BuildError, match=rf"mlp\.weight, which the graph contains {times} times.*--repair-rank 0"
     ):
         merge_adapters(model, {"mlp.weight": adapter_for(WEIGHT)})
-
-
-def test_no_adapters_read_nothing() -> None:
-    def never() -> Any:
-        raise AssertionError("read")
-
-    value = ir.Value(
-        name="w",
-        const_value=ir.LazyTensor(never, dtype=ir.DataType.FLOAT, shape=ir.Shape((6, 4)), name="w"),
-    )
-    model = ir.Model(ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 23}), ir_version=10)
-    nothing: dict[str, Adapter] = {}
-    merge_adapters(model, nothing)

@@ -5,21 +5,17 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.linearize.plan import save_plan
 from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.rewrite.foreign import rewrite_foreign
-from tests.command_line import assert_refused, nbl
-from tests.end_to_end.random_decoder_graphs import written
+from tests.command_line import nbl
 from tests.end_to_end.random_decoders import random_plan, random_weights
 from tests.interruptions import killed_at_change
 from tests.rewrite.foreign import (
@@ -64,20 +60,6 @@ def test_a_new_folder_runs_by_itself_and_its_configurations_are_told(source: Sou
         assert (source.out / name).read_text() == TEXTS[name]
 
 
-def test_the_summary_says_what_was_done(source: Source) -> None:
-    result = rewrite_foreign(source.folder, source.plan, source.out)
-    summary = said(source.out)
-    assert summary["source"] == "model.onnx"
-    assert summary["kv_layers"] == [1]
-    assert summary["before"]["kv_pairs"] == 3 and summary["after"]["kv_pairs"] == 1
-    assert summary["before"]["kv_bytes_per_token"] == 3 * 2 * 2 * 4 * 4
-    assert summary["after"]["nodes"] == len(onnx.load(str(source.out / "model.onnx")).graph.node)
-    assert [p["layer"] for p in summary["proofs"]] == [0, 1, 2]
-    assert max(p["output_error"] for p in summary["proofs"]) < 1e-4
-    assert [str(f) for f in result.files] == [str(source.out / "model.onnx"), str(source.out / DATA)]
-    assert set(summary["files"]) == set(contents(source.out)) - {"nbl/rewrite.json"}
-
-
 def test_an_older_result_is_replaced(source: Source) -> None:
     rewrite_foreign(source.folder, source.plan, source.out)
     first = contents(source.out)
@@ -88,14 +70,6 @@ def test_an_older_result_is_replaced(source: Source) -> None:
     # What only the older one had is gone, also its data.
     assert set(contents(source.out)) == set(first) - {"chat_template.jinja"}
     assert said(source.out)["kv_layers"] == [0, 2]
-
-
-def test_a_graph_without_external_data(source: Source) -> None:
-    for name in ("model.onnx", DATA):
-        (source.folder / name).unlink()
-    source.graph.write_bytes(written(C, random_weights(C)).proto.SerializeToString())
-    rewrite_foreign(source.folder, source.plan, source.out)
-    assert_rewritten(source.out / "model.onnx", source.plan)
 
 
 # which graph -------------------------------------------------------------------------------------
@@ -130,24 +104,6 @@ def test_which_graph_must_be_clear(source: Source, name: str) -> None:
     with pytest.raises(InputError, match=words):
         rewrite_foreign(source.folder, source.plan, source.out)
     assert contents(source.folder) == before and not source.out.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((), "give OUT alone, or --onnx"),
-        (("OUT", "--plan", "PLAN"), "give OUT alone"),
-        (("--onnx", "SOURCE", "--output", "NEW"), "--onnx needs --plan"),
-        (("--onnx", "SOURCE", "--plan", "PLAN"), "and --output"),
-        (("OUT", "--onnx", "SOURCE", "--plan", "PLAN", "--output", "NEW"), "no OUT"),
-    ],
-    ids=lambda a: " ".join(a) if isinstance(a, tuple) else "",
-)
-def test_options_that_do_not_go_together(source: Source, arguments: tuple[str, ...], words: str) -> None:
-    before = contents(source.folder.parent)
-    named = {"SOURCE": source.folder, "PLAN": source.plan, "NEW": source.out, "OUT": source.folder}
-    assert_refused(nbl("rewrite", *(named.get(a, a) for a in arguments)), 2, words)
-    assert contents(source.folder.parent) == before
 
 
 # which folder ------------------------------------------------------------------------------------
@@ -253,13 +209,6 @@ def test_a_failure_leaves_everything(
     assert contents(source.folder) == before and not source.out.exists()
 
 
-def test_no_room_leaves_everything(source: Source) -> None:
-    before = contents(source.folder)
-    done = nbl(*source.arguments("-o", source.out), limit=len(before[DATA]) // 2)
-    assert_refused(done, 2, "No room", quietly=False)
-    assert contents(source.folder) == before and not source.out.exists()
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Path, dict[str, bytes]]:
     """A source, an older result of another plan, and what its folder holds after the newer one."""
@@ -326,13 +275,3 @@ def test_from_the_hugging_face_cache(source: Source) -> None:
     assert not any(p.is_symlink() for p in out.rglob("*"))
     assert set(contents(out)) == {"model.onnx", DATA, *TEXTS, "nbl/rewrite.json"}
     assert_rewritten(out / "model.onnx", source.plan)
-
-
-def test_the_api_needs_no_torch(source: Source) -> None:
-    code = (
-        "import sys; from nbl_export import api; "
-        f"api.rewrite_onnx({str(source.folder)!r}, {str(source.plan)!r}, {str(source.out)!r}); "
-        "assert not {'torch', 'transformers'} & set(sys.modules), sorted(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]

@@ -210,26 +210,3 @@ def test_what_would_not_be_zeros_is_refused(how: str) -> None:
     model = block(nodes)
     with pytest.raises(InputError, match=rf"layer 3 cannot be dropped: .* but read by {reader}"):
         leave_out(model, 3, output_of(model))
-
-
-def test_a_bias_that_is_a_part_of_it_goes_with_it() -> None:
-    model = block(REFUSED["a bias of a norm of sums"][0])
-    later = model.graph.initializers["beta"]
-    plain = block(ADDED["a sum and a norm in one"])
-    leave_out(model, 3, output_of(model), later)
-    leave_out(plain, 3, output_of(plain))
-    np.testing.assert_array_equal(run(model, 1.0), run(plain, 1.0))
-
-
-def test_an_output_of_the_graph_is_no_summand() -> None:
-    model = block("o = Identity(y)")
-    model.graph.outputs[0] = output_of(model)
-    with pytest.raises(InputError, match="read by the graph, as an output"):
-        leave_out(model, Mlp(2), output_of(model))
-
-
-def test_before_onnx_had_the_norm_it_is_onnxruntime_s() -> None:
-    model = block(ADDED["a sum and a norm in one"])
-    model.graph.opset_imports[""] = 21
-    leave_out(model, 3, output_of(model))
-    assert [node.op_type for node in model.graph] == ["SimplifiedLayerNormalization", "Mul"]

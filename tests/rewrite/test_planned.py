@@ -77,19 +77,6 @@ def test_attentions_and_mlps_become_linear_and_nothing_else_changes(
     assert left == []
 
 
-def test_a_plan_of_mlps_alone_leaves_every_cache(tiny_graph: Path, case: Calibrated, tmp_path: Path) -> None:
-    plan = case.plan((Mlp(1),))
-    result = rewrite_file(tiny_graph, plan, tmp_path / "model.onnx")
-    assert (result.before.kv_pairs, result.after.kv_pairs) == (4, 4)
-    assert failures(case.model, plan, tmp_path / "model.onnx") == []
-
-
-def test_fitted_on_the_stream_before_the_norm(tiny_graph: Path, case: Calibrated, tmp_path: Path) -> None:
-    plan = case.plan(MIXED, "residual")
-    rewrite_file(tiny_graph, plan, tmp_path / "model.onnx")
-    assert failures(case.model, plan, tmp_path / "model.onnx") == []
-
-
 def swapped(plan: Plan, name: str, a: Block, b: Block) -> Plan:
     values = dict(getattr(plan, name))
     values[a], values[b] = values[b], values[a]

@@ -35,13 +35,6 @@ def test_every_value_is_met_within_half_a_step(bits: int, symmetric: bool, block
     assert not (symmetric and (blocks.zeros != 1 << (bits - 1)).any())
 
 
-def test_the_largest_value_of_a_symmetric_block_is_exact() -> None:
-    w = matrix(6, 32)
-    found = quantize_blocks(w, 4, 32, symmetric=True).values()[:, 0]
-    at = np.abs(w).argmax(axis=1)
-    np.testing.assert_allclose(found[range(6), at], w[range(6), at], rtol=1e-6)
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_numbers_are_those_of_onnxruntimes_own_quantizer(bits: int, symmetric: bool) -> None:
@@ -203,22 +196,6 @@ def test_a_product_whose_activations_are_quantized_too(op: str, signed: bool, ea
     # With one scale for all the large output costs the small ones their digits.
     assert np.linalg.norm(found - expected) < (0.03 if each else 0.3) * np.linalg.norm(expected)
     np.testing.assert_allclose(run(model, x), x @ stands_for, rtol=0, atol=0.02 * np.abs(x @ w.T).max())
-
-
-def test_a_plain_neighbour_gives_a_plain_weight_that_is_read_late() -> None:
-    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="neighbour")
-    model, w = graph([node], {"w": matrix()}), Matrix(matrix() * 2)
-    neighbour = model.graph[0]
-    kept: list[Any] = []
-
-    def initialize(name: str, numbers: Any, dtype: ir.DataType, shape: Any = None) -> ir.Value:
-        kept.append((name, numbers, dtype, shape))
-        return ir.Value(name=name)
-
-    product(model.graph.inputs[0], w, (D, D), ir.DataType.FLOAT16, neighbour, initialize)
-    ((name, numbers, dtype, shape),) = kept
-    assert (name, dtype, shape, w.calls) == ("weight", ir.DataType.FLOAT16, (D, D), 0)
-    assert np.array_equal(numbers(), w.w.T) and w.calls == 1
 
 
 # Telling -----------------------------------------------------------------------------------------

@@ -70,11 +70,18 @@ def recomputed(model: Any, plan: Plan, row: Any) -> Any:
         )
 
 
-# The growing float32 cache is in test_rewrite.
+# The growing float32 cache is in test_replace.
 @pytest.mark.parametrize(
-    ("form", "name"), [("static", "fp32"), *((form, name) for form in FORMS for name in HALVES)]
+    ("layers", "form", "name"),
+    [
+        ((0,), "static", "fp32"),
+        ((1, 2), "concat", "fp16"),
+        ((1, 2), "static", "fp16"),
+        ((0,), "concat", "bf16"),
+        ((0, 1, 2, 3, 4), "static", "bf16"),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("layers", [(0,), (1, 2), (0, 1, 2, 3, 4)], ids=str)
 def test_parity(
     graphs: Any, stories_out: Path, stories_model: Any, tmp_path: Path, form: str, name: str, layers: Any
 ) -> None:
@@ -100,9 +107,15 @@ def test_parity(
     assert list(path.parent.iterdir()) and not list(path.parent.glob(".*"))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", HALVES)
-@pytest.mark.parametrize("fit_input", ["normed", "residual"])
+@pytest.mark.parametrize(
+    ("fit_input", "name", "form"),
+    [
+        ("normed", "fp16", "concat"),
+        ("normed", "bf16", "static"),
+        ("residual", "fp16", "static"),
+        ("residual", "bf16", "concat"),
+    ],
+)
 def test_maps_are_stored_in_the_graphs_precision(
     graphs: Any, stories_out: Path, tmp_path: Path, form: str, name: str, fit_input: Any
 ) -> None:
@@ -140,8 +153,7 @@ def beyond_float16(plan: Plan, layer: int) -> Plan:
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize(("name", "form"), zip(HALVES, FORMS, strict=True))
 def test_a_map_beyond_float16_is_computed_in_float32(
     graphs: Any, stories_out: Path, stories_model: Any, tmp_path: Path, form: str, name: str
 ) -> None:

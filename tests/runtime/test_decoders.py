@@ -13,21 +13,18 @@ import torch
 from transformers import AutoModel
 
 from nbl_export.batch.names import NUM_LOGITS_TO_KEEP
-from nbl_export.errors import InputError
 from nbl_export.export.forms import encoder_form
 from nbl_export.export.torch import export_torch
-from nbl_export.graph.cache import KV_LAYERS_KEY
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.forward import encoder_of
-from nbl_export.models.load import in_precision, load_model
+from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import OrtDecoder, OrtEncoder
 from nbl_export.runtime.torch import TorchDecoder, TorchEncoder
-from tests.encoders import PAD, text_encoder, vision_encoder
+from tests.encoders import PAD, text_encoder
 from tests.fixtures_graph import maps_in_place, pad_left, plan_by_hand, ragged_rows
-from tests.folders import copied
 
 
 def teacher_forced(decoder: Any, rows: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
@@ -75,15 +72,6 @@ def test_ort_leaves_out_inputs_that_the_graph_does_not_have(stories_out: Path, t
     assert result.logits.shape == (1, 3, 512) and result.present == ()
 
 
-def test_metadata_that_contradicts_the_inputs_is_refused(rewritten: Path, tmp_path: Path) -> None:
-    path = copied(rewritten, tmp_path)
-    proto = onnx.load(str(path), load_external_data=False)
-    next(p for p in proto.metadata_props if p.key == KV_LAYERS_KEY).value = "[1, 2]"
-    path.write_bytes(proto.SerializeToString())
-    with pytest.raises(InputError, match="names 2 layers with a KV cache, the graph has 3"):
-        OrtDecoder(path)
-
-
 @pytest.mark.parametrize("layers", [(), (0,), (0, 1), (2, 4), (0, 1, 2, 3, 4)], ids=str)
 def test_masks_and_positions_stay_right_across_decode(
     stories_out: Path, stories_model: Any, layers: tuple[int, ...]
@@ -103,20 +91,6 @@ def test_masks_and_positions_stay_right_across_decode(
             expected = stories_model(input_ids=ids, use_cache=False).logits[0].numpy()
         assert len(logits) == len(row)
         np.testing.assert_allclose(np.stack(logits), expected, rtol=0, atol=5e-4)
-
-
-def test_torch_cache_holds_what_transformers_caches(tiny_model: Any) -> None:
-    row = ragged_rows([9], 260)[0].astype(np.int64)[None]
-    decoder = TorchDecoder(tiny_model)
-    ones = np.ones_like(row)
-    present = decoder(row, ones, np.arange(9, dtype=np.int64)[None], decoder.empty_past(1)).present
-    with torch.inference_mode():
-        cache = tiny_model(input_ids=torch.from_numpy(row), use_cache=True).past_key_values
-    assert len(present) == len(cache.layers) == 4
-    for pair, layer in zip(present, cache.layers, strict=True):
-        assert pair[0].shape == (1, 2, 9, 8)
-        for found, expected in zip(pair, (layer.keys, layer.values), strict=True):
-            np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4)
 
 
 FEATURES = task_named("feature-extraction")
@@ -165,29 +139,3 @@ def test_every_row_is_the_row_without_its_padding(bert: Path, graph: Path, of: s
         np.testing.assert_allclose(
             found["last_hidden_state"][i, :length], states(bert, alone)[0], rtol=0, atol=1e-4
         )
-
-
-def test_half_precision_is_read_in_half_and_told_in_float32(tmp_path: Path) -> None:
-    folder = vision_encoder(tmp_path / "vit")
-    model = load_model(find_model(str(folder)))
-    pixels = {"pixel_values": np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)}
-    half = in_precision(model, "bfloat16")
-    found = TorchEncoder(encoder_of(half, FEATURES, None, pixels))(pixels)["last_hidden_state"]
-    exact = states(folder, pixels)
-    assert found.dtype == np.float32 and np.array_equal(
-        found, torch.from_numpy(found).bfloat16().float().numpy()
-    )
-    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
-    assert 0 < error < 0.05
-    # A slice of a larger batch, whose memory is not in one piece, is the same.
-    wide = np.stack([pixels["pixel_values"]] * 2, axis=-1)[..., 0]
-    assert not wide.flags["C_CONTIGUOUS"]
-    again = TorchEncoder(encoder_of(half, FEATURES, None, pixels))({"pixel_values": wide})
-    assert np.array_equal(again["last_hidden_state"], found)
-
-
-def test_a_graph_that_does_not_take_a_batch_says_so_in_one_sentence(graph: Path) -> None:
-    short = {**INPUTS, "attention_mask": MASK[:, :3]}
-    with pytest.raises(InputError, match=r"^onnxruntime does not run the graph: ") as told:
-        OrtEncoder(graph)(short)
-    assert "\n" not in str(told.value)

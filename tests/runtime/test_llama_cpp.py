@@ -12,7 +12,6 @@ import pytest
 from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.convert.gguf import matrices_of, write_gguf
 from nbl_export.convert.gguf_tokenizer import TokenizerFields, fields_of
-from nbl_export.errors import BuildError
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.progress import Silent
 from nbl_export.runtime.llama_cpp import LlamaCppStream, quantize
@@ -131,13 +130,6 @@ def test_what_is_timed_reads_the_prompt_goes_on_and_comes_back(
         assert np.abs(stream.decode([7, 9]) - steps[0]).max() > 1e-3
 
 
-def test_no_gguf_file(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF but not really")
-    with pytest.raises(BuildError, match=r"llama\.cpp does not load"):
-        LlamaCppStream(path, 1, 16)
-
-
 def test_its_quantizer_leaves_w_in_float16(
     tmp_path: Path, random_plan: RandomPlan, no_tokenizer: TokenizerFields
 ) -> None:
@@ -159,10 +151,3 @@ def test_its_quantizer_leaves_w_in_float16(
     assert {kind for name, kind in found.items() if name.endswith(("bias", "norm.weight"))} == {"F32"}
     with LlamaCppStream(small, 1, 16) as stream:
         assert stream.prefill(ragged_rows([9], model.config.vocab_size)).shape[-1] == model.config.vocab_size
-
-
-def test_what_cannot_be_quantized_is_said_and_nothing_is_there(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"no such file")
-    with pytest.raises(BuildError, match=r"llama.cpp does not quantize model.gguf: "):
-        quantize(tmp_path / "model.gguf", tmp_path / "small.gguf", "Q4_K_M")
-    assert not (tmp_path / "small.gguf").exists()

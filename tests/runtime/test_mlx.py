@@ -10,8 +10,7 @@ import pytest
 
 from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.convert.mlx import write_mlx
-from nbl_export.errors import BuildError
-from nbl_export.linearize.plan import DROPPED, Plan
+from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Silent
 from nbl_export.runtime.mlx import MlxStream
 from nbl_export.stages.forms import Mlx
@@ -56,15 +55,3 @@ def test_a_wrong_folder_is_seen(change: str, tmp_path: Path, random_plan: Random
     plan = random_plan(model, [0, 2])
     write_mlx(tmp_path, model, wrongly(change, plan), NoTokenizer(), "float32", Silent())
     assert parity(tmp_path, model, plan).failures() != []
-
-
-def test_what_is_dropped_is_nothing(tmp_path: Path, random_plan: RandomPlan) -> None:
-    model = tiny_model("llama", num_hidden_layers=4)
-    plan = random_plan(model, [1]).with_replaced({0: DROPPED, Mlp(2): DROPPED})
-    write_mlx(tmp_path, model, plan, NoTokenizer(), "float32", Silent())
-    assert parity(tmp_path, model, plan).failures() == []
-
-
-def test_no_model_in_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="mlx-lm does not load"):
-        MlxStream(tmp_path)

@@ -19,11 +19,13 @@ from nbl_export.runtime.openvino import FILE, OpenVinoStream
 from nbl_export.stages.forms import OpenVino
 from tests.convert.test_mlx import NoTokenizer
 from tests.converting import needs, stream_parity
+from tests.exhaustive import exhaustive
 from tests.families import DECODERS, Calibrated, build, calibrated
 from tests.fixtures_graph import ragged_rows
 
 pytestmark = needs(OpenVino)
 # What keeps states of another kind; tests/convert/test_openvino.py sees it refused.
+USUAL = ("gemma2", "gpt_oss", "falcon-alibi")
 HYBRIDS = {"lfm2", "bamba", "nemotron_h", "falcon_h1", "qwen3_next", "minimax"}
 
 
@@ -37,7 +39,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     return calibrated(build("llama", tmp_path_factory.mktemp("llama")))
 
 
-@pytest.mark.parametrize("name", sorted(set(DECODERS) - HYBRIDS))
+@pytest.mark.parametrize(
+    "name",
+    [n if n in USUAL else pytest.param(n, marks=exhaustive) for n in sorted(set(DECODERS) - HYBRIDS)],
+)
 def test_every_kind_of_attention(name: str, tmp_path: Path) -> None:
     case = calibrated(build(name, tmp_path / "model"))
     plan = case.plan((1, Mlp(0)))
@@ -53,13 +58,6 @@ def test_a_wrong_folder_is_seen(case: Calibrated, tmp_path: Path) -> None:
     stream = opened(tmp_path / "form", case, plan)
     for wrong in (LinearLayer(own.w * np.float32(1.01), own.b), LinearLayer(own.w, np.zeros_like(own.b))):
         assert stream_parity(stream, case.model, replace(plan, layers={1: wrong})).failures() != []
-
-
-def test_without_attention_it_has_no_cache(case: Calibrated, tmp_path: Path) -> None:
-    plan = case.plan((0, 1, 2, 3))
-    stream = opened(tmp_path / "form", case, plan)
-    assert stream.kv_layers == () and stream.cached == 0
-    assert stream_parity(stream, case.model, plan).failures() == []
 
 
 def test_what_is_timed_has_the_last_logits_alone(case: Calibrated, tmp_path: Path) -> None:

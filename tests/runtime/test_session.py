@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +14,7 @@ import onnx
 import pytest
 
 from nbl_export import machine
-from nbl_export.errors import InputError, Interrupted, MissingDependencyError
+from nbl_export.errors import MissingDependencyError
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.packages import pip_line
@@ -25,11 +23,7 @@ from nbl_export.runtime.ort import OrtModel, ort_stream
 from nbl_export.runtime.session import (
     CPU,
     CUDA,
-    data_folder,
     fit,
-    frugal,
-    lend,
-    load,
     provider_on,
     require_onnxruntime,
     running_on,
@@ -38,7 +32,6 @@ from nbl_export.runtime.session import (
     session_options,
 )
 from tests.fixtures_graph import ragged_rows
-from tests.folders import copied
 from tests.graph.parsed import parsed
 
 
@@ -67,23 +60,6 @@ def test_a_half_graph_rounds_and_overflows_on_the_cpu_as_it_says(tmp_path: Path,
     # 300 · 300 is beyond float16; three times a rounded third is 1 again.
     assert np.isinf(expected[0, 0]) == (name == "fp16") and expected[1, 1] == 1
     assert np.array_equal(found[0], expected, equal_nan=True)
-
-
-@pytest.mark.parametrize("damage", ["text", "truncated graph", "no data", "truncated data"])
-def test_a_broken_file_is_an_input_error(rewritten: Path, tmp_path: Path, damage: str) -> None:
-    path = copied(rewritten, tmp_path)
-    data = tmp_path / "model.onnx.data"
-    if damage == "text":
-        path.write_text("no graph\n" * 100)
-    elif damage == "truncated graph":
-        path.write_bytes(path.read_bytes()[:5000])
-    elif damage == "no data":
-        data.unlink()
-    else:
-        data.write_bytes(data.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"model\.onnx") as caught:
-        session(path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])
@@ -159,30 +135,6 @@ def test_the_weights_of_a_small_session_stay_in_their_file(
     assert least < int(done.stdout) / data.stat().st_size < most
 
 
-def test_lent_weights_are_those_of_the_session() -> None:
-    """Whatever the graph says where they are; their file is not read."""
-    weight = np.arange(12, dtype=np.float32).reshape(3, 4).astype(ml_dtypes.bfloat16)
-    stored = onnx.TensorProto(name="w", data_type=onnx.TensorProto.BFLOAT16, dims=[3, 4])
-    stored.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", Path(__file__).name), ("length", str(weight.nbytes))):
-        stored.external_data.add(key=key, value=value)
-    helper = onnx.helper
-    graph = helper.make_graph(
-        [helper.make_node("Cast", ["w"], ["wide"], to=1), helper.make_node("MatMul", ["x", "wide"], ["y"])],
-        "g",
-        [helper.make_tensor_value_info("x", 1, [None, 3])],
-        [helper.make_tensor_value_info("y", 1, None)],
-        [stored],
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    options = frugal(session_options(data_folder(Path(__file__).parent)))
-    kept = lend(options, {"w": weight})
-    loaded = load(proto.SerializeToString(), options, "g", folded=False)
-    gc.collect()
-    (y,) = loaded.run(None, {"x": np.eye(3, dtype=np.float32)})
-    assert len(kept) == 2 and np.array_equal(y, weight.astype(np.float32))
-
-
 def test_missing_onnxruntime_is_named_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError, match=re.escape(pip_line("cpu"))) as caught:
@@ -210,16 +162,6 @@ def test_graphs_run_in_cuda_where_onnxruntime_has_it(
         raise ZeroDivisionError
     session(rewritten)
     assert cuda_sessions == [[CPU], [cuda, CPU], [cuda, CPU], [CPU], [CUDA, CPU], [CPU]]
-
-
-def test_an_interrupt_while_onnxruntime_is_imported_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(name: str, *_args: Any, **_kwargs: Any) -> Any:
-        assert name == "onnxruntime"
-        raise ImportError("initialization failed") from Interrupted(signal.SIGTERM)
-
-    monkeypatch.setattr("builtins.__import__", interrupted)
-    with pytest.raises(Interrupted):
-        require_onnxruntime()
 
 
 def test_sessions_fit_beside_each_other_with_some_room(monkeypatch: pytest.MonkeyPatch) -> None:

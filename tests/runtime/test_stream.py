@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -17,11 +16,10 @@ from nbl_export.batch.arrays import F32
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
-from nbl_export.runtime.intermediates import intermediate_tensors
 from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream
 from nbl_export.runtime.stream import PastStream, RowStream
 from nbl_export.runtime.torch import TorchDecoder
-from tests.fixtures_graph import original_logits, pad_left, ragged_rows
+from tests.fixtures_graph import original_logits, ragged_rows
 
 LAYERS, HEADS, DIM, VOCAB = 4, 2, 8, 260
 
@@ -89,11 +87,6 @@ def test_every_row_is_the_row_alone(graphs: Any, form: str, rows: list[Any], tin
                 np.testing.assert_allclose(found[number][:, real[number]], expected, rtol=0, atol=1e-4)
 
 
-def test_pytorchs_stream_is_the_same(rows: list[Any], tiny_model: Any) -> None:
-    for row, found in zip(rows, teacher_forced(PastStream(TorchDecoder(tiny_model)), rows), strict=True):
-        np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
-
-
 @pytest.mark.parametrize("of", ["onnxruntime", "pytorch"])
 def test_a_prefill_need_not_make_all_logits(
     graphs: Any, rows: list[Any], tiny_model: Any, of: str, logits_made: Any
@@ -109,16 +102,6 @@ def test_a_prefill_need_not_make_all_logits(
         np.testing.assert_allclose(found, original_logits(tiny_model, row)[-2:], rtol=0, atol=2e-4)
 
 
-def test_a_prefill_begins_anew(graphs: Any, form: str, tiny_model: Any) -> None:
-    """Longer, shorter and other batches after one another on one stream."""
-    stream = ort_stream(graphs[form, "fp32"], 16)
-    for seed, lengths in enumerate([(15, 9), (4,), (3, 7, 12), (2, 2)]):
-        rows = ragged_rows(lengths, VOCAB, seed=10 + seed)
-        for row, found in zip(rows, teacher_forced(stream, rows, 1), strict=True):
-            np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
-        assert stream.cache()[1].sum(axis=1).tolist() == list(lengths)
-
-
 def test_a_static_stream_serves_its_whole_capacity_and_no_more(graphs: Any, tiny_model: Any) -> None:
     stream = ort_stream(graphs["static", "fp32"], 9)
     rows = ragged_rows((9, 5), VOCAB)
@@ -129,41 +112,6 @@ def test_a_static_stream_serves_its_whole_capacity_and_no_more(graphs: Any, tiny
         stream.decode([1, 1])
     with pytest.raises(InputError, match="10 tokens do not fit"):
         stream.prefill(ragged_rows((10,), VOCAB))
-
-
-def test_taps_are_left_padded_in_both_forms(graphs: Any, form: str, tiny_model: Any) -> None:
-    rows = ragged_rows((9, 4, 1), VOCAB, seed=2)
-    ids, mask, positions = pad_left(rows)
-    path = graphs[form, "fp32"]
-    norms = [
-        n
-        for n in onnx.load(str(path), load_external_data=False).graph.node
-        if n.op_type == "RMSNormalization"
-    ]
-    names = [norms[2].output[0], "logits", norms[0].input[0], "logits"]
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    before = sorted(p.name for p in path.parent.iterdir())
-    found = intermediate_tensors(path, names, inputs)
-    assert list(found) == [names[0], "logits", names[2]]
-    assert sorted(p.name for p in path.parent.iterdir()) == before
-    seen: dict[str, Any] = {}
-    hooks = [
-        tiny_model.model.layers[1].input_layernorm.register_forward_hook(
-            lambda _m, _a, output: seen.update({names[0]: output[0].numpy()})
-        ),
-        tiny_model.model.embed_tokens.register_forward_hook(
-            lambda _m, _a, output: seen.update({names[2]: output[0].numpy()})
-        ),
-    ]
-    try:
-        for number, row in enumerate(rows):
-            seen["logits"] = original_logits(tiny_model, row)
-            for name, expected in seen.items():
-                assert found[name].shape[:2] == ids.shape and found[name].dtype == np.float32
-                np.testing.assert_allclose(found[name][number, -len(row) :], expected, rtol=0, atol=2e-4)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
@@ -191,18 +139,6 @@ def test_half_graphs_err_no_more_than_pytorchs_half(
             for keys, expected in zip(pair, expected_pair, strict=True):
                 kept = keys[number][:, real[number]].astype(np.float32)
                 assert np.linalg.norm(kept - expected) < 5e-2 * np.linalg.norm(expected)
-
-
-def test_caches_have_the_dtype_that_the_session_takes(graphs: Any, form: str) -> None:
-    taken = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-    for name in ("fp32", "fp16", "bf16"):
-        path = graphs[form, name]
-        decoder: Any = OrtStaticStream(path, 8) if form == "static" else OrtDecoder(path)
-        (kind,) = {i.type for i in decoder.session.get_inputs() if i.name.startswith("past")}
-        assert decoder.cache_dtype == taken[kind] and decoder.interface.static == (form == "static")
-        arrays = [a for pair in decoder.buffers(3, 8) for a in pair]
-        assert [a.shape for a in arrays] == [(3, HEADS, 8, DIM)] * 2 * LAYERS
-        assert {a.dtype.type for a in arrays} == {taken[kind]}
 
 
 class Echo(RowStream):

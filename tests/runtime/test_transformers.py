@@ -12,7 +12,7 @@ import pytest
 from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.convert.hf import write_hf
 from nbl_export.errors import BuildError
-from nbl_export.linearize.plan import DROPPED, Plan
+from nbl_export.linearize.plan import Plan
 from nbl_export.models.registered import TYPES
 from nbl_export.progress import Silent
 from nbl_export.runtime.transformers import TransformersStream
@@ -54,17 +54,6 @@ def test_a_wrong_folder_is_seen(change: str, tmp_path: Path, random_plan: Random
     model = tiny_model("llama", num_hidden_layers=4)
     plan = random_plan(model, [0, 2])
     assert parity(written(tmp_path, model, wrongly(change, plan)), model, plan).failures() != []
-
-
-def test_what_is_dropped_is_nothing(tmp_path: Path, random_plan: RandomPlan) -> None:
-    model = tiny_model("llama", num_hidden_layers=4)
-    plan = random_plan(model, [1]).with_replaced({0: DROPPED, Mlp(2): DROPPED})
-    assert parity(written(tmp_path, model, plan), model, plan).failures() == []
-
-
-def test_no_model_in_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="transformers does not load"):
-        TransformersStream(tmp_path)
 
 
 def test_a_weight_that_is_missing_is_said(tmp_path: Path, random_plan: RandomPlan) -> None:

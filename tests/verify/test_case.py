@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,6 @@ def test_rows_begin_as_prompts_of_this_model_do(start: tuple[int, ...]) -> None:
     assert [row.tolist() for row in found] == [[*start, 10, 11, 12], [*start, 13, 14, 15]]
 
 
-def test_a_text_too_short_is_read_again() -> None:
-    (row, other) = case([[5, 6, 7]], (), decode_steps=1).rows((4, 1))
-    assert row.tolist() == [5, 6, 7, 5, 6] and other.tolist() == [7, 5]
-
-
 @pytest.mark.parametrize(
     ("precision", "speed", "why"),
     [
@@ -63,30 +57,11 @@ def test_why_a_graph_is_not_timed(graphs: Graphs, precision: str, speed: bool, w
     assert found.why_not_timed == why
 
 
-def test_what_is_within_its_gates_is_not_searched_for_where_it_is_lost() -> None:
-    found = Measurement()
-    found.check_parity([], "all within", lambda: pytest.fail("searched"))
-    assert found.checks == [Check("parity", "passed", "all within")] and found.divergence is None
-
-
 @pytest.mark.parametrize(("where", "said"), [("at layer 3", "one; two; at layer 3"), (None, "one; two")])
 def test_what_is_not_says_each_gate_and_where_it_is_lost(where: str | None, said: str) -> None:
     found = Measurement()
     found.check_parity(["one", "two"], "all within", lambda: where)
     assert found.checks == [Check("parity", "failed", said)] and found.divergence == where
-
-
-def test_what_was_measured_together_is_timed_once_and_what_was_skipped_is_not() -> None:
-    found, spent = Measurement(), 0.05
-    for status in ("passed", "skipped"):
-        with found.clock():
-            time.sleep(spent)
-            found.check("a", status, "")  # type: ignore[arg-type]
-            found.check("b", "failed", "")
-    with found.clock():
-        pass
-    first, *others = [check.seconds for check in found.checks]
-    assert first is not None and spent <= first < 60 * spent and others == [None] * 3
 
 
 @pytest.mark.parametrize(

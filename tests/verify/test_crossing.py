@@ -28,6 +28,7 @@ from nbl_export.verify.case import DecoderCase, crossing_check, parity_text
 from nbl_export.verify.decoder import measure_parity
 from nbl_export.verify.measurement import Measurement
 from tests.beyond import BEYOND, SWITCH, VOCAB
+from tests.exhaustive import exhaustive
 from tests.families import Calibrated
 
 STEPS, LAYER = 8, 1
@@ -40,6 +41,7 @@ TEXT = CalibrationText(
     selection_document=np.arange(4),
     start=np.array([2], dtype=np.int32),
 )
+USUAL = (("gemma3", "concat"), ("phi3", "static"))
 Case = Callable[[str, bool, str], DecoderCase]
 
 
@@ -63,8 +65,14 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return made
 
 
-@pytest.mark.parametrize("form", ["concat", "static"])
-@pytest.mark.parametrize("name", BEYOND)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        (n, f) if (n, f) in USUAL else pytest.param(n, f, marks=exhaustive)
+        for n in BEYOND
+        for f in ("concat", "static")
+    ],
+)
 def test_a_graph_that_has_it_passes(case: Case, name: str, form: str) -> None:
     found = Measurement()
     section = measure_parity(case(name, False, form), found)
@@ -79,7 +87,7 @@ def test_a_graph_that_has_it_passes(case: Case, name: str, form: str) -> None:
     assert [s.tokens for s in section.steps] == [65 + 42 + 24 + 2 * 64, *[5] * STEPS]
 
 
-@pytest.mark.parametrize("name", BEYOND)
+@pytest.mark.parametrize("name", [n if n == "phi3" else pytest.param(n, marks=exhaustive) for n in BEYOND])
 def test_a_graph_without_it_is_refused_and_short_text_would_not_see_it(
     case: Case, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +104,7 @@ def test_a_graph_without_it_is_refused_and_short_text_would_not_see_it(
     assert [c.status for c in short.checks] == ["passed"]
 
 
-@pytest.mark.parametrize("name", BEYOND)
+@pytest.mark.parametrize("name", ["ministral3", "phi3"])
 def test_decoding_across_alone_sees_it_too(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def across(*arguments: Any) -> tuple[Crossed, ...]:
         return tuple(replace(one, prompts=one.prompts[1:]) for one in original(*arguments))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from nbl_export import api
-from nbl_export.batch.names import PIXELS
 from nbl_export.calibrate.text import heldout_rows, load_text
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.load import load_model
@@ -127,23 +125,11 @@ def test_rows_are_cut_to_other_lengths_and_keep_their_ends(bert: EncoderCase, le
         assert real[-1] if left else real[0]
 
 
-def test_one_row_is_used_as_often_as_lengths_are_needed(bert: EncoderCase) -> None:
-    batch = module._batch(replace(bert, heldout=bert.heldout[:1]))
-    assert len(batch["input_ids"]) == 4
-    assert all((batch["input_ids"][0, :8] == row[:8]).all() for row in batch["input_ids"])
-
-
 def test_a_row_shorter_than_all_lengths_is_left_whole(bert: EncoderCase) -> None:
     short = {n: np.concatenate([a[:, :7], a[:, -1:]], axis=1) for n, a in bert.heldout[0].items()}
     batch = module._batch(replace(bert, heldout=[short]))
     assert batch["input_ids"].tolist() == [short["input_ids"][0].tolist()] * 4
     assert batch["attention_mask"].all()
-
-
-def test_images_are_taken_as_they_are(bert: EncoderCase) -> None:
-    images = [{PIXELS: np.full((1, 3, 2, 2), float(n), np.float32)} for n in range(3)]
-    batch = module._batch(replace(bert, heldout=images))
-    assert batch[PIXELS][:, 0, 0, 0].tolist() == [0, 1, 2, 0] and set(batch) == {PIXELS}
 
 
 # loss and speed ----------------------------------------------------------------------------------
@@ -170,13 +156,3 @@ def test_one_row_of_each_length_that_the_model_has_positions_for_is_timed(bert: 
     assert len(found.notes) == 1 and found.notes[0].startswith(
         f"Speed at {POSITIONS + 1} tokens is not measured"
     )
-
-
-def test_timed_rows_are_real_text_without_padding(bert: EncoderCase) -> None:
-    long: Any = replace(PARITY, contexts=(50,))
-    measured = Measurement()
-    batches = module._timed(replace(bert, settings=long), measured)
-    text = np.concatenate([row["input_ids"][0] for row in bert.heldout])
-    assert batches[50]["input_ids"].tolist() == [np.tile(text, 2)[:50].tolist()] and not measured.notes
-    assert batches[50]["attention_mask"].tolist() == [[1] * 50]
-    assert batches[50]["token_type_ids"].tolist() == [[0] * 50]

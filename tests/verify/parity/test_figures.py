@@ -7,10 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from nbl_export.records import from_json, to_json
 from nbl_export.verify.parity.figures import (
-    DecoderParity,
-    EncoderParity,
     Gates,
     OutputParity,
     OutputsParity,
@@ -224,20 +221,3 @@ def test_every_output_is_held_to_its_own_loss() -> None:
     # Where PyTorch's own run is no number nothing is within it.
     broken = outputs(output(mean_abs=NAN), output("logits", mean_abs=0.1), gates=gates)
     assert len(parity.failures_against(broken, "PyTorch's own")) == 1
-
-
-def test_the_worst_of_all_outputs_and_steps_is_what_a_verdict_says() -> None:
-    assert outputs(output(max_rel=0.1), output("logits", max_rel=0.3), output("x", max_rel=0.2)).worst == 0.3
-    assert Parity((9,), tuple(replace(PERFECT, max_abs=v) for v in (0.1, 0.3, 0.2)), GATES).worst == 0.3
-
-
-def test_sections_of_a_report_come_back_from_json() -> None:
-    """With gates that do not limit, and figures that are no numbers."""
-    step = replace(PERFECT, max_kl=float("inf"), kv_worst_layer=3)
-    decoder = DecoderParity((9, 4), (step,), gates_for("int4"), "int4", 1e-6, base_graph=(PERFECT,))
-    raw = to_json(decoder)
-    assert raw["gates"]["max_abs_logit"] == "inf" and raw["steps"][0]["max_kl"] == "inf"
-    assert raw["pytorch_in_precision"] is None
-    assert from_json(DecoderParity, raw, "it", "do it again") == decoder
-    encoder = EncoderParity(2, (4, 2), (output(),), gates_for("float16"), "fp16", (output(max_abs=0.1),))
-    assert from_json(EncoderParity, to_json(encoder), "it", "do it again") == encoder

@@ -21,6 +21,7 @@ from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.verify.parity import media as module
 from nbl_export.verify.parity.figures import gates_for
 from nbl_export.verify.parity.media import media_parity, rows_with_media
+from tests.exhaustive import exhaustive
 from tests.families import WIDTH, Calibrated
 
 
@@ -49,7 +50,12 @@ def test_rows_go_on_after_their_first_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [("qwen2.5-vl", "static"), ("gemma3", "shared"), ("gemma4", "concat")]
+    ("name", "form"),
+    [
+        ("qwen2.5-vl", "static"),
+        pytest.param("gemma3", "shared", marks=exhaustive),
+        pytest.param("gemma4", "concat", marks=exhaustive),
+    ],
 )
 def test_right_and_wrong(
     name: str,

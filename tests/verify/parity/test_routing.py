@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nbl_export.graph.io import load_graph, scratch_copy
+from nbl_export.graph.io import scratch_copy
 from nbl_export.models.routers import Routers
 from nbl_export.report.tables import parity_table
 from nbl_export.verify import decoder as module
 from nbl_export.verify.decoder import measure_parity
 from nbl_export.verify.measurement import Measurement
 from nbl_export.verify.parity.figures import Routing
-from nbl_export.verify.parity.routing import choices_as_outputs, passes, routing_failures, routing_of
+from nbl_export.verify.parity.routing import passes, routing_failures, routing_of
 from tests.experts import Experts, swap_experts
 from tests.verify.measured import with_fault
 
@@ -59,12 +59,6 @@ def test_tokens_that_go_to_wrong_experts_fail_by_their_scores(experts: Experts, 
         parity = measure_parity(experts.verified("fp16", wrong), found)
     assert parity.routing is not None and parity.routing.worst > 10
     assert "to experts whose scores fall short by" in found.checks[0].detail
-
-
-def test_routers_are_watched(experts: Experts) -> None:
-    with choices_as_outputs(experts.graph("fp32")) as (path, watch):
-        assert watch is not None and len(watch.names) == 3 and path != experts.graph("fp32")
-        assert len(load_graph(path).graph.outputs) == len(load_graph(experts.graph("fp32")).graph.outputs) + 3
 
 
 def test_passes_are_padded_as_streams_pad_them() -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nbl_export.verify.parity.figures import Figures, Gates, gates_for
 from nbl_export.verify.parity.vectors import compare_batches, compare_vectors, log_softmax
@@ -41,12 +39,6 @@ def test_kl_is_from_the_reference() -> None:
     assert step.max_kl == pytest.approx(0.5 * math.log(4 / 3), rel=1e-6)
     other = one_token([0, math.log(3)], [1, 1])
     assert other.max_kl == pytest.approx(0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2), rel=1e-6)
-
-
-def test_a_shift_of_all_logits_is_seen_by_abs_alone() -> None:
-    step = one_token([1, 2, 3], [1.5, 2.5, 3.5])
-    assert step.max_abs == pytest.approx(0.5) and step.max_kl == pytest.approx(0, abs=1e-9)
-    assert step.top1 == 1
 
 
 @pytest.mark.parametrize(
@@ -101,16 +93,6 @@ def test_one_number_that_is_none_is_in_every_figure_of_distance(side: int, bad: 
 def test_logits_far_from_zero_do_not_overflow() -> None:
     found = log_softmax(np.array([[1e4, 1e4 + math.log(3)], [-1e4, -1e4]]))
     np.testing.assert_allclose(np.exp(found), [[0.25, 0.75], [0.5, 0.5]], rtol=1e-9)
-
-
-@given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=8))
-def test_what_is_equal_has_no_distance(values: list[float]) -> None:
-    a = np.array([values], dtype=np.float32)
-    with np.errstate(invalid="ignore"):
-        found = compare_vectors(a, a.copy(), near_tie=0.0)
-    if a.any():
-        assert (found.max_abs, found.max_rel, found.max_kl) == (0, 0, 0) and found.top1 == 1
-        assert found.min_cosine == pytest.approx(1, abs=1e-9)
 
 
 def test_zeros_are_equal_to_zeros_and_to_nothing_else() -> None:

@@ -11,15 +11,12 @@ import pytest
 import torch
 
 from nbl_export.engine.network import Limits
-from nbl_export.errors import NblError
 from nbl_export.linearize.plan import Plan
 from nbl_export.runtime.ort import OrtModel
-from nbl_export.runtime.session import CUDA
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.verify.speed.candidates import (
     TIMED_STEPS,
     EnginePrompt,
-    OrtGraph,
     OrtPrompt,
     TorchPrompt,
     graph_candidate,
@@ -93,11 +90,6 @@ def test_pytorch_begins_anew_and_advances(stories_model: Any) -> None:
         assert prompt.memory_bytes() == 2 * 5 * 4 * (12 + steps) * 8 * 4
 
 
-def test_a_missing_provider_is_named(graphs: Graphs) -> None:
-    with pytest.raises(NblError, match=r"^onnxruntime has no CUDAExecutionProvider here$"):
-        OrtGraph(graphs("static"), CUDA)(12)
-
-
 def test_a_graph_takes_part_with_its_own_cost_and_is_loaded_only_when_asked(graphs: Graphs) -> None:
     path = graphs("concat", "fp32", (0, 3))
     candidate = graph_candidate("linearized", path, "base")
@@ -148,10 +140,6 @@ def contents(prompt: OrtPrompt) -> dict[str, np.ndarray]:
     return {name: value.numpy().copy() for name, value in prompt.past.items()}
 
 
-def test_a_timed_row_has_tokens_of_every_vocabulary() -> None:
-    assert timed_row(40).tolist() == [*range(32), *range(8)] and timed_row(3).dtype == np.int32
-
-
 @pytest.mark.parametrize("layers", [(), (0, 3), ALL], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_prefill_and_step_compute_what_pytorch_does(
@@ -199,34 +187,3 @@ def test_one_buffer_is_written_where_it_lies(graphs: Graphs, form: str) -> None:
         assert outputs[name.replace("past_key_values", "present")].data_ptr() == places[name]
     for name, value in contents(prompt).items():
         assert np.array_equal(value, after[name])
-
-
-def test_a_growing_cache_is_handed_back_and_not_written(graphs: Graphs) -> None:
-    prompt = prompt_of(graphs("concat"))
-    prompt.prefill()
-    before, places = contents(prompt), {name: value.data_ptr() for name, value in prompt.past.items()}
-    assert {value.shape for value in before.values()} == {(1, 4, CONTEXT, 8)}
-    for _ in range(2):
-        prompt.step()
-        outputs = dict(zip(prompt.model.output_names, prompt._step.get_outputs(), strict=True))
-        for name, value in contents(prompt).items():
-            assert np.array_equal(value, before[name]) and prompt.past[name].data_ptr() == places[name]
-            grown = outputs[name.replace("past_key_values", "present")]
-            assert grown.shape() == [1, 4, CONTEXT + 1, 8] and grown.data_ptr() not in places.values()
-            assert np.array_equal(grown.numpy()[:, :, :CONTEXT], value)
-
-
-@pytest.mark.parametrize(
-    ("form", "places"), [("static", CONTEXT + ROOM), ("shared", CONTEXT + ROOM), ("concat", CONTEXT)]
-)
-@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2)])
-def test_bytes_are_those_of_the_filled_cache(
-    graphs: Graphs, form: str, places: int, precision: str, size: int
-) -> None:
-    for layers in ((), (0, 3), ALL):
-        prompt = prompt_of(graphs(form, precision, layers))
-        assert prompt.memory_bytes() == 0
-        prompt.prefill()
-        assert prompt.memory_bytes() == 2 * (5 - len(layers)) * 4 * places * 8 * size
-        prompt.step()
-        assert prompt.memory_bytes() == 2 * (5 - len(layers)) * 4 * places * 8 * size

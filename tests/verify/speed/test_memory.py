@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from nbl_export.child_process import Tell
-from nbl_export.errors import BuildError, InputError
+from nbl_export.errors import InputError
 from nbl_export.verify.speed import memory as module
 from nbl_export.verify.speed.candidates import Candidate
-from nbl_export.verify.speed.memory import NO_ROOM, Memory, measure_memory, peak_bytes, peak_in_bytes
+from nbl_export.verify.speed.memory import NO_ROOM, Memory, measure_memory, peak_bytes
 from nbl_export.verify.speed.values import CellResult
 from tests.listening import Notes
 from tests.verify.speed.raced import ran
@@ -60,10 +60,6 @@ def fitting(memory: Memory, *candidates: Candidate) -> tuple[list[str], dict[str
     return [c.name for c in memory.fitting(candidates, CELL, {}, absent)], absent
 
 
-def test_without_peaks_everything_fits() -> None:
-    assert fitting(Memory(free=lambda: 0), ONE, TWO) == (["one", "two"], {})
-
-
 @pytest.mark.parametrize(
     ("free", "names"), [(3.4, ["one", "two"]), (3.3, ["one"]), (1.2, ["one"]), (1.1, [])], ids=str
 )
@@ -74,20 +70,6 @@ def test_a_tenth_of_what_is_free_is_left(free: float, names: list[str]) -> None:
     assert found == names and set(absent) == {"one", "two"} - set(names)
     if "two" in absent:
         assert absent["two"] == "does not fit into memory with the others: it needs 2.0 GiB"
-
-
-def test_who_has_no_process_of_its_own_is_taken_for_the_largest() -> None:
-    peaks: Any = {"one": {CELL: GIB}, "two": {CELL: "it does not run"}}
-    found, absent = fitting(Memory(peaks, lambda: 2 * GIB), ONE, TWO, TORCH)
-    assert found == ["one"]
-    assert absent == {
-        "two": "it does not run",
-        "torch": "does not fit into memory with the others: it needs 1.0 GiB",
-    }
-    memory = Memory(peaks, lambda: 3 * GIB)
-    assert fitting(memory, ONE, TWO, TORCH)[0] == ["one", "torch"]
-    assert [memory.peak(name, CELL) for name in ("one", "two", "torch")] == [GIB, None, None]
-    assert memory.peak("one", (2, 8)) is None
 
 
 def test_each_graph_is_measured_once_for_all_who_run_it(stories_out: Path) -> None:
@@ -149,16 +131,3 @@ def test_what_was_measured_before_the_end_is_kept(
     found = peak_bytes(Path(f"{end}.onnx"), [(1, 8), (1, 16), (2, 8)])
     assert found[1, 8] == 1 << 20
     assert all(str(found[cell]).startswith(said) for cell in ((1, 16), (2, 8)))
-
-
-def test_another_failure_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "measure", broken)
-    with pytest.raises(BuildError) as caught:
-        peak_bytes(Path("raises.onnx"), [(1, 8)])
-    assert str(caught.value) == (
-        "Measuring the peak memory of raises.onnx failed (TypeError: of the runtime): leave it out with --no-memory."
-    )
-
-
-def test_macos_counts_bytes() -> None:
-    assert peak_in_bytes(5 << 20, "darwin") == peak_in_bytes(5 << 10, "linux") == 5 << 20

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nbl_export.graph.cache import kv_bytes_per_token
-from nbl_export.graph.io import load_graph
 from nbl_export.records import from_json, to_json
 from nbl_export.runtime import session as sessions
 from nbl_export.runtime.session import session_bytes
@@ -20,7 +17,7 @@ from nbl_export.verify.speed import candidates
 from nbl_export.verify.speed import pair as module
 from nbl_export.verify.speed.candidates import Candidate
 from nbl_export.verify.speed.ceiling import graph_cost
-from nbl_export.verify.speed.pair import Pair, anew_or_why_not, measure_speed, phases_of, workload_ms
+from nbl_export.verify.speed.pair import Pair, anew_or_why_not, measure_speed, workload_ms
 from nbl_export.verify.speed.race import Harness
 from nbl_export.verify.speed.values import Machine, Roofline, Speed
 
@@ -54,13 +51,6 @@ def test_structure_of_a_measurement(pair: Pair) -> None:
     raw = to_json(speed)
     assert len(raw["cells"]) == 4 and raw["cells"][1]["phase"] == "decode"
     assert from_json(Speed, raw, "it", "do it again") == speed
-
-
-def test_without_a_cache_there_is_no_decode(pair: Pair) -> None:
-    cost = graph_cost(pair.base)
-    assert cost.kv_bytes_per_token == kv_bytes_per_token(load_graph(pair.base)) > 0
-    assert phases_of(cost) == ("prefill", "decode")
-    assert phases_of(replace(cost, kv_bytes_per_token=0)) == ("prefill",)
 
 
 @pytest.mark.parametrize(("times", "how"), [(2.3, False), (1.5, True), (0.5, "skipped")])
@@ -145,12 +135,6 @@ def test_milliseconds_by_hand(asked: list[Any]) -> None:
     each = 1e3 * (10 + 3 * (2 * 20 + 4 * 2))
     assert found == {"base": pytest.approx(2 * each), "linear": pytest.approx(each)}
     assert asked == [("prefill", [(1, 10), (2, 20)]), ("decode", [(2, 102)])]
-
-
-def test_a_decode_alone_needs_no_prefill_race(asked: list[Any]) -> None:
-    found = workload_ms(Path("2"), {"a": Path("1"), "b": Path("4")}, [Workload(decode=2, context=8)])
-    assert found == {"base": pytest.approx(4e3), "a": pytest.approx(2e3), "b": pytest.approx(8e3)}
-    assert [phase for phase, _ in asked] == ["decode"]
 
 
 @pytest.mark.parametrize("anew", [False, True])

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 
-from nbl_export.runtime.session import CPU
 from nbl_export.verify.speed import roofline as module
-from nbl_export.verify.speed.roofline import cpu_machine, measure_roofline
+from nbl_export.verify.speed.roofline import measure_roofline
 
 
 def test_the_machine_is_measured() -> None:
@@ -50,17 +48,3 @@ def test_the_best_repetition_of_the_fastest_counts(
     assert found.bytes_per_second == max(12000 / triad, 4000 / read)
     assert found.macs_per_second == 512 / min(torch_product, ort_product)
     assert found.threads == torch.get_num_threads()
-
-
-@pytest.mark.usefixtures("small")
-def test_the_product_of_onnxruntime_is_really_computed() -> None:
-    (found,) = module._ort_product()()  # type: ignore[misc]
-    square = np.random.default_rng(0).random((8, 8), dtype=np.float32).astype(np.float64)
-    np.testing.assert_allclose(found, square @ square, rtol=1e-5)
-
-
-@pytest.mark.usefixtures("small")
-def test_the_machine_is_the_one_that_graphs_run_on() -> None:
-    machine = cpu_machine()
-    assert machine.device == CPU and machine.threads and machine.compute_capability is None
-    assert machine.roofline and machine.roofline.device == "cpu"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from nbl_export.records import Check, from_json, to_json
+from nbl_export.records import Check
 from nbl_export.verify.speed.candidates import Candidate
 from nbl_export.verify.speed.checks import CONTROL, bench_checks, speed_check
 from nbl_export.verify.speed.race import Rounds
@@ -70,11 +70,6 @@ CELLS = (
 SPEED = Speed(Machine("cpu", 2), 6, INFOS, CELLS)
 
 
-def test_cells_have_the_names_of_tables() -> None:
-    assert [c.name for c in CELLS] == ["prefill 2,048", "decode 2,048", "prefill 4 × 8"]
-    assert [c.size for c in CELLS] == ["2,048", "2,048", "4 × 8"]
-
-
 def test_only_who_was_timed_beside_its_base_has_a_speedup() -> None:
     """Of the second cell it was absent; in the third the ratio is of another candidate."""
     assert SPEED.speedups() == [(CELLS[0], CELLS[0].results[1], OVER)]
@@ -83,36 +78,12 @@ def test_only_who_was_timed_beside_its_base_has_a_speedup() -> None:
     assert (SPEED.base, other.base, replace(SPEED, linearized="base").base) == ("base", "elsewhere", None)
 
 
-def test_phases_reasons_and_absences_are_gathered_from_all_cells() -> None:
-    assert SPEED.phases == ("prefill", "decode")
-    assert SPEED.absent() == {
-        ("other", "no room"): [CELLS[0], CELLS[1]],
-        ("linearized", "failed"): [CELLS[1]],
-    }
-
-
 def test_a_speedup_is_above_its_ceiling_for_certain_or_perhaps_or_not() -> None:
     one = replace(result("linearized", OVER), ceiling=1.1)
     assert one.above_ceiling is True
     assert replace(one, ceiling=1.3).above_ceiling is None  # the interval begins at 1.2
     for other in (replace(one, ceiling=1.5), replace(one, ceiling=None), replace(one, over_base=None)):
         assert other.above_ceiling is False
-
-
-def test_percentiles_are_there_if_any_cell_has_one() -> None:
-    assert not SPEED.has_percentiles
-    one = replace(CELLS[2], results=(result("base"), result("other", p99=9.0)))
-    assert replace(SPEED, cells=(*CELLS[:2], one)).has_percentiles
-
-
-def test_a_speed_comes_back_from_json_with_intervals_that_have_no_bounds() -> None:
-    unbounded = replace(OVER, least=float("-inf"), most=float("inf"), resolved=False)
-    cell = replace(CELLS[0], results=(result("linearized", unbounded),))
-    machine = Machine("cpu", 2, roofline=Roofline("cpu", "float32", None, 1.0, 2.0))
-    speed = replace(SPEED, cells=(cell,), machine=machine)
-    raw = to_json(speed)
-    assert raw["cells"][0]["results"][0]["over_base"]["most"] == "inf"
-    assert from_json(Speed, raw, "it", "do it again") == speed
 
 
 @pytest.mark.usefixtures("told")
@@ -154,14 +125,6 @@ def test_speedups_above_their_ceilings_are_counted() -> None:
         "2 of 2 speedups above the ceiling, which counts multiplications and bytes alone; "
     )
     assert detail(9.0).startswith("no speedup is certainly above its ceiling; ")
-
-
-@pytest.mark.usefixtures("told")
-def test_what_may_be_chance_is_not_called_slower() -> None:
-    """A fifth slower in every round, of too few to say so."""
-    slow = [PAIR[0], Candidate("linearized", lasting(2.5, 0.25), "base", cost=HALF)]
-    assert bench_checks(raced([(1, 8)], slow, rounds=Rounds(5, 5)))[1].status == "skipped"
-    assert bench_checks(raced([(1, 8)], slow, rounds=Rounds(6, 6)))[1].status == "failed"
 
 
 @pytest.mark.usefixtures("told")
