@@ -17,7 +17,6 @@ from tokenizers.models import BPE
 
 from nbl_export.models.media_tokens import MediaTokens
 
-RATE = 16_000  # of all sounds, samples per second
 _SIZE = {"height": 28, "width": 28}
 
 

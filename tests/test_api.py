@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +73,6 @@ def test_the_folder_of_another_model_is_refused(stories_copy: Path, tmp_path: Pa
     with pytest.raises(InputError, match="belongs to another model"):
         api.calibrate(other, stories_copy, calibration)
     assert (times(stories_copy), state(stories_copy)) == before
-
-
-def test_a_repair_of_weights_that_an_int4_graph_does_not_hold_is_refused_first(
-    stories_folder: Path, tmp_path: Path, calibration: Any
-) -> None:
-    selection = api.SelectSettings(k=1, repair=5)
-    exporting = api.ExportSettings(precision="int4", exporter="genai")
-    with pytest.raises(InputError, match=r"--repair changes the MLPs' weights.* add --repair-rank 0"):
-        api.run(stories_folder, tmp_path / "out", selection, calibration, exporting=exporting)
-    assert not (tmp_path / "out").exists()
-    replace(selection, repair_rank=0).check_precision("int4")
-    selection.check_precision("fp16")
 
 
 @pytest.mark.parametrize(

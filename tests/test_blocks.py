@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 
@@ -64,30 +63,11 @@ def test_what_is_no_block_is_refused(text: str) -> None:
         block_of(text)
 
 
-@pytest.mark.parametrize("value", [True, 1.0, "7", "x.mlp", None, [7]])
-def test_json_that_is_no_block_is_refused(value: Any) -> None:
-    with pytest.raises((TypeError, ValueError)):
-        from_json(value)
-
-
 def test_parts_of_a_layer() -> None:
     assert [layer_of(block) for block in ORDER] == [0, 0, 0, 0, 1, 1, 2, 10, 10, 11]
     assert [part_of(block) for block in ORDER[:3]] == ["attention", "mlp", "span"]
     assert attentions(ORDER) == (0, 1, 2, 11)
     assert (described(3), described(Mlp(3))) == ("layer 3", "the MLP of layer 3")
-
-
-@pytest.mark.parametrize(
-    ("blocks", "words"),
-    [
-        ((), "0 attention layers"),
-        ((1,), "1 attention layer"),
-        ((1, 2, Mlp(1)), "2 attention layers and 1 MLP"),
-        ((Mlp(1), Mlp(2)), "2 MLPs"),
-    ],
-)
-def test_blocks_are_counted_in_words(blocks: tuple[Block, ...], words: str) -> None:
-    assert counted(blocks) == words
 
 
 # spans -------------------------------------------------------------------------------------------

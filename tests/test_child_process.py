@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from nbl_export.child_process import ChildError, Tell, death, in_child
+from nbl_export.child_process import ChildError, Tell, in_child
 from nbl_export.errors import BuildError, CalibrationError
 
 ROOT = Path(__file__).parent.parent
@@ -131,10 +131,6 @@ def test_whatever_ends_it_is_named(how: int, said: str) -> None:
     assert caught.value.signal == (-how if how < 0 else None)
 
 
-def test_a_signal_without_a_name_has_its_number() -> None:
-    assert death(-200) == "died by signal 200"
-
-
 def test_a_silent_child_is_given_up_and_every_word_postpones_that() -> None:
     heard: list[Any] = []
     # Five values in 1.5 s: never a second without one.
@@ -204,19 +200,3 @@ def test_files_where_the_user_stands_are_no_modules(tmp_path: Path, monkeypatch:
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user')")
     monkeypatch.chdir(tmp_path)
     assert child(double, {"value": 1, "tell": []}) == [2, str(tmp_path)]
-
-
-def test_it_imports_from_where_the_parent_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "only_here.py").write_text("def answer(asked, tell):\n    return 'found'\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    import only_here  # type: ignore[import-not-found]
-
-    assert child(only_here.answer) == "found"
-
-
-def test_debugging_shows_what_the_child_wrote(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NBL_EXPORT_DEBUG", "1")
-    assert sentence_of(raising, "python") == "failed (TypeError: one)"
-    assert "Traceback" in capfd.readouterr().err

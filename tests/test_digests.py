@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -15,7 +14,6 @@ import pytest
 
 from nbl_export import digests as module
 from nbl_export.digests import Digests
-from nbl_export.errors import InputError
 from nbl_export.files import sha256_of
 from tests.listening import Notes
 
@@ -118,37 +116,12 @@ def test_a_copied_folder_brings_no_digests(file: Path, tmp_path: Path, reads: li
     assert read_by_the_next(file, tmp_path, reads)
 
 
-@pytest.mark.parametrize("kind", ["fifo", "folder", "nothing"])
-def test_what_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / kind
-    if kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    with pytest.raises((InputError, OSError)):
-        Digests().of(path)
-
-
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 1}', b"\xff", b"{"])
 def test_a_damaged_file_is_ignored_and_written_anew(
     file: Path, tmp_path: Path, reads: list[str], content: bytes
 ) -> None:
     kept(tmp_path).write_bytes(content)
     assert [read_by_the_next(file, tmp_path, reads) for _ in range(2)] == [True, False]
-
-
-def test_another_process_knows_only_what_is_written_down(
-    file: Path, tmp_path: Path, reads: list[str]
-) -> None:
-    listener: Any = (None for _ in ())  # which cannot be sent
-    read_by_the_next(file, tmp_path, reads)
-    found = Digests(kept(tmp_path), listener=listener)
-    other = file.with_name("other")
-    other.write_text("other")
-    found.of(other)
-    sent = pickle.loads(pickle.dumps(found))
-    reads.clear()
-    assert (sent.of(file), sent.of(other)) == (digest_of(file), digest_of(other)) and reads == ["other"]
 
 
 def test_what_takes_long_is_shown_as_one_task(

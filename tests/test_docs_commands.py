@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 
@@ -232,21 +231,6 @@ def test_other_runtimes_answer_as_readme_says(here: Path, capsys: pytest.Capture
         assert f"{prompt}{expected}" in answer(codes["optimum"], optimum_python(), here)
     pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai: pip install '.[genai]'")
     assert f"{prompt}{expected}" in answer(codes["onnxruntime_genai"], sys.executable, here)
-
-
-def test_the_length_of_a_static_cache_is_set_as_its_page_says(here: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    (code,) = map(dedent, _blocks(ROOT / "docs" / "engines.md", "python"))
-    line = next(line for line in commands("engines.md") if "--kv-cache static" in line)
-    assert (
-        nbl(f"{line.replace('--k 12', '--k 2')} --no-quality --no-speed --calibration corpus.jsonl.gz") == 0
-    )
-    exec(compile(code, "docs", "exec"), {})
-    inputs = onnxruntime.InferenceSession(here / "out" / "engines" / "fixed.onnx").get_inputs()
-    assert {i.shape[2] for i in inputs if "past" in i.name} == {2048}
-    assert (
-        here / "out" / "engines" / "fixed.onnx"
-    ).stat().st_size < 300_000  # the weights stay where they are
 
 
 def test_a_text_of_ones_own_is_written_as_its_page_says(

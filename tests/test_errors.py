@@ -52,22 +52,6 @@ def test_a_short_write_of_numpy_is_a_full_disk() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (errors.NblError, 2),
-        (errors.InputError, 2),
-        (errors.CalibrationError, 2),
-        (errors.MissingDependencyError, 3),
-        (errors.BuildError, 4),
-    ],
-)
-def test_exit_codes_are_those_of_the_design(error: type[errors.NblError], code: int) -> None:
-    assert error.exit_code == code
-    assert error("x").exit_code == code
-    assert issubclass(error, errors.NblError)
-
-
 def test_the_first_line_of_what_a_library_says() -> None:
     assert first_line(ValueError("\n One thing.\nAnother.")) == "One thing"
     assert first_line(ValueError()) == "ValueError"

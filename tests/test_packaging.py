@@ -83,13 +83,6 @@ def test_what_an_index_says(metadata: Message) -> None:
     assert "Contributing, security, changelog" in text and "(https://arxiv.org/abs/2505.21077)" in text
 
 
-def test_an_index_would_take_them(built: Path) -> None:
-    pytest.importorskip("twine", reason="needs twine: pip install '.[dev]'")
-    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
 @pytest.mark.slow
 def test_an_installed_copy_works_from_any_folder(wheel: Path, tmp_path: Path) -> None:
     """Beside the packages of this environment, without its own source tree."""

@@ -24,14 +24,6 @@ def test_amounts_add_up_however_they_are_cut() -> None:
         assert all(step > 0 for step in task.advanced), "a step of nothing is not told"
 
 
-def test_more_than_was_said_is_not_told() -> None:
-    task = Notes()
-    done = Mebibytes(task, 2 * MIB)
-    done(5 * MIB)
-    done.finish()
-    assert task.advanced == [2]
-
-
 def test_a_task_of_bytes_is_whole_when_its_block_ends() -> None:
     listener = Notes()
     with bytes_task(listener, "Writing", 5 * MIB) as done:

@@ -25,7 +25,6 @@ from nbl_export.ranks import (
     begin,
     is_first,
     on_this_machine,
-    together,
 )
 from tests.several import forked
 
@@ -114,19 +113,6 @@ def test_sums_are_of_all_in_float64(tmp_path: Path) -> None:
     assert forked(3, tmp_path, work)[0] == [[2 + 2.0**-50] * 2] * 2
 
 
-def test_sums_on_a_device_that_is_not_connected_travel_by_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def work(here: Ranks) -> Any:
-        monkeypatch.setattr(ranks, "_travels", lambda _device: False)
-        monkeypatch.setattr(torch.Tensor, "cpu", lambda t: t.clone())
-        sums = torch.full((2,), 1.0 + here.rank, dtype=torch.float64)
-        here.add_up([sums])
-        return sums.tolist() if here.first else None
-
-    assert forked(2, tmp_path, work) == [[3.0, 3.0], None]
-
-
 def test_an_error_of_one_is_the_error_of_all(tmp_path: Path) -> None:
     def first(here: Ranks) -> Any:
         def refuse() -> None:
@@ -176,20 +162,7 @@ def test_the_first_leads_and_the_others_follow(tmp_path: Path) -> None:
     assert forked(2, tmp_path, work) == [[[11, 12, 13], [24]], [[2], [7], []]]
 
 
-def test_an_error_of_the_first_ends_those_that_follow(tmp_path: Path) -> None:
-    def work(here: Ranks) -> Any:
-        if not here.first:
-            here.follow(lambda: pytest.fail("nothing was asked for"))
-        with here.leading():
-            raise CalibrationError("Layer 3 is odd: look at it.")
-
-    found = forked(3, tmp_path, work)
-    assert [(type(error), str(error)) for error in found] == [
-        (CalibrationError, "Layer 3 is odd: look at it.")
-    ] * 3
-
-
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_who_loses_a_process_says_so_once(tmp_path: Path, victim: int) -> None:
     def work(here: Ranks) -> Any:
         here.shared(lambda: None)
@@ -220,16 +193,6 @@ def test_processes_that_are_not_there_are_missed(monkeypatch: pytest.MonkeyPatch
     assert ranks._current is None
 
 
-def test_a_group_of_the_calling_program_is_used_and_stays(tmp_path: Path) -> None:
-    def work(here: Ranks) -> Any:
-        ranks._current = None  # as if somebody else had begun it
-        with together() as found:
-            same = found == here and found is not here
-        return same, torch.distributed.is_initialized(), here.each(lambda: here.rank)
-
-    assert forked(2, tmp_path, work) == [(True, True, [0, 1])] * 2
-
-
 @pytest.mark.parametrize(
     "work",
     [
@@ -245,10 +208,3 @@ def test_a_command_of_one_process_is_refused_before_any_work(
     of_torchrun(monkeypatch, 1, 4)
     with pytest.raises(InputError, match=r"one process, and was started in 4.*without"):
         work()
-
-
-def test_one_process_of_torchrun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    of_torchrun(monkeypatch, 0, 1)
-    ranks.check_alone()
-    assert begin() == ALONE
-    ranks.end()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.imports import imports, modules
 
 # From the top of the house to its ground floor; a room imports from those below it and from itself.
@@ -104,34 +102,3 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 def test_no_file_is_too_long() -> None:
     lines = {str(path): path.read_text(encoding="utf-8").count("\n") for path in modules().values()}
     assert {path: count for path, count in lines.items() if count > LONGEST} == {}
-
-
-UP = {
-    "at the top": "from nbl_export.cli import main\n",
-    "in a function": "def f():\n    from nbl_export.cli import main\n",
-    "for types only": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from nbl_export import cli\n",
-    "by its name": "import nbl_export.cli\n",
-}
-
-
-@pytest.mark.parametrize("how", UP)
-def test_an_import_that_goes_up_is_named(tmp_path: Path, how: str) -> None:
-    package = tmp_path / "nbl_export"
-    package.mkdir()
-    for name, text in {"__init__": "", "cli": "def main(): ...\n", "errors": UP[how]}.items():
-        (package / f"{name}.py").write_text(text, encoding="utf-8")
-    (sentence,) = upward(modules(package))
-    assert str(package / "errors.py") in sentence and str(package / "cli.py") in sentence
-
-
-def test_a_circle_is_found(tmp_path: Path) -> None:
-    package = tmp_path / "nbl_export"
-    package.mkdir()
-    texts = {
-        "__init__": "",
-        "files": "from nbl_export import errors\n",
-        "errors": "def f():\n    from nbl_export.files import g\n",
-    }
-    for name, text in texts.items():
-        (package / f"{name}.py").write_text(text, encoding="utf-8")
-    assert cycles(modules(package)) == [["nbl_export.errors", "nbl_export.files"]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -114,14 +113,6 @@ def test_another_model_is_refused_and_not_recorded(workspace: Workspace) -> None
     assert Workspace.open(workspace.root).model_info == MODEL
 
 
-def test_the_same_model_under_another_name_is_accepted_and_keeps_the_stages(workspace: Workspace) -> None:
-    again = Workspace.open(workspace.root)
-    again.set_model({**MODEL, "source": "moved/elsewhere"})
-    reopened = Workspace.open(workspace.root)
-    assert reopened.model_info == {**MODEL, "source": "moved/elsewhere"}
-    assert reopened.is_done("calibrate", KEY)
-
-
 # the lock ----------------------------------------------------------------------------------------
 
 
@@ -172,15 +163,6 @@ def test_a_record_of_another_version_is_refused(workspace: Workspace, version: A
         Workspace.open(workspace.root)
 
 
-@pytest.mark.parametrize("content", ["[]", "null", '{"version": 1}', '{"version": 1, "stages": []}'])
-def test_json_that_is_no_record_is_refused(workspace: Workspace, content: str) -> None:
-    workspace.state_path.write_text(content)
-    with pytest.raises(
-        InputError, match=r"not a record of this nbl-export|damaged: delete .* and start again\.$"
-    ):
-        Workspace.open(workspace.root)
-
-
 @pytest.mark.parametrize(
     "record",
     [
@@ -213,13 +195,6 @@ def test_create_refuses_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
             Workspace.create(root)
         assert f"preparing the output folder {root}" in str(caught.value)
         assert "\n" not in str(caught.value)
-
-
-def test_create_leaves_other_files_alone_and_no_trace_of_its_write_test(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    Workspace.create(tmp_path)
-    assert files_in(tmp_path) == {"notes.txt"}
-    assert (tmp_path / "nbl").is_dir()
 
 
 def test_open_refuses_what_is_no_output_folder(tmp_path: Path) -> None:
@@ -277,24 +252,6 @@ def test_a_recorded_name_that_leaves_the_folder_is_refused_and_nothing_is_delete
     assert victim.read_text() == "somebody's"
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling link", "fifo", "folder"])
-def test_a_lock_that_is_no_file_is_refused_and_nothing_is_emptied(
-    workspace: Workspace, tmp_path: Path, kind: str
-) -> None:
-    victim, lock = tmp_path / "victim", workspace.nbl / ".lock"
-    lock.unlink()
-    victim.write_text("somebody's")
-    if kind == "fifo":
-        os.mkfifo(lock)
-    elif kind == "folder":
-        lock.mkdir()
-    else:
-        lock.symlink_to(victim if kind == "link" else tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"\.lock is not a regular file"), workspace.lock():
-        pytest.fail("it was taken")
-    assert victim.read_text() == "somebody's" and not (tmp_path / "nowhere").exists()
-
-
 @pytest.mark.parametrize("name", ["nbl", "baseline", "engine", "report", "report/plots", "nbl/eval"])
 def test_a_folder_that_is_a_link_is_refused(workspace: Workspace, tmp_path: Path, name: str) -> None:
     elsewhere = tmp_path / "elsewhere"
@@ -309,15 +266,6 @@ def test_a_folder_that_is_a_link_is_refused(workspace: Workspace, tmp_path: Path
     with pytest.raises(InputError, match=f"{name} is not a folder of its own"):
         Workspace.open(workspace.root)
     assert (elsewhere / ".mine.nbl.tmp").exists()
-
-
-def test_a_leftover_that_is_a_link_is_removed_and_not_followed(workspace: Workspace, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "file").write_text("somebody's")
-    (workspace.root / ".x.nbl.tmp").symlink_to(tmp_path / "elsewhere")
-    with workspace.lock():
-        assert not (workspace.root / ".x.nbl.tmp").is_symlink()
-    assert (tmp_path / "elsewhere" / "file").exists()
 
 
 def test_a_folder_with_somebodys_files_is_not_taken_for_output(tmp_path: Path) -> None:

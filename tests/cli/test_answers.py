@@ -14,7 +14,6 @@ import pytest
 from nbl_export import ranks
 from nbl_export.cli import output, terminal
 from nbl_export.cli.main import _command
-from tests.command_line import nbl
 
 Asked = Callable[..., Any]
 
@@ -59,17 +58,6 @@ def test_each_command_answers_with_one_object(asked: Asked, out: Path) -> None:
     assert code == 0 and json.loads(text)["schema"] == "nbl-export/report/2"
 
 
-def test_a_graph_of_somebody_else_is_answered_with_its_proofs(
-    asked: Asked, out: Path, tmp_path: Path
-) -> None:
-    plan, target = out / "nbl" / "plan.safetensors", tmp_path / "there"
-    code, text, _ = asked("rewrite", "--onnx", out / "baseline", "--plan", plan, "-o", target, "--json")
-    found = json.loads(text)
-    assert code == 0 and str(target / "model.onnx") in found["files"]
-    assert found["graph"]["after"]["kv_pairs"] < found["graph"]["before"]["kv_pairs"]
-    assert len(found["graph"]["proofs"]) == 5
-
-
 def test_an_error_is_an_object_too(asked: Asked, tmp_path: Path) -> None:
     code, text, said = asked("inspect", tmp_path / "nothing", "--json")
     found = json.loads(text)
@@ -77,10 +65,3 @@ def test_an_error_is_an_object_too(asked: Asked, tmp_path: Path) -> None:
     assert said == f"error: {found['error']}\n" and "does not exist" in found["error"]
     code, text, _ = asked("selct", "--json")
     assert code == 2 and "did you mean select" in json.loads(text)["error"]
-
-
-def test_stdout_of_a_real_process_is_one_object(out: Path) -> None:
-    done = nbl("report", out, "--json", "--quiet")
-    assert done.code == 0 and done.err == "" and json.loads(done.out)["checks"]
-    done = nbl("report", out / "none", "--json")
-    assert done.code == 2 and json.loads(done.out)["exit_code"] == 2 and done.err.count("\n") == 1

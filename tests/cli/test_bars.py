@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import re
-from io import StringIO
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from nbl_export.cli import bars, output
+from nbl_export.cli import bars
 from nbl_export.cli.bars import TerminalListener
-
-
-def test_a_task_is_a_bar_that_counts(screen: Any) -> None:
-    out, err = screen("out"), screen("err", width=100)
-    with TerminalListener().task("Calibrating", 65_536, "tokens", 1_000) as task:
-        task.advance(20_000)
-        task.advance(44_536)
-    (line,) = [line for line in err.getvalue().splitlines() if line.strip()]
-    assert "Calibrating" in line and "65.5k/65.5k tokens" in line and "in 0:00:0" in line
-    assert out.getvalue() == ""
 
 
 def test_a_task_of_parts_says_which_it_is_at_within_eighty_columns(screen: Any) -> None:
@@ -79,20 +67,6 @@ def test_a_task_within_another_is_a_bar_below_it_until_it_ends(screen: Any) -> N
     with listener.task("Fourth", 1, "layers"):
         pass
     assert "Fourth" in err.getvalue()
-
-
-def test_what_is_said_begins_a_line_where_a_second_signal_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = StringIO()
-    monkeypatch.setattr(output, "ERR", Console(file=log, width=80))
-
-    def interrupted(progress: Any) -> None:
-        progress.live.stop()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bars.Progress, "stop", interrupted)
-    with pytest.raises(KeyboardInterrupt), TerminalListener().task("Working", 2, "steps"):
-        raise KeyboardInterrupt
-    assert "Working" in log.getvalue() and log.getvalue().endswith("\n")
 
 
 def test_a_log_gets_lines_where_no_bar_is_drawn(screen: Any, monkeypatch: pytest.MonkeyPatch) -> None:

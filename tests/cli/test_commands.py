@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from nbl_export.errors import NblError
 from nbl_export.models.tasks import task_named
 from nbl_export.packages import pip_line
 from tests.command_line import (
-    ENVIRONMENT,
     assert_refused,
     nbl,
     no_leftovers,
@@ -25,7 +22,6 @@ from tests.command_line import (
 
 TEXT = ["--samples", "32", "--seq-len", "128", "--heldout-samples", "8"]
 FAST = ["--decode-steps", "2", "--contexts", "8", "--rounds", "3", "--no-quality"]
-SMALL = ["--max-batch", "1", "--max-seq", "16", "--max-context", "64", "--sm", "86"]
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +44,6 @@ def arguments(text: Path) -> list[object]:
     return ["-o", "out", "--calibration", text, "--criterion", "cca", *TEXT, *FAST]
 
 
-@pytest.fixture
-def out(place: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, to be changed or damaged."""
-    return Path(shutil.copytree(place / "out", tmp_path / "out", copy_function=shutil.copy2))
-
-
 def engines(out: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in (out / "engine").iterdir()}
 
@@ -64,11 +54,6 @@ def manifest(out: Path, name: str = "model") -> Any:
 
 def stage(out: Path, name: str) -> Any:
     return json.loads((out / "nbl" / "workspace.json").read_text())["stages"].get(name)
-
-
-def checks(out: Path) -> dict[str, tuple[str, str]]:
-    found = json.loads((out / "report" / "report.json").read_text())["checks"]
-    return {c["name"]: (c["status"], c["detail"]) for c in found}
 
 
 # what was asked for ------------------------------------------------------------------------------
@@ -117,46 +102,6 @@ def test_trt_may_stand_anywhere_and_decides_what_is_exported(
     assert (wanted.library if wanted else None) == library
 
 
-def test_the_options_of_build_reach_it_with_the_api_s_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbl_export import cli
-
-    asked = []
-
-    def build(out: Path, settings: api.EngineSettings, *_: Any, **__: Any) -> None:
-        asked.append(settings)
-        raise Asked
-
-    monkeypatch.setattr(api, "build", build)
-    options = ["--sm", "86,sm89", "--max-batch", "8", "--max-seq", "128", "--max-context", "1024"]
-    for words in ([], ["--trt"], ["--trt", *options], [*options, "--trt", "rtx"]):
-        monkeypatch.setattr(sys, "argv", ["nbl-export", "build", "out", *words])
-        with pytest.raises(SystemExit):
-            cli.main()
-    default = api.EngineSettings()
-    full = api.EngineSettings("auto", 8, 128, 1024, ("86", "sm89"))
-    assert asked == [default, default, full, api.EngineSettings("rtx", 8, 128, 1024, ("86", "sm89"))]
-
-
-MODULES = """
-import sys
-sys.argv = ["nbl-export", *{arguments!r}]
-from nbl_export import cli
-try:
-    {call}
-except SystemExit as stop:
-    assert not stop.code, stop
-print("LOADED", sorted({{"tensorrt", "tensorrt_rtx", "torch", "onnxruntime"}} & set(sys.modules)))
-"""
-
-
-@pytest.mark.parametrize("call", ["import nbl_export.cli", "cli.main()"])
-def test_the_command_line_loads_no_engine_library_before_it_is_needed(place: Path, call: str) -> None:
-    """Nor to show an engine, which needs no library where there is no GPU."""
-    code = MODULES.format(arguments=["inspect", str(place / "out" / "engine" / "model.engine")], call=call)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.stdout.endswith("LOADED []\n"), done
-
-
 # a run with --trt --------------------------------------------------------------------------------
 
 
@@ -187,19 +132,6 @@ def test_a_run_with_trt_builds_and_reports(place: Path) -> None:
 # build -------------------------------------------------------------------------------------------
 
 
-def test_other_shapes_are_another_build_and_a_damaged_one_is_repeated(out: Path) -> None:
-    done = nbl("build", out, *SMALL)
-    assert done.code == 0 and "done already" not in done.err, done
-    found = manifest(out)
-    assert found["limits"] == {"max_batch": 1, "max_seq": 16, "max_context": 64}
-    assert found["capabilities"] == ["SM86"] == manifest(out, "baseline")["capabilities"]
-    (out / "engine" / "model.json").write_text("{}")
-    done = nbl("build", out, *SMALL)
-    assert done.code == 0 and "done already" not in done.err, done
-    assert manifest(out)["role"] == "linearized"
-    no_leftovers(out)
-
-
 REFUSED = {
     "unknown library": (["--trt", "foo"], 2, ("foo",)),
     "no GPU for tensorrt": (
@@ -226,21 +158,6 @@ def test_bad_builds_are_refused_in_one_sentence(place: Path, name: str) -> None:
     before = engines(place / "out")
     assert_refused(nbl("build", "out", *options, cwd=place), code, *words)
     assert engines(place / "out") == before
-
-
-def test_a_build_needs_a_rewrite_of_the_plan_there_is(out: Path) -> None:
-    api.select(out, api.SelectSettings(layers=(0,)))
-    for verb in ("build", "verify"):
-        done = nbl(verb, out)
-        assert_refused(done, 2, "`rewrite` in", "is out of date", f"nbl-export rewrite {out}", quietly=False)
-    path = out / "nbl" / "workspace.json"
-    state = json.loads(path.read_text())
-    for gone, words in (("rewrite", ("`rewrite`", "nbl-export rewrite")), ("export", ("nbl-export export",))):
-        del state["stages"][gone]
-        path.write_text(json.dumps(state))
-        if gone == "export":
-            shutil.rmtree(out / "baseline")
-        assert_refused(nbl("build", out), 2, *words, quietly=False)
 
 
 def test_doctor_says_whether_the_main_job_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,29 +25,9 @@ def shown(*words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_fits_a_screen(command: str) -> None:
-    lines = shown(*command.split(), "--help").splitlines()
-    assert len(lines) < LINES  # and a line for the prompt
-    assert max(map(len, lines)) <= COLUMNS
-    assert lines[0].startswith(f"Usage: nbl-export {command}".rstrip())
-
-
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name in TABLES])
 def test_a_command_explains_all_its_options(command: str) -> None:
     text = shown(command, "-h")
     for one in settings_of(TABLES[command]):
         assert f"--{one.key}" in text
         assert " ".join(one.help.split()[:3]) in re.sub(r"[│\s]+", " ", text)
-
-
-def test_what_most_never_need_stands_last() -> None:
-    titles = re.findall(r"^╭─ (.*?) ─", shown("run", "--help-all"), re.M)
-    assert titles[:2] == ["Arguments", "Options"] and titles[-1] == "Advanced"
-    assert titles[2:-1] == [
-        "Which layers",
-        "What it may cost",
-        "Calibration text",
-        "Graph and engines",
-        "What is measured",
-    ]

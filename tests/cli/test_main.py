@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,19 +77,6 @@ def test_a_run_without_a_subcommand_says_what_it_did(place: Path) -> None:
     assert stages(place / "out") == {"calibrate", "select", "export", "rewrite", "verify"}
 
 
-def test_the_verbs_go_on_from_what_is_there(out: Path) -> None:
-    done = nbl("select", out, "--layers", "0,2")
-    assert (done.code, done.err.count("error")) == (0, 0)
-    assert f"Plan: layers 0, 2. Next: nbl-export export {out}" in done.out.replace("\n", " ")
-    assert "done already, kept" in nbl("export", out).err
-    done = nbl("rewrite", out)
-    assert done.code == 0 and "verify" in done.out
-    done = nbl("verify", out, "--no-quality", "--no-speed", *FAST)
-    assert done.code == 0, done
-    assert "PASS  (" in done.out and "  2 of 4 attention layers" in done.out
-    assert "skipped" in done.out and "--no-speed" in done.out and "--no-quality" in done.out
-
-
 def test_a_failed_gate_exits_1_from_verify_and_report(out: Path) -> None:
     path = out / "model.onnx"
     initializers = onnx.load(str(path), load_external_data=False).graph.initializer
@@ -141,17 +127,6 @@ def test_help_loads_nothing_heavy() -> None:
     assert all(f" {verb} " in text for verb in verbs)
 
 
-def test_a_value_that_cannot_be_is_refused_before_anything_is_loaded() -> None:
-    calls = [
-        ["model", "--k", "-1"],
-        ["verify", "out", "--rounds", "1"],
-        ["model", "--k", "1", "--ridge", "5"],
-    ]
-    modules, codes, text = loaded(calls)
-    assert codes == [2] * 3 and modules == set()
-    assert text.count("error: ") == 3 and "--k is -1" in text and "--ridge is 5" in text
-
-
 def test_inspect_shows_every_kind_without_torch(place: Path) -> None:
     out = place / "out"
     paths = [
@@ -194,48 +169,19 @@ USAGE = {
     "unknown path": Case(("./no-such-folder", "--k", "1"), ("./no-such-folder does not exist",)),
     "folder without a model": Case(("{tmp}", "--k", "1"), ("is not a model", "config.json")),
     "file that is no GGUF": Case(("{tmp}/file", "--k", "1"), ("not a .gguf file",)),
-    "no K": Case(("{place}/model",), ("--k", "--layers")),
     "negative K": Case(("{place}/model", "--k", "-1"), ("--k is -1",)),
     "K is no number": Case(("{place}/model", "--k", "many"), ("--k is 'many'", "a whole number or auto")),
-    "K is no whole number": Case(("{place}/model", "--k", "1.5"), ("--k is '1.5'",)),
     "K and a budget": Case(
         ("{place}/model", "--k", "3", "--min-speedup", "1.1"), ("--k", "--min-speedup", "give one")
     ),
-    "layers and a budget": Case(("{place}/model", "--layers", "1", "--k", "auto"), ("--layers", "--k auto")),
-    "no perplexity so low": Case(
-        ("{place}/model", "--max-ppl-ratio", "0.9"), ("--max-ppl-ratio is 0.9", "1 or more")
-    ),
-    "negative KL": Case(("{place}/model", "--max-kl", "-1"), ("--max-kl is -1", "0 nats or more")),
-    "KL is nan": Case(("{place}/model", "--max-kl", "nan"), ("--max-kl is nan",)),
-    "slower": Case(("{place}/model", "--k", "auto", "--min-speedup", "0.5"), ("--min-speedup is 0.5",)),
     "unknown fit": Case(("{place}/model", "--k", "1", "--fit", "luck"), ("luck", "sequential")),
-    "negative repair": Case(("{place}/model", "--k", "1", "--repair", "-1"), ("--repair is -1",)),
-    "nothing to repair": Case(
-        ("{place}/model", "--k", "1", "--fit", "drop", "--repair", "5"), ("--fit drop", "--repair")
-    ),
-    "no text to choose by": Case(
-        ("{place}/model", "--k", "1", "--selection-samples", "0"), ("--selection-samples is 0",)
-    ),
-    "layers are no numbers": Case(("{place}/model", "--layers", "1;2"), ("--layers", "1;2")),
     "unknown option": Case(("{place}/model", "--k", "1", "--nope"), ("--nope", "--help")),
-    "unknown criterion": Case(("{place}/model", "--k", "1", "--criterion", "luck"), ("luck",)),
-    "ridge is no number": Case(("{place}/model", "--k", "1", "--ridge", "x"), ("--ridge is 'x'", "auto")),
     "ridge is nan": Case(("{place}/model", "--k", "1", "--ridge", "nan"), ("--ridge is nan",)),
-    "ridge too large": Case(("{place}/model", "--k", "1", "--ridge", "5"), ("--ridge is 5",)),
-    "contexts are no numbers": Case(("{place}/model", "--k", "1", "--contexts", "a"), ("--contexts",)),
-    "too few rounds": Case(("{place}/model", "--k", "1", "--rounds", "1"), ("--rounds is 1",)),
-    "no samples": Case(("{place}/model", "--k", "1", "--samples", "0"), ("--samples is 0",)),
     "encoder-decoder": Case(("{tmp}/t5", "--k", "1"), ("encoder-decoder", "t5")),
-    "head not supported": Case(
-        ("{tmp}/bert", "--k", "1"), ("a task that is not supported", "BertForNextSentencePrediction")
-    ),
     "pickled weights": Case(("{tmp}/pickled", "--k", "1"), (".safetensors",)),
-    "output under a file": Case(("{place}/model", "--k", "1", "-o", "{tmp}/file/out"), ("{tmp}/file",)),
     "output is a file": Case(("{place}/model", "--k", "1", "-o", "{tmp}/file"), ("is a file",)),
     "output of another model": Case(("{tmp}/other", "--k", "1", "-o", "{place}/out"), ("another model",)),
-    "select on no folder": Case(("select", "{tmp}/nothing", "--k", "1"), ("{tmp}/nothing",)),
     "verify on a foreign folder": Case(("verify", "{tmp}"), ("not an output folder",)),
-    "inspect nothing": Case(("inspect", "{tmp}/nothing"), ("does not exist",)),
     "inspect something else": Case(("inspect", "{tmp}/file"), ("is not an ONNX file, engine, plan",)),
 }
 
@@ -247,7 +193,6 @@ def junk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "file").write_text("a file\n")
     configs = {
         "t5": {"model_type": "t5", "is_encoder_decoder": True, "architectures": ["T5ForCausalLM"]},
-        "bert": {"model_type": "bert", "architectures": ["BertForNextSentencePrediction"]},
         "pickled": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     }
     for name, config in configs.items():
@@ -278,24 +223,11 @@ def test_a_budget_that_no_k_keeps_exits_1_and_leaves_the_plan(out: Path) -> None
     no_leftovers(out)
 
 
-def test_a_model_named_like_a_command_is_reached_by_its_path(place: Path, tmp_path: Path) -> None:
-    """And a K beyond its layers is refused before any calibration."""
-    done = nbl("./export", "--k", 5, "-o", tmp_path / "out", cwd=place)
-    assert_refused(done, 2, "--k is 5; it must be between 0 and 4", quietly=False)
-    assert not (tmp_path / "out" / "nbl" / "text.safetensors").exists()
-    # Without the dot it is the command, whose OUT is missing.
-    assert nbl("export", cwd=place).code == 2
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("empty.txt", b"", ("0 calibration tokens",)),
-        ("short.txt", b"only a few words\n" * 20, ("0 selection tokens", "give more text")),
         ("binary.txt", bytes(range(256)) * 300, ("binary.txt",)),
-        ("nul.txt", b"words and\0words\n" * 8000, ("nul.txt", "NUL")),
-        ("bad.jsonl", b'{"text": "a"}\nno json\n', ("bad.jsonl", "line 2")),
-        ("text.pdf", b"%PDF-1.4", ("text.pdf", ".txt")),
     ],
 )
 def test_unusable_text_exits_2(
@@ -308,52 +240,6 @@ def test_unusable_text_exits_2(
     if out.exists():  # what is no text at all is refused before it is made
         assert stages(out) == set() and not (out / "nbl" / "moments").exists()
         no_leftovers(out)
-
-
-DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes], list[str], tuple[str, ...]]] = {
-    "truncated model.onnx": (
-        "model.onnx",
-        lambda b: b[:2000],
-        ["verify"],
-        ("model.onnx", "nbl-export rewrite"),
-    ),
-    "edited plan": (
-        "nbl/plan.json",
-        lambda b: b.replace(b'"ridge": 1e-06', b'"ridge": 1e-05'),
-        ["rewrite"],
-        ("plan.json", "nbl-export select"),
-    ),
-    "truncated moments": (
-        "nbl/moments/001.safetensors",
-        lambda b: b[:-100],
-        ["select", "--k", "2"],
-        ("moments/001.safetensors", "nbl-export calibrate"),
-    ),
-    "record cut short": ("nbl/workspace.json", lambda b: b[:50], ["verify"], ("workspace.json",)),
-    "report cut short": ("report/report.json", lambda b: b[:500], ["report"], ("nbl-export verify",)),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_outputs_exit_2(out: Path, name: str) -> None:
-    file, damage, (verb, *options), words = DAMAGE[name]
-    raw = (out / file).read_bytes()
-    assert damage(raw) != raw
-    (out / file).write_bytes(damage(raw))
-    assert_refused(nbl(verb, out, *options), 2, *words, quietly=False)
-
-
-@pytest.mark.parametrize(
-    "file", ["model.onnx", "nbl/plan.json", "nbl/plan.safetensors", "nbl/candidates.json", "nbl/rewrite.json"]
-)
-def test_inspect_of_a_folder_says_what_is_damaged(out: Path, file: str) -> None:
-    """In its table, or, where the table needs that very file, in one sentence."""
-    (out / file).write_bytes(b"damaged")
-    done = nbl("inspect", out)
-    if done.code == 0:
-        assert f"damaged: {file}" in done.out and done.err == ""
-    else:
-        assert_refused(done, 2, file, "run `nbl-export")
 
 
 def test_another_process_at_work_exits_2(out: Path) -> None:
@@ -380,15 +266,6 @@ def test_no_room_for_the_graph_keeps_what_is_done(out: Path) -> None:
     assert (out / "nbl" / "moments" / "000.safetensors").stat().st_mtime_ns == moments.st_mtime_ns
     assert nbl("export", out).code == 0
     assert (out / "baseline" / "model.onnx.data").stat().st_size > 170_000
-
-
-def test_no_room_for_the_rewritten_graph_leaves_the_old_one(out: Path) -> None:
-    before = {n: (out / n).read_bytes() for n in ("model.onnx", "model.onnx.data")}
-    assert nbl("select", out, "--layers", "3").code == 0
-    done = nbl("rewrite", out, limit=20_000)
-    assert_refused(done, 2, "No room on the disk", quietly=False)
-    no_leftovers(out)
-    assert {n: (out / n).read_bytes() for n in before} == before
 
 
 # interrupts --------------------------------------------------------------------------------------
@@ -421,13 +298,9 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.5, 2.0])
-def test_an_interrupted_export_can_be_repeated(out: Path, delay: float) -> None:
+def test_an_interrupted_export_leaves_no_graph(out: Path) -> None:
     shutil.rmtree(out / "baseline")
-    done = interrupted("Exporting ONNX", "export", out, delay=delay)
+    done = interrupted("Exporting ONNX", "export", out, delay=0.5)
     assert_interrupted(done)
     no_leftovers(out)
     assert not (out / "baseline" / "model.onnx").exists()
-    if delay == 2.0:
-        assert nbl("export", out).code == 0
-        assert (out / "baseline" / "model.onnx").exists()

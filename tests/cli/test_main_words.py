@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.cli.main import COMMANDS, app, words_of
+from nbl_export.cli.main import app, words_of
 from nbl_export.settings.choices import CACHES, CRITERIA, LIBRARIES, PEERS, PRECISIONS, TARGETS
 from nbl_export.settings.definition import UsageError
 from tests.command_line import assert_refused, nbl
@@ -51,13 +51,6 @@ def test_an_odd_line_is_one_sentence(tmp_path: Path, line: tuple[str, ...]) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("line", [("run",), ("build",), ("--k", "2")], ids=" ".join)
-def test_a_configuration_file_does_not_change_that(tmp_path: Path, line: tuple[str, ...]) -> None:
-    """Its values are filled in before what is missing is found."""
-    (tmp_path / "nbl-export.toml").write_text('[select]\nk = 2\n\n[build]\nsm = ["86"]\n')
-    assert_refused(nbl(*line, cwd=tmp_path), 2, ODD[line], quietly=False)
-
-
 def test_bare_it_shows_the_help_and_fails() -> None:
     """A script that forgot its arguments must not go on."""
     done, asked = nbl(), nbl("--help")
@@ -84,11 +77,6 @@ def test_a_misspelled_command_is_no_model(
 )
 def test_a_model_is_no_misspelled_command(model: str) -> None:
     assert words_of([model, "--k", "2"]) == ["run", model, "--k", "2"]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_is_itself(command: str) -> None:
-    assert words_of([command, "out"]) == [command, "out"]
 
 
 @pytest.fixture(scope="module")

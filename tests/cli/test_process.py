@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import signal
@@ -18,7 +17,6 @@ import pytest
 
 from nbl_export.cli import process
 from nbl_export.cli.bars import TerminalListener
-from nbl_export.cli.process import Output
 from nbl_export.errors import InputError, Interrupted
 from tests.command_line import ENVIRONMENT, Done, assert_refused
 from tests.interruptions import send
@@ -61,29 +59,10 @@ def test_results_that_nobody_reads_are_no_error(source: Source) -> None:
     os.close(writing)
 
 
-def test_work_goes_on_when_nobody_reads_it(source: Source) -> None:
-    writing = closed_pipe()
-    done = ended([*source.arguments("-o", source.out)], stdout=writing, stderr=writing)
-    os.close(writing)
-    assert done.code == 0
-    assert_rewritten(source.out / "model.onnx", source.plan)
-
-
-@pytest.mark.parametrize("command", ["inspect", "--help"])
-def test_a_full_device_is_said_when_the_work_is_done(source: Source, command: str) -> None:
-    arguments = {"inspect": ["inspect", source.graph], "rewrite": source.arguments("-o", source.out)}
+def test_a_full_device_is_said_when_the_work_is_done(source: Source) -> None:
     with Path("/dev/full").open("w") as full:
-        done = ended([*arguments.get(command, [command])], stdout=full)
-    assert_refused(done, 2, "No space left on device", quietly=command != "rewrite")
-    if command == "rewrite":
-        assert_rewritten(source.out / "model.onnx", source.plan)
-
-
-def test_a_closed_stream_is_said(source: Source) -> None:
-    done = ended(["inspect", source.graph], lambda: os.close(1), stdout=None)
-    assert_refused(done, 2, "standard output (it is closed)")
-    # What is asked for is refused first.
-    assert_refused(ended(["inspect", "absent"], lambda: os.close(1), stdout=None), 2, "absent")
+        done = ended(["inspect", source.graph], stdout=full)
+    assert_refused(done, 2, "No space left on device")
 
 
 def test_no_file_is_opened_in_place_of_a_closed_stream(source: Source) -> None:
@@ -96,31 +75,6 @@ def test_no_file_is_opened_in_place_of_a_closed_stream(source: Source) -> None:
     done = ended([*source.arguments("-o", source.out)], close, stdin=None, stdout=None, stderr=None)
     assert done.code == 2  # there was nowhere to show the result
     assert_rewritten(source.out / "model.onnx", source.plan)
-
-
-class Failing(io.StringIO):
-    """A stream whose disk is full from the write number ``after``."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__()
-        self.left = after
-
-    def write(self, text: str) -> int:
-        if not self.left:
-            raise OSError(28, "No space left on device")
-        self.left -= 1
-        return super().write(text)
-
-
-def test_nothing_is_written_after_the_first_error() -> None:
-    stream = Failing(1)
-    out = Output(stream)
-    for word in ("one", "two", "three"):
-        assert out.write(word) == len(word)
-        stream.left += word == "two"  # there is room again, but a gap in the text would not be seen
-    out.flush()
-    assert stream.getvalue() == "one" and out.lost is not None and out.lost.errno == 28
-    assert not out.isatty() and out.encoding
 
 
 # signals -----------------------------------------------------------------------------------------
@@ -174,9 +128,8 @@ def test_every_signal_cleans_up_and_says_one_sentence(source: Source, signum: in
     assert contents(source.folder) == before and not source.out.exists()
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
-def test_a_signal_that_is_ignored_from_the_start_stays_ignored(source: Source, signum: int) -> None:
-    done = ended_by(signum, source, signal.SIG_IGN, "-o", source.out)
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(source: Source) -> None:
+    done = ended_by(signal.SIGHUP, source, signal.SIG_IGN, "-o", source.out)
     assert done.code == 0, done
     assert_rewritten(source.out / "model.onnx", source.plan)
 

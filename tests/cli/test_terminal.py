@@ -16,10 +16,8 @@ from nbl_export.models.source import ModelIdentity
 from nbl_export.records import Check
 from nbl_export.report.drawing import Table
 from nbl_export.report.evaluation import Evaluation
-from nbl_export.report.schema import BenchReport, Report, environment, load_report
+from nbl_export.report.schema import Report, environment, load_report
 from nbl_export.settings import EvalSettings
-from nbl_export.verify.speed.values import CandidateInfo, CellResult, Machine, Result, Speed, Timing
-from tests.engine.conftest import manifest_by_hand
 
 
 @pytest.fixture
@@ -45,15 +43,6 @@ def test_a_table_has_its_title_its_note_and_every_cell(screen: Any) -> None:
     assert text.getvalue().count("1,234") == 2
 
 
-def test_results_are_coloured_by_their_word(screen: Any) -> None:
-    text = screen("out", colours=True)
-    show_tables([TABLE])
-    shown = text.getvalue()
-    for word, code in (("passed", "32"), ("failed", "1;31"), ("skipped", "33")):
-        assert re.search(rf"\x1b\[{code}m *{word}", shown), word
-    assert not re.search(r"\x1b\[[\d;]*m *1,234", shown)
-
-
 def test_a_report_ends_with_its_verdict_and_where_to_look(screen: Any, report: Report) -> None:
     text = screen("out", width=160)
     show_report(report, Path("out"))
@@ -73,51 +62,6 @@ IDENTITY = ModelIdentity("a/model", "folder", None, "0" * 64)
 
 def evaluation(*checks: Check) -> Evaluation:
     return Evaluation("now", "1.0", IDENTITY, environment(), EvalSettings(), {}, checks, (), (), (), Means())
-
-
-def test_an_evaluation_has_a_verdict_only_with_a_gate(screen: Any) -> None:
-    for checks, verdict in (
-        ((), None),
-        ((Check("mean recovery", "passed", "fine"),), "PASS"),
-        ((Check("mean recovery", "failed", "low"),), "FAIL"),
-        ((Check("mean recovery", "skipped", "guessing"),), "FAIL"),
-    ):
-        text = screen("out")
-        terminal.show_evaluation(evaluation(*checks), Path("out"))
-        lines = [line.strip() for line in text.getvalue().splitlines()]
-        assert [line for line in lines if line in ("PASS", "FAIL")] == ([verdict] if verdict else [])
-        assert lines[-1] == "evaluation out/report/eval.md"
-
-
-def test_a_bench_shows_its_notes_and_what_was_not_timed(screen: Any) -> None:
-    text = screen("out", width=120)
-    cell = CellResult(
-        "decode", 1, 64, (Result("base", Timing(2.0, 1.9, 2.1), 7, 500.0),), {"eager": "no memory"}
-    )
-    speed = Speed(Machine("CPU", 2), 7, (CandidateInfo("base"),), (cell,))
-    checks = (Check("nowhere slower", "failed", "decode 64"),)
-    value = BenchReport("now", "1.0", IDENTITY, environment(), {}, {}, checks, ("left out: 4,096",), speed)
-    terminal.show_bench(value, Path("out"))
-    lines = [line.strip() for line in text.getvalue().splitlines()]
-    assert (
-        "Bench" in lines
-        and lines[-2:] == ["left out: 4,096", "bench out/report/bench.md"]
-        and "FAIL" in lines
-    )
-    assert "eager in decode 64 (no memory)" in " ".join(lines)
-
-
-def test_engines_and_graphs_are_shown_as_tables(screen: Any, report: Report) -> None:
-    class Built:
-        manifest = manifest_by_hand()
-
-    text = screen("out", width=120)
-    terminal.show_engines([Built()])  # type: ignore[list-item]
-    assert text.getvalue().startswith("Engines: tensorrt-rtx 1.7.1.116, fp16, static cache")
-    text = screen("out")
-    terminal.show_rewrite(report.graph)  # type: ignore[arg-type]
-    row = next(line for line in text.getvalue().splitlines() if line.startswith("KV pairs"))
-    assert row.split()[-3:] == ["5", "3", "-40.0%"]
 
 
 def test_what_looks_like_markup_or_is_obeyed_is_text_everywhere(screen: Any) -> None:

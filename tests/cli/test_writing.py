@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from nbl_export import api
-from nbl_export.cli.writing import Written, figures_line, is_typed, prompt_of, typed
+from nbl_export.cli.writing import Written, is_typed, prompt_of, typed
 from nbl_export.errors import InputError
-from nbl_export.generate.answer import Figures, Generated
-from tests.command_line import ENVIRONMENT, assert_refused, nbl
+from tests.command_line import ENVIRONMENT, nbl
 
 PROMPT = "Once upon a time"
 SMALL = ["--max-tokens", 20]
@@ -108,16 +107,6 @@ def test_a_pipe_has_the_text_and_a_terminal_what_it_can_show(
     assert stream.getvalue() == expected
 
 
-def test_figures_are_one_line() -> None:
-    answer = Generated("base", "x", (1,), "max-tokens", Figures(4, 0.002, 30, 6.0))
-    assert figures_line(answer) == (
-        "base: prefill 4 tokens 2,000/s · decode 30 tokens 5/s · cut at --max-tokens"
-    )
-    assert figures_line(Generated("base", "", (2,), "ended", Figures(9, 0.0, 0, 0.0))) == (
-        "base: prefill 9 tokens"
-    )
-
-
 def test_what_is_typed_are_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Stdin(b"", terminal=True))
     assert is_typed(None, None) and not is_typed("a", None) and not is_typed(None, Path("-"))
@@ -151,20 +140,3 @@ def test_a_pipe_that_is_closed_early_is_no_error(talking_out: Path) -> None:
     process.stdout.close()
     said = process.stderr.read().decode()
     assert process.wait(60) == 0 and "Traceback" not in said and "error" not in said
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--prompt", "a " * 600], "tokens, and the model 512 positions"),
-        (["--prompt", "a", "--top-p", "2"], "--top-p is 2; it must be more than 0 and at most 1"),
-        (
-            ["--prompt", "a", "--graph", "all"],
-            "--graph 'all' is unknown; choose one of linearized, base, both",
-        ),
-        (["--prompt", "a", "--raw", "--system", "b"], "give one of them"),
-        (["--prompt-file", "/nowhere"], "there is no such file"),
-    ],
-)
-def test_what_is_refused_is_one_sentence(talking_out: Path, words: list[str], said: str) -> None:
-    assert_refused(nbl("generate", talking_out, *words), 2, said)

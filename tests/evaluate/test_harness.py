@@ -83,8 +83,6 @@ def stories(stories_out: Path, stories_folder: Path, stories_model: Any) -> tupl
 NAMES = (
     "boolq_valid",
     "lambada_openai_test",
-    "mmlu_dev",
-    "winogrande_xl_valid",
 )
 
 
@@ -140,12 +138,6 @@ def _winogrande(row: Mapping[str, Any]) -> dict[str, Any]:
 # The harness's task → its data on the Hub, the split it asks, our file of such rows, and a row as it is on the Hub.
 ON_THE_HUB: Mapping[str, tuple[str, str, str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
     "winogrande": ("allenai/winogrande", "validation", "winogrande_xl_valid", _winogrande),
-    "lambada_openai": (
-        "EleutherAI/lambada_openai",
-        "test",
-        "lambada_openai_test",
-        lambda row: {"text": f"{row['context']} {row['target']}"},
-    ),
 }
 
 

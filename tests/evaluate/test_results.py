@@ -14,7 +14,6 @@ from nbl_export.evaluate.results import (
     Depth,
     Paired,
     gate,
-    mean,
     mean_of,
     recovery,
     retrieval_result,
@@ -61,26 +60,6 @@ def test_the_error_is_the_bootstraps() -> None:
     assert found is not None
     assert found.se == pytest.approx(np.std(draws), rel=0.06)
     assert found.value == pytest.approx(np.mean(draws), abs=0.01)
-
-
-def test_every_task_counts_once() -> None:
-    large = Paired.of([1.0] * 100, [1.0] * 100, [0] * 100)
-    small = Paired.of([1.0] * 4, [1.0, 0, 1, 0], [0] * 4)
-    found = recovery([large, small])
-    assert found is not None and found.value == 0.75
-
-
-def test_nothing_to_divide_by() -> None:
-    nothing = Paired.of([0, 0, 0], [1, 0, 0], [0, 0, 0])
-    assert recovery([nothing]) is None and recovery([]) is None and not nothing.clear
-    alone = Paired.of([1], [0], [0.5])
-    assert mean(alone.base).se == 0 and recovery([alone]) is not None
-
-
-def test_other_documents_are_no_pair() -> None:
-    for base, linearized in (([1, 0], [1]), ([], [])):
-        with pytest.raises(ValueError, match="different documents"):
-            Paired.of(base, linearized, base)
 
 
 # by hand ------------------------------------------------------------------------------------------

@@ -16,8 +16,6 @@ import pytest
 from nbl_export import api
 from nbl_export.errors import InputError, NblError
 from nbl_export.models.source import find_model, same_model
-from nbl_export.stage_record import STAGES
-from nbl_export.workspace import Workspace
 from tests.command_line import ENVIRONMENT
 from tests.finished import QUICK, TWO
 from tests.folders import files_in
@@ -136,20 +134,10 @@ def test_changed_code_of_a_model_is_noticed(own_code: tuple[Path, Path], tmp_pat
 
 
 @pytest.mark.parametrize("command", READS)
-@pytest.mark.parametrize("form", ["../victim", "absolute", "link"])
-def test_no_command_reaches_a_recorded_name_outside(
-    stories_copy: Path, tmp_path: Path, command: str, form: str
-) -> None:
+def test_no_command_reaches_a_recorded_name_outside(stories_copy: Path, tmp_path: Path, command: str) -> None:
     victim = tmp_path / "victim"
     victim.write_text("somebody's")
-    (stories_copy / "link").symlink_to(victim)
-    name = (
-        str(victim)
-        if form == "absolute"
-        else form
-        if form == "link"
-        else os.path.relpath(victim, stories_copy)
-    )
+    name = os.path.relpath(victim, stories_copy)
 
     def change(state: Any) -> None:
         for record in state["stages"].values():
@@ -162,14 +150,6 @@ def test_no_command_reaches_a_recorded_name_outside(
 
 
 # Where the names that a record lists are used as paths. A new place here must pass them through files.member.
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_record_of_wrong_types_is_one_sentence(stories_copy: Path, stage: str) -> None:
-    record = {"key": 1, "settings": [], "files": {"a": 2}, "seconds": "long"}
-    edit(stories_copy, lambda state: state["stages"].update({stage: record}))
-    with pytest.raises(InputError, match=f"record of stage {stage} .* is damaged"):
-        Workspace.open(stories_copy).record(stage)
 
 
 # the recorded model ------------------------------------------------------------------------------
@@ -226,17 +206,12 @@ def test_the_recorded_model_is_found_here_or_refused(
     ("out", "words"),
     [("model", "is the model"), (".", "holds the model"), ("model/out", "lies in the model")],
 )
-@pytest.mark.parametrize("linked", [False, True])
-def test_the_output_folder_is_apart_from_the_model(
-    tmp_path: Path, out: str, words: str, linked: bool
-) -> None:
+def test_the_output_folder_is_apart_from_the_model(tmp_path: Path, out: str, words: str) -> None:
     place = tmp_path / "place"
     model = build(place / "model")
     before = {name: (place / name).read_bytes() for name in files_in(place)}
-    target = place / out
-    if linked:
-        (tmp_path / "link").symlink_to(place)
-        target = tmp_path / "link" / out
+    (tmp_path / "link").symlink_to(place)
+    target = tmp_path / "link" / out
     with pytest.raises(InputError, match=words):
         api.calibrate(model, target)
     assert {name: (place / name).read_bytes() for name in files_in(place)} == before

@@ -5,20 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nbl_export import api
-from nbl_export.convert.gguf import FORMATS, QUANTIZED
 from nbl_export.errors import InputError
 from nbl_export.models.tasks import task_named
-from nbl_export.settings.graphs import GGUF_TYPES
-
-
-def test_every_precision_is_one_of_the_file() -> None:
-    assert set(GGUF_TYPES.values()) == {*FORMATS, *QUANTIZED}
-    for precision in GGUF_TYPES:
-        api.ConvertSettings(precision=precision).check()  # type: ignore[arg-type]
-    with pytest.raises(
-        InputError, match="--precision 'int4' is unknown; choose one of fp32, fp16, bf16, q8_0, q4_k_m"
-    ):
-        api.ConvertSettings(precision="int4").check()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -114,19 +114,6 @@ def test_a_gate_of_a_file_stays_a_gate_however_layers_are_chosen(asked: Any) -> 
     assert asked("verify", "out", "--max-ppl-ratio", "1.2")[1].bound == api.LossBound(0.1, 1.2)
 
 
-def test_only_a_file_that_is_named_or_here_counts(asked: Any, tmp_path: Path) -> None:
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below" / "nbl-export.toml").write_text(FILE)
-    assert asked("select", "out", "--k", "1")[1] == api.SelectSettings(k=1)
-    assert asked("select", "out", "--k", "1", "--config", "below/nbl-export.toml")[1].criterion == "cca"
-
-
-def test_words_for_auto(asked: Any) -> None:
-    Path("nbl-export.toml").write_text('[select]\nk = "auto"\nridge = "auto"\n')
-    found = asked("select", "out")[1]
-    assert (found.k, found.ridge, found.budget) == (None, None, api.Budget(max_perplexity_ratio=1.10))
-
-
 REFUSED = {
     "unknown table": (
         "[selection]\nk = 1",

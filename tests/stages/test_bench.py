@@ -19,7 +19,6 @@ from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.records import from_json
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_bench, load_report
-from nbl_export.report.speed import BENCH, speed_table
 from nbl_export.rewrite.replace import drop_layers
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.verify.speed import candidates
@@ -152,17 +151,6 @@ def test_sessions_made_anew_are_never_two_at_once(own: Path, monkeypatch: pytest
     assert [r.name for r in value.speed.cells[0].results] == ["base", "linearized", "base again"]
 
 
-def test_what_was_measured_is_kept(own: Path) -> None:
-    first = api.bench(own, QUICK)
-    assert api.bench(own, QUICK).created == first.created
-    assert not first.notes
-    longer = api.bench(own, api.BenchSettings((), (), (1,), (8, 4096), 3, 1, memory=False))
-    assert {c.context for c in longer.speed.cells} == {8}
-    assert longer.notes == ("4,096 tokens are left out: the model has 512 positions.",)
-    for table in [speed_table(BENCH, longer.speed)]:
-        assert all(len(row) == len(table.columns) for row in table.rows)
-
-
 def test_an_interrupted_bench_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, made = Harness.run, []
 
@@ -209,12 +197,6 @@ def test_a_report_of_other_graphs_gets_no_bench(own: Path) -> None:
     ("settings", "said"),
     [
         (api.BenchSettings(against=("nowhere",)), "there is no nowhere"),
-        (api.BenchSettings(peers=("jax",)), "--peer 'jax' is unknown; choose one of eager, compile, dropped"),
-        (api.BenchSettings(device="tpu"), "--device 'tpu' is unknown; choose one of cpu, cuda"),
-        (api.BenchSettings(rounds=2), "--rounds is 2"),
-        (api.BenchSettings(contexts=(1,)), "at least 2 tokens"),
-        (api.BenchSettings(batches=(0,)), "at least 1"),
-        (api.BenchSettings(seconds=0), "--seconds is 0"),
         (api.BenchSettings(contexts=(4096,)), "asks for 4,096 tokens and more, the model has 512 positions"),
     ],
 )

@@ -15,7 +15,6 @@ import torch
 from nbl_export import api
 from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.probe import load_probe
-from nbl_export.errors import InputError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
@@ -58,25 +57,11 @@ def test_auto_is_what_the_machine_is_fastest_in(
         np.testing.assert_array_equal(probes[0].y[index], probes[1].y[index])
 
 
-def test_another_dtype_is_another_calibration(
-    stories_folder: Path, tmp_path: Path, settings: api.CalibrateSettings
-) -> None:
-    calibrated(stories_folder, tmp_path / "out", replace(settings, dtype="float32"))
-    again, dtype = calibrated(stories_folder, tmp_path / "out", replace(settings, dtype="bfloat16"))
-    assert dtype == "bfloat16"
-    fresh, _ = calibrated(stories_folder, tmp_path / "fresh", replace(settings, dtype="bfloat16"))
-    for index, layer in fresh.items():
-        np.testing.assert_array_equal(again[index].xx, layer.xx)
-
-
-@pytest.mark.parametrize(("fit", "dtype"), [("weighted", "bfloat16"), ("sequential", "float32")])
 def test_fits_that_read_the_text_again_read_it_in_the_same_dtype(
     stories_folder: Path,
     tmp_path: Path,
     settings: api.CalibrateSettings,
     monkeypatch: pytest.MonkeyPatch,
-    fit: Any,
-    dtype: Any,
 ) -> None:
     seen = []
     for name in ("weighted_moments", "sequential_fits"):
@@ -87,10 +72,10 @@ def test_fits_that_read_the_text_again_read_it_in_the_same_dtype(
             return real(model, *args)
 
         monkeypatch.setattr(fitting, name, spy)
-    calibrated(stories_folder, tmp_path / "out", replace(settings, dtype=dtype))
-    api.select(tmp_path / "out", api.SelectSettings(k=2, criterion="cca", fit=fit))
-    assert seen == [(fit, dtype)]
-    assert load_plan(Workspace.open(tmp_path / "out").plan).fit == fit
+    calibrated(stories_folder, tmp_path / "out", replace(settings, dtype="bfloat16"))
+    api.select(tmp_path / "out", api.SelectSettings(k=2, criterion="cca", fit="weighted"))
+    assert seen == [("weighted", "bfloat16")]
+    assert load_plan(Workspace.open(tmp_path / "out").plan).fit == "weighted"
 
 
 def test_a_copy_is_shared_and_lives_no_longer_than_its_users(stories_folder: Path) -> None:
@@ -104,14 +89,3 @@ def test_a_copy_is_shared_and_lives_no_longer_than_its_users(stories_folder: Pat
     del copy
     gc.collect()
     assert gone
-
-
-def test_an_unknown_dtype_is_refused_before_anything(
-    stories_folder: Path, tmp_path: Path, settings: api.CalibrateSettings
-) -> None:
-    bad: Any = "float16"
-    with pytest.raises(
-        InputError, match=r"--calibration-dtype is 'float16'; it must be one of auto, float32"
-    ):
-        api.calibrate(str(stories_folder), tmp_path / "out", replace(settings, dtype=bad))
-    assert not (tmp_path / "out" / "nbl" / "text.safetensors").exists()

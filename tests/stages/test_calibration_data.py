@@ -23,7 +23,6 @@ from nbl_export.progress import Silent
 from nbl_export.settings import CalibrateSettings
 from nbl_export.stages import calibration_data as module
 from nbl_export.stages.calibration_data import check_sources, loader_for
-from nbl_export.workspace import Workspace
 from tests.beyond import BEYOND, ENCODERS
 from tests.encoders import CLS, PAD, SEP, text_encoder, vision_encoder, write_images, write_text
 
@@ -61,28 +60,6 @@ def read(loaded: Callable[[str], LoadedModel], name: str, source: Path) -> Any:
     for field in vars(value):
         assert np.array_equal(getattr(again, field), getattr(value, field)), field
     return again
-
-
-def test_each_task_has_its_own_place_in_the_folder(
-    loaded: Callable[[str], LoadedModel], place: Path, tmp_path: Path
-) -> None:
-    ws = Workspace.create(tmp_path)
-    found = {name: loader_for(loaded(name).source) for name in ("decoder", "bert", "vit")}
-    assert {name: m.unit for name, m in found.items()} == {
-        "decoder": "text",
-        "bert": "text",
-        "vit": "images",
-    }
-    assert {name: m.path(ws).name for name, m in found.items()} == {
-        "decoder": "text.safetensors",
-        "bert": "text.safetensors",
-        "vit": "images.safetensors",
-    }
-    text = str(place / "text.jsonl")
-    for name in ("decoder", "bert"):
-        # The model itself, and the Hub, are no files.
-        assert found[name].files(["self", text]) == [place / "text.jsonl"]
-    assert len(found["vit"].files([str(place / "images")])) == 40
 
 
 def test_an_encoder_writes_no_text_of_its_own(loaded: Callable[[str], LoadedModel], place: Path) -> None:

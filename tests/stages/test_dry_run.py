@@ -8,15 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import pytest
 
 from nbl_export import api, digests
 from nbl_export.errors import InputError
 from nbl_export.stages.dry_run import DryRun
-from nbl_export.stages.needs import GIB
 from tests.finished import TWO, VERIFY, state
-from tests.folders import files_in
 from tests.listening import Notes
 
 ALL = ["calibrate", "select", "export", "rewrite", "verify"]
@@ -80,13 +77,6 @@ def test_the_files_that_would_be_written_are_those_of_the_run(
         assert all(name in allowed or "token" in name or name.endswith(".jinja") for name in left), left
 
 
-def test_all_of_a_finished_run_is_kept(ahead: Callable[..., DryRun], stories_copy: Path) -> None:
-    found = ahead()
-    assert whys(found) == dict.fromkeys(ALL)
-    assert {name for one in found.stages for name in one.files} <= files_in(stories_copy)
-    assert [table.note for table in found.tables] == ["All is kept."]
-
-
 def test_another_k_keeps_calibration_and_export(
     ahead: Callable[..., DryRun], stories_copy: Path, stories_folder: Path, calibration: Any
 ) -> None:
@@ -119,11 +109,6 @@ def test_what_each_setting_does_again(ahead: Callable[..., DryRun], calibration:
     assert half["rewrite"] == half["verify"] == "`export` is done again"
     whole = whys(ahead(folder=api.FolderSettings("no")))
     assert whole["rewrite"] == "it was made with another whole" and whole["export"] is None
-
-
-def test_a_changed_file_is_noticed(ahead: Callable[..., DryRun], stories_copy: Path) -> None:
-    (stories_copy / "nbl" / "plan.json").write_text("{}")
-    assert whys(ahead())["select"] == "nbl/plan.json is missing or was changed"
 
 
 def test_a_budget_exports_before_it_selects(ahead: Callable[..., DryRun]) -> None:
@@ -172,27 +157,3 @@ def test_a_disk_without_room_refuses_what_is_still_to_do(
     with pytest.raises(InputError, match="has 1 MiB free, and this run needs about"):
         api.dry_run(stories_folder, tmp_path / "new", TWO, calibration, VERIFY)
     assert whys(ahead(THREE))["calibrate"] is None
-
-
-def test_memory_that_is_not_there_is_a_problem_of_what_is_done(
-    ahead: Callable[..., DryRun], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Memory(NamedTuple):
-        available: int
-
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(GIB // 10))
-    found = ahead(THREE)
-    assert [text.split(" needs")[0] for text in found.problems] == ["`select`", "`rewrite`", "`verify`"]
-    assert found.tables[0].problems == found.problems
-
-
-def test_a_baseline_that_was_deleted_is_missed_only_by_what_reads_it(
-    ahead: Callable[..., DryRun], stories_copy: Path, stories_folder: Path, calibration: Any
-) -> None:
-    folder = api.FolderSettings("no")
-    assert api.run(stories_folder, stories_copy, TWO, calibration, VERIFY, folder=folder).passed
-    assert whys(ahead(folder=folder)) == dict.fromkeys(ALL)
-    with pytest.raises(InputError, match="has no unmodified graph any more"):
-        ahead(THREE, folder=folder)
-    # A run that keeps the graph makes it again.
-    assert whys(ahead())["export"] == "not done yet"

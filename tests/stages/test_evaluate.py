@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,11 @@ import pytest
 import torch
 
 from nbl_export import api
-from nbl_export.errors import InputError, MissingDependencyError, NblError
+from nbl_export.errors import InputError
 from nbl_export.evaluate import retrieval, tasks
-from nbl_export.packages import pip_line
 from nbl_export.report.evaluation import load_evaluation
 from nbl_export.workspace import Workspace
-from tests import command_line
 from tests.command_line import assert_refused, nbl
-from tests.encoders import text_encoder
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'nbl-export[eval]'")
 
@@ -166,15 +162,6 @@ def test_a_changed_graph_is_asked_anew_and_the_base_is_not(
     assert figures[0].base == figures[1].base and figures[0].linearized != figures[1].linearized
 
 
-def test_a_damaged_result_is_asked_anew(stories_copy: Path, folder: Path, asked: list[str]) -> None:
-    api.evaluate(stories_copy, settings(folder))
-    for path in (stories_copy / "nbl" / "eval").iterdir():
-        path.write_text("{")
-    (stories_copy / "report" / "eval.json").unlink()
-    api.evaluate(stories_copy, settings(folder))
-    assert len(asked) == 8
-
-
 # The gate ----------------------------------------------------------------------------------------
 
 
@@ -190,30 +177,7 @@ def test_a_gate_that_nothing_could_be_judged_by_is_not_passed(stories_copy: Path
     assert not (stories_copy / "report" / "eval-junit.xml").exists()
 
 
-def test_a_gate_on_perplexities_alone_is_not_passed(stories_copy: Path, tmp_path: Path) -> None:
-    """They have no recovery: nothing was judged, and nothing has passed."""
-    (tmp_path / "prose.jsonl").write_text('{"text": "Once upon a time, there was a little girl."}\n' * 2)
-    value = api.evaluate(stories_copy, settings(tmp_path / "prose.jsonl", min_recovery=50))
-    assert [(c.name, c.status) for c in value.checks] == [
-        ("recovery of prose", "skipped")
-    ] and not value.passed
-
-
 # The command line --------------------------------------------------------------------------------
-
-
-def test_the_command_needs_no_network_and_leaves_no_cache(
-    stories_copy: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    home = tmp_path / "hf"
-    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
-        monkeypatch.setitem(command_line.ENVIRONMENT, name, str(home))
-    done = nbl("eval", stories_copy, "--tasks", folder, "--limit", 8, "--no-retrieval")
-    assert done.code == 0, done.err
-    assert "fruit" in done.out and "words" in done.out and "recovery" in done.out
-    assert not [p for p in home.rglob("*") if p.is_file()]
-    table = [line for line in done.out.splitlines() if line.startswith("fruit")]
-    assert table and " 8 " in table[0]
 
 
 def test_the_gate_is_the_exit_code(stories_copy: Path, tmp_path: Path) -> None:
@@ -234,12 +198,8 @@ def test_the_gate_is_the_exit_code(stories_copy: Path, tmp_path: Path) -> None:
 
 
 BAD = {
-    "nothing": (["--no-retrieval"], "Nothing to evaluate"),
     "chat": (["--chat-template"], "has no chat template"),
     "positions": (["--retrieval-contexts", "400,513"], "513 tokens, the model 512 positions"),
-    "short": (["--retrieval-contexts", "64"], "--retrieval-contexts has 64 tokens"),
-    "missing": (["--tasks", "./nowhere"], "./nowhere does not exist"),
-    "unknown": (["--tasks", "no_such_task", "--no-retrieval"], "no_such_task is neither"),
 }
 
 
@@ -248,39 +208,6 @@ def test_bad_usage_is_one_sentence(stories_out: Path, name: str) -> None:
     arguments, words = BAD[name]
     assert_refused(nbl("eval", stories_out, *arguments), 2, words)
     assert not (stories_out / "report" / "eval.json").exists()
-
-
-def test_folders_that_have_nothing_to_evaluate(
-    stories_copy: Path, folder: Path, tmp_path: Path, tiny_folder: Path
-) -> None:
-    with pytest.raises(InputError, match="is not an output folder"):
-        api.evaluate(folder, settings(folder))
-    out = tmp_path / "new"
-    api.calibrate(tiny_folder, out, api.CalibrateSettings(samples=16, seq_len=32, heldout_samples=2))
-    with pytest.raises(InputError, match="no finished `select` yet"):
-        api.evaluate(out, settings(folder))
-
-
-def test_an_encoder_is_refused(tmp_path: Path, folder: Path, shared_data: Path) -> None:
-    encoder = text_encoder(tmp_path / "bert", "bert", "BertModel")
-    out = tmp_path / "out"
-    text = str(shared_data / "text" / "tinystories_exllamav2.jsonl.gz")
-    api.calibrate(encoder, out, api.CalibrateSettings((text,), samples=4, seq_len=32, heldout_samples=2))
-    with pytest.raises(InputError, match="is an encoder"):
-        api.evaluate(out, settings(folder))
-
-
-def test_without_the_harness(stories_copy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = tasks.importlib.util.find_spec
-    monkeypatch.setattr(
-        tasks.importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find_spec(name, *a)
-    )
-    with pytest.raises(MissingDependencyError, match=re.escape(pip_line("eval"))) as missing:
-        api.evaluate(stories_copy, settings(folder))
-    assert missing.value.exit_code == 3 and isinstance(missing.value, NblError)
-    # Retrieval needs no harness.
-    only = api.EvalSettings(retrieval_contexts=(400,), retrieval_samples=2)
-    assert api.evaluate(stories_copy, only).retrieval
 
 
 def test_what_cuda_answers_is_kept_apart(

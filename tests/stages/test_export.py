@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from nbl_export import api
 from nbl_export.errors import InputError
@@ -25,9 +23,6 @@ from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 from tests.families import Calibrated
 from tests.listening import Notes
-from tests.sessions import cpu_session, empty_past
-from tests.tiny import save_tokenizer
-from tests.tiny_types import tiny_model as random_model
 
 CONCAT = api.ExportSettings("fp32", "concat")
 
@@ -38,17 +33,6 @@ def out(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "out"
     export(Run.start(find_model(str(tiny_folder)), folder), CONCAT)
     return folder
-
-
-def test_the_graph_computes_the_model(out: Path, tiny_folder: Path) -> None:
-    graph = Workspace.open(out).baseline
-    session = cpu_session(graph)
-    ids = np.array([[5, 9, 200, 31]])
-    tokens = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(4)[None]}
-    (found,) = session.run(["logits"], {**tokens, **empty_past(session, 1)})
-    with torch.inference_mode():
-        expected = AutoModelForCausalLM.from_pretrained(tiny_folder)(torch.from_numpy(ids)).logits
-    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=2e-4)
 
 
 def test_consumers_find_the_model_and_its_tokenizer_beside_it(out: Path, tiny_folder: Path) -> None:
@@ -95,23 +79,6 @@ def test_another_form_replaces_it_and_what_it_does_not_have_is_gone(out: Path, t
         "static",
     )
     assert "python" not in record.settings
-
-
-def test_float16_needs_to_know_how_far_the_text_reaches(tiny_folder: Path, tmp_path: Path) -> None:
-    run = Run.start(find_model(str(tiny_folder)), tmp_path / "out")
-    with pytest.raises(InputError, match=r"no finished `calibrate` yet: run `nbl-export calibrate MODEL"):
-        export(run, api.ExportSettings("fp16", "concat"))
-    assert not run.workspace.baseline.exists()
-
-
-def test_a_model_that_the_form_does_not_suit_is_refused_before_work(tmp_path: Path) -> None:
-    folder = tmp_path / "lfm2"
-    random_model("lfm2").save_pretrained(folder)
-    save_tokenizer(folder)
-    run = Run.start(find_model(str(folder)), tmp_path / "out")
-    with pytest.raises(InputError, match="--kv-cache concat"):
-        export(run, api.ExportSettings("fp32", "static"))
-    assert not list(run.workspace.baseline.parent.glob("*.onnx*"))
 
 
 def test_a_run_checks_a_form_once(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,60 +84,20 @@ def test_turns_are_a_conversation(talking_out: Path, stories_model: Any, tokeniz
     assert list(second.tokens) == by_hand(stories_model, ids, {END, OTHER_END})[:8]
 
 
-def test_nobody_listens_any_more(talking_out: Path) -> None:
-    heard: list[str] = []
-
-    def told(_graph: str, piece: str) -> bool:
-        heard.append(piece)
-        return len(heard) < 3
-
-    (found,) = api.generate(talking_out, PROMPT, settings(graph="both"), told=told)
-    assert len(heard) == 3 and found.text == "".join(heard) and found.why == "stopped"
-
-
-def test_it_samples_as_asked(talking_out: Path) -> None:
-    def text(**asked: Any) -> str:
-        (found,) = api.generate(talking_out, PROMPT, settings(max_tokens=24, **asked))
-        return found.text
-
-    one = text(temperature=0.9, seed=1)
-    assert one == text(temperature=0.9, seed=1) != text(temperature=0.9, seed=2)
-    assert one != text() == text(temperature=1.0, top_p=1e-9, seed=5)
-
-
-def test_it_ends_at_the_last_position(talking_out: Path, tokenizer: Any) -> None:
-    ids = tokenizer("one day " * 250, add_special_tokens=False)["input_ids"][:500]
-    (found,) = api.generate(talking_out, tokenizer.decode(ids), settings(raw=True))
-    assert found.why == "positions" and found.figures.prompt_tokens + len(found.tokens) == 513
-    with pytest.raises(InputError, match=r"^The prompt has .* tokens, and the model 512 positions"):
-        api.generate(talking_out, "a " * 600)
-
-
-@pytest.mark.parametrize("cache", ["shared", "static", "none"])
-def test_every_form_of_the_cache_generates_the_same(stories_copy: Path, cache: str) -> None:
+def test_another_form_of_the_cache_generates_the_same(stories_copy: Path) -> None:
     asked = settings(graph="base", max_tokens=24)
     (expected,) = api.generate(stories_copy, PROMPT, asked)
-    api.export(stories_copy, api.ExportSettings(kv_cache=cache))
+    api.export(stories_copy, api.ExportSettings(kv_cache="static"))
     (found,) = api.generate(stories_copy, PROMPT, asked)
     assert found.tokens == expected.tokens
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_runs_as_it_is_or_says_that_it_does_not(stories_copy: Path, precision: str) -> None:
-    api.export(stories_copy, api.ExportSettings(precision))
+def test_half_precision_says_that_it_is_not_run_as_it_is(stories_copy: Path) -> None:
+    api.export(stories_copy, api.ExportSettings("bf16"))
     heard = Notes()
     (found,) = api.generate(stories_copy, PROMPT, settings(graph="base", max_tokens=3), heard)
-    assert len(found.tokens) == 3 and len(heard.notes) == (precision == "bf16")
-    assert all(note.startswith("base is computed in float32 and rounded") for note in heard.notes)
-
-
-def test_the_folder_is_enough_and_is_not_changed(talking_out: Path, tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(talking_out, tmp_path / "elsewhere"))
-    before = {p: p.read_bytes() for p in moved.rglob("*") if p.is_file() and p.name != "digests.json"}
-    (found,) = api.generate(moved, PROMPT)
-    assert found.text == api.generate(talking_out, PROMPT)[0].text
-    after = {p: p.read_bytes() for p in moved.rglob("*") if p.is_file() and p.name != "digests.json"}
-    assert after == before
+    (note,) = heard.notes
+    assert len(found.tokens) == 3 and note.startswith("base is computed in float32 and rounded")
 
 
 # what is refused ----------------------------------------------------------------------------------
@@ -176,8 +135,3 @@ def test_a_folder_of_an_encoder_or_without_a_tokenizer(
     assert "has no tokenizer: put the tokenizer.json" in refused(talking_copy)
     record(talking_copy, lambda s: s["model"].update(task="text-classification"))
     assert "is of a model that generates no text (text-classification)" in refused(talking_copy)
-
-
-def test_a_system_message_needs_a_chat_template(stories_out: Path) -> None:
-    said = refused(stories_out, system="Be kind.")
-    assert "--system has no place, since this model's tokenizer has no chat template" in said

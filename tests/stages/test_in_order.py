@@ -12,13 +12,9 @@ import pytest
 from nbl_export import api, digests
 from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
-from nbl_export.linearize.scores import check_selection
 from nbl_export.models import load
-from nbl_export.models.candidates import choices
-from nbl_export.models.layers import hidden_size
-from nbl_export.models.source import ModelSource, find_model
+from nbl_export.models.source import find_model
 from nbl_export.settings import RunSettings
-from nbl_export.stages import in_order
 from nbl_export.stages.in_order import check_source
 from tests.encoders import text_encoder, vision_encoder
 from tests.families import build
@@ -81,16 +77,6 @@ def test_what_the_configuration_has_not(model: Path, tmp_path: Path, unread: Non
     said = refused(lambda: api.run(model, tmp_path / "out", api.SelectSettings(**selection), text))
     assert words in said
     assert not (tmp_path / "out").exists()
-
-
-def test_the_sentence_is_that_of_a_run_that_has_the_model(model: Path) -> None:
-    """The check of the built model, with all that it finds, has the words of the early one."""
-    built = load.load_model(find_model(str(model)))
-    for name, (selection, blocks, words) in BEYOND.items():
-        text: Any = api.CalibrateSettings(blocks=blocks)
-        found = choices(built, text.parts)
-        asked = api.SelectSettings(**selection)
-        assert words in refused(lambda a=asked, f=found: check_selection(a, f, hidden_size(built))), name
 
 
 @pytest.mark.parametrize(
@@ -208,19 +194,6 @@ def test_encoders_need_material_and_what_reads_it(tmp_path: Path, unread: None) 
     assert "has no preprocessor_config.json" in refused(lambda: api.run(vit, out, cca, image))
 
 
-def test_a_multimodal_model_and_another_exporter(
-    tmp_path: Path, unread: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tests.multimodal import build as build_multimodal
-
-    monkeypatch.setattr(in_order, "check_exporter", lambda *_: None)  # the exporter need not be here
-    folder = build_multimodal("llava", tmp_path / "m")
-    said = refused(
-        lambda: api.run(folder, tmp_path / "out", TWO, exporting=api.ExportSettings(exporter="genai"))
-    )
-    assert said.startswith("--exporter genai reads a multimodal model (Llava")
-
-
 # in a folder --------------------------------------------------------------------------------------
 
 
@@ -248,17 +221,6 @@ def test_a_stage_whose_inputs_are_not_made_yet(tiny_folder: Path, tmp_path: Path
     assert files_in(out) == before
 
 
-def test_tasks_that_there_are_not(stories_copy: Path, tmp_path: Path, unread: None) -> None:
-    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'nbl-export[eval]'")
-    (tmp_path / "none").mkdir()
-    for task, words in {
-        "nosuch": "The task nosuch is neither a local file or folder nor a task of lm-evaluation-harness",
-        "./nosuch": "The task ./nosuch does not exist: check the path.",
-        str(tmp_path / "none"): "has no tasks",
-    }.items():
-        assert words in refused(lambda t=task: api.evaluate(stories_copy, api.EvalSettings(tasks=(t,))))
-
-
 def test_a_k_beyond_the_moments_is_refused_before_a_layer_is_scored(
     stories_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,26 +234,3 @@ def test_a_k_beyond_the_moments_is_refused_before_a_layer_is_scored(
     assert "names layer 7; the layers that can be are 0, 1, 2, 3, 4." in refused(
         lambda: api.select(stories_copy, api.SelectSettings(layers=(7,)))
     )
-
-
-def test_a_finished_folder_is_gone_on_from(
-    stories_copy: Path, stories_folder: Path, calibration: Any
-) -> None:
-    """Nothing of what is right is refused: each stage is kept, or made again, as before."""
-    assert api.run(
-        stories_folder, stories_copy, TWO, calibration, api.VerifySettings(contexts=(16,), rounds=3)
-    ).passed
-    assert len(api.select(stories_copy, TWO).chosen) == 2
-    assert api.rewrite(stories_copy).is_file()
-
-
-def test_who_finds_a_model_may_refuse_it_before_its_weights_are_hashed(model: Path, unread: None) -> None:
-    told: list[ModelSource] = []
-
-    def refuse(found: ModelSource) -> None:
-        told.append(found)
-        raise InputError("No.")
-
-    assert refused(lambda: find_model(str(model), early=refuse)) == "No."
-    (found,) = told
-    assert (found.fingerprint, found.path, found.task) == ("", str(model), "text-generation")

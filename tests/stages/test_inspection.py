@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -92,13 +91,6 @@ def test_a_folder_lists_its_stages(stories_copy: Path) -> None:
     (stories_copy / "model.onnx.data").write_bytes(b"damaged")
     state = {row[0]: row[1] for row in inspect(stories_copy)[0].rows}
     assert state["rewrite"] == "damaged: model.onnx.data" and state["export"] == "done"
-
-
-def test_a_folder_of_somebody_else_is_its_graph(stories_out: Path, tmp_path: Path) -> None:
-    for path in (stories_out / "baseline").iterdir():
-        shutil.copyfile(path, tmp_path / path.name)
-    facts, *_ = inspect(tmp_path)
-    assert as_dict(facts) == as_dict(inspect(stories_out / "baseline" / "model.onnx")[0])
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.json", "x.safetensors", "x.engine", "x.onnx", "missing.onnx"])

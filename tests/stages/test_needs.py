@@ -27,7 +27,6 @@ from nbl_export.stages.needs import (
     Sizes,
     check_disk,
     disk,
-    disk_to_calibrate,
     lacks_memory,
     memory,
     sizes_of,
@@ -95,14 +94,6 @@ def test_a_text_that_crosses_a_length_takes_memory() -> None:
         assert found["logits of a row"] == 3 * 4 * 108 * sizes.head // sizes.width
 
 
-def test_what_is_mapped_is_not_in_memory(stories: Sizes) -> None:
-    assert stories.held(4, 1000) == 0 and stories.held(2, 1000) == 2000
-    assert replace(stories, stored=0).held(4, 1000) == 4000
-    assert stories.kept(2) == 2 * stories.weights
-    large = replace(stories, weights=GIB + 1, block=7, head=9)
-    assert large.kept(2) == 18  # of what does not stay in memory, the largest part
-
-
 # disk ---------------------------------------------------------------------------------------------
 
 
@@ -122,26 +113,6 @@ def test_the_disk_that_is_computed_is_what_a_finished_run_has(
         assert abs(one.leaves - size) < 0.1 * size, one.stage
 
 
-@pytest.mark.parametrize("blocks", ["both", "all"])
-def test_moments_of_mlps_and_spans_are_counted(
-    stories: Sizes, stories_folder: Path, calibration: Any, tmp_path: Path, blocks: Any
-) -> None:
-    more = replace(calibration, blocks=blocks)
-    api.calibrate(stories_folder, tmp_path / "out", more)
-    ws = Workspace.open(tmp_path / "out")
-    record = ws.record("calibrate")
-    assert record is not None
-    size = sum(path.stat().st_size for path in ws.paths(record))
-    found = disk_to_calibrate(stories, more).leaves
-    assert abs(found - size) < 0.1 * size and found > 1.5 * disk_to_calibrate(stories, calibration).leaves
-
-
-@pytest.mark.parametrize(("precision", "gib"), [("fp32", 30), ("bf16", 15), ("int4", 8)])
-def test_the_weights_are_most_of_it(precision: str, gib: int) -> None:
-    export = next(one for one in disk(BIG, asked(precision=precision)) if one.stage == "export")
-    assert round(export.leaves / 2**30) == gib
-
-
 def test_what_is_weighed_with_a_graph_comes_after_it() -> None:
     plain = disk(BIG, asked())
     assert [one.stage for one in plain] == ["calibrate", "select", "export", "rewrite"]
@@ -149,15 +120,6 @@ def test_what_is_weighed_with_a_graph_comes_after_it() -> None:
     assert [one.stage for one in found] == ["calibrate", "export", "select", "rewrite"]
     # Half of the layers are assumed; all other weights the timed graph reads from the unmodified one.
     assert found[2].beside == 4 * 16 * (4096 + 1) * 4096 and not plain[1].beside
-
-
-def test_engines_a_whole_graph_and_images_count() -> None:
-    settings = asked(precision="fp16")
-    assert disk(BIG, replace(settings, engines=api.EngineSettings()))[-1] == Disk("build", 4 * BIG.weights)
-    whole = disk(BIG, replace(settings, folder=api.FolderSettings("no")))[-1].leaves
-    assert whole - disk(BIG, settings)[-1].leaves == 2 * BIG.weights
-    images = replace(BIG, image=(3 * 224 * 224 * 4, 197))
-    assert disk(images, asked())[0].leaves > disk(BIG, asked())[0].leaves
 
 
 def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,27 +157,6 @@ def test_a_run_and_a_stage_are_refused_before_any_work(
 
 
 # memory -------------------------------------------------------------------------------------------
-
-
-def test_more_text_takes_more_of_what_grows_with_it(stories: Sizes) -> None:
-    few, many = (asked(replace(TEXT, samples=rows)) for rows in (8, 8000))
-    states = {s: taken(stories, "calibrate", s)["states between blocks"] for s in (few, many)}
-    assert states[many] - states[few] == 2 * 4 * 64 * 7992 * 640
-    assert taken(stories, "select", many) == taken(stories, "select", few)
-    files = asked(replace(TEXT, samples=8000, memory="10MB"))
-    assert taken(stories, "calibrate", files)["states between blocks"] == 0
-
-
-def test_a_criterion_that_runs_no_model_needs_less(stories: Sizes) -> None:
-    found = [sum(taken(stories, "select", asked(criterion=c, k=2)).values()) for c in ("cca", "kl", "greedy")]
-    assert found == sorted(set(found))
-
-
-def test_a_graph_in_half_precision_is_computed_in_float32(stories: Sizes) -> None:
-    """A reference as large as that does not stay beside the sessions."""
-    large = replace(stories, weights=GIB, block=1)
-    half, single = (taken(large, "verify", asked(precision=p)) for p in ("bf16", "fp32"))
-    assert half["the head in float32"] == 2 * 4 * stories.head and "the head in float32" not in single
 
 
 def test_memory_that_is_not_there_is_a_sentence() -> None:

@@ -23,10 +23,8 @@ from nbl_export.report.schema import load_report
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages import package as stage
 from nbl_export.stages.package import load_package
-from nbl_export.stages.rewrite import drop_baseline
-from nbl_export.workspace import Workspace
 from tests.command_line import nbl
-from tests.encoders import as_sentence_transformer, text_encoder, vision_encoder, write_images, write_text
+from tests.encoders import as_sentence_transformer, text_encoder, write_text
 from tests.graph.external_data import resolved
 from tests.mutations import OF_WEIGHTS
 
@@ -82,7 +80,6 @@ def test_the_graph_is_the_verified_one_with_all_weights_beside_it(packaged: Path
     "layout, graph, end",
     [
         ("folder", "base.onnx", ".data"),
-        ("web", "onnx/base.onnx", "_data"),
         ("triton", "models/base/1/model.onnx", ".data"),
     ],
 )
@@ -99,20 +96,6 @@ def test_with_the_unmodified_graph_beside_it(
     (to / graph).write_bytes(b"another")
     with pytest.raises(InputError, match=r"\.onnx is missing or was changed after it was packaged"):
         api.verify_package(to, stories_folder)
-
-
-def test_the_unmodified_graph_that_is_gone_is_not_packaged(stories_copy: Path, tmp_path: Path) -> None:
-    drop_baseline(Workspace.open(stories_copy))
-    with pytest.raises(InputError, match="has no unmodified graph any more"):
-        api.package(stories_copy, tmp_path / "package", base=True)
-    assert not (tmp_path / "package").exists()
-
-
-def test_inspect_shows_what_it_is(packaged: Path) -> None:
-    package, graph, *_ = api.inspect(packaged)
-    facts = dict(package.rows)
-    assert (facts["model"], facts["linear"], facts["precision"]) == ("stories260K", "2, 3", "fp32")
-    assert dict(graph.rows)["rewritten by nbl-export"] == "yes"
 
 
 def test_the_text_of_the_fit_and_the_selection_stays_behind(packaged: Path, stories_out: Path) -> None:
@@ -281,18 +264,11 @@ def test_a_folder_whose_model_was_moved_is_verified_and_records_where_it_is(
     assert api.verify(stories_copy, replace(quick, decode_steps=4)).passed, "it is found from now on"
 
 
-@pytest.mark.parametrize("name", ["bert", "vit"])
-def test_encoders(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("PIL", reason="needs pillow")
-    folder = tmp_path / name
-    if name == "bert":
-        as_sentence_transformer(text_encoder(folder))
-        write_text(tmp_path / "text.jsonl")
-        source = tmp_path / "text.jsonl"
-    else:
-        vision_encoder(folder)
-        write_images(tmp_path / "images")
-        source = tmp_path / "images"
+def test_encoders(tmp_path: Path) -> None:
+    folder = tmp_path / "bert"
+    as_sentence_transformer(text_encoder(folder))
+    write_text(tmp_path / "text.jsonl")
+    source = tmp_path / "text.jsonl"
     calibration: Any = api.CalibrateSettings((str(source),), 24, 48, 4, dtype="float32")
     checks = api.VerifySettings(speed=False)
     assert api.run(folder, tmp_path / "out", api.SelectSettings(k=2), calibration, checks).passed

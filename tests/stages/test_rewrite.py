@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages.rewrite import current_rewrite, rewrite
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
-from tests.fixtures_graph import plan_by_hand, rerecord
+from tests.fixtures_graph import plan_by_hand
 from tests.listening import Notes
-from tests.sessions import cpu_session
 
 
 def replan(out: Path, layers: tuple[int, ...], **changes: Any) -> None:
@@ -72,15 +70,6 @@ def test_the_disk_has_one_model(stories_copy: Path) -> None:
     assert summary["before"]["file_bytes"] == whole > summary["after"]["file_bytes"] > 0.8 * whole
 
 
-def test_a_copy_of_the_folder_has_two_valid_graphs(stories_out: Path, tmp_path: Path) -> None:
-    target = tmp_path / "copy"
-    shutil.unpack_archive(shutil.make_archive(str(tmp_path / "packed"), "zip", stories_out), target)
-    for name in ("model.onnx", "baseline/model.onnx"):
-        onnx.checker.check_model(str(target / name))
-        assert onnx.load(str(target / name)) == onnx.load(str(stories_out / name))
-        assert cpu_session(target / name).get_outputs()[0].name == "logits"
-
-
 def test_another_export_takes_the_rewritten_graph_away(stories_copy: Path) -> None:
     """It reads the weights that are replaced."""
     api.export(stories_copy, api.ExportSettings("bf16"))
@@ -112,22 +101,3 @@ def test_a_plan_of_another_model_is_refused_and_the_old_graph_stays(stories_copy
     ):
         rewrite(Run.resume(stories_copy))
     assert (stories_copy / "model.onnx").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("damaged", "command"), [("nbl/plan.json", "select"), ("baseline/model.onnx", "export")]
-)
-def test_what_it_begins_from_must_be_whole(stories_copy: Path, damaged: str, command: str) -> None:
-    (stories_copy / damaged).write_text("damaged")
-    with pytest.raises(
-        InputError, match=rf"{damaged} is missing or was changed .* run `nbl-export {command} "
-    ):
-        rewrite(Run.resume(stories_copy))
-    # Taken for what the stage wrote, it is still found out.
-    rerecord(stories_copy, command)
-    ws = Workspace.open(stories_copy)
-    assert ws.record(command) is not None
-    ws.model.unlink()
-    with pytest.raises(InputError):
-        rewrite(Run.resume(stories_copy))
-    assert not ws.model.exists()

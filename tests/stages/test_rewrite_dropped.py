@@ -14,10 +14,7 @@ from nbl_export import api
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.tensors import external_files
-from nbl_export.stages.inspection import inspect
-from nbl_export.workspace import Workspace
 from tests.finished import QUICK, TWO, assert_same, state
-from tests.listening import Notes
 
 NO = api.FolderSettings("no")
 
@@ -50,21 +47,6 @@ def test_the_linearized_graph_stands_alone(dropped: Path, stories_out: Path) -> 
     assert path.with_name("model.onnx.data").stat().st_size < before.stat().st_size
 
 
-def test_the_folder_is_done_and_not_damaged(dropped: Path) -> None:
-    rows = {row[0]: row[1] for row in inspect(dropped)[0].rows}
-    assert rows["export"] == "done, deleted"
-    assert {rows[s] for s in ("calibrate", "select", "rewrite", "verify")} == {"done"}
-    assert api.report(dropped).passed
-
-
-def test_the_same_run_keeps_everything(
-    out: Path, stories_folder: Path, calibration: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    notes = Notes()
-    assert api.run(stories_folder, out, TWO, calibration, QUICK, notes, folder=NO).passed
-    assert notes.kept == ["calibrate", "select", "export", "rewrite", "verify"]
-
-
 VERBS: dict[str, Callable[[Path], Any]] = {
     "verify": lambda out: api.verify(out, api.VerifySettings(quality=False, speed=False, decode_steps=2)),
     "bench": lambda out: api.bench(out, api.BenchSettings(batches=(1,), contexts=(16,))),
@@ -88,14 +70,3 @@ def test_an_export_makes_it_again(out: Path, stories_out: Path) -> None:
     # The graph that stands alone is still of it.
     assert api.verify(out, api.VerifySettings(quality=False, speed=False, decode_steps=2)).passed
     assert "dropped" not in state(out)["export"] or not state(out)["export"]["dropped"]
-
-
-def test_a_changed_file_is_not_excused(out: Path) -> None:
-    """A folder that says that its graph was deleted, and has another one there."""
-    ws = Workspace.open(out)
-    record = ws.record("export")
-    assert record is not None and "baseline/model.onnx" in record.dropped
-    assert ws.damaged_file(record) is None
-    ws.baseline.parent.mkdir()
-    ws.baseline.write_bytes(b"another")
-    assert ws.damaged_file(record) == "baseline/model.onnx"

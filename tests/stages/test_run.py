@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 
-from nbl_export import api
 from nbl_export.errors import InputError
 from nbl_export.models.source import find_model
 from nbl_export.progress import Listener
 from nbl_export.stage_record import key_of
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
-from tests.encoders import text_encoder
 from tests.listening import Notes
-from tests.tiny import build
 
 
 def working(run: Run, text: str, ran: list[str]) -> Any:
@@ -89,13 +86,6 @@ def test_a_stage_that_fails_is_not_done(
     assert ran == ["now"] and Workspace.open(out).is_done("export", key_of("export", {}, {}))
 
 
-def test_a_model_is_refused_before_there_is_a_folder(tmp_path: Path, out: Path) -> None:
-    encoder = text_encoder(tmp_path / "bert")
-    with pytest.raises(InputError, match="--calibration"):
-        api.calibrate(encoder, out)  # which cannot write its own text
-    assert not out.exists()
-
-
 def test_going_on_finds_the_model_of_the_folder(tiny_folder: Path, out: Path) -> None:
     started = Run.start(find_model(str(tiny_folder)), out)
     resumed = Run.resume(out)
@@ -106,11 +96,3 @@ def test_going_on_finds_the_model_of_the_folder(tiny_folder: Path, out: Path) ->
         InputError, match=rf"records no model: start with `nbl-export calibrate MODEL -o {out}`"
     ):
         Run.resume(out)
-
-
-def test_another_model_does_not_go_into_the_same_folder(tiny_folder: Path, out: Path, tmp_path: Path) -> None:
-    Run.start(find_model(str(tiny_folder)), out)
-    other = build(tmp_path / "other", seed=1)
-    with pytest.raises(InputError, match="belongs to another model"):
-        Run.start(find_model(str(other)), out)
-    assert Run.resume(out).model.source == find_model(str(tiny_folder))

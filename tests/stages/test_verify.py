@@ -85,14 +85,6 @@ def test_a_changed_report_is_not_shown_and_is_measured_anew(
     assert "verify" not in notes.kept and "far within all" not in str(report.checks)
 
 
-def test_verify_after_another_selection_is_refused_until_rewritten(stories_copy: Path) -> None:
-    api.select(stories_copy, api.SelectSettings(k=1))
-    with pytest.raises(InputError, match=rf"run `nbl-export rewrite {stories_copy}` again"):
-        api.verify(stories_copy, QUICK)
-    api.rewrite(stories_copy)
-    assert api.verify(stories_copy, QUICK).passed
-
-
 def test_steps_beyond_the_positions_are_refused_before_any_work(
     stories_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

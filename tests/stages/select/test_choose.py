@@ -15,17 +15,15 @@ from nbl_export import api
 from nbl_export.blocks import Block, Mlp
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import BudgetError
-from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.search import LossCache, MeasuredSets, Prefixes
 from nbl_export.linearize.selection import CurvePoint, Loss
 from nbl_export.progress import Silent
 from nbl_export.settings import Budget, SelectSettings
 from nbl_export.stages.select.choose import Choosing
-from nbl_export.stages.select.speeds import SpeedMeter, Speedups
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import load
 from tests.listening import Notes
-from tests.stages.select.by_hand import candidates, curve, files, kl_by_hand, same_plan, select
+from tests.stages.select.by_hand import candidates, curve, kl_by_hand, select
 
 
 def test_scores_and_the_curve_are_those_of_whole_runs(out: Path, stories_folder: Path) -> None:
@@ -66,21 +64,6 @@ def test_the_largest_k_within_a_budget(out: Path, timed: list[int]) -> None:
             assert speeds[best] == (1 + best / 10, 1 + best / 8) and said["context"] == 511
 
 
-def test_a_budget_that_no_k_keeps_is_one_sentence_and_leaves_the_earlier_plan(
-    out: Path, timed: list[int]
-) -> None:
-    plan, kept = select(out, api.SelectSettings(k=2)), files(out)
-    with pytest.raises(
-        BudgetError, match=r"^No K meets the budget, since K = 1 costs a KL of .*or give --k\.$"
-    ):
-        select(out, api.SelectSettings(budget=api.Budget(max_kl=1e-9)))
-    left = files(out)
-    assert {k: v for k, v in left.items() if k != "measured.json"} == {
-        k: v for k, v in kept.items() if k != "measured.json"
-    }
-    assert same_plan(load_plan(out / "nbl" / "plan.json"), plan)
-
-
 def test_the_plan_that_ships_is_the_plan_that_is_weighed(
     out: Path, stories_folder: Path, timed: list[int]
 ) -> None:
@@ -105,21 +88,6 @@ def test_the_plan_that_ships_is_the_plan_that_is_weighed(
     # As fast as K = 2 at least: fewer layers are not taken, even if only they cost as little as asked.
     with pytest.raises(BudgetError, match=r"No K meets the budget with .* K = 3 costs"):
         select(out, api.SelectSettings(budget=api.Budget(max_kl=bound, min_speedup=1.3), rank=2))
-
-
-def test_a_k_that_is_found_too_slow_is_not_shipped(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K = 5 is fast enough and K = 3 the least; of those between, K = 4 is timed slower than asked."""
-    found = {1: 1.1, 2: 1.2, 3: 1.3, 4: 1.25, 5: 1.5}
-
-    def call(self: SpeedMeter, k: int) -> Speedups:
-        self.found[k] = Speedups(found[k], None)
-        return self.found[k]
-
-    monkeypatch.setattr(SpeedMeter, "__call__", call)
-    points = curve(out)
-    bound = (points[3]["kl"] + points[4]["kl"]) / 2
-    plan = select(out, api.SelectSettings(budget=api.Budget(max_kl=bound, min_speedup=1.3)))
-    assert len(plan.chosen) == 3
 
 
 # a budget of loss is filled: what is too much for it does not keep out what is not ----------------

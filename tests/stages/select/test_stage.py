@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,6 @@ import pytest
 from nbl_export import api
 from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
-from nbl_export.models.tasks import task_named
-from tests.encoders import text_encoder
-from tests.listening import Notes
 from tests.stages.select.by_hand import QUICK, candidates, select
 
 # every way ---------------------------------------------------------------------------------------
@@ -121,76 +117,10 @@ def test_spans_that_there_are_not(all_out: Path, settings: api.SelectSettings, w
         select(all_out, settings)
 
 
-def test_spans_of_moments_without_them(both_out: Path) -> None:
-    with pytest.raises(InputError, match="no moments of spans: calibrate with --blocks all"):
-        select(both_out, api.SelectSettings(layers=(Span(1, 2),)))
-
-
 # budgets -----------------------------------------------------------------------------------------
 
 
-def test_a_whole_run_by_a_budget(
-    stories_folder: Path, stories_text: Path, tmp_path: Path, timed: list[int]
-) -> None:
-    """The graph is exported before layers are chosen, since the curve has its speeds; once."""
-    notes = Notes()
-    report = api.run(
-        stories_folder,
-        tmp_path / "out",
-        api.SelectSettings(budget=api.Budget(max_kl=100.0)),
-        api.CalibrateSettings(
-            (str(stories_text),), samples=8, seq_len=64, heldout_samples=2, selection_samples=2
-        ),
-        api.VerifySettings(speed=False),
-        notes,
-    )
-    assert report.passed and report.selection.layers == (0, 1, 2, 3, 4)
-    # The budget is a gate on other text, too.
-    assert [c.status for c in report.checks if c.name == "KL bound"] == ["passed"]
-    assert timed
-    assert "Budget: KL ≤ 100." in (tmp_path / "out" / "report" / "report.md").read_text()
-
-
 # encoders ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield text_encoder(tmp_path_factory.mktemp("encoder") / "bert")
-
-
-@pytest.mark.parametrize(
-    ("settings", "what"),
-    [
-        (api.SelectSettings(k=1, criterion="kl"), "--criterion kl"),
-        (api.SelectSettings(k=1, fit="weighted"), "--fit weighted"),
-        (api.SelectSettings(k=1, ridge=None), "--ridge auto"),
-        (api.SelectSettings(k=1, repair=3), "--repair"),
-        (api.SelectSettings(budget=api.Budget(max_kl=1.0)), "A budget for K"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_an_encoder_is_refused_what_only_a_decoder_predicts(
-    encoder: Path, tmp_path: Path, settings: api.SelectSettings, what: str
-) -> None:
-    with pytest.raises(InputError) as caught:
-        api.run(encoder, tmp_path / "out", settings, api.CalibrateSettings(("text.jsonl",)))
-    message = str(caught.value)
-    assert message.startswith(f"{what} is measured by what a decoder predicts; this model is an encoder")
-    assert message.endswith("or by --layers.") and "\n" not in message
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_suits_each_task() -> None:
-    assert api.SelectSettings(k=1).resolve(task_named("text-generation")).criterion == "greedy"
-    assert api.SelectSettings(k=1, criterion="cca").resolve(task_named("text-generation")).criterion == "cca"
-    assert api.SelectSettings(k=1).resolve(task_named("feature-extraction")).criterion == "cca"
-    for allowed in (
-        api.SelectSettings(k=1, criterion="nmse"),
-        api.SelectSettings(k=1, fit="drop"),
-        api.SelectSettings(layers=(1,)),
-    ):
-        allowed.resolve(task_named("feature-extraction"))
 
 
 def test_it_is_kept_of_how_many_tokens_a_single_layers_loss_is(
