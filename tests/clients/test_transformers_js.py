@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from nbl_export import api
+from nbl_export.errors import InputError
 from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
 from tests.clients.greedy import greedy
@@ -272,3 +273,12 @@ def test_the_page_of_the_docs(
     for graph, text in zip(("base", "model"), found["texts"], strict=True):
         tokens = greedy(folder / f"model/onnx/{graph}.onnx", ids, 49)
         assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_precision_that_it_does_not_run_is_refused(stories_copy: Path, tmp_path: Path) -> None:
+    api.export(stories_copy, api.ExportSettings("bf16"))
+    api.rewrite(stories_copy)
+    assert api.verify(stories_copy, api.VerifySettings(speed=False)).passed
+    with pytest.raises(InputError, match=r"transformers\.js runs no graph in bf16: fp32, fp16, int8, int4"):
+        api.package(stories_copy, tmp_path / "model", layout="web")
+    assert not (tmp_path / "model").exists()

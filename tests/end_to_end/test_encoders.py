@@ -12,21 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from nbl_export import api
+from nbl_export.batch.names import MASK, TOKENS
+from nbl_export.batch.rows import batch_of_rows
 from nbl_export.blocks import Mlp
 from nbl_export.calibrate.images import load_images
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import load_plan
+from nbl_export.linearize.swap import linearized
 from nbl_export.models.dummy_run import check_supported
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.report.schema import Report
+from nbl_export.runtime.ort import OrtEncoder
 from nbl_export.verify.parity.figures import EncoderParity
 from nbl_export.workspace import Workspace
+from tests import encoders
 from tests.encoders import (
     CLS,
     IMAGE_TOKENS,
@@ -233,21 +238,6 @@ def test_the_interface_has_the_names_of_optimum(outs: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])
-def test_the_report_speaks_of_an_encoder(outs: dict[str, Path], name: str) -> None:
-    text = (outs[name] / "report" / "report.md").read_text()
-    for word in ("perplexity", "KV", "decode", "prefill", "top-1"):
-        assert word not in text, word
-    assert "cosine of pooler_output" in text and "| encode " in text
-    assert "feature-extraction" in text
-    report = json.loads((outs[name] / "report" / "report.json").read_text())
-    unit = "documents" if name == "bert" else "images"
-    assert (report["method_loss"]["documents"], report["method_loss"]["unit"]) == (4, unit)
-    values = {m["what"]: m["value"] for m in report["method_loss"]["measures"]}
-    assert all(0.3 < v <= 1 for v in values.values()) and len(values) == (3 if name == "bert" else 2)
-    assert min(values.values()) < 0.99999  # two layers are gone, and that is seen
-
-
-@pytest.mark.parametrize("name", ["bert", "vit"])
 def test_a_graph_of_somebody_else_is_rewritten_by_the_plan(
     place: Path, outs: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
@@ -404,20 +394,6 @@ def test_what_an_encoder_cannot_have_is_refused_before_work(
     assert "\n" not in str(told.value) and not (tmp_path / "out").exists()
 
 
-def test_an_encoder_that_cannot_be_traced_is_refused_before_its_moments(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> Any:
-        raise RuntimeError("no rule for this\nand a long story")
-
-    monkeypatch.setattr("nbl_export.models.forward.pool", fail)
-    with pytest.raises(
-        InputError, match=r"BertModel cannot be traced .*\(no rule for this\): this architecture"
-    ):
-        api.calibrate(place / "bert", tmp_path / "out", calibration(place, "bert"))
-    assert not Workspace.open(tmp_path / "out").moments.exists()
-
-
 def test_a_masked_model_that_is_pooled_is_loaded_without_its_head(tmp_path: Path) -> None:
     folder = text_encoder(tmp_path / "model", "bert", "BertForMaskedLM")
     as_sentence_transformer(folder, "cls_token", normalize=False)
@@ -426,3 +402,66 @@ def test_a_masked_model_that_is_pooled_is_loaded_without_its_head(tmp_path: Path
     assert source.task == "feature-extraction"
     model = load_model(source)
     assert type(model).__name__ == "BertModel" and model.pooler is None
+
+
+TEXT = {"samples": 8, "seq_len": 64, "heldout_samples": 4}
+HEAD_CHECKS = api.VerifySettings(contexts=(16,), rounds=3, speed=False)
+SIZES = {
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "vocab_size": encoders.VOCAB,
+    "bos_token_id": encoders.CLS,
+    "eos_token_id": encoders.SEP,
+}
+HEADS = {
+    # One layer keeps a state, which padding must not change.
+    "state": (
+        "minimax",
+        "MiniMaxForSequenceClassification",
+        {
+            **SIZES,
+            "head_dim": 12,
+            "layer_types": ["full_attention", "linear_attention", "full_attention", "full_attention"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "block_size": 8,
+            "num_labels": 3,
+        },
+    ),
+    "embedding": ("qwen3", "Qwen3ForCausalLM", {**SIZES, "head_dim": 12}),
+}
+
+
+def own(model: Any, row: dict[str, Any], embedding: bool) -> Any:
+    """What transformers gives for the one text of ``row``, [1, tokens] each."""
+    output = model(**{name: torch.from_numpy(array) for name, array in row.items()})
+    return (
+        torch.nn.functional.normalize(output.last_hidden_state[:, -1], dim=-1) if embedding else output.logits
+    )
+
+
+@pytest.mark.parametrize("head", ["state", "embedding"])
+def test_a_row_has_the_result_of_its_text_wherever_it_is_padded(head: str, tmp_path: Path) -> None:
+    kind, name, fields = HEADS[head]
+    folder, embedding = tmp_path / "model", head == "embedding"
+    encoders.build(folder, kind, name, **fields)
+    encoders.save_tokenizer(folder)
+    if embedding:
+        encoders.as_sentence_transformer(folder, "lasttoken")
+    text = api.CalibrateSettings(sources=(str(encoders.write_text(tmp_path / "text.jsonl")),), **TEXT)
+    report = api.run(folder, tmp_path / "out", api.SelectSettings(k=1), text, HEAD_CHECKS)
+    assert report.passed and report.method_loss is not None
+    assert report.model.task == ("feature-extraction" if embedding else "text-classification")
+
+    plan = load_plan(Workspace.open(tmp_path / "out").plan)
+    made = AutoModel if embedding else AutoModelForSequenceClassification
+    model = made.from_pretrained(folder).eval()
+    graph = OrtEncoder(tmp_path / "out" / "model.onnx")
+    output = "sentence_embedding" if embedding else "logits"
+    rows = [{TOKENS: np.random.default_rng(n).integers(5, 250, (1, n))} for n in (12, 5, 9)]
+    with torch.inference_mode(), linearized(model, plan):
+        expected = np.concatenate([own(model, row, embedding).numpy() for row in rows])
+    for left in (True, False):
+        batch = batch_of_rows(rows, encoders.PAD, left)
+        assert batch[MASK].min() == 0
+        np.testing.assert_allclose(graph(batch)[output], expected, rtol=0, atol=2e-5)

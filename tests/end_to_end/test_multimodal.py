@@ -12,14 +12,25 @@ import pytest
 
 from nbl_export import api
 from nbl_export.batch.media_ids import are_media
+from nbl_export.blocks import attentions
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError
+from nbl_export.export.checks import check_form
+from nbl_export.export.forms import FORMS
+from nbl_export.export.ranges import save_in_precision
+from nbl_export.export.torch import export_torch
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.precision import precision_of
+from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.verify.parity.figures import MethodLoss
 from tests.clients.greedy import greedy
+from tests.end_to_end.matrix import ROWS, parity
 from tests.exhaustive import exhaustive
+from tests.exporters import GRAPH
+from tests.families import LAYERS, Calibrated
 from tests.listening import Notes
-from tests.multimodal import WRAPPERS
+from tests.multimodal import LENDING, WRAPPERS
 from tests.pictures import PLACE, picture, save_documents, save_processor
 
 PROMPT, COUNT = [5, 9, 33, 77, 120, 44, 8, 91, 17, 3], 12
@@ -177,3 +188,40 @@ def test_embeddings_are_for_our_exporter_and_for_decoders() -> None:
             asked.check()
     with pytest.raises(InputError, match="Engines are built of decoders that read token ids"):
         api.ExportSettings(inputs="embeds", kv_cache="static").check_tensorrt()
+
+
+# Found by the same structure as the others.
+_MORE = ("qwen2-vl", "glm4v", "llava-next", "idefics3", "internvl", "gemma4-both-ways", "qwen2-audio")
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *(pytest.param(name, "concat", marks=exhaustive if name in _MORE else ()) for name in WRAPPERS),
+        ("qwen2.5-vl", "static"),
+        ("llama4", "static"),
+        pytest.param("llava", "none", marks=exhaustive),
+    ],
+)
+def test_graph(name: str, form: str, wrapper: Callable[[str], Calibrated], tmp_path: Path) -> None:
+    """Ragged prefill and decode, one linear layer and half of them; in half precision half of them."""
+    case = wrapper(name)
+    check_form(case.model, FORMS[form])
+    source = tmp_path / GRAPH
+    export_torch(case.model, source, form=FORMS[form])
+    candidates = attentions(case.moments.layers)
+    for k, layers in (("one", candidates[:1]), ("half", candidates[1::2])):
+        plan = case.plan(layers)
+        result = rewrite_file(source, plan, tmp_path / k / GRAPH)
+        if form != "none" and name not in LENDING:
+            assert (result.before.kv_pairs, result.after.kv_pairs) == (LAYERS, LAYERS - len(plan.chosen))
+        assert parity(case.model, plan, tmp_path / k / GRAPH).failures() == []
+    for precision in ("fp16", "bf16") if (name, form) == ("gemma3", "concat") else ():
+        half = tmp_path / precision / GRAPH
+        half.parent.mkdir()
+        save_in_precision(load_graph(source), half, precision_of(precision), ROWS)
+        rewrite_file(half, plan, half.parent / "half.onnx")
+        assert (
+            parity(case.model, plan, half.parent / "half.onnx", precision_of(precision).gates).failures()
+            == []
+        )

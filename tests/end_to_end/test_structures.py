@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.probe import probe_model
 from nbl_export.export.forms import FORMS
+from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import export_torch, trace
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.operators import readers
+from nbl_export.graph.precision import precision_of
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import attention_layers
 from nbl_export.rewrite.replace import linearized_layers, rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.torch import torch_stream
+from nbl_export.settings.choices import OLDEST_OPSET
+from tests.end_to_end.matrix import CHOSEN, ROWS, parity, rewritten
 from tests.exhaustive import exhaustive
-from tests.families import Calibrated
+from tests.exporters import FLAT, GRAPH, NUMBERED, Names, torchscript
+from tests.families import DECODERS, Calibrated, build
 from tests.tiny_types import tiny_model
 
 STEPS = 3
@@ -78,3 +86,71 @@ def test_each_expert_has_its_own_matrices(tmp_path: Path) -> None:
     save_graph(graph, tmp_path / "model.onnx")
     parameters = sum(4 * p.numel() for p in model.parameters())
     assert 0.98 < (tmp_path / "model.onnx.data").stat().st_size / parameters < 1.02
+
+
+# What differs in the operators that the exporter decomposes: rotary embeddings, windows, experts, LayerNorms, sinks,
+# branches, scans.
+USUAL = ("gemma2", "phi3", "gpt2")
+NEWER = {"Attention", "RMSNormalization", "RotaryEmbedding", "Gelu", "TensorScatter", "Swish"}
+
+
+def of_opset(graph: Path, opset: int) -> None:
+    """``graph`` says that it is of this opset, and every operator in it is."""
+    model = onnx.load(str(graph), load_external_data=False)
+    assert {o.domain: o.version for o in model.opset_import}[""] == opset
+    assert model.ir_version == 8  # what the first readers of opset 18 knew
+    operators = {node.op_type for node in model.graph.node}
+    assert not operators & NEWER and {"MatMul", "Softmax"} <= operators
+    onnx.checker.check_model(str(graph), full_check=True)
+
+
+@pytest.mark.parametrize("family", [f if f in USUAL else pytest.param(f, marks=exhaustive) for f in DECODERS])
+def test_every_family_is_rewritten_and_right(
+    family: str, calibrated_of: Callable[[str], Calibrated], tmp_path: Path
+) -> None:
+    """Ragged prefill and decode with half the layers linear, in float32 and in float16."""
+    case, plan = calibrated_of(family), calibrated_of(family).plan(CHOSEN["half"])
+    source = tmp_path / GRAPH
+    export_torch(case.model, source, form=replace(FORMS["concat"], opset=OLDEST_OPSET))
+    of_opset(source, OLDEST_OPSET)
+    half = tmp_path / "fp16" / GRAPH
+    half.parent.mkdir()
+    save_in_precision(load_graph(source), half, precision_of("fp16"), ROWS)
+    for graph, precision in ((source, "fp32"), (half, "fp16")):
+        rewritten = tmp_path / f"linear-{precision}" / GRAPH
+        rewrite_file(graph, plan, rewritten)
+        of_opset(rewritten, OLDEST_OPSET)
+        found = parity(case.model, plan, rewritten, precision_of(precision).gates)
+        assert found.failures() == []
+
+
+NAMES = ("input_ids", "attention_mask", "position_ids")
+OWN = ("tokens", "visible", "where")
+ABSENT = Names(FLAT.past, lambda layer, side: f"out.{side}.{layer}")
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens", "names"),
+    [
+        ("llama-gqa", OWN, NUMBERED),
+        pytest.param("gpt2", OWN, ABSENT, marks=exhaustive),  # positions choose rows of a table
+    ],
+)
+def test_every_layer(
+    family: str,
+    tokens: Sequence[str],
+    names: Names,
+    calibrated_of: Callable[[str], Calibrated],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "graph"
+    folder.mkdir()
+    torchscript(names, tokens)(build(family, tmp_path / "model"), folder)
+    case = calibrated_of(family)
+    for k, chosen in CHOSEN.items():
+        plan = case.plan(chosen)
+        out, result = rewritten(folder, plan, tmp_path / k)
+        assert result.before.kv_pairs - result.after.kv_pairs == len(plan.linear_attention)
+        assert parity(case.model, plan, out / GRAPH).failures() == []
+        graph = onnx.load(str(out / GRAPH), load_external_data=False).graph
+        assert [i.name for i in graph.input][:3] == list(tokens)

@@ -11,7 +11,6 @@ import onnx
 from nbl_export.graph.facts import facts_of, summarize
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.summary import Stored
-from nbl_export.linearize.plan import load_plan
 
 
 def test_facts_are_what_onnx_counts(stories_out: Path) -> None:
@@ -33,13 +32,6 @@ def test_facts_are_what_onnx_counts(stories_out: Path) -> None:
     assert facts.outputs == ("logits: float32[batch_size, num_logits, 512]",)
     assert facts.cache == "float32[batch_size, 4, past_sequence_length, 8]"
     assert facts.summary.nodes == len(proto.graph.node)
-
-
-def test_linear_layers_are_those_of_the_plan(stories_out: Path) -> None:
-    facts, before = (facts_of(stories_out / name) for name in ("model.onnx", "baseline/model.onnx"))
-    assert facts.linear == load_plan(stories_out / "nbl" / "plan.json").chosen and len(facts.linear) == 2
-    assert before.linear == () and before.kv_layers == (0, 1, 2, 3, 4)
-    assert set(facts.kv_layers) == set(before.kv_layers) - set(facts.linear)
 
 
 def test_a_summary_counts_what_onnx_counts(tiny_graph: Path) -> None:

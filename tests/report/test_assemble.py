@@ -11,18 +11,14 @@ import pytest
 
 from nbl_export import __version__
 from nbl_export.errors import InputError
-from nbl_export.files import write_json
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.source import find_model
 from nbl_export.records import Check, to_json
 from nbl_export.report.assemble import (
     assemble,
-    conversions_in,
     keeping,
-    kept_conversion,
-    stage_of,
 )
-from nbl_export.report.schema import Conversion, Report
+from nbl_export.report.schema import Report
 from nbl_export.verify.measurement import Measurement
 from nbl_export.workspace import Workspace
 
@@ -108,18 +104,6 @@ def test_a_record_that_is_damaged_names_the_command(
     (stories_copy / "nbl" / name).unlink()
     with pytest.raises(InputError, match=rf"is missing.*run `nbl-export {command}` again\.$"):
         assembled()
-
-
-def test_a_conversion_comes_back_from_its_file(stories_copy: Path) -> None:
-    ws = Workspace.open(stories_copy)
-    form = Conversion("gguf/model-F16.gguf", 3 << 20, ("1", "2.mlp"), (Check("parity", "passed", "near"),))
-    write_json(ws.conversion("gguf", "fp16"), to_json(form))
-    assert kept_conversion(ws, "gguf", "fp16") == form
-    assert conversions_in(ws) == {}, "no stage says that it is done"
-    ws.conversion("gguf", "fp16").write_text("{")
-    with pytest.raises(InputError, match=r"conversion .*run `nbl-export convert .* --to gguf` again"):
-        kept_conversion(ws, "gguf", "fp16")
-    assert stage_of("gguf", "fp16") == "convert gguf fp16"
 
 
 # what an earlier verification measured --------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
@@ -14,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from nbl_export.errors import InputError
 from nbl_export.files import write_json
-from nbl_export.records import Check
+from nbl_export.records import Check, Status
 from nbl_export.report.diff import (
     Change,
     Diff,
@@ -23,12 +22,22 @@ from nbl_export.report.diff import (
     change,
     compare,
     markdown,
-    verdict_line,
     write_markdown,
 )
-from nbl_export.report.diff_facts import Better, Fact, Figure
+from nbl_export.report.diff_facts import (
+    SPEED,
+    Better,
+    Fact,
+    Figure,
+    Opened,
+    opened,
+)
+from nbl_export.report.diff_gates import Race, gates, races_of, unlike
+from nbl_export.report.evaluation import write_evaluation
 from nbl_export.settings import DiffBounds
-from tests.report.test_schema import bench  # noqa: F401
+from nbl_export.verify.parity.figures import MethodLoss
+from tests.report.diff_sides import changed, report_of, with_speed
+from tests.report.test_evaluation import evaluation
 
 NONE = DiffBounds()
 MIRRORED = {"better": "worse", "worse": "better", "only in A": "only in B", "only in B": "only in A"}
@@ -171,46 +180,10 @@ def test_intervals_that_are_apart(least: float, most: float, effect: str) -> Non
 EVIL = "</details><script>alert(1)</script>|`[x](javascript:y)\n| a |\x1b[2J# **b**"
 
 
-def parsed(text: str) -> dict[str, list[list[str]]]:
-    """The tables of a page by what folds them, the two above by ``gates`` and ``headlines``; all rows are as wide."""
-    found: dict[str, list[list[str]]] = {}
-    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
-    folded, opened = "", 0
-    for number, token in enumerate(tokens):
-        if token.type == "html_block":
-            opened += token.content.count("<details>") - token.content.count("</details>")
-            match = re.search(r"<summary>(.*?)(?: \(\d+\))?</summary>", token.content)
-            folded = match[1] if match else folded
-        elif token.type == "table_open":
-            name = folded if opened else "headlines" if found else "gates"
-            found[name] = []
-        elif token.type == "tr_open":
-            found[list(found)[-1]].append([])
-        elif token.type in ("th_open", "td_open"):
-            inline = tokens[number + 1].children or []
-            found[list(found)[-1]][-1].append("".join(child.content for child in inline))
-    assert opened == 0, "every fold is closed"
-    for name, rows in found.items():
-        assert {len(row) for row in rows} == {len(rows[0])}, name
-    return found
-
-
 def made(*changes: Change, checks: tuple[Check, ...] = (), **more: Any) -> Diff:
     part = Section("Part", changes, ("a note",))
     fields = {"difference": "changed", "verdict": "failed" if checks else "no gate", "checks": checks, **more}
     return Diff("report", Side("a"), Side("b"), sections=(part,), bounds=NONE, **fields)
-
-
-def test_the_verdict_in_words() -> None:
-    failed = Check("slowdown", "failed", "")
-    worse = change("w", *(Fact(Figure(v), "lower") for v in (1, 2)))
-    there = change("m", Fact(Figure(1)), Fact(Figure(2)), "on another machine")
-    assert verdict_line(made(difference="none")) == "no difference"
-    assert (
-        verdict_line(made(difference="noise", checks=(failed,))) == "(slowdown); no difference beyond noise"
-    )
-    assert verdict_line(made(worse)) == "1 figure differs: 1 worse"
-    assert verdict_line(made(there, worse)) == "2 figures differ: 1 worse, 1 on another machine"
 
 
 def test_nothing_in_a_name_is_markup() -> None:
@@ -224,7 +197,6 @@ def test_nothing_in_a_name_is_markup() -> None:
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
     inline = [child for t in tokens for child in t.children or ()]
     assert not [child for child in inline if child.type in ("html_inline", "link_open", "image")]
-    assert {name: len(rows) for name, rows in parsed(text).items()} == {"gates": 2, "headlines": 3, "Part": 3}
 
 
 def test_a_file_is_written_anew_and_nothing_else_is_overwritten(tmp_path: Path) -> None:
@@ -233,14 +205,163 @@ def test_a_file_is_written_anew_and_nothing_else_is_overwritten(tmp_path: Path) 
     for _ in range(2):
         write_markdown(path, diff)
         assert path.read_text(encoding="utf-8") == markdown(diff)
-    path.write_text("")
-    write_markdown(path, diff)
     path.write_text("# Mine\n")
     with pytest.raises(InputError, match="is there already and is no comparison of nbl-export"):
         write_markdown(path, diff)
     assert path.read_text() == "# Mine\n"
     with pytest.raises(InputError, match="name a file in a folder that is there"):
-        write_markdown(tmp_path, diff)
-    with pytest.raises(InputError, match="name a file in a folder that is there"):
         write_markdown(tmp_path / "x" / "diff.md", diff)
     assert [p.name for p in tmp_path.iterdir()] == ["diff.md"]
+
+
+# what is compared ------------------------------------------------------------------------------------
+
+
+def test_what_lies_in_an_output_folder(stories_out: Path) -> None:
+    side = opened(stories_out)
+    assert side.kind == "report" and side.report is not None and side.graph is not None
+    assert side.graph.linear == side.report.selection.layers
+    path = stories_out / "report" / "report.json"
+    for where in (path, path.parent):
+        alone = opened(where)
+        assert alone.kind == "report" and alone.report == side.report and alone.graph is None
+    for where in (stories_out / "model.onnx", stories_out / "baseline"):
+        graph = opened(where)
+        assert graph.kind == "graph" and graph.header is None and graph.summary is not None
+
+
+def test_an_evaluation_of_other_graphs_is_left_out(stories_copy: Path) -> None:
+    write_evaluation(stories_copy / "report", evaluation())
+    side = opened(stories_copy)
+    assert side.evaluation is None and "eval.json is of other graphs, or was changed" in side.notes[0]
+
+
+def test_an_edited_report_is_refused(stories_copy: Path) -> None:
+    path = stories_copy / "report" / "report.json"
+    path.write_text(path.read_text().replace('"documents": 4', '"documents": 5'))
+    with pytest.raises(
+        InputError, match=r"report\.json was changed after `verify` wrote it: run `nbl-export verify"
+    ):
+        opened(stories_copy)
+
+
+def test_a_report_of_another_graph_is_refused(stories_copy: Path) -> None:
+    with (stories_copy / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(InputError, match=r"model\.onnx is not the graph that .*report\.json is about"):
+        opened(stories_copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["missing", "x.txt", "x.json", "list.json", "broken.json", "x.onnx", "empty"]
+)
+def test_anything_else_is_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
+    texts = {"x.json": '{"schema": "of somebody else"}', "list.json": "[1]", "broken.json": "{"}
+    if name == "empty":
+        (tmp_path / name).mkdir()
+    elif name != "missing":
+        (tmp_path / name).write_text(texts.get(name, "text"))
+    with pytest.raises(InputError) as told:
+        opened(tmp_path / name)
+    assert str(tmp_path / name) in str(told.value) and "\n" not in str(told.value)
+
+
+def gate(a: Opened, b: Opened, **bounds: float) -> Check:
+    """The verdict on the one bound, or on the checks."""
+    return gates(a, b, DiffBounds(**bounds))[-1]
+
+
+def lossy(side: Opened, ratio: float, **more: Any) -> Opened:
+    loss = report_of(side).method_loss
+    assert isinstance(loss, MethodLoss)
+    return changed(side, method_loss=replace(loss, perplexity_ratio=ratio, **more))
+
+
+def sized(side: Opened, size: int) -> Opened:
+    graph = report_of(side).graph
+    return changed(side, graph=replace(graph, after=replace(graph.after, file_bytes=size)))
+
+
+# checks -----------------------------------------------------------------------------------------------
+
+
+def judged(side: Opened, **statuses: Status) -> Opened:
+    return changed(side, checks=tuple(Check(n, s, f"why {n}") for n, s in statuses.items()))
+
+
+def test_a_check_that_fails_now_is_a_regression_without_any_bound(two: Opened) -> None:
+    good, bad = judged(two, parity="passed"), judged(two, parity="failed")
+    (check,) = gates(good, bad, DiffBounds())
+    assert check == Check("checks", "failed", "parity failed in B and was passed in A (why parity)")
+    assert gates(bad, good, DiffBounds())[0].status == "passed"
+    assert gates(good, good, DiffBounds())[0].detail == "none failed in B that had not in A"
+
+
+# loss -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [1.0, 1.37])
+@pytest.mark.parametrize("before", [1.0, 1.1, 1.5495926733233176])
+def test_perplexity_at_the_bound_exactly_passes(two: Opened, before: float, bound: float) -> None:
+    a, at, above = lossy(two, before), lossy(two, before * bound), lossy(two, before * bound * 1.0001)
+    assert gate(a, at, max_ppl_increase=bound).status == "passed"
+    assert gate(a, above, max_ppl_increase=bound).status == "failed"
+    quotient = above.report.method_loss.perplexity_ratio / before  # type: ignore[union-attr]
+    assert gate(a, above, max_ppl_increase=quotient).status == "passed"
+
+
+def test_other_text_cannot_be_judged(two: Opened) -> None:
+    other = lossy(two, 1.0, perplexity_original=99.0)
+    assert gate(two, other, max_ppl_increase=9).status == "passed", "the digest says that it is the same"
+    other = changed(other, hashes={})
+    check = gate(two, other, max_ppl_increase=9)
+    assert check.status == "failed" and check.detail.startswith(
+        "cannot be judged: the ratios are of different"
+    )
+
+
+# speed ------------------------------------------------------------------------------------------------
+
+
+def test_a_slowdown_is_judged_by_its_interval(two: Opened, three: Opened) -> None:
+    least = 1.5 * 0.98 / (1.2 * 1.02)
+    assert gate(three, two, max_slowdown=least).status == "passed", "at the bound exactly"
+    assert gate(three, two, max_slowdown=least * 0.999).status == "failed"
+    noisy = with_speed(two, 1.2, width=0.3)
+    check = gate(three, noisy, max_slowdown=1.0)
+    assert check.status == "passed" and "0 of 2 surely do not, 2 may be by noise" in check.detail
+    assert "surely do not (" in gate(two, three, max_slowdown=1.0).detail
+
+
+# size -------------------------------------------------------------------------------------------------
+
+
+def test_size_at_the_bound_exactly_passes(two: Opened) -> None:
+    a = sized(two, 1_000_000)
+    assert gate(a, sized(two, 1_100_000), max_size_increase=1.1).status == "passed"
+    check = gate(a, sized(two, 1_100_001), max_size_increase=1.1)
+    assert check.status == "failed"
+    assert check.detail == "1.0 MiB in A, 1.0 MiB in B: 1.1000 times, above the 1.1 asked for"
+    assert gate(sized(two, 0), a, max_size_increase=2).detail.endswith("no size of a graph is known in A")
+
+
+# how much slower -------------------------------------------------------------------------------------
+
+
+def race(side: Opened) -> Race:
+    return races_of(side)[SPEED]
+
+
+def test_another_machine_and_other_versions(two: Opened) -> None:
+    report = report_of(two)
+    env = report.environment
+    for elsewhere in (replace(env, processor="A chip"), replace(env, cores=96), replace(env, system="Other")):
+        why, notes = unlike(race(two), race(changed(two, environment=elsewhere)))
+        assert why == "on another machine" and "do not compare" in notes[0]
+    assert report.speed is not None
+    threads = replace(report.speed, machine=replace(report.speed.machine, threads=64))
+    assert unlike(race(two), race(changed(two, speed=threads)))[0] == "on another machine"
+    newer = replace(env, packages={**env.packages, "onnxruntime": "99"}, memory_gib=1.0)
+    why, notes = unlike(race(two), race(changed(two, environment=newer)))
+    assert why is None and f"onnxruntime {env.packages['onnxruntime']} → 99" in notes[0]
+    assert unlike(race(two), None) == (None, ()) == unlike(race(two), race(two))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 
+from nbl_export.linearize.selection import Curve
 from nbl_export.records import Check, from_json
-from nbl_export.report.plots import report_plots
+from nbl_export.report.plots import Plot, report_plots
 from nbl_export.report.render import markdown, page, write_report
 from nbl_export.report.schema import Report
 
@@ -104,75 +107,21 @@ def test_junit_counts(report: Report, tmp_path: Path) -> None:
 
 # the page ----------------------------------------------------------------------------------------
 
-VOID = {"meta", "link", "br", "hr", "img", "input"}
-
 
 class Reader(HTMLParser):
-    """Reads a page and refuses one whose elements are not closed in order."""
+    """The elements and the words of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.headings: list[tuple[int, str]] = []
-        self.tables: dict[str, list[list[str]]] = {}
         self.words: list[str] = []
         self.feed(text)
-        self.close()
-        assert self.open == [], f"never closed: {self.open}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), (tag, attrs)
         self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if re.fullmatch("h[1-6]", tag):
-            self.headings.append((int(tag[1]), ""))
-        elif tag == "tr":
-            self.tables.setdefault(self.headings[-1][1], []).append([])
-        elif tag in ("td", "th"):
-            self.tables[self.headings[-1][1]][-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]} at {self.getpos()}"
-        self.open.pop()
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.words.append(data)
-        if self.open and re.fullmatch("h[1-6]", self.open[-1]):
-            level, text = self.headings[-1]
-            self.headings[-1] = (level, text + data)
-        elif {"td", "th"} & set(self.open):
-            self.tables[self.headings[-1][1]][-1][-1] += data
-
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def attributes(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
-def read(report: Report) -> Reader:
-    return Reader(page(report, report_plots(report)))
-
-
-def test_plots_say_what_they_show_and_nothing_is_fetched(full: Report) -> None:
-    text, plots = page(full, report_plots(full)), report_plots(full)
-    reader = Reader(text)
-    drawn = reader.attributes("img")
-    assert [a["alt"] for a in drawn] == [plots[n].text for n in ("k-curve", "speed", "engines", "layers")]
-    for picture in drawn:
-        kind, _, data = str(picture["src"]).partition(",")
-        assert kind == "data:image/svg+xml;base64" and b"<svg" in b64decode(data)
-    assert not {"script", "link", "iframe", "object", "embed", "form"} & {tag for tag, _ in reader.tags}
-    for tag, attributes in reader.tags:
-        assert not [name for name in attributes if name.startswith("on")], tag
-        assert (attributes.get("href") or "#").startswith("#"), (tag, attributes)
-    policy = [m["content"] for m in reader.attributes("meta") if "http-equiv" in m]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
-    defined = set(re.findall(r"--(\w+):", text))
-    assert set(re.findall(r"var\(--(\w+)\)", text)) <= defined and "prefers-color-scheme: dark" in text
+        self.words.append(data)
 
 
 NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'</style></title>&amp;{{ 7 * 7 }}"
@@ -201,11 +150,46 @@ def test_texts_of_the_report_are_only_text(full: Report) -> None:
     hostile = replace(hostile, checks=checks, notes=[NASTY], divergence=NASTY)
     text = page(hostile, report_plots(hostile))
     reader = Reader(text)
-    assert not {"script"} & {tag for tag, _ in reader.tags}
-    assert all(str(a["src"]).startswith("data:") for a in reader.attributes("img"))
+    kinds = [tag for tag, _ in reader.tags]
+    assert "script" not in kinds and kinds.count("title") == kinds.count("style") == 1
+    assert all(str(a["src"]).startswith("data:") for tag, a in reader.tags if tag == "img")
     assert not [a for _, a in reader.tags if any(name.startswith("on") for name in a)]
+    policy = [a["content"] for tag, a in reader.tags if tag == "meta" and "http-equiv" in a]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
     assert "<script" not in text and "{{ 7 * 7 }}" in text
     # It is there to be read: title, head, check, note, operator, package, engine.
-    assert reader.text().count("<script>alert(1)</script>") >= 10
-    assert len(reader.attributes("title")) == 1 and len(reader.attributes("style")) == 1
-    assert reader.tables["Checks"][1] == [NASTY, "failed", NASTY]
+    assert " ".join(reader.words).count("<script>alert(1)</script>") >= 10
+
+
+def axes_of(plot: Plot) -> list[Axes]:
+    return plot.draw().axes
+
+
+def line(container: Any) -> tuple[list[float], list[float]]:
+    assert isinstance(container, ErrorbarContainer)
+    x, y = container.lines[0].get_data()
+    return list(x), list(y)
+
+
+def whiskers(container: Any) -> list[tuple[float, float]]:
+    """The ends of each error bar, low and high."""
+    (collection,) = container.lines[2]
+    return [(float(s[0][1]), float(s[1][1])) for s in collection.get_segments()]
+
+
+def test_the_curve_is_the_report_s(full: Report, curve: Curve) -> None:
+    by_k = sorted(curve.points, key=lambda p: p.k)
+    ratio, kl, speed = axes_of(report_plots(full)["k-curve"])
+    for key, axes in (("perplexity_ratio", ratio), ("kl", kl)):
+        (drawn,) = axes.containers
+        assert line(drawn) == ([1, 2, 3, 4], [getattr(p, key) for p in by_k])
+        values = [(getattr(p, key), getattr(p, f"{key}_se")) for p in by_k]
+        for ends, (value, se) in zip(whiskers(drawn), values, strict=True):
+            assert ends == pytest.approx((value - se, value + se))
+    prefill, decode = speed.containers
+    assert line(prefill)[1] == [p.prefill_speedup for p in by_k]
+    # The one that was not measured is left out, not drawn as 0.
+    assert str(line(decode)[1]) == str([1.05, 1.1, nan, 1.2])
+    for axes, bound in ((ratio, 1.2), (kl, 0.5), (speed, 1.07)):
+        assert [bound, bound] in [list(ln.get_ydata()) for ln in axes.lines]
+        assert [2, 2] in [list(ln.get_xdata()) for ln in axes.lines], "the K that was chosen"

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
+from nbl_export.blocks import Mlp, Span
 from nbl_export.graph.summary import Float32Node, GraphSummary
-from nbl_export.records import Check
-from nbl_export.report.card import without_paths
-from nbl_export.report.schema import Conversion, Report
+from nbl_export.linearize.selection import Curve
+from nbl_export.report.drawing import Table, listed
+from nbl_export.report.schema import Report
+from nbl_export.report.selection import (
+    curve_table,
+)
+from nbl_export.report.speed import (
+    ENGINES,
+    VERIFIED,
+    ceiling_in_words,
+    speed_table,
+)
+from nbl_export.report.summary import (
+    headlines,
+    verdict_line,
+)
 from nbl_export.report.tables import (
-    forms_table,
     graph_table,
     loss_table,
     parity_table,
@@ -24,6 +38,16 @@ from nbl_export.verify.parity.figures import (
     MethodLoss,
     OutputParity,
     StepParity,
+)
+from nbl_export.verify.speed.values import (
+    CandidateInfo,
+    CellResult,
+    Machine,
+    Ratio,
+    Result,
+    Roofline,
+    Speed,
+    Timing,
 )
 from tests.engine.conftest import manifest_by_hand
 
@@ -79,22 +103,6 @@ def test_tables_of_a_report_stand_in_their_order(full: Report) -> None:
     brief = report_tables(whole, brief=True)
     assert [table.title.split(":")[0] for table in brief] == titles[:-2]
     assert all(len(row) == len(table.columns) for table in brief for row in table.rows)
-
-
-FORM = Conversion(
-    "gguf/model-F16.gguf",
-    3 << 20,
-    ("1", "2.mlp"),
-    (Check("parity", "passed", "near"), Check("tokens", "failed", "token 3")),
-)
-
-
-def test_a_form_has_a_row_for_each_check_and_fails_with_one(report: Report) -> None:
-    with_forms = replace(report, forms={"gguf fp16": FORM})
-    (table,) = (t for t in report_tables(with_forms) if t.title == "Other engines")
-    assert table == forms_table({"gguf fp16": FORM}) and not FORM.passed
-    assert table.rows[1] == ("gguf fp16", FORM.file, "3.0 MiB", "", "tokens", "failed", "token 3")
-    assert not without_paths(with_forms).forms, "a package has no such file"
 
 
 # parity
@@ -184,3 +192,128 @@ def test_loss_of_a_decoder() -> None:
         ("KL to the original, nats per token", "0.1562", "± 0.0020"),
     )
     assert "4,096 tokens of 12 documents" in table.note and table.title.endswith("held-out text")
+
+
+def test_every_k_is_a_row(curve: Curve) -> None:
+    table = curve_table(curve)
+    assert table.columns == ("K", "perplexity ratio", "KL, nats per token", "prefill", "decode", "layers")
+    assert table.rows[0] == ("1", "1.0200 ± 0.0050", "0.0400 ± 0.0010", "1.10×", "1.05×", "4")
+    assert table.rows[1][0] == "2, chosen" and table.marked == (1,)
+    assert table.rows[2][4:] == ("", "2-4")
+    assert table.note == (
+        "Loss on 4,096 tokens of 12 documents, ± standard errors over documents. "
+        "Speedup of the linearized graph at 512 tokens. "
+        "Budget: perplexity ratio ≤ 1.2, KL ≤ 0.5, speedup ≥ 1.07×."
+    )
+    assert "layers" not in curve_table(curve, brief=True).columns
+
+
+OVER = Ratio(1.5, 1.4, 1.6, 1.35, 1.65, True)
+ROOFLINE = Roofline("CPU", "float32", 2, 5e10, 2e10)
+FULL = Result(
+    "linearized",
+    Timing(8.0, 7.5, 8.5, 9.25),
+    21,
+    1234.5,
+    cache_bytes=3 << 19,
+    peak_bytes=300 << 20,
+    of_roofline=0.456,
+    over_base=OVER,
+    ceiling=1.25,
+    linearized_over=None,
+)
+BASE = Result("base", Timing(12.0, 11.0, 13.0), 21, 800.0, linearized_over=replace(OVER, resolved=False))
+
+
+def race(*cells: CellResult, **changes: Any) -> Speed:
+    infos = (CandidateInfo("base"), CandidateInfo("linearized", "base"))
+    return replace(Speed(Machine("CPU", 2, roofline=ROOFLINE), 7, infos, cells), **changes)
+
+
+def shown(table: Table, name: str) -> dict[str, str]:
+    """Heading to text, of the first row of that candidate."""
+    row = next(row for row in table.rows if row[1] == name)
+    return dict(zip(table.columns, row, strict=True))
+
+
+CELL = CellResult("prefill", 1, 512, (BASE, FULL))
+
+
+def test_every_figure_stands_under_its_heading() -> None:
+    table = speed_table(VERIFIED, race(CELL))
+    assert shown(table, "linearized") == {
+        "": "prefill 512",
+        "candidate": "linearized",
+        "ms": "8.00 ± 0.50",
+        "p99": "9.25",
+        "tokens/s": "1,234",
+        "over own base": "1.50×",
+        "quartiles": "1.40–1.60",
+        "ceiling": "1.25×",
+        "of roofline": "46%",
+        "cache MiB": "1.5",
+        "peak MiB": "300",
+        "rounds": "21",
+    }
+    base = shown(table, "base")
+    assert base["ms"] == "12.0 ± 1.0"
+    assert [base[name] for name in ("p99", "over own base", "ceiling", "cache MiB")] == [""] * 4
+
+
+def test_the_note_says_what_was_done() -> None:
+    absent = {"eager": "out of memory"}
+    cells = [replace(CELL, phase="decode", context=n, absent=absent) for n in (8, 16)]
+    note = speed_table(VERIFIED, race(CELL, *cells)).note
+    assert note.startswith("CPU, 2 threads: interleaved in one process, 7 rounds, and more if needed;")
+    assert (
+        note.index("Prefill from an empty cache") < note.index("Decode: one token") and "Encode" not in note
+    )
+    # 5e10 multiply-adds are 1e11 operations.
+    assert "a machine that does 100 GFLOP/s and reads 20.0 GB/s, measured in the same run" in note
+    assert note.endswith("Not timed: eager in decode 8, decode 16 (out of memory).")
+    assert "allow on any machine" in speed_table(VERIFIED, race(CELL, machine=Machine("CPU"))).note
+    assert "threads" not in speed_table(ENGINES, race(CELL, machine=Machine("A GPU"))).note.split(":")[0]
+
+
+def test_headlines_of_a_whole_report(full: Report) -> None:
+    shown = {h.name: h for h in headlines(full)}
+    assert shown["Attention layers replaced"].value == "2 of 5"
+    assert shown["Attention layers replaced"].detail == "layers 2, 3"
+    assert (shown["KV cache"].value, shown["KV cache"].detail) == ("-40.0%", "1,280 → 768 bytes per token")
+    assert isinstance(full.method_loss, MethodLoss) and isinstance(full.parity, DecoderParity)
+    assert full.speed is not None
+    assert shown["Perplexity"].value == f"× {full.method_loss.perplexity_ratio:.3f}"
+    _, prefill, over = full.speed.speedups()[0]
+    assert shown["Prefill on the CPU"].value == f"{over.value:.2f}×"
+    assert shown["Prefill on the CPU"].detail.endswith(f"; {ceiling_in_words(prefill)}")
+    assert f"{prefill.ceiling:.2f}×" in ceiling_in_words(prefill)
+    assert shown["Decode on the GPU"].value == "1.25×" and "512 tokens" in shown["Decode on the GPU"].detail
+    worst = max(s.max_abs for s in full.parity.steps)
+    assert abs(float(shown["Parity"].value) / worst - 1) < 0.05
+
+
+def test_verdict_names_what_it_costs_and_what_was_asked(report: Report) -> None:
+    assert isinstance(report.method_loss, MethodLoss)
+    loss = replace(report.method_loss, perplexity_ratio=1.5203, kl=0.4182)
+    costly = replace(report, method_loss=loss)
+    what = "(graph rewrite, parity); perplexity × 1.520, KL 0.42 on held-out text"
+    assert verdict_line(costly) == f"{what}, no bound asked"
+
+    def asked(**bound: float | None) -> Report:
+        return replace(costly, settings={**costly.settings, "verify": {"bound": bound}})
+
+    assert (
+        verdict_line(asked(max_kl=None, max_perplexity_ratio=1.05))
+        == f"{what}, at most perplexity × 1.05 asked"
+    )
+    both = verdict_line(asked(max_kl=0.5, max_perplexity_ratio=2.0))
+    assert both == f"{what}, at most perplexity × 2 and KL 0.5 asked"
+    nan = replace(costly, method_loss=replace(loss, perplexity_ratio=math.nan, kl=math.inf))
+    assert "perplexity × nan, KL inf on held-out text" in verdict_line(nan)
+
+
+def test_blocks_are_listed() -> None:
+    assert listed([]) == "" and listed([4]) == "4"
+    assert listed([29, 24, 25, 26, 7, 0, 1]) == "0, 1, 7, 24-26, 29"
+    assert listed([Mlp(3), 7, Mlp(1), Mlp(2)]) == "7; MLP 1-3" and listed([Mlp(4)]) == "MLP 4"
+    assert listed([Span(8, 9), 3, Span(1, 1), Mlp(6)]) == "3; MLP 6; span 1, 8-9"

@@ -60,18 +60,6 @@ def test_a_new_folder_runs_by_itself_and_its_configurations_are_told(source: Sou
         assert (source.out / name).read_text() == TEXTS[name]
 
 
-def test_an_older_result_is_replaced(source: Source) -> None:
-    rewrite_foreign(source.folder, source.plan, source.out)
-    first = contents(source.out)
-    (source.folder / "chat_template.jinja").unlink()
-    save_plan(source.plan, random_plan(C, random_weights(C), (1,), "normed"))
-    rewrite_foreign(source.folder, source.plan, source.out)
-    assert_rewritten(source.out / "model.onnx", source.plan)
-    # What only the older one had is gone, also its data.
-    assert set(contents(source.out)) == set(first) - {"chat_template.jinja"}
-    assert said(source.out)["kv_layers"] == [0, 2]
-
-
 # which graph -------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -18,10 +20,16 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import AttentionRegion, find_regions
 from nbl_export.graph.summary import ProofErrors
 from nbl_export.linearize.plan import Plan
+from nbl_export.rewrite import replace as module
+from nbl_export.rewrite.confirm import check_layers, confirm, linear_part
+from nbl_export.rewrite.probe_runner import ProbeRunner, cause_and_remedy, relative_error
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove
-from nbl_export.rewrite.replace import proven_regions
-from tests.fixtures_graph import plan_by_hand
+from nbl_export.rewrite.replace import proven_regions, rewrite_file
+from tests.fixtures_graph import low_rank, plan_by_hand
+from tests.mutations import OF_WEIGHTS, changed, of_another_input
 from tests.precisions import PRECISIONS
+
+LAYERS = (1, 3)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,7 @@ def prove_all(graph: Path, regions: list[AttentionRegion], plan: Plan) -> dict[i
 
 @pytest.fixture(scope="module")
 def plan(stories_out: Path) -> Plan:
-    return plan_by_hand(stories_out, (1, 3))
+    return plan_by_hand(stories_out, LAYERS)
 
 
 @pytest.mark.parametrize("fit_input", ["normed", "residual"])
@@ -161,3 +169,229 @@ def test_activations_one_token_late_are_refused(
     late = {i: np.roll(u, 1, axis=0) for i, u in plan.probe_u.items()}
     with pytest.raises(BuildError, match="not proven"):
         proven_regions(baseline_in(name), replace(plan, probe_u=late))
+
+
+@pytest.fixture(scope="module")
+def right(
+    baseline_in: Callable[[str], Path], plan: Plan, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The rewritten graph by the name of its precision."""
+    root = tmp_path_factory.mktemp("right")
+
+    def graph(name: str) -> Path:
+        path = root / name / "model.onnx"
+        if not path.exists():
+            rewrite_file(baseline_in(name), plan, path)
+        return path
+
+    return graph
+
+
+def proofs_of(path: Path, plan: Plan) -> dict[int, Proof]:
+    return proven_regions(path, plan).proofs
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_whatever_is_wrong_with_w_or_b_is_refused(
+    baseline_in: Callable[[str], Path],
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """A bug of the step that puts the layers in: every mutation, in one layer or the other.
+
+    Each in each layer: scripts/mutation_table.py.
+    """
+    real = module.rewritten_model
+    proven = proven_regions(baseline_in(name), plan)
+    monkeypatch.setattr(
+        module, "proven_regions", lambda *_: module.ProvenGraph(**fresh(baseline_in(name), proven))
+    )
+    for number, (what, wrong) in enumerate(OF_WEIGHTS.items()):
+        layer = LAYERS[number % 2]
+        monkeypatch.setattr(module, "rewritten_model", lambda g, q, w=wrong, i=layer: real(g, w(q, i)))
+        with pytest.raises(BuildError, match=f"the linear layer {layer} differs by") as caught:
+            rewrite_file(baseline_in(name), plan, tmp_path / "model.onnx")
+        assert "\n" not in str(caught.value), what
+        assert not (tmp_path / "model.onnx").exists()
+
+
+def fresh(path: Path, proven: module.ProvenGraph) -> dict[str, Any]:
+    """The proofs of before for the graph read again: a rewrite changes it."""
+    model = load_graph(path)
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    regions = [r for r in module.find_regions(model) if isinstance(r, module.AttentionRegion)]
+    outputs = {r.layer: {o.value.name: o for o in r.outputs} for r in regions}
+    proofs = {
+        i: replace(p, u=values[p.u.name], y=outputs[i][p.y.value.name])  # type: ignore[union-attr]
+        for i, p in proven.proofs.items()
+    }
+    return {**vars(proven), "model": model, "regions": regions, "proofs": proofs}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_right_layers_are_far_within_what_is_allowed(
+    baseline_in: Callable[[str], Path], right: Callable[[str], Path], plan: Plan, name: str
+) -> None:
+    checks = confirm(right(name), proofs_of(baseline_in(name), plan), plan)
+    assert [c.layer for c in checks] == list(LAYERS)
+    for check in checks:
+        assert check.failure == ""
+        assert check.product < check.product_allowed / 2 and check.product_allowed < 0.02
+        assert check.bias < check.bias_allowed / 2 and check.bias_allowed < 0.02
+    # What the format costs, which is not held against the layer.
+    low, high = {"fp32": (0, 1e-6), "fp16": (1e-5, 1e-3), "bf16": (1e-4, 1e-2), "int8": (1e-3, 0.02)}.get(
+        name, (0.001, 0.2)
+    )
+    assert all(low <= check.stored <= high for check in checks)
+
+
+@pytest.mark.parametrize("name", ["fp32", "int4"])
+def test_low_rank_is_checked_through_both_factors(
+    baseline_in: Callable[[str], Path], plan: Plan, tmp_path: Path, name: str
+) -> None:
+    of_rank = low_rank(plan, 12)
+    rewrite_file(baseline_in(name), of_rank, tmp_path / "model.onnx")
+    proofs = proofs_of(baseline_in(name), plan)
+    assert all(c.failure == "" for c in check_layers(tmp_path / "model.onnx", proofs, of_rank))
+    other = low_rank(plan, 11)
+    assert all("differs by" in c.failure for c in check_layers(tmp_path / "model.onnx", proofs, other))
+    assert all(
+        "2 products instead of 1" in c.failure for c in check_layers(tmp_path / "model.onnx", proofs, plan)
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("weight", "layers.3.nbl_linear.weight is NaN or infinite"),
+        ("bias", "layers.3.nbl_linear.bias is NaN or"),
+    ],
+)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_infinity_are_named(
+    baseline_in: Callable[[str], Path],
+    right: Callable[[str], Path],
+    plan: Plan,
+    tmp_path: Path,
+    what: str,
+    said: str,
+    bad: float,
+) -> None:
+    proto = onnx.load(str(right("fp32")))
+    (tensor,) = [t for t in proto.graph.initializer if t.name == f"layers.3.nbl_linear.{what}"]
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array.flat[5] = bad
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    onnx.save(proto, str(tmp_path / "model.onnx"))
+    with pytest.raises(BuildError, match=said):
+        confirm(tmp_path / "model.onnx", proofs_of(baseline_in("fp32"), plan), plan)
+
+
+def test_a_layer_that_reads_another_tensor_is_refused(
+    baseline_in: Callable[[str], Path], right: Callable[[str], Path], plan: Plan, tmp_path: Path
+) -> None:
+    wrong = changed(right("fp32"), of_another_input, 3, right("fp32").with_name("other.onnx"))
+    with pytest.raises(BuildError, match=r"linear layer 3 is wrong: it reads \S+ instead of \S+:"):
+        confirm(wrong, proofs_of(baseline_in("fp32"), plan), plan)
+
+
+def test_a_graph_without_the_layers_is_refused(baseline_in: Callable[[str], Path], plan: Plan) -> None:
+    with pytest.raises(
+        BuildError, match=r"linear layer 1 is wrong: the graph has no tensor layers\.1\.nbl_linear"
+    ):
+        confirm(baseline_in("fp32"), proofs_of(baseline_in("fp32"), plan), plan)
+    assert isinstance(linear_part(load_graph(baseline_in("fp32")), 1), str)
+
+
+REAL = np.array([[3.0, 4.0], [0.0, 1.0], [2.0, 2.0]], dtype=np.float32)
+
+
+def layer(path: Path, index: int) -> AttentionRegion:
+    region = find_regions(load_graph(path))[index]
+    assert isinstance(region, AttentionRegion)
+    return region
+
+
+def test_what_is_fed_replaces_all_that_comes_before(stories_out: Path, plan: Plan) -> None:
+    path = stories_out / "baseline" / "model.onnx"
+    region = layer(path, 2)
+    runner = ProbeRunner(path, plan)
+    u, y = str(region.x.name), str(region.y.name)
+    (own, *_), rows = runner.run([u, y], {}), runner.run([u], {})
+    given = {u: runner.split(plan.probe_u[2], [row[u].shape for row in rows])}
+    fed = [runner.run([y], given, other_tokens=other) for other in (False, True)]
+    assert all(np.array_equal(a[y], b[y]) for a, b in zip(*fed, strict=True))
+    np.testing.assert_allclose(fed[0][0][y], own[y], atol=1e-4)
+    # Of the graph's input alone, other tokens are something else.
+    other = runner.run([y], {}, other_tokens=True)
+    assert not np.allclose(other[0][y], own[y], atol=0.1)
+
+
+def test_moved_weights_give_other_tensors(baseline_in: Callable[[str], Path], plan: Plan) -> None:
+    path = baseline_in("int4")
+    y = str(layer(path, 2).y.name)
+    runner = ProbeRunner(path, plan)
+    once, again = runner.run([y], {}), runner.run([y], {}, nudged=0)
+    moved = runner.error([row[y] for row in again], runner.joined([row[y] for row in once]))
+    assert 0.02 < moved < 0.7
+
+
+# relative_error ----------------------------------------------------------------------------------
+
+
+def test_relative_error_by_hand() -> None:
+    assert relative_error(REAL.copy(), REAL) == 0.0
+    # ‖REAL‖² = 9 + 16 + 0 + 1 + 4 + 4 = 34; one entry is off by 1.
+    off = REAL.copy()
+    off[1, 0] = 1.0
+    assert relative_error(REAL, off) == pytest.approx(1 / 35**0.5)
+    # Every token is off by 1 or more times itself, and the middle one by that: √(1/34) overall, 1 in the median.
+    assert relative_error(2 * REAL, REAL) == pytest.approx(1.0)
+    assert relative_error(np.zeros_like(REAL), REAL) == pytest.approx(1.0)
+
+
+def test_a_massive_token_hides_nothing() -> None:
+    """Neighbouring layers of SmolLM2: 0.006 to 0.02 apart overall, where one token is a hundred times the others."""
+    generator = np.random.default_rng(0)
+    h = generator.standard_normal((40, 64)).astype(np.float32)
+    h[0] *= 300
+    after = h + 0.25 * generator.standard_normal(h.shape).astype(np.float32)
+    after[0] = h[0] * 1.001
+    overall = np.linalg.norm(after - h) / np.linalg.norm(h)
+    assert overall < PROOF_TOLERANCE["fp16"].u
+    assert relative_error(after, h) > PROOF_TOLERANCE["bf16"].u
+    # One wrong token of forty is still seen by the norm of all.
+    wrong = h.copy()
+    wrong[0] = h[1]
+    assert relative_error(wrong, h) > 0.9
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_relative_error_is_infinite_for_what_is_no_number(bad: float) -> None:
+    found, expected = REAL.copy(), REAL.copy()
+    found[1, 0] = bad
+    expected[2, 1] = bad
+    assert relative_error(found, REAL) == float("inf")
+    assert relative_error(REAL, expected) == float("inf")
+    assert not relative_error(found, REAL) <= PROOF_TOLERANCE["fp32"].u
+
+
+def test_a_graph_that_routes_tokens_says_what_rounding_may_do() -> None:
+    routed = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 17]> g (float[2, 4] x, int64[1] k) => (float[2, 1] v, int64[2, 1] i) '
+        "{ v, i = TopK (x, k) }"
+    )
+    plain = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 17]> g (float[2] x) => (float[2] y) { y = Abs (x) }'
+    )
+    assert "rounding may send tokens to other experts" in cause_and_remedy(routed, "fp16", told=False)
+    for model, precision, told in (
+        (routed, "fp32", False),
+        (routed, "fp16", True),
+        (plain, "fp16", False),
+    ):
+        assert cause_and_remedy(model, precision, told).startswith(
+            "this graph is not of the model the plan was made for"
+        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,25 +12,39 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
+from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.calibrate.probe import probe_model
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.io import load_graph
+from nbl_export.export.forms import STATIC
+from nbl_export.export.ranges import save_in_precision
+from nbl_export.export.torch import export_torch
+from nbl_export.graph.cache import KV_LAYERS_KEY, LAYERS_KEY, metadata_list
+from nbl_export.graph.facts import facts_of
+from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.graph.precision import PRECISIONS, to_precision
+from nbl_export.graph.regions import find_regions
+from nbl_export.graph.summary import DescribedLayer
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.rewrite import replace as rewrite_module
+from nbl_export.rewrite.leave_out import leave_out
 from nbl_export.rewrite.prove import PROOF_TOLERANCE
-from nbl_export.rewrite.replace import count, proven_regions, rewrite_file, rewrite_summary
-from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.rewrite.replace import count, drop_layers, proven_regions, rewrite_file, rewrite_summary
+from nbl_export.runtime.intermediates import intermediate_tensors
+from nbl_export.runtime.ort import OrtDecoder, ort_stream
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.settings.choices import FitInput
 from nbl_export.verify.parity.decoder import compare_streams
 from nbl_export.verify.parity.figures import gates_for
 from nbl_export.workspace import Workspace
+from tests.families import Calibrated, calibrated
 from tests.fixtures_graph import low_rank, maps_in_place, pad_left, plan_by_hand, ragged_rows
 from tests.listening import Notes
 from tests.rewrite.by_hand import assert_clean, baseline, prompts
@@ -246,3 +262,368 @@ def test_what_storing_w_costs_is_said_and_recorded(
     (note,) = [note for note in listener.notes if note.startswith("Storing W changes W u by")]
     worst = max(stored, key=lambda s: s.error)
     assert f"most in layer {worst.layer} ({worst.error:.1%})" in note
+
+
+TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMS, HALVES = ("concat", "static"), ("fp16", "bf16")
+DATA = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
+
+
+@pytest.fixture(scope="module")
+def graphs(
+    stories_out: Path, stories_model: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Any, Path]:
+    """stories260K by form and precision, not rewritten."""
+    folder = tmp_path_factory.mktemp("half")
+    found = {("concat", "fp32"): baseline(stories_out), ("static", "fp32"): folder / "model.onnx"}
+    export_torch(stories_model, found["static", "fp32"], form=STATIC)
+    rows = prompts(stories_out, (60, 40))
+    for form in FORMS:
+        for name in HALVES:
+            found[form, name] = folder / f"{form}-{name}" / "model.onnx"
+            graph = load_graph(found[form, "fp32"])
+            save_in_precision(graph, found[form, name], PRECISIONS[name], rows if name == "fp16" else [])
+    return found
+
+
+def parity(path: Path, model: Any, plan: Plan, out: Path, name: str) -> Any:
+    rows = prompts(out, (40, 27, 12))
+    with linearized(model, plan):
+        reference = PastStream(TorchDecoder(model, plan.chosen))
+        return compare_streams(reference, ort_stream(path, 40), rows, 4, gates_for(PRECISIONS[name].gates))
+
+
+def recomputed(model: Any, plan: Plan, row: Any) -> Any:
+    """Logits of one row in float32 with the maps in place: no cache, no padding, no stream."""
+    with maps_in_place(model, plan), torch.inference_mode():
+        return (
+            model(input_ids=torch.from_numpy(row.astype(np.int64))[None], use_cache=False).logits[0].numpy()
+        )
+
+
+# The growing float32 cache is in test_replace.
+@pytest.mark.parametrize(
+    ("layers", "form", "name"),
+    [
+        ((0,), "static", "fp32"),
+        ((1, 2), "concat", "fp16"),
+        ((1, 2), "static", "fp16"),
+        ((0,), "concat", "bf16"),
+        ((0, 1, 2, 3, 4), "static", "bf16"),
+    ],
+    ids=str,
+)
+def test_parity(
+    graphs: Any, stories_out: Path, stories_model: Any, tmp_path: Path, form: str, name: str, layers: Any
+) -> None:
+    plan = plan_by_hand(stories_out, layers)
+    path = tmp_path / "model.onnx"
+    result = rewrite_file(graphs[form, name], plan, path)
+    assert parity(path, stories_model, plan, stories_out, name).failures() == []
+    # The same against a plain pass over each row: no stream of ours on that side.
+    tolerance = {"fp32": 1e-3, "fp16": 0.1, "bf16": 1.0}[name]
+    rows = prompts(stories_out, (30, 11))
+    stream = ort_stream(path, 30)
+    found = np.split(stream.prefill([r[:-1] for r in rows]), [29])
+    last = stream.decode([int(r[-1]) for r in rows])
+    for number, row in enumerate(rows):
+        expected = recomputed(stories_model, plan, row)
+        logits = np.r_[found[number], last[number : number + 1]]
+        assert np.abs(logits - expected).max() < tolerance
+    kept = [i for i in range(LAYERS) if i not in layers]
+    assert_clean(path, kept, LAYERS)
+    assert result.before.kv_pairs - result.after.kv_pairs == len(layers)
+    assert result.after.ops.get("Attention", 0) == len(kept)
+    assert result.after.ops.get("TensorScatter", 0) == 2 * len(kept) * (form == "static")
+    assert list(path.parent.iterdir()) and not list(path.parent.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("fit_input", "name", "form"),
+    [
+        ("normed", "fp16", "concat"),
+        ("normed", "bf16", "static"),
+        ("residual", "fp16", "static"),
+        ("residual", "bf16", "concat"),
+    ],
+)
+def test_maps_are_stored_in_the_graphs_precision(
+    graphs: Any, stories_out: Path, tmp_path: Path, form: str, name: str, fit_input: Any
+) -> None:
+    plan = plan_by_hand(stories_out, (1, 3), fit_input)
+    rewrite_file(graphs[form, name], plan, tmp_path / "model.onnx")
+    proto = onnx.load(str(tmp_path / "model.onnx"))
+    tensors = {t.name: t for t in proto.graph.initializer}
+    for layer, linear in plan.layers.items():
+        for kind, exact in (("weight", linear.w.T), ("bias", linear.b)):
+            tensor = tensors[f"layers.{layer}.nbl_linear.{kind}"]
+            assert tensor.data_type == DATA[name]
+            rounded = torch.from_numpy(exact.copy()).to(TORCH[name]).float().numpy()
+            assert np.array_equal(onnx.numpy_helper.to_array(tensor).astype(np.float32), rounded)
+    # Nothing is cast on the way into a map, nor out of it.
+    around = {n.op_type for n in proto.graph.node if "nbl_linear" in n.name}
+    assert around == {"MatMul", "Add"}
+    before = onnx.load(str(graphs[form, name]), load_external_data=False)
+    casts = [Counter(n.op_type for n in p.graph.node)["Cast"] for p in (before, proto)]
+    assert casts[0] == casts[1]
+    values = (*proto.graph.input, *proto.graph.output)
+    dtypes = {v.name: v.type.tensor_type.elem_type for v in values if "." in v.name}
+    assert set(dtypes.values()) == {DATA[name]} and len(dtypes) == 4 * (LAYERS - 2)
+    assert json.loads(next(p.value for p in proto.metadata_props if p.key == KV_LAYERS_KEY)) == [0, 2, 4]
+
+
+# A map that float16 cannot hold ------------------------------------------------------------------
+
+
+def beyond_float16(plan: Plan, layer: int) -> Plan:
+    """The plan with one entry of W at 70,000, where it meets the smallest of its inputs."""
+    u = np.abs(plan.probe_u[layer]).max(axis=0)
+    w = plan.layers[layer].w.copy()
+    w[5, int(u.argmin())] = 70_000
+    return replace(plan, layers={**plan.layers, layer: LinearLayer(w, plan.layers[layer].b)})
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize(("name", "form"), zip(HALVES, FORMS, strict=True))
+def test_a_map_beyond_float16_is_computed_in_float32(
+    graphs: Any, stories_out: Path, stories_model: Any, tmp_path: Path, form: str, name: str
+) -> None:
+    plan = beyond_float16(plan_by_hand(stories_out, (0, 3), "residual"), 0)
+    path = tmp_path / "model.onnx"
+    rewrite_file(graphs[form, name], plan, path)
+    proto = onnx.load(str(path))
+    types = {t.name: t.data_type for t in proto.graph.initializer if "nbl_linear" in t.name}
+    full = onnx.TensorProto.FLOAT if name == "fp16" else DATA[name]
+    assert types == {
+        "layers.0.nbl_linear.weight": full,
+        "layers.0.nbl_linear.bias": full,
+        "layers.3.nbl_linear.weight": DATA[name],
+        "layers.3.nbl_linear.bias": DATA[name],
+    }
+    described = json.loads(next(p.value for p in proto.metadata_props if p.key == "nbl_export.layers"))[0]
+    writer = {n.output[0]: n for n in proto.graph.node}[described["output"]]
+    assert writer.op_type == ("Cast" if name == "fp16" else "Add")
+    # Its numbers: W u + b in float64 of the u that the graph has.
+    found = intermediate_tensors(path, [described["input"], described["output"], "logits"], plan.probe)
+    u, y, _ = (v.astype(np.float64) for v in found.values())
+    linear = plan.layers[0]
+    real = plan.probe["attention_mask"].astype(bool)
+    expected = (u @ linear.w.T.astype(np.float64) + linear.b)[real]
+    assert np.abs(expected).max() < 65_504
+    scale = np.abs(u)[real] @ np.abs(linear.w.T) + np.abs(linear.b)
+    assert (np.abs(y[real] - expected) <= {"fp16": 2.0**-10, "bf16": 2.0**-6}[name] * scale).all()
+    assert parity(path, stories_model, plan, stories_out, name).failures() == []
+
+
+# A residual stream that float16 cannot hold --------------------------------------------------------
+
+
+def test_a_map_whose_result_is_kept_in_float32_is_computed_in_float32(
+    stories_out: Path, tmp_path: Path
+) -> None:
+    """Where attention writes more than float16 holds, so does the map that stands for it."""
+    model = load_graph(baseline(stories_out))
+    regions = {r.layer: r for r in find_regions(model)}
+    to_precision(model, PRECISIONS["fp16"], {str(regions[1].y.name): 1e5})
+    source = tmp_path / "wide" / "model.onnx"
+    save_graph(model, source)
+    plan = plan_by_hand(stories_out, (1,))
+    # Every entry fits into float16, their sum does not.
+    linear = LinearLayer(plan.layers[1].w.copy(), plan.layers[1].b.copy())
+    linear.w[5] = 30_000 * np.sign(plan.probe_u[1][0])
+    rewrite_file(source, replace(plan, layers={1: linear}), tmp_path / "model.onnx")
+    proto = onnx.load(str(tmp_path / "model.onnx"))
+    types = {t.name: t.data_type for t in proto.graph.initializer if "nbl_linear" in t.name}
+    assert set(types.values()) == {onnx.TensorProto.FLOAT} and len(types) == 2
+    writers = {n.output[0]: n for n in proto.graph.node}
+    described = json.loads(next(p.value for p in proto.metadata_props if p.key == "nbl_export.layers"))[1]
+    assert writers[described["output"]].op_type == "Add"
+    u, y = intermediate_tensors(
+        tmp_path / "model.onnx", [described["input"], described["output"]], plan.probe
+    ).values()
+    real = plan.probe["attention_mask"].astype(bool)
+    expected = u[real].astype(np.float64) @ linear.w.T + linear.b
+    assert np.abs(expected).max() > 65_504
+    np.testing.assert_allclose(y[real], expected, rtol=1e-3, atol=1)
+
+
+# Proof -------------------------------------------------------------------------------------------
+
+
+SPANS: list[tuple[Block, ...]] = [
+    (Span(1, 2), 4),
+    (Span(0, 0), Mlp(2), Span(3, 4)),
+    (Span(0, 3), Span(4, 4)),
+]
+
+
+@pytest.fixture(scope="module")
+def case(stories_folder: Path) -> Calibrated:
+    return calibrated(stories_folder)
+
+
+@pytest.mark.parametrize("blocks", SPANS, ids=str)
+def test_spans_of_a_real_model(
+    case: Calibrated, stories_out: Path, tmp_path: Path, blocks: tuple[Block, ...]
+) -> None:
+    plan, path = case.plan(blocks), tmp_path / "model.onnx"
+    assert plan.blocks == tuple(sorted(blocks))
+    result = rewrite_file(baseline(stories_out), plan, path)
+    rows = prompts(stories_out, (40, 27, 12))
+    assert_computes_the_plan(path, case.model, plan, rows, 3)
+    with linearized(case.model, plan):
+        reference = PastStream(TorchDecoder(case.model, plan.linear_attention))
+        found = compare_streams(reference, PastStream(OrtDecoder(path)), rows, 4, gates_for("float32"))
+    assert found.failures() == []
+
+    graph = load_graph(path)
+    kept = plan.attention_layers
+    assert metadata_list(graph, KV_LAYERS_KEY, int) == kept == result.kv_layers
+    assert result.after.kv_pairs == result.after.ops.get("Attention", 0) == len(kept)
+    assert facts_of(path).linear == tuple(sorted(blocks))
+    described = metadata_list(graph, LAYERS_KEY, DescribedLayer)
+    assert {r.layer for r in described if r.kind in ("linear", "dropped")} == set(plan.chosen)
+    assert {r.layer for r in described if r.kind == "dropped"} == set(plan.dropped)
+    assert all((r.input, r.output) == ("", "") for r in described if r.kind == "dropped")
+    # A norm goes with all that is dropped, and the sum that it was added in.
+    gone = Counter(result.before.ops)
+    gone.subtract(result.after.ops)
+    assert gone["RMSNormalization"] == len(plan.dropped)
+    assert result.after.ops["MatMul"] == 1 + len(plan.layers) + 4 * len(kept) + 3 * (
+        LAYERS - sum(isinstance(part, Mlp) for part in plan.chosen)
+    )
+
+
+# compared with what a linear layer gives ----------------------------------------------------------
+
+
+def without_attention(model: Any, layers: tuple[int, ...], row: Any) -> Any:
+    """Logits [sequence, vocab] of transformers' own model whose attention in ``layers`` writes zeros."""
+    hooks = [
+        model.model.layers[i].self_attn.register_forward_hook(
+            lambda _m, _a, output: (torch.zeros_like(output[0]), *output[1:])
+        )
+        for i in layers
+    ]
+    try:
+        with torch.inference_mode():
+            ids = torch.from_numpy(row.astype(np.int64))[None]
+            return model(input_ids=ids, use_cache=False).logits[0].numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("layers", [(1, 4), (0, 1, 2, 3, 4)], ids=str)
+def test_what_is_left_is_the_model_without_those_layers(
+    stories_out: Path, stories_model: Any, tmp_path: Path, layers: tuple[int, ...]
+) -> None:
+    path = tmp_path / "linear.onnx"
+    rewrite_file(stories_out / "baseline" / "model.onnx", plan_by_hand(stories_out, layers), path)
+    graph = load_graph(path)
+    before = len(list(graph.graph))
+    drop_layers(graph)
+    # A norm, the map's product and sum, and the residual addition.
+    assert len(list(graph.graph)) == before - 4 * len(layers)
+    save_graph(graph, tmp_path / "dropped.onnx")
+    decoder = OrtDecoder(tmp_path / "dropped.onnx")
+    rows = ragged_rows((9, 4), 500, seed=7)
+    logits = decoder(*pad_left(rows), decoder.empty_past(2)).logits
+    for i, row in enumerate(rows):
+        expected = without_attention(stories_model, layers, row)
+        np.testing.assert_allclose(logits[i, 9 - len(row) :], expected, rtol=0, atol=5e-4)
+
+
+def test_an_output_that_is_read_by_more_than_a_sum_cannot_be_left_out(stories_out: Path) -> None:
+    graph = load_graph(stories_out / "model.onnx")
+    y = next(v for n in graph.graph for v in n.outputs if "nbl_linear.output" in str(v.name))
+    other = next(n for n in graph.graph if n.op_type == "MatMul" and "nbl_linear" not in str(n.name))
+    other.replace_input_with(0, y)
+    with pytest.raises(InputError, match=r"layer \d cannot be dropped: .* but read by MatMul"):
+        drop_layers(graph)
+
+
+# single operators --------------------------------------------------------------------------------
+
+
+HEADER = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>'
+D = 4
+WEIGHTS = {
+    "g": np.linspace(0.5, 2.0, D),
+    "beta": np.linspace(-1.0, 1.0, D),
+    "c": np.array(0.22),
+    "two": np.array(2.0),
+    "eps": np.array(1e-5),
+}
+NORM = "p = Pow(y, two) m = ReduceMean(p, last) e = Add(m, eps) r = Sqrt(e) q = Div(y, r) z = Mul(q, g)"
+ADDED = {
+    "a sum": "o = Add(x, y)",
+    "a sum, the other way": "o = Add(y, x)",
+    "scaled": "z = Mul(y, c) o = Add(x, z)",
+    "cast": "z = Cast<to: int = 1>(y) o = Add(x, z)",
+    "a norm": "z = RMSNormalization(y, g) o = Add(x, z)",
+    "a norm of many operators": f"{NORM} o = Add(x, z)",
+    "in parallel": "s = Add(y, w) o = Add(x, s)",
+    "in two sums": "o1 = Add(x, y) o2 = Add(y, w) o = Mul(o1, o2)",
+    "a sum and a norm in one": (
+        "n, , , s = com.microsoft.SkipSimplifiedLayerNormalization<epsilon: float = 0.00001>(x, y, g) o = Mul(n, s)"
+    ),
+    "its summands the other way": (
+        "n, , , s = com.microsoft.SkipSimplifiedLayerNormalization<epsilon: float = 0.00001>(y, x, g) o = Mul(n, s)"
+    ),
+    "a sum and a LayerNorm in one": (
+        "n, , , s = com.microsoft.SkipLayerNormalization<epsilon: float = 0.00001>(x, y, g, beta) o = Mul(n, s)"
+    ),
+    "the last norm": "o = com.microsoft.SkipSimplifiedLayerNormalization<epsilon: float = 0.00001>(x, y, g)",
+}
+REFUSED = {
+    "a bias": ("z = Add(y, beta) o = Add(x, z)", "Add"),
+    "a norm with a bias": ("z = LayerNormalization(y, g, beta) o = Add(x, z)", "LayerNormalization"),
+    "a bias of a norm of sums": (
+        "n, , , s = com.microsoft.SkipSimplifiedLayerNormalization<epsilon: float = 0.00001>(x, y, g, beta) "
+        "o = Mul(n, s)",
+        "SkipSimplifiedLayerNormalization",
+    ),
+    "beside it": ("o = Concat<axis: int = -1>(x, y)", "Concat"),
+}
+
+
+def block(nodes: str) -> ir.Model:
+    """x + y in some form, y = 2 u of the block that is left out, w of another one."""
+    text = f"{HEADER} g (float[2, 3, {D}] x, float[2, 3, {D}] u, float[2, 3, {D}] w) => (float[a, b, d] o) "
+    proto = onnx.parser.parse_model(f"{text} {{ y = Mul(u, two) {nodes} }}")
+    arrays = {name: array.astype(np.float32) for name, array in WEIGHTS.items()} | {"last": np.array([-1])}
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in arrays.items())
+    return ir.from_proto(proto)
+
+
+def output_of(model: ir.Model) -> ir.Value:
+    return next(v for node in model.graph for v in node.outputs if v.name == "y")
+
+
+def run(model: ir.Model, u: float) -> Any:
+    generator = np.random.default_rng(0)
+    feeds = {name: generator.normal(size=(2, 3, D)).astype(np.float32) for name in ("x", "w")}
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    given = {i.name for i in session.get_inputs()}
+    feeds["u"] = np.full((2, 3, D), u, np.float32)
+    (found,) = session.run(None, {name: array for name, array in feeds.items() if name in given})
+    return found
+
+
+@pytest.mark.parametrize("how", ADDED)
+def test_it_is_as_if_the_block_had_written_zeros(how: str) -> None:
+    model = block(ADDED[how])
+    expected, other = run(model, 0.0), run(model, 1.0)
+    assert np.abs(expected - other).max() > 0.1
+    leave_out(model, 3, output_of(model))
+    np.testing.assert_allclose(run(model, 1.0), expected, rtol=1e-6, atol=1e-6)
+    assert not any(v is not None and v.name == "y" for node in model.graph for v in node.inputs)
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_what_would_not_be_zeros_is_refused(how: str) -> None:
+    nodes, reader = REFUSED[how]
+    model = block(nodes)
+    with pytest.raises(InputError, match=rf"layer 3 cannot be dropped: .* but read by {reader}"):
+        leave_out(model, 3, output_of(model))

@@ -8,18 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import AutoModel
 
 from nbl_export.batch.arrays import F32
+from nbl_export.batch.names import NUM_LOGITS_TO_KEEP
 from nbl_export.errors import InputError
+from nbl_export.export.forms import encoder_form
+from nbl_export.export.torch import export_torch
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
-from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream
+from nbl_export.linearize.swap import linearized
+from nbl_export.models.forward import encoder_of
+from nbl_export.models.load import load_model
+from nbl_export.models.source import find_model
+from nbl_export.models.tasks import task_named
+from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.runtime.ort import OrtDecoder, OrtEncoder, OrtStaticStream, ort_stream
 from nbl_export.runtime.stream import PastStream, RowStream
-from nbl_export.runtime.torch import TorchDecoder
-from tests.fixtures_graph import original_logits, ragged_rows
+from nbl_export.runtime.torch import TorchDecoder, TorchEncoder
+from tests.encoders import PAD, text_encoder
+from tests.fixtures_graph import maps_in_place, original_logits, plan_by_hand, ragged_rows
 
 LAYERS, HEADS, DIM, VOCAB = 4, 2, 8, 260
 
@@ -55,11 +67,10 @@ def teacher_forced(stream: Any, rows: Sequence[Any], steps: int = STEPS) -> list
     """Logits of every token of each row: all but the last ``steps`` prefilled, the rest decoded."""
     lengths = [len(r) - steps for r in rows]
     logits = stream.prefill([r[:n] for r, n in zip(rows, lengths, strict=True)])
-    assert logits.shape == (sum(lengths), VOCAB) and logits.dtype == np.float32
+    assert len(logits) == sum(lengths) and logits.dtype == np.float32
     found = [list(part) for part in np.split(logits, np.cumsum(lengths)[:-1])]
     for step in range(steps):
         logits = stream.decode([int(r[n + step]) for r, n in zip(rows, lengths, strict=True)])
-        assert logits.shape == (len(rows), VOCAB)
         for row, token in zip(found, logits, strict=True):
             row.append(token)
     return [np.stack(row) for row in found]
@@ -175,3 +186,98 @@ def test_each_row_has_a_cache_of_its_own_which_is_padded_to_the_longest() -> Non
         assert np.array_equal(values, 2 * keys)
     stream.prefill([np.array([7])])
     assert stream.cache()[1].tolist() == [[True]]
+
+
+def test_ort_decoder_knows_its_layers(stories_out: Path, rewritten: Path) -> None:
+    base, linear = OrtDecoder(stories_out / "baseline" / "model.onnx"), OrtDecoder(rewritten)
+    assert base.kv_layers == (0, 1, 2, 3, 4)
+    assert linear.kv_layers == (1, 2, 4)
+    assert [k.shape for pair in linear.empty_past(3) for k in pair] == [(3, 4, 0, 8)] * 6
+    assert all(k.dtype == np.float32 for pair in linear.empty_past(3) for k in pair)
+
+
+def test_ort_leaves_out_inputs_that_the_graph_does_not_have(stories_out: Path, tmp_path: Path) -> None:
+    """Without attention left, nothing reads positions."""
+    path = tmp_path / "model.onnx"
+    rewrite_file(stories_out / "baseline" / "model.onnx", plan_by_hand(stories_out, range(5)), path)
+    proto = onnx.load(str(path), load_external_data=False)
+    read = {name for node in proto.graph.node for name in node.input}
+    unread = [i for i in proto.graph.input if i.name not in read]
+    assert {"attention_mask", "position_ids"} == {i.name for i in unread}
+    for value in unread:
+        proto.graph.input.remove(value)
+    path.write_bytes(proto.SerializeToString())
+    decoder = OrtDecoder(path)
+    ids = np.array([[1, 5, 9]], dtype=np.int64)
+    feeds = decoder.feeds(ids, np.ones_like(ids), np.arange(3)[None], decoder.empty_past(1))
+    assert list(feeds) == ["input_ids", NUM_LOGITS_TO_KEEP]
+    result = decoder(ids, np.ones_like(ids), np.arange(3)[None], [])
+    assert result.logits.shape == (1, 3, 512) and result.present == ()
+
+
+@pytest.mark.parametrize("layers", [(), (0,), (0, 1), (2, 4), (0, 1, 2, 3, 4)], ids=str)
+def test_masks_and_positions_stay_right_across_decode(
+    stories_out: Path, stories_model: Any, layers: tuple[int, ...]
+) -> None:
+    """Against one pass over the whole row without a cache; the first layer is the one usually asked."""
+    plan = plan_by_hand(stories_out, layers)
+    rows = ragged_rows((18, 13, 6), 500, seed=4)
+    with linearized(stories_model, plan):
+        decoder = TorchDecoder(stories_model, plan.chosen)
+        assert decoder.kv_layers == tuple(i for i in range(5) if i not in layers)
+        assert len(decoder.empty_past(3)) == 5 - len(layers)
+        found = teacher_forced(PastStream(decoder), rows, 5)
+    for row, logits in zip(rows, found, strict=True):
+        with maps_in_place(stories_model, plan):
+            expected = original_logits(stories_model, row)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-4)
+
+
+FEATURES = task_named("feature-extraction")
+
+
+IDS = np.array([[257, 20, 30, 40, 258], [257, 50, 258, PAD, PAD]])
+
+
+MASK = (IDS != PAD).astype(np.int64)
+
+
+ENCODER_INPUTS = {"input_ids": IDS, "attention_mask": MASK, "token_type_ids": np.zeros_like(IDS)}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_encoder(tmp_path_factory.mktemp("encoder") / "bert")
+
+
+@pytest.fixture(scope="module")
+def bert_graph(bert: Path) -> Path:
+    model = load_model(find_model(str(bert)))
+    path = bert.with_name("model.onnx")
+    export_torch(model, path, form=encoder_form(model, FEATURES, None, ENCODER_INPUTS))
+    return path
+
+
+def states(folder: Path, inputs: Any) -> Any:
+    with torch.inference_mode():
+        output = AutoModel.from_pretrained(folder)(**{n: torch.from_numpy(a) for n, a in inputs.items()})
+    return output.last_hidden_state.numpy()
+
+
+@pytest.mark.parametrize("of", ["pytorch", "onnxruntime"])
+def test_every_row_is_the_row_without_its_padding(bert: Path, bert_graph: Path, of: str) -> None:
+    model = load_model(find_model(str(bert)))
+    encoder: Any = (
+        TorchEncoder(encoder_of(model, FEATURES, None, ENCODER_INPUTS))
+        if of == "pytorch"
+        else OrtEncoder(bert_graph)
+    )
+    # More than it takes, in another order: by name.
+    found = encoder({"position_ids": IDS, **dict(reversed(ENCODER_INPUTS.items()))})
+    assert set(found) == {"last_hidden_state", "pooler_output"}
+    assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
+    for i, length in enumerate(MASK.sum(axis=1)):
+        alone = {name: array[i : i + 1, :length] for name, array in ENCODER_INPUTS.items()}
+        np.testing.assert_allclose(
+            found["last_hidden_state"][i, :length], states(bert, alone)[0], rtol=0, atol=1e-4
+        )

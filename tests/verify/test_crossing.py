@@ -5,38 +5,46 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from nbl_export.batch.names import MASK, TOKENS
+from nbl_export.batch.rows import batch_of_rows
 from nbl_export.calibrate.collect import collect_moments
-from nbl_export.calibrate.probe import probe_model
+from nbl_export.calibrate.probe import probe_inputs, probe_model
 from nbl_export.calibrate.text import CalibrationText
-from nbl_export.export.forms import FORMS
+from nbl_export.export.forms import FORMS, encoder_form
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.summary import OnCopy
+from nbl_export.linearize.lmmse import fit_lmmse
+from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.lengths import Crossed, Length
+from nbl_export.models.tasks import FEATURES, task_named
 from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.settings import VerifySettings
 from nbl_export.verify import case as crossing
-from nbl_export.verify.case import DecoderCase, crossing_check, parity_text
+from nbl_export.verify import encoder as module
+from nbl_export.verify.case import DecoderCase, EncoderCase, crossing_check, parity_text
 from nbl_export.verify.decoder import measure_parity
+from nbl_export.verify.encoder import measure_encoder
 from nbl_export.verify.measurement import Measurement
-from tests.beyond import BEYOND, SWITCH, VOCAB
+from tests.beyond import BEYOND, ENCODERS, SWITCH, VOCAB
 from tests.exhaustive import exhaustive
 from tests.families import Calibrated
 
 STEPS, LAYER = 8, 1
-TOKENS = np.random.default_rng(5).integers(3, VOCAB - 5, (12, 160)).astype(np.int32)
+ROWS = np.random.default_rng(5).integers(3, VOCAB - 5, (12, 160)).astype(np.int32)
 TEXT = CalibrationText(
-    calibration=TOKENS[:4],
-    heldout=TOKENS[4:8],
-    selection=TOKENS[8:],
+    calibration=ROWS[:4],
+    heldout=ROWS[4:8],
+    selection=ROWS[8:],
     heldout_document=np.arange(4),
     selection_document=np.arange(4),
     start=np.array([2], dtype=np.int32),
@@ -53,7 +61,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     def made(name: str, off: bool, form: str) -> DecoderCase:
         folder = tmp_path_factory.mktemp(name)
         model, other = BEYOND[name].model(), BEYOND[name].model(off)
-        short = TOKENS[:8, :48]
+        short = ROWS[:8, :48]
         plan = Calibrated(other, collect_moments(other, short), probe_model(other, short)).plan((LAYER,))
         base, linear = folder / "base" / "model.onnx", folder / "linear" / "model.onnx"
         base.parent.mkdir()
@@ -120,21 +128,13 @@ def test_decoding_across_alone_sees_it_too(case: Case, name: str, monkeypatch: p
 def test_the_longest_row_of_a_batch_decides_for_all_in_long_rope(case: Case, form: str) -> None:
     """By transformers' own rule, in PyTorch as in the graph: a short row beside a long one is another row."""
     right = case("phi3", False, form)
-    long, short = TOKENS[0, :120], TOKENS[1, :30]
+    long, short = ROWS[0, :120], ROWS[1, :30]
     streams = torch_stream(right.model), ort_stream(right.baseline, 130)
     beside = [stream.prefill([long, short])[120:] for stream in streams]
     alone = [stream.prefill([short]) for stream in streams]
     for found in (beside, alone):
         assert np.abs(found[0] - found[1]).max() < 1e-3
     assert np.abs(beside[0] - alone[0]).max() > 0.1
-
-
-def test_a_plain_model_has_the_text_it_always_had(stories_model: torch.nn.Module, case: Case) -> None:
-    plain = replace(case("mistral", False, "concat"), model=stories_model)
-    rows, alone, crossings = parity_text(plain, True)
-    assert (alone, crossings) == ([], ())
-    assert [len(row) for row in rows] == [65 + STEPS, 42 + STEPS, 24 + STEPS]
-    assert crossing_check(crossings) == ()
 
 
 @pytest.mark.parametrize(
@@ -155,3 +155,84 @@ def test_what_is_said_of_a_length(
     assert [one.said for one in found] == [said]
     (check,) = crossing_check(found)
     assert check.status == ("skipped" if "not crossed" in said else "passed") and check.detail == said
+
+
+ENCODER_LAYER, TASK = 1, task_named(FEATURES)
+
+
+TOKEN_ROWS = np.random.default_rng(5).integers(3, VOCAB, (16, 150))
+
+
+EncoderMade = Callable[[str, bool], EncoderCase]
+
+
+def tokens(name: str) -> int:
+    return 2 * SWITCH if name == "modernbert" else SWITCH
+
+
+def form_of(model: torch.nn.Module) -> Any:
+    return encoder_form(model, TASK, None, {TOKENS: TOKEN_ROWS, MASK: TOKEN_ROWS})
+
+
+@pytest.fixture(scope="module")
+def encoder_case(tmp_path_factory: pytest.TempPathFactory) -> EncoderMade:
+    """An encoder, and the graphs of it, or of one in which nothing begins."""
+
+    @cache
+    def made(name: str, off: bool) -> EncoderCase:
+        folder: Path = tmp_path_factory.mktemp(name)
+        model, other = ENCODERS[name].model(), ENCODERS[name].model(off)
+        short = TOKEN_ROWS[:, :40].astype(np.int32)
+        probe = probe_inputs(other, batch_of_rows([{TOKENS: TOKEN_ROWS[:1, :n]} for n in (24, 16)]))
+        fit = fit_lmmse(collect_moments(other, short).layers[ENCODER_LAYER], "normed")
+        plan = Plan(
+            model="of a test",
+            hidden_size=other.config.hidden_size,
+            layer_count=2,
+            fit_input="normed",
+            criterion="by hand",
+            ridge=1e-6,
+            calibration_tokens=short.size,
+            layers={ENCODER_LAYER: LinearLayer(fit.w.astype(np.float32), fit.b.astype(np.float32))},
+            probe=probe.inputs,
+            probe_u=probe.x,
+            probe_y=probe.y,
+        )
+        base, linear = folder / "base" / "model.onnx", folder / "linear" / "model.onnx"
+        base.parent.mkdir()
+        export_torch(other, base, form=form_of(other))
+        rewrite_file(base, plan, linear)
+        settings = VerifySettings(quality=False, speed=False)
+        heldout = [{TOKENS: row[None, :40]} for row in TOKEN_ROWS[:4]]
+        return EncoderCase(model, plan, base, linear, settings, Silent(), TASK, None, heldout, "documents", 1)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "modernbert" else pytest.param(n, marks=exhaustive) for n in ENCODERS]
+)
+def test_an_encoder_that_has_it_passes(encoder_case: EncoderMade, name: str) -> None:
+    found = measure_encoder(encoder_case(name, False))
+    checks = {check.name: check for check in found.checks}
+    assert checks["parity"].status == checks["lengths"].status == "passed", found.checks
+    assert checks["lengths"].detail == f"{ENCODERS[name].key} {tokens(name)}: crossed by the rows"
+    (one,) = found.parity.crossings  # type: ignore[union-attr]
+    assert one.prompts == (tokens(name) + 8,)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "deberta" else pytest.param(n, marks=exhaustive) for n in ENCODERS]
+)
+def test_an_encoder_without_it_is_refused(
+    encoder_case: EncoderMade, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = encoder_case(name, True)
+    found = measure_encoder(wrong)
+    assert found.checks[0].status == "failed"
+    assert found.divergence is not None
+    assert found.divergence.startswith(
+        f"only the rows that cross {ENCODERS[name].key} {tokens(name)} differ: "
+    )
+    monkeypatch.setattr(module, "crossing_batches", lambda *_: ([], ()))
+    assert measure_encoder(wrong).checks[0].status == "passed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from nbl_export.calibrate.text import CalibrationText
 from nbl_export.linearize.plan import Plan
 from nbl_export.verify import decoder as module
 from nbl_export.verify.decoder import measure_decoder
-from nbl_export.verify.loss import measure_method_loss
 from nbl_export.verify.parity.figures import DecoderParity, gates_for
 from tests.runtime.fake_tensorrt import Graphs
 from tests.verify.measured import LAYERS, PARITY, case_of, changed, checks, with_fault
@@ -76,29 +74,6 @@ def test_a_plan_that_amplifies_rounding_is_told_from_a_fault_after_the_layers(
     found = measure_decoder(case_of(graphs, plan, text, graphs("concat"), path, PARITY))
     assert isinstance(found.parity, DecoderParity) and found.parity.rounding_noise == noise
     assert found.divergence and said in found.divergence
-
-
-def test_the_loss_is_of_the_held_out_text(graphs: Graphs, plan: Plan, text: CalibrationText) -> None:
-    short = replace(text, heldout=text.heldout[:2], heldout_document=text.heldout_document[:2])
-    linear = graphs("concat", "fp32", LAYERS)
-    found = measure_decoder(
-        case_of(graphs, plan, short, graphs("concat"), linear, replace(PARITY, quality=True))
-    )
-    assert found.method_loss == measure_method_loss(graphs.model, plan, short.heldout, short.heldout_document)
-    assert "method loss" not in checks(found)
-
-
-def test_speed_is_of_the_contexts_that_leave_room_for_a_token(
-    graphs: Graphs, plan: Plan, text: CalibrationText
-) -> None:
-    settings = replace(PARITY, speed=True, contexts=(8, 512), rounds=3)
-    linear = graphs("concat", "fp32", LAYERS)
-    found = measure_decoder(case_of(graphs, plan, text, graphs("concat"), linear, settings))
-    assert found.speed is not None
-    assert [(c.phase, c.context) for c in found.speed.cells] == [("prefill", 8), ("decode", 8)]
-    assert found.notes == ["Speed at 512 tokens is not measured: the model has 512 positions."]
-    # Whether it is believed is the machine's doing.
-    assert checks(found)["speed"].status in ("passed", "skipped")
 
 
 def test_a_float16_file_that_does_not_run_as_it_is_fails(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from nbl_export import api
@@ -19,7 +18,7 @@ from nbl_export.verify import encoder as module
 from nbl_export.verify.case import EncoderCase
 from nbl_export.verify.encoder import measure_encoder
 from nbl_export.verify.measurement import Measurement
-from nbl_export.verify.parity.figures import EncoderParity, Likeness
+from nbl_export.verify.parity.figures import EncoderParity
 from nbl_export.workspace import Workspace
 from tests.encoders import CLS, PAD, POSITIONS, SEP, as_sentence_transformer, text_encoder, write_text
 from tests.listening import Notes
@@ -125,23 +124,7 @@ def test_rows_are_cut_to_other_lengths_and_keep_their_ends(bert: EncoderCase, le
         assert real[-1] if left else real[0]
 
 
-def test_a_row_shorter_than_all_lengths_is_left_whole(bert: EncoderCase) -> None:
-    short = {n: np.concatenate([a[:, :7], a[:, -1:]], axis=1) for n, a in bert.heldout[0].items()}
-    batch = module._batch(replace(bert, heldout=[short]))
-    assert batch["input_ids"].tolist() == [short["input_ids"][0].tolist()] * 4
-    assert batch["attention_mask"].all()
-
-
 # loss and speed ----------------------------------------------------------------------------------
-
-
-def test_what_linearizing_costs_is_of_the_held_out_rows(bert: EncoderCase) -> None:
-    found = measure_encoder(replace(bert, settings=replace(PARITY, quality=True)))
-    assert isinstance(found.method_loss, Likeness)
-    assert (found.method_loss.documents, found.method_loss.unit) == (4, "documents")
-    states = next(m for m in found.method_loss.measures if m.what == "cosine of last_hidden_state")
-    assert states.count == sum(row["input_ids"].size for row in bert.heldout) and states.value < 1
-    assert "method loss" not in [c.name for c in found.checks]
 
 
 def test_one_row_of_each_length_that_the_model_has_positions_for_is_timed(bert: EncoderCase) -> None:

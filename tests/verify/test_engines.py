@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
-import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,29 +19,17 @@ from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.lengths import Crossed, Length
 from nbl_export.models.load import in_precision
-from nbl_export.packages import pip_line
-from nbl_export.progress import Silent
-from nbl_export.runtime import tensorrt as tensorrt_module
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.settings import VerifySettings
 from nbl_export.verify import engines as module
 from nbl_export.verify.case import fitting_prompts
 from nbl_export.verify.decoder import measure_decoder
-from nbl_export.verify.engines import (
-    RunningEngines,
-    engine_speed,
-    gpu_candidates,
-)
 from nbl_export.verify.measurement import Measurement
-from nbl_export.verify.speed.candidates import TIMED_STEPS, TorchPrompt
 from nbl_export.verify.speed.values import Result, Speed
-from tests.runtime.fake_tensorrt import Graphs, engine_file, loaded_engine, manifest_of
+from tests.runtime.fake_tensorrt import Graphs, loaded_engine, manifest_of
 from tests.verify.measured import LAYERS, PARITY, case_of, changed, checks
 
 L4 = Gpu("NVIDIA L4", "8.9")
-
-
-SHORT = Limits(max_batch=2, max_seq=12, max_context=12 + TIMED_STEPS)
 
 
 def timed(speed: Speed) -> dict[tuple[str, int, str], Result]:
@@ -53,51 +39,6 @@ def timed(speed: Speed) -> dict[tuple[str, int, str], Result]:
 
 def speedups(speed: Speed) -> list[tuple[int, str, float]]:
     return [(cell.context, cell.phase, over.value) for cell, _, over in speed.speedups()]
-
-
-def test_who_takes_part_on_a_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    copies: list[tuple[str, str]] = []
-
-    def in_precision(model: Any, dtype: str, device: str) -> Any:
-        assert model is graphs.model
-        copies.append((dtype, device))
-        return model
-
-    monkeypatch.setattr(module, "in_precision", in_precision)
-    paths = {"base": graphs("static"), "linearized": graphs("static", "fp32", (0, 3))}
-    streams = {role: EngineStream(loaded_engine(path, SHORT)) for role, path in paths.items()}
-    manifest = types.SimpleNamespace(precision="fp16", limits=Limits(4, 12, 28))
-    case: Any = types.SimpleNamespace(
-        model=graphs.model,
-        graphs=paths,
-        engines=(types.SimpleNamespace(manifest=manifest),),
-        settings=VerifySettings(rounds=3),
-        listener=Silent(),
-    )
-    running = RunningEngines(case, L4, streams)
-    candidates = {c.name: c for c in gpu_candidates(running)}
-    assert {name: c.base for name, c in candidates.items()} == {
-        "base engine": None,
-        "linearized engine": "base engine",
-        "onnxruntime CUDA, base": None,
-        "onnxruntime CUDA, linearized": "onnxruntime CUDA, base",
-        "PyTorch eager, base": None,
-    }
-    assert copies == []
-    made = [candidates["PyTorch eager, base"].make(context, 1) for context in (8, 12)]
-    assert copies == [("float16", "cuda")] and all(isinstance(m, TorchPrompt) for m in made)
-    for role, stream in streams.items():
-        prompt = candidates[f"{role} engine"].make(8, 1)
-        prompt.prefill()
-        assert stream.cache()[1].sum() == 8
-    # Whoever is made says the name it was entered under; the speedups go by it.
-    measured = Measurement()
-    speed, notes = engine_speed(running, (8, 13), measured), measured.notes
-    assert speed is not None
-    assert {name for name, _, _ in timed(speed)} | {n for n, _ in speed.absent()} == set(candidates)
-    assert [(c, p) for c, p, _ in speedups(speed)] == [(8, "prefill"), (8, "decode")]
-    assert notes[0].startswith("The engines are not timed at 13 tokens: they are built for a prefill of 12")
-    assert notes[1].startswith("Not timed on the GPU: onnxruntime CUDA, base: ")
 
 
 @pytest.mark.parametrize(("positions", "steps", "most"), [(512, 448, 447), (512, 10**5, 447), (32, 16, 15)])
@@ -249,44 +190,6 @@ def test_without_a_gpu_nothing_is_run_and_nothing_passes(
     assert (
         found["speed"].status == "skipped" and "does not compute in half precision" in found["speed"].detail
     )
-
-
-@pytest.mark.parametrize(
-    ("library", "gpu", "reason"),
-    [
-        ("10.16.1", L4, "built by tensorrt 10.16.0, installed is 10.16.1"),
-        (None, L4, pip_line("trt")),
-        ("10.16.0", Gpu("NVIDIA H100", "9.0"), "built for SM89; NVIDIA H100 has compute capability 9.0"),
-        ("10.16.0", L4, "needs a CUDA build of torch"),
-    ],
-)
-def test_what_does_not_fit_this_machine_is_skipped_with_the_reason(
-    graphs: Graphs,
-    text: CalibrationText,
-    plan: Plan,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    library: str | None,
-    gpu: Gpu,
-    reason: str,
-) -> None:
-    fake = library and types.ModuleType("tensorrt")
-    if fake:
-        fake.__version__ = library  # type: ignore[union-attr]
-    monkeypatch.setitem(sys.modules, "tensorrt", fake or None)  # type: ignore[arg-type]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for where in (module, tensorrt_module):
-        monkeypatch.setattr(where, "find_gpu", lambda: gpu)
-    base, linear = graphs("static"), graphs("static", "fp32", LAYERS)
-    pair = []
-    for path, role in ((base, "base"), (linear, "linearized")):
-        file = engine_file(path, tmp_path / f"{role}.engine", role=role)
-        pair.append(EngineFile(file, manifest_of(path, role=role)))
-    result = measure_decoder(case_of(graphs, plan, text, base, linear, PARITY, pair))
-    found = checks(result)
-    assert found["engine run"].status == "skipped" and reason in found["engine run"].detail
-    assert found["engine run"].detail.startswith("engine built (for SM89); not run: ")
-    assert "engine parity" not in found and result.engine_parity is None
 
 
 @pytest.fixture

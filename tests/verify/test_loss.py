@@ -88,22 +88,6 @@ def test_method_loss_against_numpy(stories_out: Path, stories_model: Any, layers
     assert set(to_json(found)) == set(type(found).__annotations__)
 
 
-def test_blocks_before_the_first_linear_layer_run_once(stories_out: Path, stories_model: Any) -> None:
-    text, ran = load_text(Workspace.open(stories_out).text), [0] * 5
-    hooks = [
-        block.register_forward_hook(lambda *_, i=i: ran.__setitem__(i, ran[i] + 1))
-        for i, block in enumerate(stories_model.model.layers)
-    ]
-    try:
-        measure_method_loss(
-            stories_model, plan_by_hand(stories_out, (2, 3)), text.heldout[:3], text.heldout_document[:3]
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert ran == [3, 3, 6, 6, 6]
-
-
 REPLACED = (1, 2)
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 
+from nbl_export.errors import InputError
+from nbl_export.runtime.stream import DecoderOutput, PastStream
+from nbl_export.verify.parity.decoder import compare_streams
 from nbl_export.verify.parity.figures import (
+    Figures,
     Gates,
     OutputParity,
     OutputsParity,
@@ -15,6 +22,7 @@ from nbl_export.verify.parity.figures import (
     StepParity,
     gates_for,
 )
+from nbl_export.verify.parity.vectors import compare_batches, compare_vectors, log_softmax
 
 GATES = gates_for("float32")
 
@@ -71,23 +79,6 @@ def test_each_gate_fails_alone(field: str, allowed: float, refused: float, name:
     assert failure.startswith(f"{name} is ") and "at step 1" in failure
     (failure,) = failures(float("nan"))
     assert failure.startswith(f"{name} is nan at step 1")
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "said"),
-    [
-        ("min_cosine", 0.99960123, "cosine is 0.999601 at"),
-        ("min_cosine", 0.99999894, "cosine is 0.99999894 at"),
-        ("min_cosine", -0.25, "cosine is -0.25 at"),
-        ("top1", 2 / 3, "top-1 agreement is 0.667 at"),
-        ("max_abs", 0.86712, "max |Δlogit| is 0.867 at"),
-        ("max_kl", 1.2345e-5, "KL is 1.23e-05 at"),
-        ("max_abs", float("inf"), "max |Δlogit| is inf at"),
-    ],
-)
-def test_what_fails_is_not_rounded_to_what_passes(field: str, value: float, said: str) -> None:
-    (failure,) = Parity((9,), (replace(PERFECT, **{field: value}),), GATES).failures()
-    assert failure.startswith(said)
 
 
 def parity_of(means: Sequence[float], limit: float = 1.5) -> Parity:
@@ -221,3 +212,326 @@ def test_every_output_is_held_to_its_own_loss() -> None:
     # Where PyTorch's own run is no number nothing is within it.
     broken = outputs(output(mean_abs=NAN), output("logits", mean_abs=0.1), gates=gates)
     assert len(parity.failures_against(broken, "PyTorch's own")) == 1
+
+
+def one_token(a: list[float], b: list[float]) -> Figures:
+    return compare_vectors(np.array([a], dtype=np.float32), np.array([b], dtype=np.float32), GATES.near_tie)
+
+
+def test_logit_figures_by_hand() -> None:
+    """softmax(0, ln 3) = (1/4, 3/4) against softmax(ln 3, 0) = (3/4, 1/4)."""
+    ln3 = math.log(3)
+    step = one_token([0, ln3], [ln3, 0])
+    assert step.tokens == 1
+    assert step.max_abs == step.mean_abs == step.p99_abs == pytest.approx(ln3, rel=1e-6)
+    # Relative to max(|a|, rms of a) with rms = ln 3 / √2: once √2, once 1.
+    assert step.max_rel == pytest.approx(math.sqrt(2), rel=1e-6)
+    assert step.mean_rel == pytest.approx((math.sqrt(2) + 1) / 2, rel=1e-6)
+    assert step.p99_rel == pytest.approx(1 + 0.99 * (math.sqrt(2) - 1), rel=1e-6)
+    assert step.min_cosine == pytest.approx(0, abs=1e-7)
+    assert step.max_kl == pytest.approx(ln3 / 2, rel=1e-6)
+    assert step.top1 == 0 and step.near_ties == 0
+
+
+def test_kl_is_from_the_reference() -> None:
+    """KL((1/2, 1/2) ‖ (1/4, 3/4)) is not the divergence the other way round."""
+    step = one_token([1, 1], [0, math.log(3)])
+    assert step.max_kl == pytest.approx(0.5 * math.log(4 / 3), rel=1e-6)
+    other = one_token([0, math.log(3)], [1, 1])
+    assert other.max_kl == pytest.approx(0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gap", "top1", "ties"), [(0.0019, 1.0, 1), (0.0021, 0.0, 0)], ids=["near-tie", "no near-tie"]
+)
+def test_near_ties_are_not_counted_against_the_graph(gap: float, top1: float, ties: int) -> None:
+    assert GATES.near_tie == 2e-3
+    step = one_token([1, 1 + gap, 0], [1 + gap, 1, 0])
+    assert (step.top1, step.near_ties) == (top1, ties)
+    # It is the reference that must be undecided, not the candidate.
+    assert one_token([1, 1.5, 0], [1.0005, 1, 0]).top1 == 0
+    # Agreement is agreement, however close.
+    assert one_token([1, 1 + gap, 0], [1, 1 + gap, 0]).near_ties == 0
+
+
+def test_figures_against_loops() -> None:
+    generator = np.random.default_rng(0)
+    a = generator.standard_normal((7, 11)).astype(np.float32)
+    b = (a + 0.3 * generator.standard_normal((7, 11))).astype(np.float32)
+    absolute, relative, cosines, kls, same = [], [], [], [], []
+    for x, y in zip(a.astype(np.float64), b.astype(np.float64), strict=True):
+        size = math.sqrt(sum(v * v for v in x) / 11)
+        absolute += [abs(v - w) for v, w in zip(x, y, strict=True)]
+        relative += [abs(v - w) / max(abs(v), size) for v, w in zip(x, y, strict=True)]
+        cosines.append(float(x @ y) / math.sqrt(float(x @ x) * float(y @ y)))
+        p, q = (np.exp(v) / np.exp(v).sum() for v in (x, y))
+        kls.append(float(np.sum(p * np.log(p / q))))
+        same.append(int(np.argmax(x) == np.argmax(y)))
+    found = compare_vectors(a, b, near_tie=0.0)
+    assert found.tokens == 7 and found.near_ties == 0 and 0 < found.top1 == sum(same) / 7 < 1
+    assert (found.max_abs, found.mean_abs) == pytest.approx((max(absolute), sum(absolute) / 77), rel=1e-12)
+    assert (found.max_rel, found.mean_rel) == pytest.approx((max(relative), sum(relative) / 77), rel=1e-12)
+    # Of 77 numbers in order, the 99th percentile lies between the last two: at 0.99 · 76 = 75.24.
+    for figure, values in ((found.p99_abs, sorted(absolute)), (found.p99_rel, sorted(relative))):
+        assert figure == pytest.approx(values[75] + 0.24 * (values[76] - values[75]), rel=1e-12)
+    assert found.min_cosine == pytest.approx(min(cosines), rel=1e-12)
+    assert found.max_kl == pytest.approx(max(kls), rel=1e-9)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_number_that_is_none_is_in_every_figure_of_distance(side: int, bad: float) -> None:
+    pair = [np.ones((3, 4), np.float32), np.ones((3, 4), np.float32)]
+    pair[side][1, 2] = bad
+    with np.errstate(invalid="ignore"):
+        found = compare_vectors(pair[0], pair[1], near_tie=0.0)
+    assert not np.isfinite([found.max_abs, found.mean_abs]).any()
+    # None of them keeps a gate, whichever it is.
+    assert not found.min_cosine >= 0.9 and not found.max_kl <= 1.0
+
+
+def test_logits_far_from_zero_do_not_overflow() -> None:
+    found = log_softmax(np.array([[1e4, 1e4 + math.log(3)], [-1e4, -1e4]]))
+    np.testing.assert_allclose(np.exp(found), [[0.25, 0.75], [0.5, 0.5]], rtol=1e-9)
+
+
+def test_zeros_are_equal_to_zeros_and_to_nothing_else() -> None:
+    zeros, ones = np.zeros((2, 20), np.float32), np.ones((2, 20), np.float32)
+    with np.errstate(all="raise"):
+        same = compare_vectors(zeros, zeros, near_tie=0.0)
+    with np.errstate(invalid="ignore"):  # between infinity and infinity there is no 99th percentile
+        found = compare_vectors(zeros, ones, near_tie=0.0)
+        lost = compare_vectors(ones, zeros, near_tie=0.0)
+    assert (same.max_abs, same.max_rel, same.min_cosine, same.max_kl, same.top1) == (0, 0, 1, 0, 1)
+    assert found.max_rel == float("inf") and found.min_cosine == 0
+    assert lost.max_rel == 1 and lost.min_cosine == 0
+
+
+INPUTS = {
+    "input_ids": np.ones((2, 4), dtype=np.int64),
+    "attention_mask": np.array([[1, 1, 1, 1], [1, 1, 0, 0]], dtype=np.int64),
+}
+
+
+def made_outputs() -> dict[str, Any]:
+    generator = np.random.default_rng(0)
+    shapes = {"last_hidden_state": (2, 4, 32), "pooler_output": (2, 32), "logits": (2, 5)}
+    return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def batch_failures(changed: dict[str, Any], gates: Gates = GATES) -> list[str]:
+    return compare_batches([made_outputs()], [changed], [INPUTS], gates).failures()
+
+
+def test_equal_outputs_pass_and_count_real_tokens() -> None:
+    parity = compare_batches([made_outputs()], [made_outputs()], [INPUTS], GATES)
+    assert not parity.failures() and parity.lengths == (4, 2)
+    assert {o.output: o.tokens for o in parity.outputs} == {
+        "last_hidden_state": 6,
+        "pooler_output": 2,
+        "logits": 2,
+    }
+
+
+def test_padding_is_not_compared_and_a_token_is() -> None:
+    changed = made_outputs()
+    changed["last_hidden_state"][1, 2:] = np.nan
+    assert not batch_failures(changed)
+    changed["last_hidden_state"][1, 1, 3] += 0.01
+    assert any("max relative difference of last_hidden_state" in f for f in batch_failures(changed))
+
+
+@pytest.mark.parametrize("name", ["last_hidden_state", "pooler_output", "logits"])
+def test_nan_or_a_missing_output_fails(name: str) -> None:
+    changed = made_outputs()
+    changed[name] = changed[name] * np.nan
+    assert batch_failures(changed)
+    del changed[name]
+    assert batch_failures(changed)
+
+
+def test_logits_are_held_to_their_own_gates() -> None:
+    changed = made_outputs()
+    changed["logits"] = np.roll(changed["logits"], 1, axis=1)
+    found = " ".join(batch_failures(changed))
+    assert "|Δlogit|" in found and "KL" in found and "top-1" in found and "relative" not in found
+
+
+VOCAB, HEADS, DIM = 5, 2, 3
+ROWS = [np.array([7, 8, 9, 10], dtype=np.int32), np.array([20, 21, 22], dtype=np.int32)]
+
+
+class Scripted:
+    """A decoder that answers with what it is given, and remembers what it was asked."""
+
+    def __init__(self, answers: Sequence[DecoderOutput], kv_layers: tuple[int, ...] = (0,)) -> None:
+        self.answers, self.kv_layers = list(answers), kv_layers
+        self.asked: list[tuple[Any, ...]] = []
+
+    def empty_past(self, batch: int) -> Any:
+        return f"nothing for {batch}"
+
+    def __call__(
+        self, input_ids: Any, attention_mask: Any, position_ids: Any, past: Any, num_logits: int = 0
+    ) -> DecoderOutput:
+        self.asked.append((input_ids, attention_mask, position_ids, past))
+        return self.answers[len(self.asked) - 1]
+
+
+def answers(layers: int = 1, seed: int = 0) -> list[DecoderOutput]:
+    """A prefill of three tokens and one decode step for two rows; the second has one padding token."""
+    generator = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> Any:
+        return generator.standard_normal(shape).astype(np.float32)
+
+    kv = [(normal(2, HEADS, 3, DIM), normal(2, HEADS, 3, DIM)) for _ in range(layers)]
+    longer = [tuple(np.concatenate([t, normal(2, HEADS, 1, DIM)], axis=2) for t in pair) for pair in kv]
+    return [
+        DecoderOutput(normal(2, 3, VOCAB), tuple(kv)),
+        DecoderOutput(normal(2, 1, VOCAB), tuple(longer)),  # type: ignore[arg-type]
+    ]
+
+
+def copied(outputs: Sequence[DecoderOutput]) -> list[DecoderOutput]:
+    return [
+        DecoderOutput(o.logits.copy(), tuple((k.copy(), v.copy()) for k, v in o.present)) for o in outputs
+    ]
+
+
+def compare(
+    reference: Sequence[DecoderOutput], candidate: Sequence[DecoderOutput], layers: tuple[int, ...] = (0,)
+) -> Parity:
+    return compare_streams(
+        PastStream(Scripted(reference, layers)), PastStream(Scripted(candidate, layers)), ROWS, 1, GATES
+    )
+
+
+def test_both_are_asked_the_same_with_their_own_caches() -> None:
+    a, b = Scripted(answers(seed=1)), Scripted(answers(seed=2))
+    parity = compare_streams(PastStream(a), PastStream(b), ROWS, 1, GATES)
+    assert parity.prompt_lengths == (3, 2)
+    for decoder in (a, b):
+        prefill, step = decoder.asked
+        assert prefill[0].tolist() == [[7, 8, 9], [0, 20, 21]]
+        assert prefill[1].tolist() == [[1, 1, 1], [0, 1, 1]]
+        assert prefill[2][0].tolist() == [0, 1, 2] and prefill[2][1, 1:].tolist() == [0, 1]
+        assert prefill[3] == "nothing for 2"
+        assert step[0].tolist() == [[10], [22]]
+        assert step[1].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
+        assert step[2].tolist() == [[3], [2]]
+        assert step[3] is decoder.answers[0].present
+        assert all(array.dtype == np.int64 for asked in decoder.asked for array in asked[:3])
+
+
+def test_several_steps_teach_the_rows_own_tokens() -> None:
+    outputs = answers()
+    decoders = [Scripted([outputs[0], *[outputs[1]] * 3]) for _ in range(2)]
+    for decoder in decoders:  # the caches need not grow for this
+        decoder.answers = [DecoderOutput(o.logits[:, -1:], ()) for o in decoder.answers]
+        decoder.kv_layers = ()
+    rows = [np.arange(4, dtype=np.int32), np.arange(10, 14, dtype=np.int32)]
+    parity = compare_streams(PastStream(decoders[0]), PastStream(decoders[1]), rows, 3, GATES)
+    assert [s.step for s in parity.steps] == [0, 1, 2, 3]
+    assert all(s.kv_worst_layer is None and s.kv_max_rel == 0 for s in parity.steps)
+    assert [asked[0].tolist() for asked in decoders[0].asked] == [
+        [[0], [10]],
+        [[1], [11]],
+        [[2], [12]],
+        [[3], [13]],
+    ]
+    assert [asked[2].tolist() for asked in decoders[0].asked] == [[[n], [n]] for n in range(4)]
+
+
+def test_equal_decoders_pass_with_nothing_to_report() -> None:
+    outputs = answers(layers=2)
+    parity = compare(outputs, copied(outputs), (0, 3))
+    assert parity.failures() == []
+    for step, tokens in zip(parity.steps, (5, 2), strict=True):
+        assert step.tokens == tokens
+        assert (step.max_abs, step.max_rel, step.max_kl, step.kv_max_abs, step.kv_max_rel) == (0,) * 5
+        assert step.top1 == 1 and step.near_ties == 0
+        assert step.min_cosine == pytest.approx(1, abs=1e-12)
+
+
+def test_figures_are_the_worst_token_s() -> None:
+    reference = answers()
+    candidate = copied(reference)
+    candidate[0].logits[1, 2, 4] += 0.25
+    step, clean = compare(reference, candidate).steps
+    assert step.max_abs == pytest.approx(0.25, rel=1e-6)
+    assert step.mean_abs == pytest.approx(0.25 / (5 * VOCAB), rel=1e-6)
+    x = reference[0].logits[1, 2].astype(np.float64)
+    y = candidate[0].logits[1, 2].astype(np.float64)
+    assert step.min_cosine == pytest.approx(float(x @ y) / math.sqrt(float(x @ x) * float(y @ y)), rel=1e-9)
+    p, q = (np.exp(v) / np.exp(v).sum() for v in (x, y))
+    assert step.max_kl == pytest.approx(float(np.sum(p * np.log(p / q))), rel=1e-6)
+    assert clean.max_abs == 0
+
+
+def test_kv_figures_by_hand() -> None:
+    """Relative to max(|a|, rms of the head's vector), over all real tokens of the cache."""
+    reference = answers(layers=2)
+    reference[1].present[1][0][1, 0, 2] = [3, 4, 0]  # rms √(25/3) = 2.887
+    candidate = copied(reference)
+    candidate[1].present[1][0][1, 0, 2] += np.array([0.0, 0.5, 0.25], dtype=np.float32)
+    first, second = compare(reference, candidate, (1, 4)).steps
+    assert first.kv_max_rel == 0
+    assert second.kv_max_abs == pytest.approx(0.5)
+    assert second.kv_max_rel == pytest.approx(0.5 / 4)
+    assert second.kv_worst_layer == 4
+    # Rows have 4 + 3 real tokens, 2 heads of 3: 42 numbers in each of 4 tensors.
+    expected = (0.5 / 4 + 0.25 / math.sqrt(25 / 3)) / 42 / 4
+    assert second.kv_mean_rel == pytest.approx(expected, rel=1e-6)
+
+
+def test_padding_is_ignored() -> None:
+    reference = answers()
+    candidate = copied(reference)
+    for side in (reference, candidate):
+        side[0].logits[1, 0] = np.nan if side is candidate else 100
+        for output in side:
+            for tensor in output.present[0]:
+                tensor[1, :, 0] = np.nan if side is candidate else 100
+    parity = compare(reference, candidate)
+    assert parity.failures() == []
+    assert parity.steps[0].max_abs == parity.steps[1].kv_max_abs == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("side", ["reference", "candidate"])
+def test_logits_that_are_no_numbers_fail(side: str, bad: float) -> None:
+    outputs = {"reference": answers(), "candidate": answers()}
+    outputs[side][1].logits[0, 0, 2] = bad
+    failures = compare(**outputs).failures()
+    assert any("Δlogit" in f and "step 1" in f for f in failures)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("which", ["key", "value"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_cache_that_is_no_number_fails_wherever_it_is(layer: int, which: str, step: int) -> None:
+    reference = answers(layers=3)
+    candidate = copied(reference)
+    candidate[step].present[layer][which == "value"][0, 1, 2, 0] = np.nan
+    parity = compare(reference, candidate, (0, 1, 2))
+    assert any("KV relative error" in f and f"step {step}" in f for f in parity.failures())
+    assert parity.steps[step].kv_worst_layer == layer
+
+
+def test_a_cache_of_another_shape_fails_and_is_named() -> None:
+    reference = answers(layers=2)
+    candidate = copied(reference)
+    key, value = candidate[1].present[1]
+    candidate[1] = DecoderOutput(candidate[1].logits, (candidate[1].present[0], (key[:, :, 1:], value)))
+    parity = compare(reference, candidate, (2, 7))
+    assert parity.steps[1].kv_max_rel == float("inf") and parity.steps[1].kv_worst_layer == 7
+    assert [f.split(" is ")[0] for f in parity.failures()] == ["KV relative error"]
+
+
+def test_caches_of_other_layers_are_refused() -> None:
+    with pytest.raises(InputError, match=r"caches layers \(0, 2\), the plan leaves \(0, 1\)"):
+        compare_streams(PastStream(Scripted([], (0, 1))), PastStream(Scripted([], (0, 2))), ROWS, 1, GATES)
+
+
+# gates -------------------------------------------------------------------------------------------

@@ -19,12 +19,9 @@ from nbl_export.verify.speed.candidates import (
     EnginePrompt,
     OrtPrompt,
     TorchPrompt,
-    graph_candidate,
     timed_row,
 )
-from nbl_export.verify.speed.ceiling import graph_cost
 from nbl_export.verify.speed.race import DECODE_STEPS, Rounds, decode_seconds, prefill_seconds, race
-from nbl_export.verify.speed.values import CandidateInfo
 from tests.fixtures_graph import maps_in_place, plan_by_hand
 from tests.runtime.fake_tensorrt import FakeEngine, Graphs, loaded_engine
 from tests.verify.clocked import Scripted
@@ -88,19 +85,6 @@ def test_pytorch_begins_anew_and_advances(stories_model: Any) -> None:
             np.testing.assert_allclose(layer.keys[0].numpy(), keys, rtol=0, atol=1e-4)
             np.testing.assert_allclose(layer.values[0].numpy(), values, rtol=0, atol=1e-4)
         assert prompt.memory_bytes() == 2 * 5 * 4 * (12 + steps) * 8 * 4
-
-
-def test_a_graph_takes_part_with_its_own_cost_and_is_loaded_only_when_asked(graphs: Graphs) -> None:
-    path = graphs("concat", "fp32", (0, 3))
-    candidate = graph_candidate("linearized", path, "base")
-    assert candidate.info == CandidateInfo("linearized", "base", graph_cost(path)) and candidate.graph == path
-    assert "model" not in vars(candidate.make)
-    prompts = [candidate.make(context, batch) for context, batch in ((8, 1), (12, 2))]
-    assert prompts[0].model is prompts[1].model  # type: ignore[attr-defined]
-    # Keys and values of three layers, four heads of eight float32.
-    for prompt, places in zip(prompts, (8, 24), strict=True):
-        prompt.prefill()
-        assert prompt.memory_bytes() == 2 * 3 * 4 * places * 8 * 4
 
 
 CONTEXT, ROOM = 11, 3

@@ -135,12 +135,3 @@ def test_milliseconds_by_hand(asked: list[Any]) -> None:
     each = 1e3 * (10 + 3 * (2 * 20 + 4 * 2))
     assert found == {"base": pytest.approx(2 * each), "linear": pytest.approx(each)}
     assert asked == [("prefill", [(1, 10), (2, 20)]), ("decode", [(2, 102)])]
-
-
-@pytest.mark.parametrize("anew", [False, True])
-def test_graphs_really_run(pair: Pair, monkeypatch: pytest.MonkeyPatch, anew: bool) -> None:
-    monkeypatch.setattr(module, "ROUNDS", 1)
-    monkeypatch.setattr(module, "cpu_machine", lambda: MACHINE)
-    work = [Workload(prefill=16, decode=2, context=24, batch=2)]
-    found = workload_ms(pair.base, {"one": pair.linearized, "two": pair.base}, work, anew=anew)
-    assert list(found) == ["base", "one", "two"] and all(ms > 0 for ms in found.values())
