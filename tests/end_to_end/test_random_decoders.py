@@ -338,19 +338,6 @@ def test_what_hides_a_layer_is_named(tmp_path: Path) -> None:
 # odd but valid -----------------------------------------------------------------------------------
 
 
-def test_a_bias_may_be_a_list_in_a_constant_node(tmp_path: Path) -> None:
-    c = replace(PLAIN, **FUSED, o_bias="skip norm")
-    weights = random_weights(c)
-    graph = written(c, weights)
-    for tensor in [t for t in graph.proto.graph.initializer if t.name.endswith(".o.bias")]:
-        graph.proto.graph.initializer.remove(tensor)
-        floats = numpy_helper.to_array(tensor).tolist()
-        node = onnx.helper.make_node("Constant", [], [tensor.name], value_floats=floats)
-        graph.proto.graph.node.insert(0, node)
-    path, plan, _ = rewritten(tmp_path, c, weights, graph, (0, 2), "normed")
-    assert_computes(path, c, weights, graph, plan)
-
-
 def test_an_attention_whose_output_is_an_output_is_refused_or_rewritten(tmp_path: Path) -> None:
     weights = random_weights(PLAIN)
     graph = written(PLAIN, weights)

@@ -10,13 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nbl_export import api
+from nbl_export.calibrate.moments import ARRAYS, load_moments
+from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError
-from nbl_export.stage_record import STAGES
+from nbl_export.linearize.plan import load_plan
+from nbl_export.workspace import Workspace
+from tests.command_line import Done, no_leftovers
 from tests.finished import QUICK, TWO, VERIFY
 from tests.listening import Notes
+from tests.several import torchrun
 
 GENERATION = "generation_config.json"
 
@@ -114,17 +120,6 @@ def test_a_file_that_travels_with_the_graph_is_exported_again(
         assert json.loads((out / GENERATION).read_text())["eos_token_id"] == [2, 7]
 
 
-def test_what_an_earlier_version_of_a_stage_made_is_made_again(
-    out: Path, model: Path, calibration: api.CalibrateSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = "rewrite"
-    monkeypatch.setitem(STAGES, stage, STAGES[stage] + 1)
-    notes = Notes()
-    api.run(model, out, TWO, calibration, VERIFY, notes)
-    assert stage not in notes.kept
-    assert f"{stage}: done again, since it was made by another version of nbl-export." in notes.notes
-
-
 def test_text_of_other_settings_is_not_taken_for_that_of_a_killed_calibration(
     out: Path, model: Path, calibration: api.CalibrateSettings
 ) -> None:
@@ -137,3 +132,132 @@ def test_text_of_other_settings_is_not_taken_for_that_of_a_killed_calibration(
     (out / "nbl" / "text.json").write_bytes(record)
     api.calibrate(model, out, calibration)
     assert text.read_bytes() == before
+
+
+LAYERS = 5
+# Kills the process VICTIM when it has passed AT blocks.
+KILLED = """
+import os, signal
+from nbl_export.calibrate import collect
+from nbl_export.cli.main import main
+
+passed, finish = [], collect._Work.finish
+
+def counted(work):
+    if len(passed) == int(os.environ["AT"]) and os.environ["RANK"] == os.environ["VICTIM"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    passed.append(None)
+    finish(work)
+
+collect._Work.finish = counted
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(stories_text: Path) -> api.CalibrateSettings:
+    return api.CalibrateSettings((str(stories_text),), samples=64, seq_len=128, heldout_samples=4)
+
+
+@pytest.fixture(scope="module")
+def options(asked: api.CalibrateSettings) -> list[object]:
+    """What is asked, on the command line."""
+    sizes = ("--samples", asked.samples, "--seq-len", asked.seq_len)
+    return ["--calibration", *asked.sources, *sizes, "--heldout-samples", asked.heldout_samples]
+
+
+@pytest.fixture(scope="module")
+def alone(
+    stories_folder: Path, asked: api.CalibrateSettings, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Calibrated by one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    api.calibrate(stories_folder, out, asked)
+    return out
+
+
+@pytest.fixture(scope="module")
+def both(stories_folder: Path, options: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibrated by two processes, with one voice."""
+    out = tmp_path_factory.mktemp("both") / "out"
+    done = torchrun(2, "calibrate", stories_folder, "-o", out, *options)
+    assert done.code == 0, done
+    assert done.out == f"Calibrated. Next: nbl-export select {out} --k K\n"
+    titles = ("Loading", "Running a short text", "Reading text", "Recording the probe", "Calibrating layer")
+    bars = done.err.splitlines()
+    assert len(bars) == len(titles), bars
+    assert all(title in bar for title, bar in zip(titles, bars, strict=True)), bars
+    no_leftovers(out)
+    return out
+
+
+def assert_same_moments(one: Path, other: Path) -> None:
+    (want, about), (found, also) = (load_moments(Workspace.open(out).moments) for out in (one, other))
+    assert about == also and set(found.layers) == set(want.layers) == set(range(LAYERS))
+    for index, layer in want.layers.items():
+        assert found.layers[index].n == layer.n
+        for name in ARRAYS:
+            value = getattr(layer, name)
+            gap = np.linalg.norm(getattr(found.layers[index], name) - value)
+            assert gap <= 1e-12 * np.linalg.norm(value), (index, name)
+
+
+def assert_said_once(done: Done, *words: str) -> None:
+    """One sentence of all processes, nothing on stdout, and torchrun fails."""
+    assert done.code == 1 and done.out == ""
+    assert "Traceback" not in done.err and "Internal error" not in done.err
+    said = [line for line in done.err.splitlines() if "error: " in line]
+    assert len(said) == 1 and said[0].startswith("error: "), done.err
+    for word in words:
+        assert word in said[0]
+
+
+def test_two_processes_calibrate_as_one_does(alone: Path, both: Path) -> None:
+    assert_same_moments(alone, both)
+    one, two = (load_text(Workspace.open(out).text) for out in (alone, both))
+    np.testing.assert_array_equal(one.calibration, two.calibration)
+    assert Workspace.open(alone).record("calibrate").key == Workspace.open(both).record("calibrate").key  # type: ignore[union-attr]
+
+
+def test_two_processes_select_as_one_does(alone: Path, both: Path, tmp_path: Path) -> None:
+    one = Path(shutil.copytree(alone, tmp_path / "one", copy_function=shutil.copy2))
+    plan = api.select(one, api.SelectSettings(k=2))
+    two = Path(shutil.copytree(both, tmp_path / "two", copy_function=shutil.copy2))
+    done = torchrun(2, "select", two, "--k", 2)
+    assert done.code == 0, done
+    assert done.out.startswith(f"Plan: layers {', '.join(map(str, plan.chosen))}. Next:")
+    assert done.err.count("Scoring layers") == done.err.count("Measuring layers") == 1
+    found = load_plan(Workspace.open(two).plan)
+    assert found.chosen == plan.chosen
+    for index, layer in plan.layers.items():
+        for want, have in ((layer.w, found.layers[index].w), (layer.b, found.layers[index].b)):
+            assert np.linalg.norm(have - want) <= 1e-6 * np.linalg.norm(want)
+    no_leftovers(two)
+
+
+def test_a_killed_process_ends_all_and_any_number_goes_on(
+    stories_folder: Path,
+    asked: api.CalibrateSettings,
+    options: list[object],
+    alone: Path,
+    tmp_path: Path,
+) -> None:
+    out, script = tmp_path / "out", tmp_path / "killed.py"
+    script.write_text(KILLED)
+    command = ("calibrate", stories_folder, "-o", out, *options)
+    first: dict[Path, int] = {}
+    partial = Workspace(out).partial_moments
+    for victim, at in ((1, 2), (0, 4)):
+        done = torchrun(2, *command, script=script, VICTIM=str(victim), AT=str(at))
+        assert_said_once(done, "run the same command again")
+        kept = {path: path.stat().st_mtime_ns for path in partial.iterdir()}
+        assert sorted(path.name for path in kept) == [f"{index:03}.safetensors" for index in range(at)]
+        # The second run does not write again what the first finished, and the third nothing of both.
+        assert {path: kept[path] for path in first} == first
+        first = kept
+        no_leftovers(out)
+    before = {path.name: path.stat().st_ino for path in first}
+    api.calibrate(stories_folder, out, asked)
+    moments = Workspace.open(out).moments
+    assert {name: (moments / name).stat().st_ino for name in before} == before
+    assert_same_moments(alone, out)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from nbl_export.errors import InputError
+from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.cache import kv_pairs, state_pairs
+from nbl_export.graph.facts import facts_of, summarize
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.roles import INPUTS_KEY, remember_roles, roles
+from nbl_export.graph.summary import Stored
+from nbl_export.rewrite.leave_out import remove_pairs
+from tests.sessions import cpu_session
 
 MS = "com.microsoft"
 
@@ -168,3 +175,230 @@ def test_what_a_rewrite_removes_is_remembered() -> None:
     assert meaning(model) == MEANING
     del model.metadata_props[INPUTS_KEY]
     assert "position_ids" not in meaning(model)
+
+
+def test_facts_are_what_onnx_counts(stories_out: Path) -> None:
+    path = stories_out / "model.onnx"
+    proto, facts = onnx.load(str(path)), facts_of(path)
+    names = {
+        onnx.TensorProto.FLOAT: "float32",
+        onnx.TensorProto.INT64: "int64",
+        onnx.TensorProto.BOOL: "bool",
+    }
+    counts = Counter(names[t.data_type] for t in proto.graph.initializer)
+    sizes: Counter[str] = Counter()
+    for tensor in proto.graph.initializer:
+        sizes[names[tensor.data_type]] += onnx.numpy_helper.to_array(tensor).nbytes
+    assert facts.initializers == {name: Stored(counts[name], sizes[name]) for name in counts}
+    assert facts.opsets == {"ai.onnx": proto.opset_import[0].version}
+    own = [i.name for i in proto.graph.input if not i.name.startswith("past")]
+    assert [i.partition(":")[0] for i in facts.inputs] == own
+    assert facts.outputs == ("logits: float32[batch_size, num_logits, 512]",)
+    assert facts.cache == "float32[batch_size, 4, past_sequence_length, 8]"
+    assert facts.summary.nodes == len(proto.graph.node)
+
+
+def test_a_summary_counts_what_onnx_counts(tiny_graph: Path) -> None:
+    proto = onnx.load(str(tiny_graph))
+    summary = summarize(load_graph(tiny_graph), tiny_graph)
+    assert summary.nodes == len(proto.graph.node) == sum(summary.ops.values())
+    assert summary.ops["Attention"] == summary.kv_pairs == 4
+    assert summary.ops["MatMul"] == 4 * 7 + 1  # q, k, v, o, gate, up, down, and the logits
+    assert (summary.inputs, summary.outputs) == (len(proto.graph.input), len(proto.graph.output))
+    assert summary.initializers == len(proto.graph.initializer)
+    assert summary.parameters == sum(int(np.prod(t.dims)) for t in proto.graph.initializer)
+    # Keys and values of four layers, two heads of eight float32.
+    assert summary.kv_bytes_per_token == 4 * 2 * 2 * 8 * 4
+    data = tiny_graph.with_name("model.onnx.data").stat().st_size
+    assert summary.file_bytes == tiny_graph.stat().st_size + data
+    absent = tiny_graph.with_name("elsewhere.onnx")
+    assert summarize(load_graph(tiny_graph), absent).file_bytes == data
+    # Of a file in another folder, what the graph reads of it.
+    below = tiny_graph.parents[1] / "model.onnx"
+    read = {t.name: onnx.numpy_helper.to_array(t).nbytes for t in proto.graph.initializer}
+    small = sum(size for size in read.values() if size < 1024)
+    assert summarize(load_graph(tiny_graph), below).file_bytes == sum(read.values()) - small
+
+
+SIDES = ("key", "typed")
+HEADS, DIM = 3, 2
+PAST, NEW, BATCH = 5, 4, 2
+
+
+def cache_graph(
+    layers: int,
+    questions: dict[str, tuple[str, dict[str, int]]] | None = None,
+    extra: list[onnx.NodeProto] | None = None,
+    without: tuple[str, ...] = (),
+) -> ir.Model:
+    """A cache_model_of whose layer i appends the number 10 i (key) or 10 i + 1 (typed) to its past.
+
+    ``questions`` are outputs: each the Shape of a tensor with the attributes given, as float.
+    """
+    questions = questions or {}
+    inputs, outputs, nodes, constants = [], [], [], []
+    inputs += [
+        helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "new"]),
+        helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+    ]
+    nodes.append(helper.make_node("Cast", ["input_ids"], ["logits"], to=TensorProto.FLOAT))
+    outputs.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "new"]))
+    for layer in range(layers):
+        for side, name in enumerate(SIDES):
+            past, present = f"past_key_values.{layer}.{name}", f"present.{layer}.{name}"
+            shape = ["batch", HEADS, "past", DIM]
+            inputs.append(helper.make_tensor_value_info(past, TensorProto.FLOAT, shape))
+            number = np.full((BATCH, HEADS, 1, DIM), 10 * layer + side, dtype=np.float32)
+            constants.append(numpy_helper.from_array(number, f"new.{layer}.{name}"))
+            nodes.append(helper.make_node("Concat", [past, f"new.{layer}.{name}"], [present], axis=2))
+            shape = ["batch", HEADS, "total", DIM]
+            outputs.append(helper.make_tensor_value_info(present, TensorProto.FLOAT, shape))
+    for name, (tensor, attributes) in questions.items():
+        nodes.append(helper.make_node("Shape", [tensor], [f"{name}.shape"], **attributes))
+        nodes.append(helper.make_node("Cast", [f"{name}.shape"], [name], to=TensorProto.FLOAT))
+        outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]))
+    nodes += extra or []
+    cache_model_of = helper.make_graph(
+        nodes,
+        "cache",
+        [v for v in inputs if v.name not in without],
+        [v for v in outputs if v.name not in without],
+        constants,
+    )
+    proto = helper.make_model(cache_model_of, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return ir.from_proto(proto)
+
+
+def run(model: ir.Model, feeds: dict[str, Any]) -> dict[str, Any]:
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto)
+    session = cpu_session(proto)
+    names = [i.name for i in session.get_inputs()]
+    assert set(names) <= set(feeds)
+    wanted = [o.name for o in session.get_outputs()]
+    return dict(zip(wanted, session.run(wanted, {n: feeds[n] for n in names}), strict=True))
+
+
+def feeds(layers: int) -> dict[str, Any]:
+    generator = np.random.default_rng(0)
+    past = {
+        f"past_key_values.{i}.{s}": generator.standard_normal((BATCH, HEADS, PAST, DIM)).astype(np.float32)
+        for i in range(layers)
+        for s in SIDES
+    }
+    ids = np.arange(BATCH * NEW, dtype=np.int64).reshape(BATCH, NEW)
+    return {"input_ids": ids, "attention_mask": np.ones((BATCH, PAST + NEW), np.int64), **past}
+
+
+def test_pairs_come_by_index_with_key_before_value() -> None:
+    model = cache_graph(12)
+    # The order of inputs and outputs is the file's, not ours to rely on.
+    inputs, outputs = list(model.graph.inputs), list(model.graph.outputs)
+    model.graph.inputs.clear()
+    model.graph.inputs.extend(reversed(inputs))
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(reversed(outputs))
+    pairs = kv_pairs(model)
+    assert [p.index for p in pairs] == list(range(12))
+    for pair in pairs:
+        assert [v.name for v in pair.past] == [f"past_key_values.{pair.index}.{s}" for s in SIDES]
+        assert [v.name for v in pair.present] == [f"present.{pair.index}.{s}" for s in SIDES]
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["past_key_values.1.key", "past_key_values.1.value", "present.1.key", "present.1.value"],
+)
+def test_incomplete_pairs_are_refused(missing: str) -> None:
+    with pytest.raises(InputError, match="KV cache 1 is incomplete"):
+        kv_pairs(cache_graph(3, without=(missing,)))
+
+
+@pytest.mark.parametrize("removed", [(), (0,), (11,), (0, 3, 10), (4, 5), tuple(range(12))])
+def test_the_rest_is_renumbered_in_order(removed: tuple[int, ...]) -> None:
+    model = cache_graph(12)
+    remove_pairs(model, removed, kv_pairs(model))
+    kept = [i for i in range(12) if i not in removed]
+    names = [f"past_key_values.{n}.{s}" for n in range(len(kept)) for s in SIDES]
+    assert [v.name for v in model.graph.inputs] == ["input_ids", "attention_mask", *names]
+    given = feeds(len(kept))
+    result = run(model, given)
+    assert set(result) == {"logits", *(n.replace("past_key_values", "present") for n in names)}
+    # Which layer a pair is of shows in the number that it appends.
+    for new, old in enumerate(kept):
+        for side, name in enumerate(SIDES):
+            present = result[f"present.{new}.{name}"]
+            assert np.array_equal(present[:, :, :PAST], given[f"past_key_values.{new}.{name}"])
+            assert np.array_equal(np.unique(present[:, :, PAST:]), [10 * old + side])
+
+
+QUESTIONS = {
+    "length": {"start": 2, "end": 3},
+    "batch": {"start": 0, "end": 1},
+    "heads": {"start": 1, "end": 2},
+    "all": {},
+    "from the length": {"start": 2},
+    "up to the heads": {"end": 2},
+    "counted from the end": {"start": -2, "end": -1},
+}
+ANSWERS = {
+    "length": [PAST],
+    "batch": [BATCH],
+    "heads": [HEADS],
+    "all": [BATCH, HEADS, PAST, DIM],
+    "from the length": [PAST, DIM],
+    "up to the heads": [BATCH, HEADS],
+    "counted from the end": [PAST],
+}
+
+
+@pytest.mark.parametrize("removed", [(0,), (0, 1)], ids=["a twin is kept", "no cache is left"])
+@pytest.mark.parametrize("side", SIDES)
+def test_questions_for_the_past_length_are_answered_without_it(removed: tuple[int, ...], side: str) -> None:
+    questions = {name: (f"past_key_values.0.{side}", attributes) for name, attributes in QUESTIONS.items()}
+    model = cache_graph(2, questions)
+    before = run(model, feeds(2))
+    remove_pairs(model, removed, kv_pairs(model))
+    assert [v.name for v in model.graph.inputs][2:] == [
+        f"past_key_values.0.{s}" for s in SIDES if len(removed) == 1
+    ]
+    after = run(model, feeds(2))
+    for name, expected in ANSWERS.items():
+        assert before[name].tolist() == after[name].tolist() == expected, name
+
+
+def test_a_past_that_is_still_read_is_an_error_naming_the_reader() -> None:
+    reader = helper.make_node("Relu", ["past_key_values.1.key"], ["kept"], name="the_reader")
+    model = cache_graph(2, extra=[reader])
+    model.graph.outputs.append(next(v for n in model.graph for v in n.outputs if v.name == "kept"))
+    with pytest.raises(BuildError, match=r"past_key_values\.1\.key cannot be removed: a Relu \(the_reader\)"):
+        remove_pairs(model, (1,), kv_pairs(model))
+
+
+def typed(name: str, *shape: int | str) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def cache_model_of(inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
+    return ir.Model(ir.Graph(inputs, outputs, nodes=[], opset_imports={"": 23}), ir_version=10)
+
+
+def test_a_state_is_an_input_and_an_output_of_one_name_of_which_the_batch_alone_is_open() -> None:
+    inputs = [
+        typed("input_ids", "batch", "sequence"),
+        typed("past.0.conv", "batch", 32, 3),
+        typed("past_recurrent.0", "batch", 4, 8, 8),
+        typed("past_key_values.1.key", "batch", 2, "past", 8),
+        typed("past.2.conv", "batch", 32, 3),  # no output
+    ]
+    outputs = [
+        typed("logits", "batch", "sequence", 260),
+        typed("present.0.conv", "batch", 32, 3),
+        typed("present_recurrent.0", "batch", 4, 8, 8),
+        typed("present_key_values.1.key", "batch", 2, "total", 8),
+    ]
+    found = state_pairs(cache_model_of(inputs, outputs))
+    assert [(p.past.name, p.present.name, p.shape) for p in found] == [
+        ("past.0.conv", "present.0.conv", (32, 3)),
+        ("past_recurrent.0", "present_recurrent.0", (4, 8, 8)),
+    ]
