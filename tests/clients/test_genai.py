@@ -110,32 +110,6 @@ def test_a_ragged_batch_gives_each_prompt_what_it_gives_alone(stories_copy: Path
 
 
 @pytest.mark.client
-def test_it_stops_at_the_end_of_a_turn_that_generation_config_alone_names(
-    stories_folder: Path, stories_text: Path, stories_out: Path, tmp_path: Path
-) -> None:
-    """Before and after the rewrite, at any of them, and not before."""
-    free = greedy(stories_out / "baseline" / GRAPH, PROMPT, COUNT)
-    turn = next(token for i, token in enumerate(free) if i > 4 and token not in free[:i])
-    model = Path(shutil.copytree(stories_folder, tmp_path / "model"))
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [turn, 511]}))
-    out = tmp_path / "out"
-    api.calibrate(
-        model, out, api.CalibrateSettings((str(stories_text),), samples=8, seq_len=64, heldout_samples=4)
-    )
-    api.select(out, api.SelectSettings(layers=(4,)))
-    api.export(out)
-    api.rewrite(out)
-    for folder in (out / "baseline", out):
-        told = json.loads((folder / "genai_config.json").read_text())["model"]["eos_token_id"]
-        assert told == [2, turn, 511]
-        tokens = generated(folder, PROMPT, None)
-        endless = greedy(folder / GRAPH, PROMPT, COUNT)
-        stop = endless.index(turn) + 1 if turn in endless else COUNT
-        assert tokens == endless[:stop]
-    assert len(generated(out / "baseline", PROMPT, None)) == free.index(turn) + 1 < COUNT
-
-
-@pytest.mark.client
 @pytest.mark.parametrize(
     "model_type", ["lfm2", *(pytest.param(name, marks=exhaustive) for name in ("bamba", "qwen3_next"))]
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import threading
@@ -17,12 +16,9 @@ import pytest
 
 from nbl_export import api
 from nbl_export.errors import InputError
-from nbl_export.models.load import load_tokenizer
-from nbl_export.models.source import find_model
 from tests.clients.greedy import greedy
 from tests.exhaustive import exhaustive
 from tests.families import build
-from tests.talking import TEMPLATE
 
 pytestmark = pytest.mark.client
 
@@ -134,39 +130,6 @@ def test_quantized_in_node(stories_text: Path, tmp_path: Path, modules: Path, pr
     assert sum(name.endswith(".key") for name in found["inputs"]) == 3
 
 
-CHAT = f"""
-import {{ env, pipeline }} from "@huggingface/transformers";
-env.localModelPath = "./";
-env.allowRemoteModels = false;
-const messages = [{{ role: "user", content: {PROMPT!r} }}];
-const talk = await pipeline("text-generation", "model");
-const prompt = talk.tokenizer.apply_chat_template(messages, {{ tokenize: false, add_generation_prompt: true }});
-const output = await talk(messages, {{ max_new_tokens: {COUNT}, do_sample: false }});
-console.log(JSON.stringify({{ prompt, said: output[0].generated_text.at(-1) }}));
-"""
-
-
-def test_a_chat_in_node(stories_folder: Path, stories_text: Path, tmp_path: Path, modules: Path) -> None:
-    """It reads the chat template in tokenizer_config.json alone."""
-    model = Path(shutil.copytree(stories_folder, tmp_path / "tiny"))
-    (model / "chat_template.jinja").write_text(TEMPLATE)
-    out, folder = tmp_path / "out", tmp_path / "web"
-    text = api.CalibrateSettings((str(stories_text),), samples=8, seq_len=64, heldout_samples=4)
-    assert api.run(
-        model, out, api.SelectSettings(layers=(1, 3)), text, api.VerifySettings(speed=False)
-    ).passed
-    folder.mkdir()
-    graph = packaged(out, folder, modules)
-    found = in_node(folder, CHAT)
-    tokenizer = load_tokenizer(find_model(str(model)))
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=True
-    )["input_ids"]
-    assert found["prompt"] == f"{tokenizer.bos_token}{PROMPT}"
-    said = tokenizer.decode(greedy(folder / graph, ids, COUNT), skip_special_tokens=True)
-    assert found["said"] == {"role": "assistant", "content": said}
-
-
 class Served:
     """A folder that is served on this machine, and what a page there has posted."""
 
@@ -238,41 +201,6 @@ def test_in_a_browser(stories_copy: Path, tmp_path: Path, modules: Path, served:
     graph = packaged(stories_copy, folder, modules)
     (folder / "page.html").write_text(PAGE)
     assert_generated(posted(served, tmp_path, "page.html"), folder, graph)
-
-
-# The page of the docs in a frame, which says when it is done.
-FRAME = """<!doctype html><iframe src="compare.html?run&model=model&wasm=WASM&library=LIBRARY"></iframe><script>
-setInterval(() => {
-  const page = document.querySelector("iframe").contentDocument;
-  if (page?.body?.dataset.done !== "yes") return;
-  const of = (id) => page.querySelector(id).textContent;
-  const both = (part) => [of(`#base ${part}`), of(`#model ${part}`)];
-  const found = { state: of("#state"), speeds: both(".speed"), texts: both(".text") };
-  fetch("/found", { method: "POST", body: JSON.stringify(found) });
-}, 500);
-</script>
-"""
-
-
-def test_the_page_of_the_docs(
-    stories_out: Path, stories_folder: Path, tmp_path: Path, modules: Path, served: Served
-) -> None:
-    """Base and linearized side by side, each with what it generates and how fast."""
-    folder = tmp_path / "web"
-    api.package(stories_out, folder / "model", layout="web", base=True)
-    (folder / "node_modules").symlink_to(modules)
-    shutil.copyfile(Path(__file__).parents[2] / "docs" / "examples" / "compare.html", folder / "compare.html")
-    library = "/node_modules/@huggingface/transformers/dist/transformers.js"
-    wasm = "/node_modules/onnxruntime-web/dist/"
-    (folder / "frame.html").write_text(FRAME.replace("LIBRARY", library).replace("WASM", wasm))
-    found = posted(served, tmp_path, "frame.html")
-    assert re.match(r"Linearized is \d+\.\d\d × as fast as base \(median of 3 rounds", found["state"]), found
-    assert all(re.fullmatch(r"\d+\.\d tokens/s", speed) for speed in found["speeds"])
-    tokenizer = load_tokenizer(find_model(str(stories_folder)))
-    ids = tokenizer(PROMPT).input_ids
-    for graph, text in zip(("base", "model"), found["texts"], strict=True):
-        tokens = greedy(folder / f"model/onnx/{graph}.onnx", ids, 49)
-        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_a_precision_that_it_does_not_run_is_refused(stories_copy: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The file holds the model's numbers in llama.cpp's order; tests/runtime/test_llama_cpp.py shows that it runs."""
+"""The file holds the model's numbers in llama.cpp's order; tests/runtime/test_forms.py shows that it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers as fields; that llama.cpp makes the same tokens is shown in tests/runtime/test_llama_cpp.py."""
+"""Tokenizers as fields; that llama.cpp makes the same tokens is shown in tests/runtime/test_forms.py."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.verify.parity.figures import MethodLoss
 from tests.clients.greedy import greedy
+from tests.clients.test_genai_images import generated
 from tests.end_to_end.matrix import ROWS, parity
 from tests.exhaustive import exhaustive
 from tests.exporters import GRAPH
@@ -155,28 +156,13 @@ def test_every_stage(
     logits = ort_stream(out / "model.onnx", 64).prefill([np.array(PROMPT)])
     assert logits.shape == (len(PROMPT), 260) and np.isfinite(logits).all()
     if inputs == "ids":
-        assert generated(out) == greedy(out / "model.onnx", PROMPT, COUNT)
+        assert generated(out, None, PROMPT) == greedy(out / "model.onnx", PROMPT, COUNT)
         return
     # Exported again with token ids, the embedding of the other export is gone, and nothing else is done again.
     api.export(out, api.ExportSettings(precision="fp32", kv_cache="concat"))
     api.rewrite(out)
     assert not (out / "embedding.onnx").exists()
-    assert generated(out) == greedy(out / "model.onnx", PROMPT, COUNT)
-
-
-def generated(folder: Path) -> list[int]:
-    """What onnxruntime-genai generates greedily, which knows the language models of both."""
-    genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
-    model = genai.Model(str(folder))
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(
-        max_length=len(PROMPT) + COUNT, min_length=len(PROMPT) + COUNT, do_sample=False
-    )
-    generator = genai.Generator(model, parameters)
-    generator.append_tokens(np.array([PROMPT], dtype=np.int32))
-    for _ in range(COUNT):
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)][len(PROMPT) :]
+    assert generated(out, None, PROMPT) == greedy(out / "model.onnx", PROMPT, COUNT)
 
 
 def test_embeddings_are_for_our_exporter_and_for_decoders() -> None:

@@ -30,7 +30,18 @@ from nbl_export.graph.io import (
     save_graph,
 )
 from nbl_export.graph.tensors import external_files, int64_initializer
-from tests.graph.external_data import DATA, external, graph_of, places, random_bytes, raw, resolved, save
+from tests.graph.external_data import (
+    DATA,
+    external,
+    graph_of,
+    nested_graph,
+    places,
+    random_bytes,
+    raw,
+    resolved,
+    save,
+    two_file_graph,
+)
 from tests.interruptions import killed_at_change
 from tests.sessions import cpu_session
 
@@ -114,7 +125,8 @@ def test_ranges_that_do_not_fit_are_refused(tmp_path: Path, place: tuple[int, in
 # writing -----------------------------------------------------------------------------------------
 
 
-def test_every_byte_arrives_in_aligned_ranges_each_once(two_files: Path, tmp_path: Path) -> None:
+def test_every_byte_arrives_in_aligned_ranges_each_once(tmp_path: Path) -> None:
+    two_files = two_file_graph(tmp_path / "source")
     out, steps = tmp_path / "out" / "model.onnx", []
     model = load_graph(two_files)
     assert save_graph(model, out, progress=steps.append) == [out, out.with_name(DATA)]
@@ -167,7 +179,9 @@ def test_types_from_memory(tmp_path: Path, name: str, monkeypatch: pytest.Monkey
     assert (written.data_type, tuple(written.dims)) == (tensor.dtype.value, tensor.shape.numpy())
 
 
-def test_nested_tensors_are_written(nested: Path, tmp_path: Path) -> None:
+def test_nested_tensors_are_written(tmp_path: Path) -> None:
+    nested = nested_graph(tmp_path / "nested")
+
     def outputs(path: Path) -> list[np.ndarray]:
         given = {"x": np.ones(4096, np.float32)}
         return [cpu_session(path).run(None, {**given, "flag": np.array(f)})[0] for f in (True, False)]

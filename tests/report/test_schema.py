@@ -308,11 +308,6 @@ def test_of_other_engines_only_what_the_graphs_gave_is_kept(later: Report, earli
         assert set(kept(failed, earlier).kept) == {"method_loss", "speed"}
 
 
-@pytest.fixture
-def report(stories_out: Path) -> Report:
-    return load_report(stories_out / "report" / "report.json")
-
-
 def front_matter(card: str) -> dict[str, object]:
     _, header, _ = card.split("---\n", 2)
     found: dict[str, object] = yaml.safe_load(header)
