@@ -97,24 +97,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, verb: Callable
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        lambda out: api.select(out, api.SelectSettings(k=-1)),
-        lambda out: api.export(out, api.ExportSettings("fp8")),
-        lambda out: api.verify(out, api.VerifySettings(rounds=2)),
-        lambda out: api.evaluate(out, api.EvalSettings(retrieval=False)),
-        lambda out: api.bench(out, api.BenchSettings(rounds=2)),
-    ],
-    ids=["select", "export", "verify", "evaluate", "bench"],
-)
-def test_settings_are_refused_before_a_folder_is_opened(tmp_path: Path, verb: Callable[[Path], Any]) -> None:
-    """What is wrong with the settings is said, not what is wrong with the folder."""
-    with pytest.raises(InputError) as refused:
-        verb(tmp_path / "nowhere")
-    assert "nowhere" not in str(refused.value)
-
-
 # what is read -------------------------------------------------------------------------------------
 
 

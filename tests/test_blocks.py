@@ -18,7 +18,6 @@ from nbl_export.blocks import (
     as_json,
     attentions,
     block_of,
-    counted,
     described,
     from_json,
     grouped,
@@ -128,15 +127,6 @@ def test_what_was_chosen_is_told_from_its_parts(blocks: tuple[Block, ...]) -> No
 
 def test_what_is_dropped_without_a_map_before_it_is_alone() -> None:
     assert grouped([Mlp(1)], [1, 2, Mlp(2), 5]) == (1, Mlp(1), 2, Mlp(2), 5)
-
-
-def test_spans_are_counted_with_their_layers() -> None:
-    assert counted([Span(1, 2)]) == "1 span of 2 layers"
-    assert counted([3, Mlp(4), Span(1, 2), Span(6, 6)]) == (
-        "1 attention layer, 1 MLP and 2 spans of 3 layers together"
-    )
-    assert described(Span(3, 3)) == "layer 3 as a whole"
-    assert described(Span(3, 5)) == "layers 3 to 5 as a whole"
 
 
 def test_the_most_blocks_that_a_model_can_have() -> None:

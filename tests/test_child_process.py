@@ -13,11 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
+from nbl_export import errors
+from nbl_export.checkpoint import Checkpoint, saving_to
 from nbl_export.child_process import ChildError, Tell, in_child
-from nbl_export.errors import BuildError, CalibrationError
+from nbl_export.errors import BuildError, CalibrationError, first_line, os_error_in_words
+from nbl_export.progress import Mebibytes, bytes_task, mebibytes
+from tests.interruptions import send
+from tests.listening import Notes
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 60  # for what must end by itself
@@ -200,3 +206,169 @@ def test_files_where_the_user_stands_are_no_modules(tmp_path: Path, monkeypatch:
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user')")
     monkeypatch.chdir(tmp_path)
     assert child(double, {"value": 1, "tell": []}) == [2, str(tmp_path)]
+
+
+# checkpoint ----------------------------------------------------------------------------------------
+
+
+class Saved:
+    """Counts what is saved where."""
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+
+    def __call__(self, path: Path) -> None:
+        self.paths.append(path)
+
+
+@pytest.fixture
+def saved() -> Saved:
+    return Saved()
+
+
+def test_what_takes_long_is_saved_from_time_to_time(tmp_path: Path, saved: Saved) -> None:
+    with saving_to(Checkpoint(tmp_path / "c", every_seconds=0.05), saved) as between:
+        between()
+        assert saved.paths == []
+        time.sleep(0.06)
+        between()
+        between()  # the clock starts again
+        assert saved.paths == [tmp_path / "c"]
+        time.sleep(0.06)
+        between()
+    assert saved.paths == [tmp_path / "c"] * 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_interrupt_waits_for_the_next_step_and_saves(
+    tmp_path: Path, saved: Saved, signum: int
+) -> None:
+    steps = []
+    with pytest.raises(KeyboardInterrupt), saving_to(Checkpoint(tmp_path / "c"), saved) as between:
+        for step in range(3):
+            steps.append(step)
+            if step == 1:
+                send(signum)()
+                assert saved.paths == []  # held back
+            between()
+    assert steps == [0, 1] and saved.paths == [tmp_path / "c"]
+
+
+def test_the_second_interrupt_stops_at_once(tmp_path: Path, saved: Saved) -> None:
+    reached = False
+    with pytest.raises(KeyboardInterrupt), saving_to(Checkpoint(tmp_path / "c"), saved):
+        send(signal.SIGINT)()
+        send(signal.SIGINT)()
+        reached = True
+    assert not reached and saved.paths == []
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_handlers_are_as_before_when_it_is_over(tmp_path: Path, saved: Saved, ends: str) -> None:
+    def mine(*_: object) -> None:
+        raise AssertionError("the handler of somebody else was called")
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            with saving_to(Checkpoint(tmp_path / "c"), saved):
+                assert signal.getsignal(signal.SIGTERM) is not mine
+                if ends == "badly":
+                    raise ZeroDivisionError
+        except ZeroDivisionError:
+            pass
+        assert signal.getsignal(signal.SIGTERM) is mine and signal.getsignal(signal.SIGINT) is interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# errors --------------------------------------------------------------------------------------------
+
+
+def os_error(number: int, filename: str | None = "model.onnx.data") -> OSError:
+    return OSError(number, os.strerror(number), filename)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_a_full_disk_says_what_to_do_and_that_nothing_is_lost(number: int) -> None:
+    error = os_error_in_words(os_error(number), "while writing the graph")
+    assert type(error) is errors.InputError
+    text = str(error)
+    assert text.startswith("No room on the disk while writing the graph (model.onnx.data): ")
+    assert "free some space" in text
+    assert "--output" in text
+    assert "finished stages are kept" in text
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_missing_permission_says_where(number: int) -> None:
+    text = str(os_error_in_words(os_error(number), "while writing the graph"))
+    assert text.startswith("No permission while writing the graph (model.onnx.data): ")
+    assert "a folder you can write to" in text
+
+
+def test_any_other_error_keeps_the_reason() -> None:
+    text = str(os_error_in_words(os_error(errno.ENOTDIR), "while writing the graph"))
+    assert text == "Not a directory while writing the graph (model.onnx.data)."
+    assert str(os_error_in_words(OSError("it broke"), "while reading")) == "it broke while reading."
+
+
+def test_a_short_write_of_numpy_is_a_full_disk() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises(OSError) as caught:
+        np.zeros(1 << 20).tofile(full)
+    assert str(os_error_in_words(caught.value, "while writing")).startswith(
+        "No room on the disk while writing"
+    )
+
+
+def test_the_first_line_of_what_a_library_says() -> None:
+    assert first_line(ValueError("\n One thing.\nAnother.")) == "One thing"
+    assert first_line(ValueError()) == "ValueError"
+    assert first_line(KeyError(2)) == "KeyError: 2"
+
+
+def test_an_interrupt_behind_the_error_of_a_library_is_found() -> None:
+    def caught(first: BaseException, explicit: bool) -> BaseException:
+        try:
+            try:
+                raise first
+            except BaseException as error:
+                raise RuntimeError("its own") from error if explicit else ValueError("another")
+        except RuntimeError as error:
+            return error
+
+    interrupt = errors.Interrupted(15)
+    assert errors.interrupt_behind(caught(interrupt, True)) is interrupt
+    assert errors.interrupt_behind(caught(ValueError("no"), True)) is None
+    assert errors.interrupt_behind(interrupt) is interrupt
+
+
+# progress ------------------------------------------------------------------------------------------
+
+MIB = 1 << 20
+
+
+def test_amounts_add_up_however_they_are_cut() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        amounts = generator.integers(0, 3 * MIB, 15).tolist()
+        task = Notes()
+        done = Mebibytes(task, sum(amounts))
+        for i, amount in enumerate(amounts):
+            done(amount)
+            assert sum(task.advanced) == min(sum(amounts[: i + 1]) // MIB, mebibytes(sum(amounts)))
+        done.finish()
+        assert sum(task.advanced) == mebibytes(sum(amounts))
+        assert all(step > 0 for step in task.advanced), "a step of nothing is not told"
+
+
+def test_a_task_of_bytes_is_whole_when_its_block_ends() -> None:
+    listener = Notes()
+    with bytes_task(listener, "Writing", 5 * MIB) as done:
+        done(MIB)
+        assert listener.advanced == [1]
+    assert listener.tasks == [("Writing", 5, "MiB", 0)] and sum(listener.advanced) == 5

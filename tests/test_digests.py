@@ -15,7 +15,6 @@ import pytest
 from nbl_export import digests as module
 from nbl_export.digests import Digests
 from nbl_export.files import sha256_of
-from tests.listening import Notes
 
 
 @pytest.fixture
@@ -122,19 +121,3 @@ def test_a_damaged_file_is_ignored_and_written_anew(
 ) -> None:
     kept(tmp_path).write_bytes(content)
     assert [read_by_the_next(file, tmp_path, reads) for _ in range(2)] == [True, False]
-
-
-def test_what_takes_long_is_shown_as_one_task(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = tmp_path / "other"
-    other.write_bytes(b"\0" * (3 << 20))
-    quick, shown = Notes(), Notes()
-    Digests(listener=quick).of_all([file, other], "Reading m")
-    assert quick.tasks == []
-    monkeypatch.setattr(module, "_LONG", 1 << 20)
-    found = Digests(listener=shown)
-    found.of_all([file, other], "Reading m")
-    assert shown.tasks == [("Reading m", 3, "MiB", 0)] and sum(shown.advanced) == 3
-    found.of(other)
-    assert len(shown.tasks) == 1, "it is not read again"

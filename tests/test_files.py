@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from nbl_export.errors import InputError
 from nbl_export.files import (
@@ -30,6 +37,8 @@ from nbl_export.files import (
     write_sealed,
     write_text,
 )
+from nbl_export.records import from_json, part_from_json, to_json
+from nbl_export.tensorfile import format_of, load_tensors, save_tensors
 from tests.folders import files_in
 
 
@@ -143,13 +152,6 @@ def test_a_name_that_leaves_its_folder_is_refused(tmp_path: Path, name: object) 
         member(folder, name, "A name")
 
 
-@pytest.mark.parametrize("name", ["x", "a/b.json", "..x", "a b", "new/folder/x", "inner"])
-def test_a_name_below_its_folder_is_a_path(tmp_path: Path, name: str) -> None:
-    (tmp_path / "x").write_text("ours")
-    (tmp_path / "inner").symlink_to("x")
-    assert member(tmp_path, name, "A name") == tmp_path / name
-
-
 def test_the_bytes_are_on_the_disk_before_the_name_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,3 +240,156 @@ def test_what_python_cannot_hold_is_no_toml(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(TomlError):
         read_table(path)
+
+
+# tensorfile ----------------------------------------------------------------------------------------
+
+ARRAYS = {
+    "a": np.arange(6.0).reshape(2, 3),
+    "b": np.array([1, 2], dtype=np.int64),
+    "c": np.zeros((0, 2), np.float32),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    save_tensors(tmp_path / "x.safetensors", "kind/1", ARRAYS, {"note": "n"})
+    return tmp_path / "x.safetensors"
+
+
+def test_round_trip(path: Path) -> None:
+    tensors, metadata = load_tensors(path, "kind/1", "do it again")
+    assert metadata == {"format": "kind/1", "note": "n"}
+    assert format_of(path) == "kind/1"
+    assert set(tensors) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert tensors[name].dtype == array.dtype
+        np.testing.assert_array_equal(tensors[name], array)
+
+
+def test_a_changed_bit_is_refused_wherever_it_is(path: Path) -> None:
+    raw = path.read_bytes()
+    for position in (len(raw) - 1, raw.index(b"note") + 1, raw.index(b"kind/1")):
+        path.write_bytes(raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :])
+        with pytest.raises(InputError, match="do it again"):
+            load_tensors(path, "kind/1", "do it again")
+
+
+def test_another_format_says_which(path: Path) -> None:
+    with pytest.raises(InputError, match=r"kind/1, expected kind/2\): do it again"):
+        load_tensors(path, "kind/2", "do it again")
+    safetensors.numpy.save_file({"a": ARRAYS["a"]}, path)
+    with pytest.raises(InputError, match="no mark of nbl-export"):
+        load_tensors(path, "kind/1", "do it again")
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 64])
+def test_what_is_no_safetensors_file(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_tensors(path, "kind/1", "do it again")
+    with pytest.raises(InputError, match="not a readable safetensors"):
+        format_of(path)
+
+
+def test_a_full_disk_keeps_its_error_number(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object) -> None:
+        raise safetensors.SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
+
+    before = path.read_bytes()
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError) as caught:
+        save_tensors(path, "kind/1", ARRAYS)
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+# records -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    layer: int
+    kl: float
+    kind: Literal["full", "sliding"] = "full"
+
+
+@dataclass(frozen=True)
+class Other:
+    saved: float
+
+
+@dataclass(frozen=True)
+class Page:
+    title: str
+    rows: tuple[Row, ...]
+    first: Row | None = None
+    either: Row | Other | None = None
+    by_layer: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    free: Mapping[str, Any] = field(default_factory=dict)
+
+
+PAGE = Page(
+    "loss",
+    (Row(0, 0.25), Row(1, math.inf, "sliding")),
+    first=Row(2, -math.inf),
+    either=Other(1.5),
+    by_layer={"3": 0.5},
+    notes=["a", "b"],
+    free={"any": [1, {"thing": None}]},
+)
+
+
+def read(raw: Any) -> Page:
+    return from_json(Page, raw, "The page", "write it again")
+
+
+def test_a_value_survives_json() -> None:
+    again = read(json.loads(json.dumps(to_json(PAGE), allow_nan=False)))
+    assert again.rows == PAGE.rows and again.first == PAGE.first and again.either == PAGE.either
+    assert dict(again.by_layer) == PAGE.by_layer and list(again.notes) == PAGE.notes
+    assert again.free == PAGE.free and again.title == PAGE.title
+    assert isinstance(again.rows, tuple) and isinstance(again.rows[0], Row)
+
+
+def test_nan_survives() -> None:
+    raw = to_json(Page("x", (Row(0, math.nan),)))
+    assert raw["rows"][0]["kl"] == "nan" and math.isnan(read(raw).rows[0].kl)
+
+
+def test_missing_fields_take_their_defaults() -> None:
+    assert read({"title": "x", "rows": []}) == Page("x", ())
+
+
+BAD = {
+    "an unknown field": {"title": "x", "rows": [], "titel": "y"},
+    "an unknown field inside": {"title": "x", "rows": [{"layer": 0, "kl": 1.0, "kll": 2}]},
+    "no title": {"rows": []},
+    "a number for a string": {"title": 3, "rows": []},
+    "a string for a number": {"title": "x", "rows": [{"layer": 0, "kl": "much"}]},
+    "a string for a count": {"title": "x", "rows": [{"layer": "0", "kl": 1.0}]},
+    "true for a count": {"title": "x", "rows": [{"layer": True, "kl": 1.0}]},
+    "a word that is no choice": {"title": "x", "rows": [{"layer": 0, "kl": 1.0, "kind": "other"}]},
+    "a list": [1, 2],
+    "nothing": None,
+    "rows that are a number": {"title": "x", "rows": 4},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_page_is_refused_in_one_sentence(name: str) -> None:
+    with pytest.raises(InputError, match=r"^The page is damaged \(.+\): write it again\.$") as caught:
+        read(BAD[name])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_part_of_an_object() -> None:
+    asked = {"layer": 3, "kl": 0.5, "other": [1]}
+    assert part_from_json(Row, asked, "The row", "write it again") == Row(3, 0.5)
+    for bad in ({**asked, "layer": "3"}, {"layer": 3}):
+        with pytest.raises(InputError, match=r"^The row is damaged \(.+\): write it again\.$"):
+            part_from_json(Row, bad, "The row", "write it again")

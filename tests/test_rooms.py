@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.imports import imports, modules
+import nbl_export
 
 # From the top of the house to its ground floor; a room imports from those below it and from itself.
 ROOMS = (
@@ -102,3 +104,30 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 def test_no_file_is_too_long() -> None:
     lines = {str(path): path.read_text(encoding="utf-8").count("\n") for path in modules().values()}
     assert {path: count for path, count in lines.items() if count > LONGEST} == {}
+
+
+# imports -------------------------------------------------------------------------------------------
+
+PACKAGE = Path(nbl_export.__file__).parent
+
+
+def modules(package: Path = PACKAGE) -> dict[str, Path]:
+    """Every module of ``package`` by its dotted name."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
+    """Each module of ``known`` that ``source`` imports, wherever the import stands, and its line."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name their module in full"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if inner in known or node.module in known:
+                    yield (inner if inner in known else str(node.module)), node.lineno

@@ -7,13 +7,15 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.stage_record import key_of
+from nbl_export.stage_record import MODEL as MODEL_READ
+from nbl_export.stage_record import SIDECARS, STAGES, StageRecord, key_of, stale
 from nbl_export.workspace import ReadOnly, Workspace
 from tests.folders import files_in
 
@@ -181,13 +183,6 @@ def test_a_damaged_stage_record_is_refused(workspace: Workspace, record: Any) ->
         Workspace.open(workspace.root).is_done("calibrate", KEY)
 
 
-def test_create_refuses_a_file(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(InputError, match=r"out is a file; --output must be a folder\.$"):
-        Workspace.create(tmp_path / "out")
-    assert (tmp_path / "out").read_text() == "mine"
-
-
 def test_create_refuses_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for root in (tmp_path / "file" / "out", Path("/proc/nbl-export-test")):
@@ -308,11 +303,6 @@ def chain(workspace: Workspace) -> Workspace:
     return workspace
 
 
-def test_what_was_made_of_what_there_is_now_is_current(chain: Workspace) -> None:
-    assert [chain.stale(name) for name in ("calibrate", "select", "rewrite")] == [None] * 3
-    assert chain.current("rewrite") == chain.require("rewrite")
-
-
 @pytest.mark.parametrize(
     ("settings", "content"), [({"samples": 4}, b"moments" * 100), (ASKED, b"others!" * 100)]
 )
@@ -330,12 +320,6 @@ def test_a_stage_done_again_makes_stale_whatever_was_made_of_it(
         InputError, match=r"`rewrite` in .* is out of date \(of `select`, .*run `nbl-export rewrite .*` again"
     ):
         chain.require("rewrite")
-
-
-def test_a_model_whose_other_files_changed_makes_stale_what_was_made_of_it(chain: Workspace) -> None:
-    chain.found_model({**MODEL, "model": "n" * 64})
-    assert chain.stale("calibrate") == "the model's tokenizer, code or other files have changed"
-    assert str(chain.stale("rewrite")).startswith("of `select`, of `calibrate`, the model's")
 
 
 @pytest.mark.parametrize(
@@ -367,3 +351,68 @@ def test_a_folder_that_is_looked_at_changes_in_memory_alone(workspace: Workspace
     new.set_model(MODEL)
     assert new.model_info == MODEL and not (tmp_path / "new").exists()
     assert {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()} == before
+
+
+# stage record --------------------------------------------------------------------------------------
+
+
+def record(stage: str, settings: dict[str, int], made_of: dict[str, str], content: str = "x") -> StageRecord:
+    key = key_of(stage, settings, made_of)
+    return StageRecord(key, settings, {"file": content}, 1.0, (), made_of, STAGES[stage])
+
+
+def test_the_key_is_of_every_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {
+        key_of("select", {"k": 2}, {"calibrate": "a"}),
+        key_of("export", {"k": 2}, {"calibrate": "a"}),
+        key_of("select", {"k": 3}, {"calibrate": "a"}),
+        key_of("select", {"k": 2}, {"calibrate": "b"}),
+        key_of("select", {"k": 2}, {"calibrate": "a", "export": "c"}),
+    }
+    monkeypatch.setitem(STAGES, "select", STAGES["select"] + 1)
+    assert len({*keys, key_of("select", {"k": 2}, {"calibrate": "a"})}) == 6
+
+
+def test_a_tuple_and_the_list_that_json_makes_of_it_are_one_setting() -> None:
+    assert key_of("select", {"layers": (1, 2)}, {}) == key_of("select", {"layers": [1, 2]}, {})
+
+
+def test_the_result_is_of_the_key_and_of_the_files() -> None:
+    one = record("calibrate", {}, {})
+    results = {one.result, record("calibrate", {"a": 1}, {}).result, record("calibrate", {}, {}, "y").result}
+    assert len(results) == 3
+    # How long it took and what it said is no part of it.
+    assert replace(one, seconds=2.0, notes=("a",)).result == one.result
+
+
+@pytest.mark.parametrize(
+    ("settings", "made_of", "words"),
+    [
+        ({"k": 3}, {MODEL_READ: "m"}, "it was made with another k"),
+        ({"k": 2, "rank": 4}, {MODEL_READ: "m"}, "it was made with another rank"),
+        ({"k": 2}, {MODEL_READ: "n"}, "the model's tokenizer, code or other files have changed"),
+        (
+            {"k": 2},
+            {MODEL_READ: "m", SIDECARS: "s"},
+            "the model's generation configuration or chat template has changed",
+        ),
+        ({"k": 2}, {MODEL_READ: "m", "export": "e"}, "`export` was done again"),
+        ({"k": 2}, {MODEL_READ: "m", "text": "t"}, "its text changed"),
+        ({"k": 2}, {MODEL_READ: "m"}, None),
+    ],
+)
+def test_which_input_is_another_is_said(
+    settings: dict[str, int], made_of: dict[str, str], words: str | None
+) -> None:
+    assert record("select", {"k": 2}, {MODEL_READ: "m"}).other_inputs("select", settings, made_of) == words
+
+
+def test_a_record_that_names_a_stage_which_is_not_there() -> None:
+    """An empty result, which no stage has, is no way around it."""
+    select = record("select", {}, {"calibrate": ""})
+    assert stale({"select": select}, "select", {}) == "`calibrate` was done again"
+
+
+def test_a_stage_without_the_one_above_it_is_stale() -> None:
+    below = record("select", {}, {"calibrate": "gone"})
+    assert stale({"select": below}, "select", {}) == "`calibrate` was done again"

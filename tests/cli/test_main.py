@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,10 @@ import numpy as np
 import onnx
 import pytest
 
+from nbl_export.cli.main import COMMANDS, app, words_of
+from nbl_export.settings.choices import CACHES, CRITERIA, LIBRARIES, PEERS, PRECISIONS, TARGETS
+from nbl_export.settings.definition import UsageError, settings_of
+from nbl_export.settings.file import TABLES
 from tests.command_line import (
     ENVIRONMENT,
     FAST,
@@ -304,3 +310,169 @@ def test_an_interrupted_export_leaves_no_graph(out: Path) -> None:
     assert_interrupted(done)
     no_leftovers(out)
     assert not (out / "baseline" / "model.onnx").exists()
+
+
+# main words ----------------------------------------------------------------------------------------
+
+ODD: dict[tuple[str, ...], str] = {
+    ("run",): "MODEL is missing",
+    ("run", "--trt"): "MODEL is missing",
+    ("build",): "OUT is missing",
+    ("build", "--trt"): "OUT is missing",
+    ("build", "--trt", "rtx"): "OUT is missing",
+    ("select",): "OUT is missing",
+    ("--k",): "--k needs a value",
+    ("--k", "2"): "MODEL is missing",
+    ("--trt",): "MODEL is missing",
+    ("-o",): "--output needs a value",
+    ("-o", "out"): "MODEL is missing",
+    ("--",): "MODEL is missing",
+    ("-",): "Unknown option: -",
+    ("",): "An argument is empty",
+    ("build", ""): "An argument is empty",
+    ("verify", "", "--no-speed"): "An argument is empty",
+    ("model", "--k", "2", "-o", ""): "-o is empty",
+    ("model", "--k="): "--k is ''",
+    ("selct", "out"): "selct is no command, and no model here; did you mean select.",
+    ("select", "out", "--max-kl", "inf"): "--max-kl is inf; give a finite number",
+    ("verify", "out", "--max-ppl-ratio", "1e400"): "--max-ppl-ratio is inf; give a finite number",
+    ("bench", "out", "--seconds", "inf"): "--seconds is inf; give a finite number",
+    ("calibrate", "model", "-o", "out", "--calibration="): "--calibration is empty; give some text",
+    ("help",): "did you mean --help.",
+    ("build", "out", "more"): "more is more than this command takes",
+    ("rewrite",): "give OUT alone, or --onnx",
+    ("--config",): "--config needs a value",
+}
+
+
+@pytest.mark.parametrize("line", ODD, ids=" ".join)
+def test_an_odd_line_is_one_sentence(tmp_path: Path, line: tuple[str, ...]) -> None:
+    assert_refused(nbl(*line, cwd=tmp_path), 2, ODD[line])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bare_it_shows_the_help_and_fails() -> None:
+    """A script that forgot its arguments must not go on."""
+    done, asked = nbl(), nbl("--help")
+    assert (done.code, done.out) == (2, "") and asked.code == 0
+    assert done.err == asked.out
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("selct", "select"), ("verfy", "verify"), ("reports", "report"), ("Run", "run")]
+)
+def test_a_misspelled_command_is_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"did you mean {meant}$"):
+        words_of([word, "out"])
+    (tmp_path / word).mkdir()
+    assert words_of([word, "out"]) == ["run", word, "out"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["gpt2", "t5-small", "bert-base-uncased", "tests", "owner/select", "./selct", "clip", "bloom-560m"],
+)
+def test_a_model_is_no_misspelled_command(model: str) -> None:
+    assert words_of([model, "--k", "2"]) == ["run", model, "--k", "2"]
+
+
+@pytest.fixture(scope="module")
+def completion() -> str:
+    """The script that a shell is given."""
+    return app.generate_completion(shell="bash")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("run model --kv-cache ", CACHES),
+        ("run model --kv-cache st", ("static",)),
+        ("export out --precision ", PRECISIONS),
+        ("run model --target ", tuple(TARGETS)),
+        ("select out --criterion ", tuple(CRITERIA)),
+        ("select out --k ", ("auto",)),
+        ("run model --trt ", LIBRARIES),
+        ("bench out --peer ", PEERS),
+        ("sel", ("select",)),
+    ],
+)
+def test_a_shell_completes_what_can_be_chosen(completion: str, typed: str, offered: tuple[str, ...]) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    words = ["nbl-export", *typed.split(" ")]
+    asked = (
+        f"COMP_WORDS=({' '.join(shlex.quote(w) for w in words)})\nCOMP_CWORD={len(words) - 1}\n"
+        '_nbl_export\necho "${COMPREPLY[@]}"\n'
+    )
+    done = subprocess.run([bash, "--norc"], input=completion + asked, capture_output=True, text=True)
+    assert sorted(done.stdout.split()) == sorted(offered), done.stderr
+
+
+# diff ----------------------------------------------------------------------------------------------
+
+
+def test_a_worse_loss_fails_the_gate(stories_out: Path, stories_three: Path) -> None:
+    done = nbl("diff", stories_out, stories_three)
+    assert done.code == 0 and "PASS  (checks); " in done.out and "perplexity ratio" in done.out
+    done = nbl("diff", stories_out, stories_three, "--max-ppl-increase", "1.1")
+    assert done.code == 1 and done.err == ""
+    assert "FAIL  (perplexity increase); " in done.out
+    words = " ".join(done.out.split())
+    assert "above the 1.1 asked for" in words and "added 4" in words
+    assert nbl("diff", stories_three, stories_out, "--max-ppl-increase", "1.1").code == 0
+
+
+def test_markdown_alone_on_the_output(stories_out: Path, stories_three: Path, tmp_path: Path) -> None:
+    words = ["diff", stories_out, stories_three, "--max-ppl-increase", "1.1", "--markdown"]
+    piped, written = nbl(*words, "-"), nbl(*words, tmp_path / "diff.md")
+    assert piped.code == written.code == 1
+    assert piped.out.startswith("# nbl-export diff: FAIL\n\n**FAIL** (perplexity increase)")
+    assert (tmp_path / "diff.md").read_text() == piped.out
+    assert "FAIL  (perplexity increase)" in written.out and "<details>" not in written.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{out}"], "B is missing"),
+        (["{out}", "nowhere"], "nowhere does not exist: name an output folder"),
+        (["{out}", "{out}/model.onnx"], "is a report and B ("),
+        (["{out}", "{out}/config.json"], "is no report, bench or evaluation of nbl-export"),
+        (["{out}", "{out}", "--max-slowdown", "0.5"], "--max-slowdown is 0.5; it must be 1 or more"),
+        (["{out}", "{out}", "--max-slowdown", "nan"], "--max-slowdown is nan"),
+        (["{out}", "{out}", "--markdown", "{out}/report/report.json"], "is no comparison of nbl-export"),
+        (["{out}", "{out}", "--markdown", "{out}"], "name a file in a folder"),
+        (["{out}", "{out}", "--markdown", "x/y/z.md"], "name a file in a folder"),
+        (["{out}", "{out}", "--markdown"], "--markdown needs a value"),
+    ],
+)
+def test_bad_usage_is_one_sentence(stories_out: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    done = nbl("diff", *(word.format(out=stories_out) for word in words), cwd=tmp_path)
+    assert_refused(done, 2, said)
+    assert not list(tmp_path.iterdir())
+
+
+# help ----------------------------------------------------------------------------------------------
+
+COLUMNS, LINES = 100, 50
+
+
+def shown(*words: str) -> str:
+    environment = {**os.environ, "COLUMNS": str(COLUMNS), "LINES": str(LINES), "TERM": "dumb"}
+    done = subprocess.run(
+        [sys.executable, "-m", "nbl_export", *words], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name in TABLES])
+def test_a_command_explains_all_its_options(command: str) -> None:
+    text = shown(command, "-h")
+    for one in settings_of(TABLES[command]):
+        assert f"--{one.key}" in text
+        assert " ".join(one.help.split()[:3]) in re.sub(r"[│\s]+", " ", text)

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nbl_export import ranks
 from nbl_export.blocks import Mlp
 from nbl_export.cli import bars, output, terminal
 from nbl_export.cli.bars import TerminalListener
-from nbl_export.cli.terminal import show_report, show_tables
+from nbl_export.cli.main import _command
+from nbl_export.cli.terminal import show_diagnosis, show_report, show_tables
 from nbl_export.errors import InputError
+from nbl_export.evaluate.results import Means
+from nbl_export.models.source import ModelIdentity
+from nbl_export.records import Check
 from nbl_export.report.drawing import Table
-from nbl_export.report.schema import Report, load_report
+from nbl_export.report.evaluation import Evaluation
+from nbl_export.report.schema import Report, environment, load_report
+from nbl_export.settings import EvalSettings
 
 TABLE = Table(
     "A title", ("", "n", "result"), (("first", "1", "passed"), ("second", "1,234", "failed")), "A note."
@@ -89,3 +99,190 @@ def test_a_log_file_has_all_that_is_said(
 def test_a_log_file_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"No such file or directory opening --log-file .*none/a\.log"):
         output.set_up(False, False, tmp_path / "none" / "a.log")
+
+
+# answers -------------------------------------------------------------------------------------------
+
+Asked = Callable[..., Any]
+
+
+@pytest.fixture
+def out(stories_out: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Asked]:
+    """Called with the words of a command: its exit code, what is on stdout, and what is on stderr."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nbl-export", *map(str, words)])
+        code = _command()
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    yield call
+    ranks.end()  # what `main` ends: a test of several processes in this one would find it begun
+    terminal.set_up(False, False, None)
+
+
+def test_each_command_answers_with_one_object(asked: Asked, out: Path) -> None:
+    code, text, _ = asked("inspect", out / "model.onnx", "--json")
+    assert code == 0 and [t["title"] for t in json.loads(text)["tables"]]
+    assert json.loads(text)["schema"] == output.ANSWER and json.loads(text)["command"] == "inspect"
+
+    code, text, _ = asked("select", out, "--k", 1, "--criterion", "cca", "--json")
+    found = json.loads(text)
+    assert code == 0 and found["k"] == len(found["layers"]) == 1 and found["fit"] == "lmmse"
+    assert found["out"] == str(out)
+
+    code, text, _ = asked("rewrite", out, "--json")
+    assert code == 0 and json.loads(text)["graph"] == str(out / "model.onnx")
+
+    code, text, _ = asked("verify", out, "--no-quality", "--no-speed", "--json")
+    assert code == 0 and json.loads(text) == json.loads((out / "report" / "report.json").read_text())
+
+    code, text, _ = asked("report", out, "--json")
+    assert code == 0 and json.loads(text)["schema"] == "nbl-export/report/2"
+
+
+def test_an_error_is_an_object_too(asked: Asked, tmp_path: Path) -> None:
+    code, text, said = asked("inspect", tmp_path / "nothing", "--json")
+    found = json.loads(text)
+    assert code == found["exit_code"] == 2 and found["schema"] == "nbl-export/error/1"
+    assert said == f"error: {found['error']}\n" and "does not exist" in found["error"]
+    code, text, _ = asked("selct", "--json")
+    assert code == 2 and "did you mean select" in json.loads(text)["error"]
+
+
+# bars ----------------------------------------------------------------------------------------------
+
+
+def test_a_task_of_parts_says_which_it_is_at_within_eighty_columns(screen: Any) -> None:
+    err = screen("err", width=80, colours=True)
+    with TerminalListener().task("Calibrating layer", 5_242_880, "tokens") as task:
+        for layer in range(80):
+            task.part(layer + 1, 80)
+            task.advance(65_536)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", err.getvalue())
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    assert "Calibrating layer 80/80" in lines[-1] and "5.24M/5.24M tokens" in lines[-1]
+    # One line that is drawn over itself, never a second one.
+    assert all(len(line.rstrip()) <= 80 and "Calibrating layer" in line for line in lines)
+    assert err.getvalue().count("\n") <= 1
+
+
+def drawn(listener: TerminalListener) -> list[Any]:
+    assert listener._drawn is not None
+    return list(listener._drawn.tasks)
+
+
+def test_a_task_within_another_is_a_bar_below_it_until_it_ends(screen: Any) -> None:
+    err = screen("err")
+    listener = TerminalListener()
+    for title in ("First", "Second"):
+        with listener.task(title, 2, "layers") as outer:
+            with listener.task(f"within {title}", 1, "model") as inner:
+                inner.advance(1)
+                assert [(t.description, t.visible) for t in drawn(listener)] == [
+                    (title, True),
+                    (f"within {title}", True),
+                ]
+            outer.advance(2)
+    words = [line.split("━")[0].split(None, 1)[1].strip() for line in err.getvalue().splitlines()]
+    assert words == ["First", "Second"]
+    with pytest.raises(ValueError, match="x"), listener.task("Third", 1, "layers"):
+        raise ValueError("x")
+    with listener.task("Fourth", 1, "layers"):
+        pass
+    assert "Fourth" in err.getvalue()
+
+
+def test_a_log_gets_lines_where_no_bar_is_drawn(screen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar would say nothing before it ends, after hours."""
+    monkeypatch.setattr(bars, "_LINES", 0)
+    err, on_terminal = screen("err", width=80), "·"
+    with TerminalListener().task("Calibrating layer", 40_000, "tokens") as task:
+        task.part(4, 4)
+        task.advance(30_000)
+    assert err.getvalue().startswith("· Calibrating layer 4/4: 30.0k/40.0k tokens, ")
+    terminal = screen("err", width=80, colours=True)
+    with TerminalListener().task("Calibrating layer", 4, "tokens") as task:
+        task.advance(4)
+    assert on_terminal not in terminal.getvalue()
+
+
+# terminal ------------------------------------------------------------------------------------------
+
+
+THREE = Table(
+    "A title",
+    ("", "n", "result"),
+    (("first [row]", "1", "passed"), ("second", "1,234", "failed"), ("third", "5", "skipped")),
+    "A note.",
+)
+
+
+def test_a_table_has_its_title_its_note_and_every_cell(screen: Any) -> None:
+    text = screen("out")
+    show_tables([THREE, replace(THREE, title="Another", note="")])
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    assert lines[0] == "A title" and lines.count("A note.") == 1 and "Another" in lines
+    # What looks like markup is text. Figures stand flush right.
+    assert "first [row]      1   passed" in lines and "second       1,234   failed" in lines
+    assert text.getvalue().count("1,234") == 2
+
+
+def test_a_report_ends_with_its_verdict_and_where_to_look(screen: Any, report: Report) -> None:
+    text = screen("out", width=160)
+    show_report(report, Path("out"))
+    shown = text.getvalue().splitlines()
+    verdict = next(line for line in shown if line.startswith("PASS"))
+    assert re.match(r"PASS  \(graph rewrite, parity\); perplexity × \d\.\d{3}, KL .* no bound asked", verdict)
+    said = shown[shown.index(verdict) + 1].strip()
+    assert said == "2 of 5 attention layers of stories260K are now linear: layers 2, 3"
+    assert shown[-1].split() == ["model", "out/model.onnx", "report", "out/report/report.html"]
+    titles = [line for line in shown if line.rstrip() in ("Graph", "Checks")]
+    assert [t.strip() for t in titles] == ["Graph", "Checks"], "the verdicts come last"
+    assert "Layers by cca" not in text.getvalue()
+
+
+IDENTITY = ModelIdentity("a/model", "folder", None, "0" * 64)
+
+
+def evaluation(*checks: Check) -> Evaluation:
+    return Evaluation("now", "1.0", IDENTITY, environment(), EvalSettings(), {}, checks, (), (), (), Means())
+
+
+def test_what_looks_like_markup_or_is_obeyed_is_text_everywhere(screen: Any) -> None:
+    err, out = screen("err", 120, True), screen("out", 120)
+    listener = TerminalListener()
+    with listener.task("a[/b]\x1b[2J", 1, "rows") as task:
+        task.advance(1)
+    listener.note("x[/b]\x07\u202e")
+    terminal.say("y[/b]\x9b2J")
+    evil = replace(THREE, title="[/b]\x1b", columns=("[/c]", "\x07", "d"), note="\x1b]0;t\x07 [/n]")
+    show_tables([evil])
+    assert "a[/b]�[2J" in err.getvalue() and "x[/b]��" in err.getvalue()
+    assert all(text in out.getvalue() for text in ("y[/b]�2J", "[/b]�", "[/c]", "�]0;t� [/n]"))
+    assert not any(c in err.getvalue() + out.getvalue() for c in "\x07\x9b\u202e")
+
+
+def test_a_diagnosis_ends_with_whether_the_main_job_runs(screen: Any) -> None:
+    from nbl_export.doctor import Diagnosis
+    from tests.test_packages import MISSING, parts
+
+    machine = {"Python": "3.11"}
+    found = Diagnosis("0.1", "/clone", machine, parts(tensorrt=MISSING), (), ("A long problem. " * 20,))
+    text = screen("out", width=80)
+    show_diagnosis(found)
+    lines = text.getvalue().splitlines()
+    assert lines[-1] == "The main job runs here." and lines[0].startswith("nbl-export 0.1 from")
+    line = next(one.pip for one in found.parts if one.package == "tensorrt")
+    assert f"    {line}" in lines, "a line that can be copied is not broken"
+    assert lines[-2].count("A long problem.") == 20
+    show_diagnosis(replace(found, lacking=("torch is\x1b[31m missing.",)))
+    assert text.getvalue().splitlines()[-2:] == [
+        "torch is\N{REPLACEMENT CHARACTER}[31m missing.",
+        "The main job does not run here.",
+    ]

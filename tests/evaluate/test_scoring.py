@@ -190,11 +190,6 @@ def test_a_context_is_read_once_for_all_its_continuations(path_of: Callable[[str
     assert letters.passes == [100]
 
 
-def test_a_continuation_needs_a_context() -> None:
-    with pytest.raises(ValueError, match="one token at least"):
-        log_likelihoods(Counting.__new__(Counting), [Pair((), (1,))], Limits(8, VOCAB))
-
-
 # Going on from rows ------------------------------------------------------------------------------
 
 

@@ -20,7 +20,6 @@ from nbl_export.evaluate.tasks import (
     run_task,
     sample,
     shapes,
-    task_files,
 )
 from nbl_export.packages import pip_line
 from nbl_export.settings import EvalSettings
@@ -142,36 +141,6 @@ def test_a_bad_row_is_named(tmp_path: Path, name: str) -> None:
     assert str(path) in str(refusal.value) and words in str(refusal.value)
 
 
-FIRST = {
-    "unknown fields": ({"prompt": "a", "label": 1}, "no task has rows with the fields prompt, label"),
-    "no blank": ({"sentence": "None.", "choices": ["a", "b"], "gold": 0}, "has no blank"),
-    "empty target": ({"context": "a", "target": " "}, "'target' is empty"),
-    "too many letters": (
-        {"subject": "s", "question": "q", "choices": [str(i) for i in range(27)], "gold": 0},
-        "27 choices; there are letters for 26",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FIRST)
-def test_a_bad_first_row_is_named(tmp_path: Path, name: str) -> None:
-    row, words = FIRST[name]
-    with pytest.raises(InputError, match=f"line 1: .*{words}"):
-        find_tasks([str(written(tmp_path / "rows.jsonl", [row]))], EvalSettings())
-
-
-def test_paths_that_name_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no tasks"):
-        task_files(str(tmp_path))
-    for missing in (str(tmp_path / "none"), "./none", "none.jsonl.gz"):
-        with pytest.raises(InputError, match="does not exist"):
-            task_files(missing)
-    (tmp_path / "rows.csv").write_text("a,b\n")
-    with pytest.raises(InputError, match="is not a task"):
-        task_files(str(tmp_path / "rows.csv"))
-    assert task_files("hellaswag") is None
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -187,14 +156,6 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, w
 
 
 # finding them -------------------------------------------------------------------------------------
-
-
-def test_names_of_the_harness(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"hellaswagg is neither .*near: .*hellaswag"):
-        find_tasks(["hellaswagg"], EvalSettings())
-    written(tmp_path / "rows.jsonl", [QUESTION])
-    with pytest.raises(InputError, match="Two tasks are called rows"):
-        find_tasks([str(tmp_path), str(tmp_path / "rows.jsonl")], EvalSettings())
 
 
 def test_sources_are_refused_before_a_row_is_read(tmp_path: Path) -> None:

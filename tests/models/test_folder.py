@@ -180,7 +180,7 @@ def test_a_tokenizer_names_no_files_elsewhere(folder: Path, name: str, key: str)
 
 
 def test_a_saved_tokenizer_is_one_that_both_major_versions_know(tiny_folder: Path, tmp_path: Path) -> None:
-    """tests/test_docs_commands.py has 4.57 read one."""
+    """tests/test_docs.py has 4.57 read one."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     files = save_tokenizer(tokenizer, tmp_path)
     assert set(files) == set(tmp_path.iterdir())

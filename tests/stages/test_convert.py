@@ -21,9 +21,13 @@ from nbl_export.cli import main
 from nbl_export.errors import MissingDependencyError
 from nbl_export.linearize.plan import LinearLayer, load_plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.packages import part
 from nbl_export.report.schema import load_report
+from nbl_export.settings.graphs import PRECISIONS
 from nbl_export.stages import forms as stage
+from nbl_export.stages.forms import FORMS, Form
 from nbl_export.stages.inspection import inspect
+from nbl_export.stages.run import Run
 from tests.converting import needs
 from tests.listening import Notes
 
@@ -231,3 +235,34 @@ def test_a_folder_for_openvino_is_proven_with_its_cache_and_its_tokens(
     models = ("openvino_model", "openvino_tokenizer", "openvino_detokenizer")
     assert names >= {"config.json", *(f"{m}.{end}" for m in models for end in ("xml", "bin"))}
     assert not [name for name in names if name.startswith(".")]
+
+
+# forms ---------------------------------------------------------------------------------------------
+
+CASES = [(to, precision) for to, precisions in PRECISIONS.items() for precision in precisions]
+
+
+def form_of(to: str, precision: str, out: Path) -> Form:
+    return FORMS[to](Run.resume(out), precision)
+
+
+def test_no_two_are_in_one_place(stories_out: Path) -> None:
+    places = [form_of(*case, stories_out).place for case in CASES]
+    assert len(set(places)) == len(CASES) and all(stories_out in place.parents for place in places)
+
+
+@pytest.mark.parametrize("to", FORMS)
+def test_an_engine_that_is_not_here(to: str, stories_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = form_of(to, PRECISIONS[to][-1], stories_out)
+    assert part(form.package).use
+
+    def away() -> Any:
+        raise MissingDependencyError("away")
+
+    monkeypatch.setattr(FORMS[to], "require", staticmethod(away))
+    assert not form.is_here() and not FORMS[to].is_here()
+    if form.written_without:
+        form.check_engine()
+    else:
+        with pytest.raises(MissingDependencyError, match=f"{form.needing} needs {form.package}: pip install"):
+            form.check_engine()

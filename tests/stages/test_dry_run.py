@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
+import re
 import shutil
-from collections.abc import Callable
+from collections import namedtuple
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from nbl_export import api, digests
 from nbl_export.errors import InputError
+from nbl_export.models.source import find_model
+from nbl_export.models.tasks import task_named
+from nbl_export.settings import RunSettings
 from nbl_export.stages.dry_run import DryRun
+from nbl_export.stages.needs import (
+    GIB,
+    MIB,
+    Disk,
+    Sizes,
+    check_disk,
+    disk,
+    lacks_memory,
+    memory,
+    sizes_of,
+    sizes_of_source,
+)
+from nbl_export.workspace import Workspace
+from tests.beyond import BEYOND
+from tests.command_line import nbl
+from tests.conftest import ROOT
 from tests.finished import TWO, VERIFY, state
 from tests.listening import Notes
+from tests.tiny_types import tiny_model
 
+Usage = namedtuple("Usage", "total used free")
 ALL = ["calibrate", "select", "export", "rewrite", "verify"]
 THREE = replace(TWO, k=3)
 
@@ -141,10 +169,6 @@ def test_a_run_that_would_be_refused_is_refused(
     assert snapshot(stories_copy) == before
 
 
-class Usage(NamedTuple):
-    free: int
-
-
 def test_a_disk_without_room_refuses_what_is_still_to_do(
     ahead: Callable[..., DryRun],
     stories_folder: Path,
@@ -153,7 +177,198 @@ def test_a_disk_without_room_refuses_what_is_still_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As the run would, before its first minute; a run that keeps its calibration and export needs little."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 1 << 20))
     with pytest.raises(InputError, match="has 1 MiB free, and this run needs about"):
         api.dry_run(stories_folder, tmp_path / "new", TWO, calibration, VERIFY)
     assert whys(ahead(THREE))["calibrate"] is None
+
+
+# dry run asked -------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_takes_what_a_run_takes() -> None:
+    run, dry = (inspect.signature(one) for one in (api.run, api.dry_run))
+    assert run.parameters == dry.parameters
+
+
+@pytest.mark.parametrize("said", [["--json"], ["--k", "99"]])
+def test_the_option_does_nothing_but_answer(tiny_folder: Path, tmp_path: Path, said: list[str]) -> None:
+    done = nbl(tiny_folder, "--k", 2, "-o", tmp_path / "out", "--dry-run", *said, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+    if "99" in said:
+        assert done.code == 2 and "--k is 99; it must be between 0 and 4" in done.err
+        return
+    assert done.code == 0, done.err
+    answer = json.loads(done.out)
+    assert answer["command"] == "dry-run" and answer["problems"] == []
+    assert len(answer["stages"]) == 5 and answer["stages"][0]["stage"] == "calibrate"
+    assert all(one["kept"] is False and one["files"] for one in answer["stages"])
+
+
+# needs ---------------------------------------------------------------------------------------------
+
+TEXT = api.CalibrateSettings(("text",), samples=8, seq_len=640, selection_samples=2, heldout_samples=2)
+# Llama-3.1-8B.
+BIG = Sizes(weights=8_030_261_248, embedding=128_256 * 4096, width=4096, layers=32)
+
+
+def asked(text: api.CalibrateSettings = TEXT, precision: str = "bf16", **selection: Any) -> RunSettings:
+    chosen = api.SelectSettings(**{"k": 12, "criterion": "kl", **selection})
+    made = RunSettings(chosen, text, exporting=api.ExportSettings(precision))
+    return made.resolve(task_named("text-generation"))
+
+
+def taken(sizes: Sizes, stage: str, settings: RunSettings, width: int = 4) -> Any:
+    return memory(sizes, settings, width, 64 * GIB)[stage]
+
+
+@pytest.fixture(scope="module")
+def stories(stories_folder: Path) -> Sizes:
+    return sizes_of_source(find_model(str(stories_folder)))
+
+
+def test_the_sizes_of_a_model_are_counted_by_hand(stories: Sizes) -> None:
+    d, inner, layers, vocabulary, heads, kv = 64, 172, 5, 512, 8, 4
+    block = 2 * d * d + 2 * d * (d // heads * kv) + 3 * d * inner + 2 * d
+    assert stories == Sizes(
+        weights=260_032,
+        embedding=vocabulary * d,
+        width=d,
+        layers=layers,
+        mlps=layers,
+        block=block,
+        head=vocabulary * d,
+        largest=vocabulary * d,
+        inner=inner,
+        cache=2 * layers * kv * (d // heads),
+        stored=4,
+    )
+
+
+def test_layers_that_lend_keys_cannot_go_and_borrowers_keep_none() -> None:
+    for name in ("gemma3n_text", "gemma4_text"):
+        sizes = sizes_of(tiny_model(name).to("meta"))
+        # Layers 2 and 3 of 4 read the keys and values of layers 0 and 1.
+        assert sizes.layers == 2 and sizes.cache == 2 * 2 * 8 * 2
+
+
+def test_a_text_that_crosses_a_length_takes_memory() -> None:
+    sizes = sizes_of(BEYOND["mistral"].model().to("meta"))
+    assert (sizes.longest, sizes.scores) == (108, 108 * 108 * 4)
+    text = replace(TEXT, seq_len=64)
+    scores = {"export": 1, "verify": 2}
+    for stage, times in scores.items():
+        found = taken(sizes, stage, asked(text, "fp16"))
+        assert found["scores beyond a length"] == times * 4 * sizes.scores
+        assert found["logits of a row"] == 3 * 4 * 108 * sizes.head // sizes.width
+
+
+# disk ---------------------------------------------------------------------------------------------
+
+
+def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(1 << 50, 0, int(size)))
+
+
+def test_the_disk_that_is_computed_is_what_a_finished_run_has(
+    stories: Sizes, stories_out: Path, calibration: Any
+) -> None:
+    ws = Workspace.open(stories_out)
+    for one in disk(stories, asked(calibration, "fp32", k=2, criterion="cca")):
+        record = ws.record(one.stage)
+        assert record is not None
+        small = ("config.json", "model.onnx", "tokenizer.json", "candidates.json", "measured.json")
+        size = sum(p.stat().st_size for p in ws.paths(record) if p.name not in small)
+        assert abs(one.leaves - size) < 0.1 * size, one.stage
+
+
+def test_what_is_weighed_with_a_graph_comes_after_it() -> None:
+    plain = disk(BIG, asked())
+    assert [one.stage for one in plain] == ["calibrate", "select", "export", "rewrite"]
+    found = disk(BIG, asked(k=None, budget=api.Budget(min_speedup=1.2)))
+    assert [one.stage for one in found] == ["calibrate", "export", "select", "rewrite"]
+    # Half of the layers are assumed; all other weights the timed graph reads from the unmodified one.
+    assert found[2].beside == 4 * 16 * (4096 + 1) * 4096 and not plain[1].beside
+
+
+def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages come one after the other; what an interrupted calibration has left is there already."""
+    ws = Workspace.create(tmp_path / "out")
+    found = [Disk("calibrate", 100, 50), Disk("export", 200), Disk("rewrite", 30, 10)]
+    free(monkeypatch, 340)
+    check_disk(ws, found)
+    free(monkeypatch, 339)
+    with pytest.raises(InputError, match=r"has 0 MiB free, and this run needs about .*: free some space"):
+        check_disk(ws, found)
+    free(monkeypatch, 149)
+    with pytest.raises(InputError, match="`calibrate` needs about"):
+        check_disk(ws, found[:1])
+    ws.partial_moments.mkdir(parents=True)
+    (ws.partial_moments / "000.safetensors").write_bytes(b"x")
+    check_disk(ws, found[:1])
+
+
+def test_a_run_and_a_stage_are_refused_before_any_work(
+    stories_folder: Path, tmp_path: Path, calibration: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    free(monkeypatch, 1000)
+    with pytest.raises(InputError, match="this run needs about"):
+        api.run(stories_folder, out, api.SelectSettings(k=2), calibration)
+    assert not (out / "nbl" / "text.safetensors").exists()
+    with pytest.raises(InputError, match="`calibrate` needs about"):
+        api.calibrate(stories_folder, out, calibration)
+    with monkeypatch.context() as patch:
+        free(patch, GIB)
+        api.calibrate(stories_folder, out, replace(calibration, samples=2))
+    with pytest.raises(InputError, match="`export` needs about"):
+        api.export(out)
+
+
+# memory -------------------------------------------------------------------------------------------
+
+
+def test_memory_that_is_not_there_is_a_sentence() -> None:
+    found = {"the program": 3.0 * GIB, "weights": 1.0 * GIB, "logits": 2.0 * GIB}
+    assert lacks_memory("select", found, 6 * GIB) == ""
+    said = lacks_memory("select", found, 6 * GIB - 1)
+    assert said.startswith(
+        "`select` needs about 6.0 GiB of memory, most of it for logits, and 6.0 GiB are free"
+    )
+
+
+PAGE = ROOT / "docs" / "large-models.md"
+
+
+def measured() -> list[tuple[str, str, float]]:
+    """Shape, stage and anonymous MiB of each row that scripts/bench_scale.py wrote; one with an exit code is none."""
+    rows = re.findall(r"^\| (\w+) \| ([\w ]+) \| ([\d,]+) \| .*\|  \|$", PAGE.read_text(), re.M)
+    return [(shape, stage, float(mib.replace(",", ""))) for shape, stage, mib in rows]
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Iterator[dict[str, Sizes]]:
+    """The sizes of each shape of scripts/bench_scale.py, from its configuration."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        bench = importlib.import_module("bench_scale")
+        yield {name: sizes_of(built(shape.config()), 2) for name, shape in bench.SHAPES.items()}
+
+
+def built(config: dict[str, Any]) -> Any:
+    """A model without numbers."""
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**config)
+        )
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.parametrize(("shape", "stage", "mib"), measured())
+def test_memory_is_within_half_as_much_of_what_was_measured(
+    shapes: dict[str, Sizes], shape: str, stage: str, mib: float
+) -> None:
+    name, _, criterion = stage.partition(" ")
+    found = taken(shapes[shape], name, asked(criterion=criterion or "cca"), 2)
+    assert mib / 1.5 < sum(found.values()) / MIB < mib * 1.5

@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from nbl_export import api
-from nbl_export.errors import InputError
-from nbl_export.export import checks
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
-from nbl_export.stages.export import check_model, export, not_given
+from nbl_export.stages.export import export, not_given
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 from tests.families import Calibrated
@@ -79,37 +75,6 @@ def test_another_form_replaces_it_and_what_it_does_not_have_is_gone(out: Path, t
         "static",
     )
     assert "python" not in record.settings
-
-
-def test_a_run_checks_a_form_once(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checked: list[str] = []
-    plain = checks.check_form
-
-    def counted(model: Any, form: Any, listener: Any) -> Any:
-        checked.append(form.name)
-        return plain(model, form, listener)
-
-    monkeypatch.setattr(checks, "check_form", counted)
-    notes = Notes()
-    run = Run.start(find_model(str(tiny_folder)), tmp_path / "out", notes)
-    check_model(run, CONCAT)
-    assert [(title, total) for title, total, *_ in notes.tasks] == [
-        ("Loading tiny", 1),
-        ("Running a short text", 1),
-        ("Checking the export", 4),
-        ("Tracing a few blocks", 1),
-    ]
-    assert notes.advanced == [1] * 7
-    export(run, CONCAT)
-    assert checked == ["concat"]
-    for form in ("none", "concat"):
-        check_model(run, replace(CONCAT, kv_cache=form))
-    assert checked == ["concat", "none", "concat"]
-    # What was refused is refused again.
-    monkeypatch.setattr(checks, "_error", lambda *_: 1.0)
-    for _ in range(2):
-        with pytest.raises(InputError, match="computes other logits with --kv-cache static"):
-            check_model(run, replace(CONCAT, kv_cache="static"))
 
 
 def test_what_a_graph_of_embeddings_is_not_given_is_said(wrapper: Callable[[str], Calibrated]) -> None:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +18,10 @@ from nbl_export.errors import InputError, NblError
 from nbl_export.files import sha256_of_file
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import load_plan
-from nbl_export.report.schema import load_report
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages import package as stage
 from nbl_export.stages.package import load_package
 from tests.command_line import nbl
-from tests.encoders import as_sentence_transformer, text_encoder, write_text
 from tests.graph.external_data import resolved
 from tests.mutations import OF_WEIGHTS
 
@@ -103,18 +100,6 @@ def test_the_text_of_the_fit_and_the_selection_stays_behind(packaged: Path, stor
     assert np.array_equal(left.heldout, whole.heldout) and np.array_equal(left.start, whole.start)
     assert np.array_equal(left.heldout_document, whole.heldout_document)
     assert np.array_equal(left.calibration, whole.heldout[:1]) and len(left.selection) == 0
-
-
-def test_the_report_has_the_digests_of_the_packaged_files(packaged: Path, stories_out: Path) -> None:
-    report, verified = (
-        load_report(packaged / "report/report.json"),
-        load_report(stories_out / "report/report.json"),
-    )
-    found = files(packaged)
-    for name in ("model.onnx", "model.onnx.data", "tokenizer.json"):
-        assert report.hashes[name] == found[name], name
-    assert report.parity == verified.parity and report.checks == verified.checks
-    assert "all weights of the graph are in one file" in report.notes[-1]
 
 
 def test_it_is_verified_where_it_lies_with_a_model_that_was_moved(
@@ -262,19 +247,6 @@ def test_a_folder_whose_model_was_moved_is_verified_and_records_where_it_is(
     assert api.verify(stories_copy, quick, model=moved).passed
     assert json.loads(record.read_text())["model"]["path"] == str(moved)
     assert api.verify(stories_copy, replace(quick, decode_steps=4)).passed, "it is found from now on"
-
-
-def test_encoders(tmp_path: Path) -> None:
-    folder = tmp_path / "bert"
-    as_sentence_transformer(text_encoder(folder))
-    write_text(tmp_path / "text.jsonl")
-    source = tmp_path / "text.jsonl"
-    calibration: Any = api.CalibrateSettings((str(source),), 24, 48, 4, dtype="float32")
-    checks = api.VerifySettings(speed=False)
-    assert api.run(folder, tmp_path / "out", api.SelectSettings(k=2), calibration, checks).passed
-    api.package(tmp_path / "out", tmp_path / "to")
-    value = api.verify_package(tmp_path / "to", folder)
-    assert value.passed and value.measured.method_loss is not None
 
 
 def test_the_command_line(stories_out: Path, stories_folder: Path, tmp_path: Path) -> None:

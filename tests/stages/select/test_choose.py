@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import math
+import shutil
+import signal
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from nbl_export import api
-from nbl_export.blocks import Block, Mlp
+from nbl_export.blocks import Block, Mlp, Span, as_json
 from nbl_export.calibrate.text import load_text
-from nbl_export.errors import BudgetError
+from nbl_export.errors import BudgetError, InputError
+from nbl_export.files import TEMPORARY
+from nbl_export.graph.io import load_graph
 from nbl_export.linearize.search import LossCache, MeasuredSets, Prefixes
 from nbl_export.linearize.selection import CurvePoint, Loss
 from nbl_export.progress import Silent
+from nbl_export.runtime import session as sizes
 from nbl_export.settings import Budget, SelectSettings
+from nbl_export.settings.definition import AUTO
+from nbl_export.stages.select import choose, speeds
 from nbl_export.stages.select.choose import Choosing
+from nbl_export.stages.select.speeds import SpeedMeter, Speedups
+from nbl_export.verify.speed import pair as pair_module
+from nbl_export.verify.speed.pair import measure_speed
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import load
+from tests.interruptions import Recorder, send
 from tests.listening import Notes
-from tests.stages.select.by_hand import candidates, curve, kl_by_hand, select
+from tests.stages.select.by_hand import QUICK, candidates, curve, forget, kl_by_hand, same_plan, select
 
 
 def test_scores_and_the_curve_are_those_of_whole_runs(out: Path, stories_folder: Path) -> None:
@@ -165,3 +180,299 @@ def test_a_way_to_a_speed_does_not_lose_more_to_be_faster(
     asked = SelectSettings(criterion="greedy", workload=("prefill=1",), budget=Budget(min_speedup=least))
     prefix = choosing_of(asked).order([SimpleNamespace(layer=block) for block in KL])  # type: ignore[misc]
     assert [sorted(prefix(k)) for k in (1, 2)] == [first, then]
+
+
+# fitting -------------------------------------------------------------------------------------------
+
+
+def test_what_the_final_maps_cost_is_measured(out: Path, stories_folder: Path) -> None:
+    model = load(stories_folder)
+    plan = select(out, api.SelectSettings(k=3, fit="sequential", repair=10))
+    result = candidates(out)["result"]
+    assert result["loss"]["kl"] == pytest.approx(kl_by_hand(out, model, plan.layers, plan.adapters), rel=5e-3)
+    assert len(plan.adapters) == 3 * (5 - min(plan.chosen))  # gate, up and down of the blocks behind
+    fitted = select(out, api.SelectSettings(k=3, fit="sequential"))
+    assert result["before_repair"]["kl"] == pytest.approx(kl_by_hand(out, model, fitted.layers), rel=5e-3)
+    assert not same_plan(plan, fitted)
+    # The seed decides what the distillation reads.
+    assert not same_plan(plan, select(out, api.SelectSettings(k=3, fit="sequential", repair=10, seed=1)))
+
+
+def test_ridges_by_heldout_error_are_of_a_model_that_is_whole(out: Path) -> None:
+    """The moments of other text are made before text goes through the model block by block; no file of them is left."""
+    settings = api.SelectSettings(k=2, criterion="cca", ridge=None)
+    before = set(Workspace.open(out).nbl.iterdir())
+    plain, found = (select(out, replace(settings, fit=how)) for how in ("lmmse", "sequential"))
+    first = min(plain.chosen)
+    assert found.chosen == plain.chosen and not same_plan(found, plain)
+    # Nothing before the first chosen layer is changed.
+    scale = np.abs(plain.layers[first].w).max()
+    np.testing.assert_allclose(found.layers[first].w, plain.layers[first].w, atol=1e-3 * scale)
+    made = {path.name for path in set(Workspace.open(out).nbl.iterdir()) - before}
+    assert made <= {"plan.json", "plan.safetensors", "candidates.json", "measured.json"}
+
+
+class RepairStops(Silent):
+    """Interrupts at the given step of a repair."""
+
+    def __init__(self, at: int) -> None:
+        self.recorder = Recorder(at, send(signal.SIGINT))
+
+    def task(self, title: str, total: int, unit: str, done: int = 0) -> Any:
+        return (self.recorder if title == "Repairing" else super()).task(title, total, unit, done)
+
+
+def test_an_interrupted_repair_goes_on_and_its_checkpoint_is_gone_in_the_end(
+    out: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    settings = api.SelectSettings(k=2, repair=6)
+    expected = select(Path(shutil.copytree(calibrated, tmp_path / "whole")), settings)
+    checkpoint = Workspace.open(out).repair_checkpoint
+    with pytest.raises(KeyboardInterrupt):
+        select(out, settings, RepairStops(4))
+    assert checkpoint.exists() and Workspace.open(out).record("select") is None
+    going_on = RepairStops(-1)
+    assert same_plan(select(out, settings, going_on), expected)
+    assert going_on.recorder.start == (6, 4)
+    assert not checkpoint.exists()
+
+
+def test_a_rank_is_found_for_each_map(both_out: Path, stories_folder: Path) -> None:
+    """Attention of this model writes into few directions, its MLPs into all; of a rank, W is two products."""
+    chosen = (0, 1, 4, Mlp(1))
+    whole = select(both_out, api.SelectSettings(layers=chosen))
+    plan = select(both_out, api.SelectSettings(layers=chosen, rank=AUTO))  # type: ignore[arg-type]
+    result = candidates(both_out)["result"]
+    assert plan.rank is None and set(plan.ranks) == {0, 1, 4}
+    assert result["ranks"] == {str(i): rank for i, rank in plan.ranks.items()}
+    nmse = {c["layer"]: c["nmse"] for c in candidates(both_out)["candidates"]}
+    for index, layer in plan.layers.items():
+        rank = plan.rank_of(index)
+        assert np.linalg.matrix_rank(layer.w) == (rank or np.linalg.matrix_rank(whole.layers[index].w))
+        assert result["rank_lost"][str(index)] <= 0.02 * nmse[as_json(index)] * 1.001
+    for name, maps in (("before_rank", whole.layers), ("loss", plan.layers)):
+        by_hand = kl_by_hand(both_out, load(stories_folder), maps)
+        assert result[name]["kl"] == pytest.approx(by_hand, rel=5e-3)
+    api.rewrite(both_out)
+    report = api.verify(both_out, QUICK)
+    assert report.passed, report.checks
+    weights = {n: v.shape for n, v in load_graph(both_out / "model.onnx").graph.initializers.items()}
+    for index in plan.chosen:
+        assert (f"layers.{index}.nbl_linear.down_weight" in weights) == (index in plan.ranks)
+    assert f"in {len(plan.ranks)} of 4 layers" in (both_out / "report" / "report.md").read_text()
+
+
+# stage ---------------------------------------------------------------------------------------------
+
+# every way ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        api.SelectSettings(k=2),
+        api.SelectSettings(k=2, criterion="linearity"),
+        api.SelectSettings(k=2, fit="sequential", repair=2, fit_input="residual"),
+        api.SelectSettings(layers=(0, 3), fit="weighted", ridge=None, repair=2),
+        api.SelectSettings(k=3, fit="drop", criterion="drop"),
+    ],
+    ids=lambda s: f"{s.criterion}-{s.fit}-{s.fit_input}",
+)
+def test_every_way_gives_a_plan_that_rewrites(out: Path, settings: api.SelectSettings) -> None:
+    plan = select(out, settings)
+    assert len(plan.chosen) == (settings.k or 2)
+    assert plan.criterion == ("by hand" if settings.layers else settings.criterion or "greedy")
+    assert (plan.fit, plan.repair, plan.ridge) == (settings.fit, settings.repair, settings.ridge)
+    known = candidates(out)
+    score = {"greedy": "kl", "linearity": "predicted"}.get(plan.criterion, plan.criterion)
+    if plan.criterion != "by hand":
+        assert all(math.isfinite(c[score]) for c in known["candidates"])
+    told = bool(settings.repair or settings.fit == "sequential" or settings.criterion == "linearity")
+    assert (known["result"] is not None) is told
+    predicted = sum(c["predicted"] or 0.0 for c in known["candidates"] if c["layer"] in plan.chosen)
+    assert (known["result"] or {}).get("predicted_excess", 0.0) == pytest.approx(predicted)
+    assert ("before_repair" in (known["result"] or {})) is bool(settings.repair)
+    if settings.fit == "drop":
+        assert not plan.layers and plan.dropped == plan.chosen
+    api.rewrite(out)
+    report = api.verify(out, QUICK)
+    assert report.passed, report.checks
+    assert (report.selection.fit, report.selection.repair) == (settings.fit, settings.repair)
+    text = (out / "report" / "report.md").read_text()
+    assert ("Loss of the chosen layers" in text) is (known["result"] is not None)
+    assert ("Loss by K" in text) is (plan.criterion == "greedy")
+
+
+@pytest.mark.parametrize("criterion", ["kl", "nmse", "cca"])
+def test_a_ranking_gives_the_best_first(out: Path, criterion: str, timed: list[int]) -> None:
+    plan = select(out, api.SelectSettings(k=2, criterion=criterion))
+    best = sorted(candidates(out)["candidates"], key=lambda c: float(c[criterion]))
+    assert plan.chosen == tuple(sorted(c["layer"] for c in best[:2]))
+    # A budget asks for a curve, in the same order.
+    every = select(out, api.SelectSettings(criterion=criterion, budget=api.Budget(max_kl=100.0)))
+    assert every.chosen == (0, 1, 2, 3, 4)
+    assert candidates(out)["curve"]["points"][1]["layers"] == list(plan.chosen)
+
+
+# spans -----------------------------------------------------------------------------------------
+
+SPANS = (Span(1, 2), 4, Mlp(3))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        api.SelectSettings(layers=SPANS),
+        api.SelectSettings(layers=SPANS, rank=8, repair=2),
+        api.SelectSettings(layers=SPANS, fit="drop"),
+        api.SelectSettings(k=6, workload=("decode=8@64",)),
+    ],
+    ids=lambda s: (
+        f"{s.criterion}-{s.fit}-{s.rank}{'-repair' * bool(s.repair)}{'-workload' * bool(s.workload)}"
+    ),
+)
+def test_spans_are_selected_rewritten_and_verified(all_out: Path, settings: api.SelectSettings) -> None:
+    plan = select(all_out, settings)
+    if settings.layers:
+        assert plan.chosen == (1, Mlp(1), 2, Mlp(2), Mlp(3), 4)
+        assert plan.linear == (() if settings.fit == "drop" else (1, Mlp(3), 4))
+    else:
+        assert 0 < len(plan.chosen) <= (settings.k or 0)
+    api.rewrite(all_out)
+    report = api.verify(all_out, QUICK)
+    assert report.passed, report.checks
+    assert report.selection.layers == plan.blocks
+    assert set(plan.blocks) == set(settings.layers or plan.blocks) or settings.fit == "drop"
+    text = (all_out / "report" / "report.md").read_text()
+    if plan.blocks != plan.chosen:
+        assert "1-2.span" in text and "in a span" in text
+        assert "Spans, each by one map" in text
+    assert f"{len(plan.linear_attention)} of 5 attention layers" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (api.SelectSettings(layers=SPANS, fit="sequential"), "--fit sequential is for attentions and MLPs"),
+        (api.SelectSettings(k=4, fit_input="residual"), "--fit-input residual is for attentions and MLPs"),
+        (api.SelectSettings(k=4, criterion="linearity"), "--criterion linearity is for attentions and MLPs"),
+        (
+            api.SelectSettings(layers=(Span(3, 7),)),
+            r"names 3-7\.span, which is not .* up to 4 of the layers 0, 1,",
+        ),
+        (api.SelectSettings(k=11), "it must be between 0 and 10"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else f"{value.fit}-{value.layers}-{value.k}",
+)
+def test_spans_that_there_are_not(all_out: Path, settings: api.SelectSettings, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        select(all_out, settings)
+
+
+# budgets -----------------------------------------------------------------------------------------
+
+
+# encoders ----------------------------------------------------------------------------------------
+
+
+# speeds --------------------------------------------------------------------------------------------
+
+
+def test_bisection_times_few() -> None:
+    for most in (1, 2, 7, 30, 64):
+        for least in range(1, most + 1):
+            asked: list[int] = []
+
+            class Faked(SpeedMeter):
+                def __init__(self, least: int, asked: list[int]) -> None:
+                    self.context, self.least, self.asked = 511, least, asked
+
+                def __call__(self, k: int) -> Speedups:
+                    self.asked.append(k)
+                    return Speedups(2.0, None) if k >= self.least else Speedups(1.0, 9.0)
+
+            assert Faked(least, asked).least_k(1.5, most) == least
+            assert len(asked) <= 1 + math.ceil(math.log2(most)) if most > 1 else len(asked) == 1
+
+
+def test_a_speed_out_of_reach_and_one_that_costs_too_much(out: Path, timed: list[int]) -> None:
+    with pytest.raises(BudgetError, match=r"--min-speedup 1\.6 is out of reach at 511 tokens: 5 .* 1\.50"):
+        select(out, api.SelectSettings(budget=api.Budget(min_speedup=1.6)))
+    assert timed == [5], "whether it can be had at all comes first"
+    points = curve(out)
+    between = (points[1]["kl"] + points[2]["kl"]) / 2
+    with pytest.raises(
+        BudgetError, match=r"--min-speedup 1\.35 needs 4 linear layers, and the loss allows 2 \(K = 1 costs"
+    ):
+        select(out, api.SelectSettings(budget=api.Budget(max_kl=between, min_speedup=1.35)))
+    plan = select(out, api.SelectSettings(budget=api.Budget(max_kl=between, min_speedup=1.05)))
+    assert len(plan.chosen) == 2, "as many as the loss allows"
+    assert len(select(out, api.SelectSettings(budget=api.Budget(min_speedup=1.25))).chosen) == 3
+
+
+def test_a_speed_without_a_graph_names_the_command(out: Path) -> None:
+    forget(out, "export")
+    with pytest.raises(InputError, match=rf"no finished `export` yet: run `nbl-export export {out}` first"):
+        select(out, api.SelectSettings(budget=api.Budget(min_speedup=1.1)))
+    # A budget of loss alone is kept without: the curve then has no speeds, and a note says why.
+    notes = Notes()
+    select(out, api.SelectSettings(budget=api.Budget(max_kl=100.0)), notes)
+    assert any(n.startswith("The K curve has no speeds: the model is not exported yet") for n in notes.notes)
+    assert all(p["prefill_speedup"] is None for p in candidates(out)["curve"]["points"])
+
+
+def test_points_that_are_timed() -> None:
+    assert list(choose._timed_ks([1], 1)) == [1]
+    assert list(choose._timed_ks(range(1, 4), 0)) == [1, 2, 3]
+    assert list(choose._timed_ks(range(1, 33), 9)) == [8, 9, 16, 24, 32]
+    # With spans not every K is there.
+    assert list(choose._timed_ks([2, 6, 7, 13, 20], 7)) == [6, 7, 13, 20]
+
+
+def test_a_trial_graph_has_only_its_own_weights_and_is_gone_afterwards(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads all others from the unmodified graph's file; a graph of another K is no part of it."""
+    written: list[int] = []
+    before = (out / "baseline" / "model.onnx").read_bytes()
+
+    def measured(pair: Any, contexts: Any, rounds: int, listener: Any, anew: bool) -> Any:
+        graph = onnx.load(str(pair.linearized), load_external_data=False).graph
+        places = Counter(e.value for t in graph.initializer for e in t.external_data if e.key == "location")
+        (own,) = set(places) - {"baseline/model.onnx.data"}
+        written.append((out / own).stat().st_size)
+        assert 4 * 64 * 8 * places[own] == written[-1], "up and down of each layer; b is in the graph"
+        return measure_speed(pair, contexts, rounds, listener, anew)
+
+    monkeypatch.setattr(pair_module, "measure_speed", measured)
+    monkeypatch.setattr(speeds, "CONTEXT", 16)
+    monkeypatch.setattr(speeds, "ROUNDS", 3)
+    select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0), rank=8))
+    assert written == [2 * 4 * 64 * 8 * k for k in choose._timed_ks(range(1, 6), 5)]
+    assert not list(out.glob(f"*{TEMPORARY}"))
+    assert all(
+        p["prefill_speedup"] is None or p["prefill_speedup"] > 0 for p in candidates(out)["curve"]["points"]
+    )
+    assert candidates(out)["curve"]["context"] == 16
+    assert (out / "baseline" / "model.onnx").read_bytes() == before
+
+
+@pytest.mark.parametrize(("times", "anew"), [(1.5, True), (0.5, None)])
+def test_graphs_that_do_not_fit_together_are_timed_in_turns_or_not_at_all(
+    out: Path, monkeypatch: pytest.MonkeyPatch, times: float, anew: bool | None
+) -> None:
+    asked: list[bool] = []
+
+    def measured(pair: Any, contexts: Any, rounds: int, listener: Any, anew: bool) -> Any:
+        asked.append(anew)
+        return measure_speed(pair, contexts, 1, listener)
+
+    session = sizes.session_bytes(out / "baseline" / "model.onnx")
+    monkeypatch.setattr(sizes, "free_memory", lambda: int(times * session))
+    monkeypatch.setattr(pair_module, "measure_speed", measured)
+    monkeypatch.setattr(speeds, "CONTEXT", 16)
+    notes = Notes()
+    select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0)), notes)
+    assert set(asked) == ({anew} if anew is not None else set())
+    said = [n for n in notes.notes if "The K curve has no speeds: a session needs about" in n]
+    assert len(said) == (anew is None)

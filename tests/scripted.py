@@ -1,3 +1,0 @@
-"""The programs in scripts/, as modules."""
-
-from __future__ import annotations

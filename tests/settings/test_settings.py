@@ -1,0 +1,677 @@
+"""What is asked of the stages that make something: what `auto` means, what suits a task, and what contradicts."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, replace
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export import api, settings
+from nbl_export.blocks import Mlp, Span
+from nbl_export.errors import InputError
+from nbl_export.models.tasks import task_named
+from nbl_export.settings import (
+    NO_BOUND,
+    NO_BUDGET,
+    BenchSettings,
+    Budget,
+    DiffBounds,
+    EngineSettings,
+    EvalSettings,
+    GenerateSettings,
+    LossBound,
+    RunSettings,
+    SelectSettings,
+    Settings,
+    VerifySettings,
+    auto_budget,
+)
+from nbl_export.settings.choices import AUTO_PERPLEXITY_RATIO, CRITERIA
+from nbl_export.settings.definition import OnDevice, bytes_of, settings_of
+from nbl_export.settings.file import TABLES, read_settings
+from nbl_export.settings.graphs import OptionalEngines
+from nbl_export.settings.workload import Workload, workload_of
+
+DECODER, ENCODER = task_named("text-generation"), task_named("feature-extraction")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (SelectSettings(), "Say how many layers to linearize: --k K, --k auto, or a budget"),
+        (SelectSettings(k=1, budget=Budget(max_kl=1.0)), "give one of them"),
+        (SelectSettings(layers=(1,), budget=Budget(min_speedup=1.5)), "give one of them"),
+        (SelectSettings(k=0, budget=Budget(max_kl=0.0)), "give one of them"),
+        (
+            SelectSettings(k=1, layers=(1, 2)),
+            r"^--k 1 and --layers with 2 layers contradict each other: give one\.",
+        ),
+        (SelectSettings(k=1, layers=(1, 1)), "contradict each other"),
+        (SelectSettings(k=2, layers=()), "--k 2 and --layers with 0 layers contradict"),
+        (SelectSettings(layers=(1, 2, 1)), r"^--layers names a layer twice: name each layer once\."),
+        (
+            SelectSettings(layers=(Span(1, 2), 2)),
+            r"^--layers names 2 and 1-2\.span, which overlap: leave one",
+        ),
+        (SelectSettings(layers=(Span(1, 2), Span(2, 3))), r"names 2-3\.span and 1-2\.span, which overlap"),
+        (SelectSettings(layers=(Mlp(2), Span(1, 2))), "overlap"),
+    ],
+)
+def test_one_way_only_says_how_many(settings: SelectSettings, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        settings.check()
+
+
+def test_auto_is_a_budget_or_a_ridge_by_error() -> None:
+    auto: Any = "auto"
+    assert settings.SelectSettings(k=auto).budget.max_perplexity_ratio == 1.10
+    own = settings.SelectSettings(k=auto, budget=settings.Budget(max_kl=0.1))
+    assert own.k is None and own.budget == settings.Budget(max_kl=0.1)
+    assert settings.SelectSettings(k=1, ridge=auto).ridge is None
+
+
+def test_text_that_the_model_writes_stands_alone() -> None:
+    settings.CalibrateSettings().check()
+    with pytest.raises(InputError, match="--calibration self stands alone"):
+        settings.CalibrateSettings(("self", "a.txt")).check()
+
+
+def test_a_criterion_that_suits_the_task() -> None:
+    asked = SelectSettings(k=1)
+    assert (asked.resolve(DECODER).criterion, asked.resolve(ENCODER).criterion) == ("greedy", "cca")
+    # What was asked for is not changed, and nothing else is filled in.
+    for criterion in CRITERIA:
+        own = replace(asked, criterion=criterion)
+        assert own.resolve(DECODER) == own
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"criterion": "greedy"}, "--criterion greedy"),
+        ({"criterion": "drop"}, "--criterion drop"),
+        ({"fit": "sequential"}, "--fit sequential"),
+        ({"fit": "weighted"}, "--fit weighted"),
+        ({"ridge": None}, "--ridge auto"),
+        ({"repair": 1}, "--repair"),
+        ({"k": None, "budget": Budget(min_speedup=1.5)}, "A budget for K"),
+        ({"criterion": "nmse"}, None),
+        ({"criterion": "cca", "fit": "drop"}, None),
+        ({"k": None, "layers": (1, 2)}, None),
+    ],
+)
+def test_what_only_a_decoder_can_be_measured_by(asked: dict[str, Any], said: str | None) -> None:
+    selection = SelectSettings(**{"k": 1, **asked})
+    selection.check()
+    selection.resolve(DECODER)
+    if said is None:
+        assert selection.resolve(ENCODER).criterion in ("cca", "nmse")
+    else:
+        with pytest.raises(InputError, match=rf"^{said} is measured by .* an encoder \(feature-extraction\)"):
+            selection.resolve(ENCODER)
+
+
+def test_a_repair_leaves_quantized_weights_alone() -> None:
+    repair = SelectSettings(k=1, repair=5)
+    for precision in ("int4", "int8"):
+        with pytest.raises(InputError, match=rf"an {precision} graph does not hold"):
+            repair.check_precision(precision)
+        replace(repair, repair_rank=0).check_precision(precision)
+        replace(repair, repair=0).check_precision(precision)
+    for precision in ("fp32", "fp16", "bf16", None):
+        repair.check_precision(precision)
+
+
+# graphs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engines", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        ({"target": "onnxruntime"}, ("torch", "fp32", "shared")),
+        ({"target": "tensorrt"}, ("torch", "fp16", "static")),
+        ({"target": "optimum"}, ("torch", "fp32", "concat")),
+        ({"target": "web"}, ("torch", "fp32", "concat")),
+        ({"target": "genai"}, ("genai", "fp32", "concat")),
+        # Single flags win, and what was said stays where the exporter offers it.
+        ({"target": "onnxruntime", "kv_cache": "static"}, ("torch", "fp32", "static")),
+        ({"target": "onnxruntime", "precision": "bf16"}, ("torch", "bf16", "shared")),
+        ({"target": "genai", "precision": "int4"}, ("genai", "int4", "concat")),
+        ({"target": "genai", "exporter": "torch"}, ("torch", "fp32", "concat")),
+        ({"target": "tensorrt", "exporter": "optimum"}, ("optimum", "fp32", "concat")),
+    ],
+)
+def test_a_target_says_what_is_not_asked(engines: bool, asked: dict[str, str], made: tuple[str, ...]) -> None:
+    settings = api.ExportSettings(**asked)
+    settings.check()
+    found = settings.resolve(task_named("text-generation"), engines)
+    assert (found.exporter, found.precision, found.kv_cache) == made
+    # What is made is the same, so what is kept is, too.
+    alone = api.ExportSettings(found.precision, found.kv_cache, found.exporter)
+    assert found.as_json() == alone.as_json()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"target": "onnx"}, "--target 'onnx' is unknown; choose one of onnxruntime, genai"),
+        (
+            {"target": "genai", "kv_cache": "static"},
+            "'static' is not offered by --exporter genai: choose concat",
+        ),
+        ({"target": "onnxruntime", "precision": "int4"}, "int4 is for --exporter genai"),
+        ({"target": "genai", "inputs": "embeds"}, "--inputs embeds is for --exporter torch, not for genai"),
+    ],
+)
+def test_a_target_that_cannot_have_what_is_asked(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        api.ExportSettings(**asked).check()
+
+
+def test_an_encoder_has_no_cache_on_any_target_and_no_exporter_of_decoders() -> None:
+    encoder = task_named("text-classification")
+    assert api.ExportSettings(target="onnxruntime").resolve(encoder).kv_cache == "none"
+    with pytest.raises(InputError, match="--target genai is for decoders here"):
+        api.ExportSettings(target="genai").resolve(encoder)
+    assert api.ExportSettings(target="onnxruntime", opset=18).resolve(encoder).opset == 18
+    with pytest.raises(InputError, match="--opset is 24; graphs with --kv-cache none are of opsets 18 to 23"):
+        api.ExportSettings(target="tensorrt", opset=24).resolve(encoder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "whose"),
+    [
+        ({"exporter": "genai"}, "--exporter genai"),
+        ({"kv_cache": "shared"}, "--kv-cache shared"),
+        ({"target": "genai"}, "--target genai"),
+        ({"target": "onnxruntime"}, "--target onnxruntime"),
+    ],
+)
+def test_engines_of_graphs_that_tensorrt_does_not_take(
+    tmp_path: Any, tiny_folder: Any, settings: dict[str, str], whose: str
+) -> None:
+    with pytest.raises(
+        InputError, match=rf"TensorRT does not take the graphs of {whose}: .*GroupQuery.*static or concat\.$"
+    ):
+        api.run(
+            tiny_folder,
+            tmp_path / "out",
+            api.SelectSettings(k=1),
+            exporting=api.ExportSettings(**settings),
+            engines=api.EngineSettings("rtx"),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_engines_are_asked_for_by_naming_their_library() -> None:
+    options = OptionalEngines(max_batch=8, sm=("86",))
+    assert options.asked is None
+    found = replace(options, library="rtx").asked
+    assert type(found) is settings.EngineSettings
+    assert found == settings.EngineSettings("rtx", max_batch=8, sm=("86",))
+    # The same settings with the same defaults, but for that.
+    assert {**asdict(OptionalEngines()), "library": "auto"} == asdict(settings.EngineSettings())
+
+
+# choices -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"exporter": "tensorflow"}, "'tensorflow' is unknown; choose torch, genai, optimum"),
+        (
+            {"precision": "int4"},
+            "not offered by --exporter torch: choose fp32, fp16, bf16; int4 is for --exporter genai",
+        ),
+        ({"exporter": "optimum", "precision": "fp16"}, "choose fp32; fp16 is for --exporter torch or genai"),
+        ({"exporter": "genai", "kv_cache": "static"}, "choose concat; static is for --exporter torch"),
+        ({"precision": "fp8"}, "choose fp32, fp16, bf16."),
+        (
+            {"exporter": "genai", "opset": 18},
+            "--opset is for --exporter torch; genai chooses its own: leave one",
+        ),
+    ],
+)
+def test_what_an_exporter_does_not_offer_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        api.ExportSettings(**settings).check()
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cache", "opset", "said"),
+    [
+        ("concat", 18, None),
+        ("none", 22, None),
+        ("concat", 23, None),
+        ("static", 24, None),
+        ("concat", 17, "--opset is 17; graphs with --kv-cache concat are of opsets 18 to 23."),
+        ("concat", 24, "--opset is 24; graphs with --kv-cache concat are of opsets 18 to 23."),
+        (
+            "static",
+            18,
+            "--opset is 18; graphs with --kv-cache static are of opset 24; concat and none go with older ones.",
+        ),
+        (
+            "shared",
+            22,
+            "--opset is 22; graphs with --kv-cache shared are of opset 23; concat and none go with older ones.",
+        ),
+        ("shared", 24, "--opset is 24; graphs with --kv-cache shared are of opset 23."),
+    ],
+)
+def test_an_opset_that_a_cache_does_not_have_is_refused(cache: str, opset: int, said: str | None) -> None:
+    asked = api.ExportSettings(opset=opset, kv_cache=cache)
+    if said is None:
+        assert asked.resolve(task_named("text-generation")).opset == opset
+        return
+    with pytest.raises(InputError) as caught:
+        asked.resolve(task_named("text-generation"))
+    assert str(caught.value) == said
+
+
+# converting ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "to, precision, able, choices",
+    [
+        *(
+            (to, bits, "gguf", "fp32 or fp16")
+            for to in ("mlx", "hf", "openvino", "decilm")
+            for bits in ("q8_0", "q4_k_m")
+        ),
+        (
+            "openvino",
+            "bf16",
+            "gguf or mlx or hf or decilm",
+            "fp32 or fp16, and quantize with the engine's own",
+        ),
+    ],
+)
+def test_a_precision_that_the_form_cannot_have(to: str, precision: str, able: str, choices: str) -> None:
+    with pytest.raises(
+        InputError, match=f"--precision {precision} is of --to {able}, not of --to {to}: choose {choices}"
+    ):
+        api.ConvertSettings(to, precision).check()  # type: ignore[arg-type]
+
+
+def test_an_encoder_has_no_such_form() -> None:
+    with pytest.raises(InputError, match="--to gguf is for decoders; this model is an encoder"):
+        api.ConvertSettings().resolve(task_named("feature-extraction"))
+    assert api.ConvertSettings().resolve(task_named("text-generation")) == api.ConvertSettings()
+
+
+# measuring -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "good", "bad", "said"),
+    [
+        (VerifySettings, "decode_steps", 1, 0, "--decode-steps is 0; it must be at least 1."),
+        (VerifySettings, "contexts", (2,), (2, 1), "--contexts needs lengths of at least 2 tokens."),
+        (VerifySettings, "contexts", (2, 2), (), "--contexts needs lengths of at least 2 tokens."),
+        (VerifySettings, "rounds", 3, 2, "--rounds is 2; at least 3 are needed for a spread."),
+        (EvalSettings, "limit", 1, 0, "--limit is 0; it must be at least 1."),
+        (EvalSettings, "few_shot", 0, -1, "--few-shot is -1; it must be at least 0."),
+        (EvalSettings, "batch_size", 1, 0, "--batch-size is 0; it must be at least 1."),
+        (
+            EvalSettings,
+            "retrieval_contexts",
+            (2,),
+            (1,),
+            "--retrieval-contexts needs lengths of at least 2 tokens.",
+        ),
+        (
+            EvalSettings,
+            "retrieval_contexts",
+            None,
+            (),
+            "--retrieval-contexts needs lengths of at least 2 tokens.",
+        ),
+        (EvalSettings, "retrieval_samples", 1, 0, "--retrieval-samples is 0; it must be at least 1."),
+        (EvalSettings, "min_recovery", 0.0, -0.5, "--min-recovery is -0.5; give percent, between 0 and 200."),
+        (
+            EvalSettings,
+            "min_recovery",
+            200.0,
+            200.5,
+            "--min-recovery is 200.5; give percent, between 0 and 200.",
+        ),
+        (EvalSettings, "min_recovery", 97.0, nan, "--min-recovery is nan; give percent, between 0 and 200."),
+        (BenchSettings, "batches", (1,), (4, 0), "--batches needs numbers of rows, at least 1."),
+        (BenchSettings, "batches", (1, 2), (), "--batches needs numbers of rows, at least 1."),
+        (BenchSettings, "contexts", (2,), (1,), "--contexts needs lengths of at least 2 tokens."),
+        (BenchSettings, "rounds", 3, 2, "--rounds is 2; at least 3 are needed for a spread."),
+        (BenchSettings, "seconds", 0.1, 0.0, "--seconds is 0; it must be more than 0."),
+        (
+            BenchSettings,
+            "peers",
+            ("eager", "dropped"),
+            ("eager", "jax"),
+            "--peer 'jax' is unknown; choose one of",
+        ),
+        (BenchSettings, "device", "cuda", "tpu", "--device 'tpu' is unknown; choose one of cpu, cuda."),
+    ],
+)
+def test_bounds(kind: type[Settings], name: str, good: Any, bad: Any, said: str) -> None:
+    kind(**{name: good}).check()
+    with pytest.raises(InputError) as refused:
+        kind(**{name: bad}).check()
+    assert str(refused.value).startswith(said)
+
+
+def test_something_must_be_evaluated() -> None:
+    with pytest.raises(InputError, match="Nothing to evaluate: name --tasks, or leave out --no-retrieval"):
+        EvalSettings(retrieval=False).check()
+    EvalSettings(("a",), retrieval=False).check()
+    EvalSettings().check()
+
+
+def test_a_file_names_no_task_that_may_run_code() -> None:
+    """The user may, on the command line; a file that came with a model may not."""
+    (tasks,) = (one for one in settings_of(EvalSettings) if one.key == "tasks")
+    for name in ("mine.yaml", "MINE.YML"):
+        EvalSettings((name,)).check()
+        with pytest.raises(InputError, match=rf"tasks names {name}, which may run code"):
+            tasks.from_file(["arc_easy", name], "[eval] tasks")
+    assert tasks.from_file(["yaml", "rows.jsonl"], "[eval] tasks") == ("yaml", "rows.jsonl")
+
+
+def test_what_is_not_measured_cannot_be_bounded() -> None:
+    bound = LossBound(max_perplexity_ratio=1.05)
+    VerifySettings(bound=bound).check()
+    VerifySettings(quality=False, bound=NO_BOUND).check()
+    with pytest.raises(InputError, match=r"^--no-quality leaves unmeasured what --max-kl, --max-ppl-ratio"):
+        VerifySettings(quality=False, bound=bound).check()
+    with pytest.raises(InputError, match="--max-kl is -1; it must be 0 nats or more"):
+        VerifySettings(bound=LossBound(max_kl=-1.0)).check()
+
+
+def test_an_encoder_has_no_perplexity_to_bound() -> None:
+    bounded = VerifySettings(bound=LossBound(max_kl=0.1))
+    assert bounded.resolve(task_named("text-generation")) == bounded
+    assert VerifySettings().resolve(task_named("feature-extraction")) == VerifySettings()
+    with pytest.raises(
+        InputError, match=r"this model is an encoder \(feature-extraction\).*leave them out\.$"
+    ):
+        bounded.resolve(task_named("feature-extraction"))
+
+
+@pytest.mark.parametrize(
+    ("selection", "own", "budget", "bound"),
+    [
+        # Where K is to be found, one bound is the budget and the gate.
+        (SelectSettings(budget=Budget(0.1, None, 1.2)), NO_BOUND, Budget(0.1, None, 1.2), LossBound(0.1)),
+        (SelectSettings(k="auto"), NO_BOUND, Budget(None, 1.1), LossBound(None, 1.1)),  # type: ignore[arg-type]
+        # Where K is given, it is the gate alone.
+        (SelectSettings(k=2, budget=Budget(0.1)), NO_BOUND, NO_BUDGET, LossBound(0.1)),
+        (SelectSettings(layers=(1,), budget=Budget(None, 2.0)), NO_BOUND, NO_BUDGET, LossBound(None, 2.0)),
+        # A bound that verify is given for itself is its own.
+        (SelectSettings(budget=Budget(0.1)), LossBound(0.3), Budget(0.1), LossBound(0.3)),
+        (SelectSettings(budget=Budget(0.1)), LossBound(None, 1.5), Budget(0.1), LossBound(0.1, 1.5)),
+        (SelectSettings(k=2), NO_BOUND, NO_BUDGET, NO_BOUND),
+    ],
+)
+def test_one_bound_serves_the_choice_and_the_verdict(
+    selection: SelectSettings, own: LossBound, budget: Budget, bound: LossBound
+) -> None:
+    found = RunSettings(selection, verification=VerifySettings(bound=own)).sharing_bounds()
+    assert (found.selection.budget, found.verification.bound) == (budget, bound)
+    found.check()
+
+
+def test_k_and_a_speedup_still_contradict() -> None:
+    asked = RunSettings(SelectSettings(k=2, budget=Budget(0.1, None, 1.2))).sharing_bounds()
+    with pytest.raises(InputError, match="give one of them"):
+        asked.check()
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (EvalSettings(), "Tasks and retrieval are asked of decoders"),
+        (BenchSettings(), "A bench times prefill and decode"),
+        (EngineSettings(), "TensorRT engines are built of decoders only"),
+    ],
+)
+def test_what_is_of_decoders_alone(asked: Any, words: str) -> None:
+    with pytest.raises(InputError, match=rf"{words}; this model is an encoder \(feature-extraction\)"):
+        asked.resolve(task_named("feature-extraction"))
+    assert asked.resolve(task_named("text-generation")) == asked
+
+
+# budget --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget(max_kl=-0.1), r"--max-kl is -0\.1; it must be 0 nats or more\."),
+        (Budget(max_kl=math.nan), "--max-kl is nan"),
+        (
+            Budget(max_perplexity_ratio=0.99),
+            r"--max-ppl-ratio is 0\.99; it must be 1 or more \(1\.05 allows",
+        ),
+        (Budget(max_perplexity_ratio=math.nan), "--max-ppl-ratio is nan"),
+        (Budget(max_kl=math.inf), "--max-kl is inf; give a finite number"),
+        (Budget(min_speedup=0.5), r"--min-speedup is 0\.5; it must be 1 or more"),
+        (Budget(max_kl=0.1, min_speedup=math.nan), "--min-speedup is nan"),
+    ],
+)
+def test_bounds_that_make_no_sense(budget: Budget, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        budget.check()
+    with pytest.raises(InputError, match=message):
+        SelectSettings(budget=budget).check()
+
+
+def test_bounds_that_make_sense() -> None:
+    for budget in (NO_BUDGET, Budget(0.0, 1.0, 1.0), Budget(max_kl=1e308), Budget(min_speedup=3.0)):
+        budget.check()
+    assert not NO_BUDGET and Budget(max_kl=0.0) and Budget(min_speedup=1.0)
+    assert Budget(max_kl=0.0).bounds_loss and Budget(max_perplexity_ratio=1.0).bounds_loss
+    assert not Budget(min_speedup=2.0).bounds_loss
+
+
+def test_auto_is_a_tenth_of_perplexity_where_nothing_else_bounds_the_loss() -> None:
+    assert AUTO_PERPLEXITY_RATIO == 1.10
+    assert auto_budget(NO_BUDGET) == Budget(max_perplexity_ratio=1.10)
+    assert auto_budget(Budget(min_speedup=1.2)) == Budget(None, 1.10, 1.2)
+    for bounded in (Budget(max_kl=0.3), Budget(max_perplexity_ratio=1.5), Budget(0.3, 1.5, 2.0)):
+        assert auto_budget(bounded) == bounded
+
+
+# bounds --------------------------------------------------------------------------------------------
+
+NAMES = ("max_ppl_increase", "max_slowdown", "max_size_increase")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_factor_below_one_is_refused(name: str) -> None:
+    DiffBounds(**{name: 1.0}).check()
+    with pytest.raises(InputError) as told:
+        DiffBounds(**{name: 0.99}).check()
+    assert (
+        str(told.value) == f"--{name.replace('_', '-')} is 0.99; it must be 1 or more (1.05 allows 5 % more)."
+    )
+
+
+def test_they_stand_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "nbl-export.toml"
+    path.write_text("[diff]\nmax-ppl-increase = 1.02\nmax-slowdown = 1\n")
+    found = read_settings(path)
+    assert found == {("diff", "max-ppl-increase"): 1.02, ("diff", "max-slowdown"): 1.0}
+    path.write_text("[diff]\nmax-slow = 1\n")
+    with pytest.raises(
+        InputError, match=r"\[diff\] max-slow is unknown; the nearest known one is max-slowdown"
+    ):
+        read_settings(path)
+
+
+# device --------------------------------------------------------------------------------------------
+
+STAGES = ("calibrate", "select", "verify", "eval")
+
+
+def asked(table: str, device: str) -> Any:
+    more: dict[str, Any] = {"k": 1} if table == "select" else {}
+    return TABLES[table](device=device, **more)
+
+
+@pytest.mark.parametrize("table", STAGES)
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:9", "xpu"])
+def test_a_device_can_be_asked_of_every_stage_that_runs_the_model(table: str, device: str) -> None:
+    found = asked(table, device)
+    found.check()
+    assert found.device == device
+    assert [one.key for one in settings_of(TABLES[table])].count("device") == 1
+
+
+@pytest.mark.parametrize("table", STAGES[:1])
+@pytest.mark.parametrize(
+    "device", ["gpu", "CUDA", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "cuda:0,1", "cuda:99999"]
+)
+def test_what_is_no_device_is_refused(table: str, device: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"^--device is '{device}'; it must be auto, cpu, cuda, cuda:N .* xpu\.$"
+    ):
+        asked(table, device).check()
+
+
+def test_a_device_without_float64_is_refused_and_why() -> None:
+    with pytest.raises(InputError, match=r"^--device is mps: an Apple GPU has no float64, .* say cpu"):
+        settings.CalibrateSettings(device="mps").check()
+
+
+@pytest.mark.parametrize("table", STAGES)
+def test_a_device_does_not_identify_what_is_made(table: str) -> None:
+    plain, other = asked(table, "auto"), asked(table, "cuda")
+    assert (
+        isinstance(plain, OnDevice) and plain.as_json() == other.as_json() and "device" not in plain.as_json()
+    )
+
+
+# size ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "found"),
+    [
+        ("4GiB", 4 << 30),
+        ("500MB", 500_000_000),
+        ("1.5 GiB", 3 << 29),
+        ("1tib", 1 << 40),
+        ("64kB", 64_000),
+        ("7KiB", 7168),
+    ],
+)
+def test_a_size_is_so_many_bytes(size: str, found: int) -> None:
+    assert bytes_of(size) == found
+    api.CalibrateSettings(memory=size).check()
+
+
+@pytest.mark.parametrize(
+    "size",
+    ["4", "GiB", "-1GiB", "4 gigabytes", "4Gi", "1e3MB", "0MB", "0.0GiB", "9" * 40 + "GB", "nan"],
+)
+def test_what_is_no_size_is_refused(size: str) -> None:
+    with pytest.raises(InputError, match=r"--memory is .*; give a size, as 4GiB or 500MB\.$"):
+        api.CalibrateSettings(memory=size).check()
+
+
+# talking -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (GenerateSettings(graph="other"), "--graph 'other' is unknown; choose one of linearized, base, both"),
+        (GenerateSettings(max_tokens=0), "--max-tokens is 0; it must be at least 1"),
+        (GenerateSettings(temperature=-0.1), "--temperature is -0.1; it must be at least 0"),
+        (GenerateSettings(top_p=0.0), "--top-p is 0; it must be more than 0 and at most 1"),
+        (GenerateSettings(top_p=1.01), "--top-p is 1.01; it must be more than 0 and at most 1"),
+        (GenerateSettings(seed=-1), "--seed is -1; it must be at least 0"),
+        (GenerateSettings(raw=True, system="x"), "--raw uses no chat template, and --system is a part of it"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(asked: GenerateSettings, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        asked.check()
+    assert str(caught.value).startswith(message)
+
+
+# workload ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("prefill=512", Workload(prefill=512)),
+        ("decode=128@4096", Workload(decode=128, context=4096)),
+        ("prefill=512,decode=128@4096,batch=4", Workload(512, 128, 4096, 4)),
+        ("prefill=512, decode=128", Workload(512, 128, 512)),
+        ("batch=2,weight=0.25,prefill=8", Workload(8, batch=2, weight=0.25)),
+    ],
+)
+def test_a_workload_is_what_it_says(text: str, found: Workload) -> None:
+    assert workload_of(text) == found
+    settings = api.SelectSettings(k=1, workload=(text, "prefill=1"))
+    settings.check()
+    assert settings.workloads == (found, Workload(prefill=1))
+
+
+def test_its_longest_row_ends_with_what_is_decoded() -> None:
+    assert workload_of("prefill=512,decode=128").longest == 640
+    assert workload_of("prefill=9000,decode=128@4096").longest == 9000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "512",
+        "prefill",
+        "prefill=",
+        "prefill=0",
+        "prefill=-5",
+        "prefill=1e3",
+        "prefill=512,prefill=8",
+        "prefill=512@8",
+        "decode=128",
+        "decode=128@0",
+        "decode=@512",
+        "batch=4",
+        "prefill=8,batch=0",
+        "prefill=8,weight=0",
+        "prefill=8,weight=inf",
+        "prefill=8,rows=2",
+        "prefill=8;batch=2",
+        f"prefill={'9' * 10}",
+    ],
+)
+def test_what_is_no_workload_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        workload_of(text)
+    with pytest.raises(
+        InputError, match=r"^--workload is .*; give a prefill, .*, or both, as prefill=512,decode="
+    ):
+        api.SelectSettings(k=1, workload=(text,)).check()
+
+
+def test_layers_are_named_or_chosen_for_a_workload() -> None:
+    with pytest.raises(InputError, match=r"--layers names the layers, and --workload chooses them"):
+        api.SelectSettings(layers=(1,), workload=("prefill=8",)).check()
+
+
+def test_an_encoder_has_none() -> None:
+    encoder = task_named("feature-extraction")
+    with pytest.raises(InputError, match=r"--workload is measured by what a decoder predicts"):
+        api.SelectSettings(k=1, workload=("prefill=8",)).resolve(encoder)
