@@ -15,7 +15,6 @@ from nbl_export.report.selection import (
     curve_table,
 )
 from nbl_export.report.speed import (
-    ENGINES,
     VERIFIED,
     ceiling_in_words,
     speed_table,
@@ -258,21 +257,6 @@ def test_every_figure_stands_under_its_heading() -> None:
     base = shown(table, "base")
     assert base["ms"] == "12.0 ± 1.0"
     assert [base[name] for name in ("p99", "over own base", "ceiling", "cache MiB")] == [""] * 4
-
-
-def test_the_note_says_what_was_done() -> None:
-    absent = {"eager": "out of memory"}
-    cells = [replace(CELL, phase="decode", context=n, absent=absent) for n in (8, 16)]
-    note = speed_table(VERIFIED, race(CELL, *cells)).note
-    assert note.startswith("CPU, 2 threads: interleaved in one process, 7 rounds, and more if needed;")
-    assert (
-        note.index("Prefill from an empty cache") < note.index("Decode: one token") and "Encode" not in note
-    )
-    # 5e10 multiply-adds are 1e11 operations.
-    assert "a machine that does 100 GFLOP/s and reads 20.0 GB/s, measured in the same run" in note
-    assert note.endswith("Not timed: eager in decode 8, decode 16 (out of memory).")
-    assert "allow on any machine" in speed_table(VERIFIED, race(CELL, machine=Machine("CPU"))).note
-    assert "threads" not in speed_table(ENGINES, race(CELL, machine=Machine("A GPU"))).note.split(":")[0]
 
 
 def test_headlines_of_a_whole_report(full: Report) -> None:

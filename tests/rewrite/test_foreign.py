@@ -128,13 +128,6 @@ def a_record_that_names_others(source: Source) -> Path:
     return source.out
 
 
-def a_link_for_the_record(source: Source) -> Path:
-    (source.folder.parent / "elsewhere").mkdir()
-    source.out.mkdir()
-    (source.out / "nbl").symlink_to("../elsewhere")
-    return source.out
-
-
 def a_file(source: Source) -> Path:
     source.out.write_text("a file")
     return source.out
@@ -149,7 +142,6 @@ TARGETS: dict[str, tuple[Callable[[Source], Path], str]] = {
     "a user's file beside an older result": (with_one_more, r"\(notes.txt\)"),
     "a record of others": (holds(nbl__rewrite_json='{"mine": true}'), "record of the rewrite, .* is damaged"),
     "a record with a name outside": (a_record_that_names_others, "is not the name of a file"),
-    "a link for the record": (a_link_for_the_record, "is a link"),
     "an output folder of nbl-export": (holds(nbl__workspace_json="{}"), "is an output folder of nbl-export"),
 }
 

@@ -68,18 +68,6 @@ def test_packing_puts_the_first_number_lowest() -> None:
 # Products ----------------------------------------------------------------------------------------
 
 
-class Matrix:
-    """W as the rewrite hands it over: read when called."""
-
-    def __init__(self, w: Any) -> None:
-        self.w = w
-        self.calls = 0
-
-    def __call__(self) -> Any:
-        self.calls += 1
-        return self.w
-
-
 def replaced(model: ir.Model, w: Any) -> dict[str, Any]:
     """Let ``y`` be x · wᵀ, stored like the neighbour's weight; returns the new initializers."""
     neighbour = next(n for n in model.graph if n.name == "neighbour")
@@ -99,7 +87,7 @@ def replaced(model: ir.Model, w: Any) -> dict[str, Any]:
         return value
 
     x = next(v for v in model.graph.inputs if v.name == "x")
-    nodes = product(x, Matrix(w), w.shape, ir.DataType.FLOAT, neighbour, initialize)
+    nodes = product(x, lambda: w, w.shape, ir.DataType.FLOAT, neighbour, initialize)
     neighbour.append(nodes)
     model.graph.outputs[0] = nodes[-1].outputs[0]
     nodes[-1].outputs[0].name = "result"

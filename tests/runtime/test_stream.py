@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
 from transformers import AutoModel
 
 from nbl_export.batch.arrays import F32
-from nbl_export.batch.names import NUM_LOGITS_TO_KEEP
 from nbl_export.errors import InputError
 from nbl_export.export.forms import encoder_form
 from nbl_export.export.torch import export_torch
@@ -26,7 +24,6 @@ from nbl_export.models.forward import encoder_of
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
-from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import OrtDecoder, OrtEncoder, OrtStaticStream, ort_stream
 from nbl_export.runtime.stream import PastStream, RowStream
 from nbl_export.runtime.torch import TorchDecoder, TorchEncoder
@@ -194,25 +191,6 @@ def test_ort_decoder_knows_its_layers(stories_out: Path, rewritten: Path) -> Non
     assert linear.kv_layers == (1, 2, 4)
     assert [k.shape for pair in linear.empty_past(3) for k in pair] == [(3, 4, 0, 8)] * 6
     assert all(k.dtype == np.float32 for pair in linear.empty_past(3) for k in pair)
-
-
-def test_ort_leaves_out_inputs_that_the_graph_does_not_have(stories_out: Path, tmp_path: Path) -> None:
-    """Without attention left, nothing reads positions."""
-    path = tmp_path / "model.onnx"
-    rewrite_file(stories_out / "baseline" / "model.onnx", plan_by_hand(stories_out, range(5)), path)
-    proto = onnx.load(str(path), load_external_data=False)
-    read = {name for node in proto.graph.node for name in node.input}
-    unread = [i for i in proto.graph.input if i.name not in read]
-    assert {"attention_mask", "position_ids"} == {i.name for i in unread}
-    for value in unread:
-        proto.graph.input.remove(value)
-    path.write_bytes(proto.SerializeToString())
-    decoder = OrtDecoder(path)
-    ids = np.array([[1, 5, 9]], dtype=np.int64)
-    feeds = decoder.feeds(ids, np.ones_like(ids), np.arange(3)[None], decoder.empty_past(1))
-    assert list(feeds) == ["input_ids", NUM_LOGITS_TO_KEEP]
-    result = decoder(ids, np.ones_like(ids), np.arange(3)[None], [])
-    assert result.logits.shape == (1, 3, 512) and result.present == ()
 
 
 @pytest.mark.parametrize("layers", [(), (0,), (0, 1), (2, 4), (0, 1, 2, 3, 4)], ids=str)

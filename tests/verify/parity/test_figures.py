@@ -443,21 +443,6 @@ def test_several_steps_teach_the_rows_own_tokens() -> None:
     assert [asked[2].tolist() for asked in decoders[0].asked] == [[[n], [n]] for n in range(4)]
 
 
-def test_figures_are_the_worst_token_s() -> None:
-    reference = answers()
-    candidate = copied(reference)
-    candidate[0].logits[1, 2, 4] += 0.25
-    step, clean = compare(reference, candidate).steps
-    assert step.max_abs == pytest.approx(0.25, rel=1e-6)
-    assert step.mean_abs == pytest.approx(0.25 / (5 * VOCAB), rel=1e-6)
-    x = reference[0].logits[1, 2].astype(np.float64)
-    y = candidate[0].logits[1, 2].astype(np.float64)
-    assert step.min_cosine == pytest.approx(float(x @ y) / math.sqrt(float(x @ x) * float(y @ y)), rel=1e-9)
-    p, q = (np.exp(v) / np.exp(v).sum() for v in (x, y))
-    assert step.max_kl == pytest.approx(float(np.sum(p * np.log(p / q))), rel=1e-6)
-    assert clean.max_abs == 0
-
-
 def test_kv_figures_by_hand() -> None:
     """Relative to max(|a|, rms of the head's vector), over all real tokens of the cache."""
     reference = answers(layers=2)

@@ -14,7 +14,6 @@ import torch
 
 from nbl_export.engine.network import Limits
 from nbl_export.linearize.plan import Plan
-from nbl_export.records import from_json, to_json
 from nbl_export.runtime import session as sessions
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.runtime.session import session_bytes
@@ -33,7 +32,7 @@ from nbl_export.verify.speed.candidates import (
 from nbl_export.verify.speed.ceiling import graph_cost
 from nbl_export.verify.speed.pair import Pair, anew_or_why_not, measure_speed, workload_ms
 from nbl_export.verify.speed.race import DECODE_STEPS, Harness, Rounds, decode_seconds, prefill_seconds, race
-from nbl_export.verify.speed.values import Machine, Roofline, Speed
+from nbl_export.verify.speed.values import Machine, Roofline
 from tests.fixtures_graph import maps_in_place, plan_by_hand
 from tests.runtime.fake_tensorrt import FakeEngine, Graphs, loaded_engine
 from tests.verify.speed.raced import Timed
@@ -49,10 +48,7 @@ def test_structure_of_a_measurement(pair: Pair) -> None:
         ("decode", 1, 20),
     ]
     costs = graph_cost(pair.base), graph_cost(pair.linearized)
-    assert [(c.name, c.base, c.cost) for c in speed.candidates] == [
-        ("base", None, costs[0]),
-        ("linearized", "base", costs[1]),
-    ]
+    assert [c.cost for c in speed.candidates] == list(costs)
     assert len(speed.speedups()) == 4 and speed.machine.roofline is not None
     for cell, result, over in speed.speedups():
         for one in cell.results:
@@ -65,9 +61,6 @@ def test_structure_of_a_measurement(pair: Pair) -> None:
         assert 6 <= result.rounds <= 9 and (over.resolved or result.rounds == 9)
         times = [speed.machine.roofline.seconds(c.work(cell.phase, cell.context)) for c in costs]
         assert result.ceiling == times[0] / times[1] > 1
-    raw = to_json(speed)
-    assert len(raw["cells"]) == 4 and raw["cells"][1]["phase"] == "decode"
-    assert from_json(Speed, raw, "it", "do it again") == speed
 
 
 @pytest.mark.parametrize(("times", "how"), [(2.3, False), (1.5, True), (0.5, "skipped")])

@@ -229,9 +229,6 @@ def test_who_cannot_be_made_or_fails_is_left_out_with_the_reason() -> None:
         assert len(cell.results) == 3
 
 
-GIB = 1 << 30
-
-
 @pytest.mark.usefixtures("told")
 def test_who_does_not_fit_beside_the_others_is_left_out() -> None:
     gib = 1 << 30
@@ -255,31 +252,6 @@ def test_who_does_not_fit_beside_the_others_is_left_out() -> None:
     }
     assert [[r.name for r in cell.results] for cell in large][1] == ["base", "linearized"]
     assert large[1].results[0].peak_bytes == 3 * gib
-
-
-def nobody(*_: Any) -> Any:
-    raise AssertionError("made")
-
-
-ONE, TWO, TORCH = (Candidate(name, nobody) for name in ("one", "two", "torch"))
-CELL = (1, 8)
-
-
-def fitting(memory: Memory, *candidates: Candidate) -> tuple[list[str], dict[str, str]]:
-    absent: dict[str, str] = {}
-    return [c.name for c in memory.fitting(candidates, CELL, {}, absent)], absent
-
-
-@pytest.mark.parametrize(
-    ("free", "names"), [(3.4, ["one", "two"]), (3.3, ["one"]), (1.2, ["one"]), (1.1, [])], ids=str
-)
-def test_a_tenth_of_what_is_free_is_left(free: float, names: list[str]) -> None:
-    """One GiB and two: nine tenths of 3.4 GiB hold both, of 3.3 the first; of 1.2 the first, of 1.1 none."""
-    peaks = {"one": {CELL: GIB}, "two": {CELL: 2 * GIB}}
-    found, absent = fitting(Memory(peaks, lambda: int(free * GIB)), ONE, TWO)
-    assert found == names and set(absent) == {"one", "two"} - set(names)
-    if "two" in absent:
-        assert absent["two"] == "does not fit into memory with the others: it needs 2.0 GiB"
 
 
 # processes ---------------------------------------------------------------------------------------
