@@ -54,7 +54,6 @@ FIRST = (
     "test_random_decoders.py",
     "test_families.py",
     "test_matrix.py",
-    "test_minilm.py",
 )
 
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from nbl_export import api
-from nbl_export.export.lm_head import add_num_logits_input_to_file
 from nbl_export.linearize.plan import save_plan
 from nbl_export.rewrite.foreign import rewrite_foreign
-from nbl_export.runtime.ort import OrtDecoder
 from tests.clients.greedy import greedy
 from tests.exhaustive import exhaustive
 from tests.exporters import GRAPH, Graphs
@@ -63,22 +59,6 @@ def test_genai_generates_from_its_own_folder_rewritten(
     assert tokens == greedy(folder / GRAPH, prompt, COUNT)
     assert tokens != greedy(source / GRAPH, prompt, COUNT)
     assert generated(source, prompt) == greedy(source / GRAPH, prompt, COUNT)
-
-
-@pytest.mark.client
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_its_own_graphs_take_the_optional_input_and_generate_all_the_same(
-    graphs: Graphs, tmp_path: Path, precision: str
-) -> None:
-    source, prompt = graphs(f"genai-{precision}", "llama-gqa"), list(range(40, 52))
-    folder = Path(shutil.copytree(source, tmp_path / "folder"))
-    add_num_logits_input_to_file(folder / GRAPH)
-    assert generated(folder, prompt) == generated(source, prompt) == greedy(folder / GRAPH, prompt, COUNT)
-    decoder, ids = OrtDecoder(folder / GRAPH), np.array([prompt])
-    given = (ids, np.ones_like(ids), np.arange(len(prompt))[None], decoder.empty_past(1))
-    whole, last = decoder(*given).logits, decoder(*given, num_logits=1).logits
-    assert (whole.shape[1], last.shape[1]) == (len(prompt), 1)
-    np.testing.assert_allclose(last, whole[:, -1:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.client
