@@ -130,3 +130,18 @@ def test_nothing_is_read_twice_to_learn_that_it_has_not_changed(
     os.utime(edited, ns=(times.st_atime_ns, times.st_mtime_ns))
     api.rewrite(stories_copy, listener)
     assert listener.notes[-1].endswith("since model.onnx.data is missing or was changed.")
+
+
+# transformers --------------------------------------------------------------------------------------
+
+
+def test_the_import_registers_every_type() -> None:
+    code = (
+        "from transformers import CONFIG_MAPPING\n"
+        "assert 'nbl_llama' not in CONFIG_MAPPING\n"
+        "import nbl_export.transformers\n"
+        "from nbl_export.models.registered import TYPES\n"
+        "assert all('nbl_' + one in CONFIG_MAPPING for one in TYPES)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

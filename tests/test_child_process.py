@@ -21,7 +21,7 @@ from nbl_export import errors
 from nbl_export.checkpoint import Checkpoint, saving_to
 from nbl_export.child_process import ChildError, Tell, in_child
 from nbl_export.errors import BuildError, CalibrationError, first_line, os_error_in_words
-from nbl_export.progress import Mebibytes, bytes_task, mebibytes
+from nbl_export.progress import bytes_task
 from tests.interruptions import send
 from tests.listening import Notes
 
@@ -350,20 +350,6 @@ def test_an_interrupt_behind_the_error_of_a_library_is_found() -> None:
 # progress ------------------------------------------------------------------------------------------
 
 MIB = 1 << 20
-
-
-def test_amounts_add_up_however_they_are_cut() -> None:
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        amounts = generator.integers(0, 3 * MIB, 15).tolist()
-        task = Notes()
-        done = Mebibytes(task, sum(amounts))
-        for i, amount in enumerate(amounts):
-            done(amount)
-            assert sum(task.advanced) == min(sum(amounts[: i + 1]) // MIB, mebibytes(sum(amounts)))
-        done.finish()
-        assert sum(task.advanced) == mebibytes(sum(amounts))
-        assert all(step > 0 for step in task.advanced), "a step of nothing is not told"
 
 
 def test_a_task_of_bytes_is_whole_when_its_block_ends() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -52,12 +51,6 @@ def test_the_line_of_a_part() -> None:
     assert part("timm").pip == "pip install timm"
     error = missing("pillow", "Reading images")
     assert str(error) == f"Reading images needs pillow: {pip_line('vision')}." and error.exit_code == 3
-
-
-def test_the_pages_name_extras_that_are_there() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for line in re.findall(r"pip install '[^']*\[([\w,]+)\]'", page.read_text(encoding="utf-8")):
-            assert set(line.split(",")) <= {*EXTRAS, "dev"}, (page, line)
 
 
 @pytest.mark.parametrize("module", ["cyclopts", "numpy"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +18,20 @@ from typing import Any
 
 import pytest
 
+from nbl_export import api
 from nbl_export.cli import process
 from nbl_export.cli.bars import TerminalListener
-from nbl_export.errors import InputError, Interrupted
-from tests.command_line import ENVIRONMENT, Done, assert_refused
+from nbl_export.cli.writing import Written, is_typed, prompt_of, typed
+from nbl_export.errors import InputError, Interrupted, NblError
+from nbl_export.models.tasks import task_named
+from nbl_export.packages import pip_line
+from tests.command_line import (
+    ENVIRONMENT,
+    Done,
+    assert_refused,
+    nbl,
+    no_leftovers,
+)
 from tests.interruptions import send
 from tests.rewrite.foreign import Source, assert_rewritten, contents, exported
 
@@ -201,3 +214,287 @@ def test_an_interrupt_of_a_line_that_is_typed_asks_for_nothing_else() -> None:
         return 5
 
     assert process.run(work) == 5
+
+
+# writing -------------------------------------------------------------------------------------------
+
+PROMPT = "Once upon a time"
+SMALL = ["--max-tokens", 20]
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal, self.lost = terminal, None
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+class Stdin:
+    def __init__(self, content: bytes, terminal: bool = False) -> None:
+        self.buffer, self.terminal = io.BytesIO(content), terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def test_words_a_file_and_the_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("\ufeffHé\r\n\n".encode())
+    assert prompt_of(" a\n", None) == " a\n"
+    assert prompt_of(None, file) == "Hé\r\n"  # without the end of the last line
+    for path in (None, Path("-")):
+        monkeypatch.setattr(sys, "stdin", Stdin("模型\r\n".encode()))
+        assert prompt_of(None, path) == "模型"
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "message"),
+    [
+        ("a", b"b", "--prompt and --prompt-file are two prompts"),
+        (" \n", None, "--prompt has no text"),
+        ("\ud800", None, "--prompt is not UTF-8"),
+        (None, b"\xff", "is not UTF-8: convert it"),
+        (None, b"\n", "has no text: give a prompt"),
+    ],
+)
+def test_what_is_no_prompt(
+    words: str | None, content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = None
+    if content is not None:
+        file = tmp_path / "prompt.txt"
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        prompt_of(words, file)
+    if words is None and content is not None:
+        monkeypatch.setattr(sys, "stdin", Stdin(content))
+        with pytest.raises(InputError, match=message):
+            prompt_of(None, None)
+
+
+def test_a_file_that_is_not_there_and_nobody_who_types(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="there is no such file"):
+        prompt_of(None, tmp_path / "x")
+    with pytest.raises(InputError):
+        prompt_of(None, tmp_path)
+    monkeypatch.setattr(sys, "stdin", Stdin(b"", terminal=True))
+    with pytest.raises(InputError, match="There is no prompt: give --prompt TEXT, --prompt-file FILE"):
+        prompt_of(None, None)
+
+
+PIECES = [("base", "a\x1b[2J\tb"), ("base", "\nc"), ("linearized", "d\n"), ("linearized", "e")]
+
+
+@pytest.mark.parametrize(
+    ("graph", "terminal", "expected"),
+    [
+        ("base", False, "a\x1b[2J\tb\nc"),
+        ("base", True, "a�[2J    b\nc\n"),
+        ("both", False, "base:\na\x1b[2J\tb\nc\n\nlinearized:\nd\ne\n"),
+        ("both", True, "base:\na�[2J    b\nc\n\nlinearized:\nd\ne\n"),
+    ],
+)
+def test_a_pipe_has_the_text_and_a_terminal_what_it_can_show(
+    graph: str, terminal: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream(terminal)
+    monkeypatch.setattr(sys, "stdout", stream)
+    written = Written(graph)
+    for piece in PIECES[: 4 if graph == "both" else 2]:
+        assert written.piece(*piece)
+    written.end()
+    assert stream.getvalue() == expected
+
+
+def test_what_is_typed_are_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin(b"", terminal=True))
+    assert is_typed(None, None) and not is_typed("a", None) and not is_typed(None, Path("-"))
+    lines = iter(["Hi", "  ", "b\udcff"])
+
+    def typed_line(_: str) -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", typed_line)
+    assert list(typed()) == ["Hi", "b?"]
+
+
+def test_the_command_prints_the_text_and_nothing_else(talking_out: Path, tmp_path: Path) -> None:
+    (expected,) = api.generate(talking_out, PROMPT, api.GenerateSettings(max_tokens=20))
+    (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
+    done = nbl("generate", talking_out, "--prompt-file", tmp_path / "prompt.txt", *SMALL)
+    assert (done.code, done.out) == (0, expected.text)
+    assert re.fullmatch(
+        r"· linearized: prefill 5 tokens [\d,]+/s · decode 19 tokens [\d,]+/s · cut at --max-tokens\n",
+        re.sub(r" *\n(?!$)", " ", done.err),
+    ), done.err
+
+
+def test_a_pipe_that_is_closed_early_is_no_error(talking_out: Path) -> None:
+    words = [sys.executable, "-m", "nbl_export", "generate", str(talking_out), "--prompt", PROMPT]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    assert process.stdout and process.stderr
+    process.stdout.read(1)
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait(60) == 0 and "Traceback" not in said and "error" not in said
+
+
+# commands ------------------------------------------------------------------------------------------
+
+TEXT = ["--samples", "32", "--seq-len", "128", "--heldout-samples", "8"]
+FAST = ["--decode-steps", "2", "--contexts", "8", "--rounds", "3", "--no-quality"]
+
+
+@pytest.fixture(scope="session")
+def place(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run in `out`: K = 2, `--trt` as the last word, no GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nbl-export[rtx]'")
+    from nbl_export.engine.library import find_gpu
+
+    if find_gpu() is not None:
+        pytest.skip("is about machines without a GPU")
+    folder = tmp_path_factory.mktemp("place")
+    done = nbl(stories_folder, *arguments(stories_text), "--k", 2, "--trt", cwd=folder)
+    assert done.code == 0, done
+    (folder / "first.txt").write_text(done.out)
+    return folder
+
+
+def arguments(text: Path) -> list[object]:
+    # Two neighbouring layers: in a model of 1 MB, code for others may outweigh the weights that are gone.
+    return ["-o", "out", "--calibration", text, "--criterion", "cca", *TEXT, *FAST]
+
+
+def engines(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (out / "engine").iterdir()}
+
+
+def manifest(out: Path, name: str = "model") -> Any:
+    return json.loads((out / "engine" / f"{name}.json").read_text())
+
+
+def stage(out: Path, name: str) -> Any:
+    return json.loads((out / "nbl" / "workspace.json").read_text())["stages"].get(name)
+
+
+# what was asked for ------------------------------------------------------------------------------
+
+
+class Asked(NblError):
+    """Carries what the command line calls the Python API with."""
+
+
+@pytest.mark.parametrize(
+    ("words", "library", "export"),
+    [
+        (["--k", "2", "--trt"], "auto", ("fp16", "static")),
+        (["--trt", "--k", "2"], "auto", ("fp16", "static")),
+        (["--trt", "auto", "--k", "2"], "auto", ("fp16", "static")),
+        (["--trt", "rtx", "--k", "2"], "rtx", ("fp16", "static")),
+        (["--trt=tensorrt", "--k", "2"], "tensorrt", ("fp16", "static")),
+        (["--k", "2", "--trt", "--precision", "bf16"], "auto", ("bf16", "static")),
+        (["--k", "2", "--trt", "--kv-cache", "concat"], "auto", ("fp16", "concat")),
+        (["--k", "2", "--precision", "fp32", "--kv-cache", "concat", "--trt"], "auto", ("fp32", "concat")),
+        (["--k", "2"], None, ("fp32", "concat")),
+        (["--k", "2", "--precision", "fp16"], None, ("fp16", "concat")),
+        (["--k", "2", "--max-batch", "8"], None, ("fp32", "concat")),
+    ],
+)
+@pytest.mark.parametrize("verb", [[], ["run"]])
+def test_trt_may_stand_anywhere_and_decides_what_is_exported(
+    monkeypatch: pytest.MonkeyPatch, verb: list[str], words: list[str], library: str | None, export: Any
+) -> None:
+    from nbl_export import cli
+
+    calls = []
+
+    def run(*given: Any, **_: Any) -> None:
+        calls.append(given)
+        raise Asked
+
+    monkeypatch.setattr(api, "run", run)
+    monkeypatch.setattr(sys, "argv", ["nbl-export", *verb, "rtx-model", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    ((model, _, selection, *_, exporting, wanted),) = calls
+    assert (model, selection.k) == ("rtx-model", 2)
+    exporting = exporting.resolve(task_named("text-generation"), wanted is not None)
+    assert (exporting.precision, exporting.kv_cache) == export
+    assert (wanted.library if wanted else None) == library
+
+
+# a run with --trt --------------------------------------------------------------------------------
+
+
+def test_a_run_with_trt_builds_and_reports(place: Path) -> None:
+    out = place / "out"
+    text = (place / "first.txt").read_text()
+    assert "Engines: tensorrt-rtx" in text and "fp16, static cache" in text
+    assert re.search(r"PASS  \(graph rewrite, .*\n +2 of 5 attention layers", text, re.S)
+    settings = stage(out, "export")["settings"]
+    assert (settings["precision"], settings["kv_cache"], settings["opset"]) == ("fp16", "static", 24)
+    for name, attention in (("baseline", 5), ("model", 3)):
+        found = manifest(out, name)
+        assert found["network"]["attention"] == attention
+        assert (found["precision"], found["kv_cache"]) == ("fp16", "static")
+        assert found["limits"] == {"max_batch": 4, "max_seq": 512, "max_context": 512}  # it has 512 positions
+    recorded = stage(out, "build")
+    kinds = ("{}.engine", "{}.json", "{}.trtexec.sh", "{}_rows.py")
+    assert set(recorded["files"]) == {
+        "model.fixed.onnx",
+        "baseline/model.fixed.onnx",
+        *(f"engine/{kind.format(n)}" for n in ("baseline", "model") for kind in kinds),
+    }
+    # onnxruntime-genai does not know this form of the cache.
+    assert not list(out.rglob("genai_config.json"))
+    no_leftovers(out)
+
+
+# build -------------------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "unknown library": (["--trt", "foo"], 2, ("foo",)),
+    "no GPU for tensorrt": (
+        ["--trt", "tensorrt"],
+        3,
+        ("no NVIDIA GPU", "--trt rtx", pip_line("rtx")),
+    ),
+    "unknown capability": (["--sm", "90"], 2, ("--sm '90'", "SM86")),
+    "empty capability": (["--sm", "86,"], 2, ("--sm is empty",)),
+    "context beyond the model": (["--max-context", "513"], 2, ("--max-context is 513", "512 positions")),
+    "prefill beyond the context": (
+        ["--max-seq", "65", "--max-context", "64"],
+        2,
+        ("--max-seq is 65", "(64)"),
+    ),
+    "no batch": (["--max-batch", "0"], 2, ("--max-batch is 0",)),
+    "context is no number": (["--max-context", "many"], 2, ("--max-context", "--help")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_builds_are_refused_in_one_sentence(place: Path, name: str) -> None:
+    options, code, words = REFUSED[name]
+    before = engines(place / "out")
+    assert_refused(nbl("build", "out", *options, cwd=place), code, *words)
+    assert engines(place / "out") == before
+
+
+def test_doctor_says_whether_the_main_job_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = nbl("doctor", cwd=tmp_path)
+    assert done.code == 0, done
+    assert done.out.splitlines()[-1] == "The main job runs here." and str(tmp_path) in done.out
+    (tmp_path / "numpy.py").write_text("raise ImportError('libblas.so.3 is not there')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = nbl("doctor", cwd=tmp_path)
+    assert done.code == 3 and "Traceback" not in done.err, done
+    assert done.out.splitlines()[-1] == "The main job does not run here."
+    assert re.search(r"^numpy .*libblas\.so\.3 is not there", done.out, re.M)
+    assert_refused(nbl("doctor", "here", cwd=tmp_path), 2, "more than this command takes")

@@ -216,11 +216,6 @@ def test_bad_settings_are_refused_in_one_sentence(own: Path, settings: api.Bench
 # bench candidates ----------------------------------------------------------------------------------
 
 
-def test_a_gpu_that_is_not_there(own: Path) -> None:
-    with pytest.raises(api.NblError, match="--device cuda needs onnxruntime with CUDA"):
-        api.bench(own, api.BenchSettings(device="cuda"))
-
-
 def test_an_output_folder_is_both_its_graphs(stories_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = [
         Against("x, base", None, stories_out / "baseline" / "model.onnx"),

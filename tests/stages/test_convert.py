@@ -29,6 +29,7 @@ from nbl_export.stages.forms import FORMS, Form
 from nbl_export.stages.inspection import inspect
 from nbl_export.stages.run import Run
 from tests.converting import needs
+from tests.exhaustive import exhaustive
 from tests.listening import Notes
 
 here = needs(stage.Gguf)
@@ -58,9 +59,13 @@ def test_a_file_is_proven_and_kept(converted: Path) -> None:
 
 
 @here
-def test_another_precision_is_beside_it(converted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param("fp16", marks=exhaustive), pytest.param("q8_0", marks=exhaustive), "q4_k_m"],
+)
+def test_another_precision_is_beside_it(converted: Path, tmp_path: Path, precision: Any) -> None:
     out = Path(shutil.copytree(converted, tmp_path / "out", copy_function=shutil.copy2))
-    value = api.convert(out, api.ConvertSettings(precision="q4_k_m"))
+    value = api.convert(out, api.ConvertSettings(precision=precision))
     assert value.passed, value.checks
     names = {path.name for path in (out / "gguf").iterdir()}
     assert names == {"model-F32.gguf", Path(value.file).name}
@@ -69,16 +74,16 @@ def test_another_precision_is_beside_it(converted: Path, tmp_path: Path) -> None
     assert heard.kept == ["convert gguf fp32"], "the other stays as it is"
     stages, *_, forms = inspect(out)
     rows = {row[0]: row[1] for row in stages.rows}
-    assert rows["convert gguf fp32"] == rows["convert gguf q4_k_m"] == "done" and "convert" not in rows
+    assert rows["convert gguf fp32"] == rows[f"convert gguf {precision}"] == "done" and "convert" not in rows
     assert forms.title == "Other engines"
     assert {(row[0], row[4]) for row in forms.rows} == {
         (f"gguf {p}", check)
-        for p in ("fp32", "q4_k_m")
+        for p in ("fp32", precision)
         for check in ("linear layers", "parity", "tokens", "KV cache")
     }
     assert {row[5] for row in forms.rows} == {"passed"}
     in_report = load_report(out / "report" / "report.json").forms
-    assert list(in_report) == ["gguf fp32", "gguf q4_k_m"] and in_report["gguf q4_k_m"] == value
+    assert list(in_report) == ["gguf fp32", f"gguf {precision}"] and in_report[f"gguf {precision}"] == value
     assert value.file in (out / "report" / "report.html").read_text()
     api.verify(out, api.VerifySettings(speed=False, decode_steps=2))
     assert load_report(out / "report" / "report.json").forms == in_report, "a later verification keeps them"

@@ -36,7 +36,6 @@ from nbl_export.stages.needs import (
     sizes_of_source,
 )
 from nbl_export.workspace import Workspace
-from tests.beyond import BEYOND
 from tests.command_line import nbl
 from tests.conftest import ROOT
 from tests.finished import TWO, VERIFY, state
@@ -208,8 +207,6 @@ def test_the_option_does_nothing_but_answer(tiny_folder: Path, tmp_path: Path, s
 # needs ---------------------------------------------------------------------------------------------
 
 TEXT = api.CalibrateSettings(("text",), samples=8, seq_len=640, selection_samples=2, heldout_samples=2)
-# Llama-3.1-8B.
-BIG = Sizes(weights=8_030_261_248, embedding=128_256 * 4096, width=4096, layers=32)
 
 
 def asked(text: api.CalibrateSettings = TEXT, precision: str = "bf16", **selection: Any) -> RunSettings:
@@ -252,17 +249,6 @@ def test_layers_that_lend_keys_cannot_go_and_borrowers_keep_none() -> None:
         assert sizes.layers == 2 and sizes.cache == 2 * 2 * 8 * 2
 
 
-def test_a_text_that_crosses_a_length_takes_memory() -> None:
-    sizes = sizes_of(BEYOND["mistral"].model().to("meta"))
-    assert (sizes.longest, sizes.scores) == (108, 108 * 108 * 4)
-    text = replace(TEXT, seq_len=64)
-    scores = {"export": 1, "verify": 2}
-    for stage, times in scores.items():
-        found = taken(sizes, stage, asked(text, "fp16"))
-        assert found["scores beyond a length"] == times * 4 * sizes.scores
-        assert found["logits of a row"] == 3 * 4 * 108 * sizes.head // sizes.width
-
-
 # disk ---------------------------------------------------------------------------------------------
 
 
@@ -280,15 +266,6 @@ def test_the_disk_that_is_computed_is_what_a_finished_run_has(
         small = ("config.json", "model.onnx", "tokenizer.json", "candidates.json", "measured.json")
         size = sum(p.stat().st_size for p in ws.paths(record) if p.name not in small)
         assert abs(one.leaves - size) < 0.1 * size, one.stage
-
-
-def test_what_is_weighed_with_a_graph_comes_after_it() -> None:
-    plain = disk(BIG, asked())
-    assert [one.stage for one in plain] == ["calibrate", "select", "export", "rewrite"]
-    found = disk(BIG, asked(k=None, budget=api.Budget(min_speedup=1.2)))
-    assert [one.stage for one in found] == ["calibrate", "export", "select", "rewrite"]
-    # Half of the layers are assumed; all other weights the timed graph reads from the unmodified one.
-    assert found[2].beside == 4 * 16 * (4096 + 1) * 4096 and not plain[1].beside
 
 
 def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

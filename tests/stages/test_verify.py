@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,6 @@ from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import sha256_of_file
 from nbl_export.linearize.plan import load_plan
 from nbl_export.report.schema import load_report
-from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.stages.run import Run
 from nbl_export.stages.verify import redrawn, verify
 from nbl_export.verify.parity.figures import DecoderParity, MethodLoss
@@ -53,19 +51,6 @@ def test_a_kill_while_the_report_is_drawn_does_not_look_like_an_edit(stories_cop
     after = Workspace.open(stories_copy)
     assert after.current("verify") is not None and not (after.nbl / "report.drawing.json").exists()
     assert "One more." in (ws.report / "report.md").read_text() or shown.notes == value.notes[:-1]
-
-
-def test_what_another_version_drew_is_drawn_anew_without_measuring_again(
-    stories_copy: Path, stories_folder: Path, calibration: Any
-) -> None:
-    for name in DRAWN:
-        (stories_copy / "report" / name).write_text("in other words")
-    before = state(stories_copy)
-    api.report(stories_copy)
-    assert state(stories_copy) == before
-    notes = Notes()
-    api.run(stories_folder, stories_copy, TWO, calibration, VERIFY, notes)
-    assert "verify" in notes.kept
 
 
 def test_a_changed_report_is_not_shown_and_is_measured_anew(
@@ -270,24 +255,6 @@ def test_other_selections_pass_parity(stories_copy: Path, selection: Any, layers
     assert report.graph.after.kv_pairs == 5 - len(layers)
     if not layers:
         assert isinstance(report.method_loss, MethodLoss) and report.method_loss.perplexity_ratio == 1
-
-
-def test_a_kept_layer_that_cannot_be_proven_is_recorded(
-    stories_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It stays as it is; its error is infinite where the graph has no such tensor."""
-    prove = rewrite_module.prove
-
-    def without_proof_of_layer_0(*arguments: Any) -> Any:
-        proofs = prove(*arguments)
-        return proofs | {0: replace(proofs[0], input_error=float("inf"))}
-
-    monkeypatch.setattr(rewrite_module, "prove", without_proof_of_layer_0)
-    api.select(stories_copy, api.SelectSettings(layers=(2,)))
-    api.rewrite(stories_copy)
-    report = api.verify(stories_copy, QUICK)
-    assert report.passed
-    assert [p.input_error for p in report.graph.proofs if p.layer == 0] == [math.inf]
 
 
 # refusals ----------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import pickle
 import shutil
 import signal
 from collections import Counter
@@ -16,29 +19,37 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from nbl_export import api
-from nbl_export.blocks import Block, Mlp, Span, as_json
+from nbl_export.blocks import Block, Mlp, Span, as_json, from_json
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import BudgetError, InputError
 from nbl_export.files import TEMPORARY
 from nbl_export.graph.io import load_graph
+from nbl_export.linearize.loss import LossMeter
+from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.search import LossCache, MeasuredSets, Prefixes
-from nbl_export.linearize.selection import CurvePoint, Loss
+from nbl_export.linearize.selection import CurvePoint, Loss, per_saving
 from nbl_export.progress import Silent
+from nbl_export.ranks import LostRankError, Ranks
+from nbl_export.report import schema as environment
 from nbl_export.runtime import session as sizes
 from nbl_export.settings import Budget, SelectSettings
 from nbl_export.settings.definition import AUTO
 from nbl_export.stages.select import choose, speeds
+from nbl_export.stages.select import jobs as module
 from nbl_export.stages.select.choose import Choosing
 from nbl_export.stages.select.speeds import SpeedMeter, Speedups
 from nbl_export.verify.speed import pair as pair_module
+from nbl_export.verify.speed import roofline
 from nbl_export.verify.speed.pair import measure_speed
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import load
 from tests.interruptions import Recorder, send
 from tests.listening import Notes
-from tests.stages.select.by_hand import QUICK, candidates, curve, forget, kl_by_hand, same_plan, select
+from tests.several import forked
+from tests.stages.select.by_hand import QUICK, candidates, curve, files, forget, kl_by_hand, same_plan, select
 
 
 def test_scores_and_the_curve_are_those_of_whole_runs(out: Path, stories_folder: Path) -> None:
@@ -476,3 +487,273 @@ def test_graphs_that_do_not_fit_together_are_timed_in_turns_or_not_at_all(
     assert set(asked) == ({anew} if anew is not None else set())
     said = [n for n in notes.notes if "The K curve has no speeds: a session needs about" in n]
     assert len(said) == (anew is None)
+
+
+# workload ------------------------------------------------------------------------------------------
+
+SHORT, LONG = ("decode=8@8",), ("decode=8@500",)
+
+
+def asked(k: int, workload: tuple[str, ...], **more: Any) -> api.SelectSettings:
+    return api.SelectSettings(k=k, workload=workload, **more)
+
+
+def attention(plan: Plan) -> int:
+    return sum(not isinstance(block, Mlp) for block in plan.chosen)
+
+
+def test_layers_are_ranked_by_loss_for_what_they_save(both_out: Path) -> None:
+    notes = Notes()
+    plan = api.select(both_out, asked(3, SHORT, criterion="kl"), listener=notes)
+    said = [note for note in notes.notes if note.startswith("Of ")]
+    assert len(said) == 1 and "a linear attention saves" in said[0] and "a linear MLP saves" in said[0]
+    scored = candidates(both_out)["candidates"]
+    assert all(c["saved_ms"] > 0 for c in scored)
+    # All attentions of this model are alike, and so are its MLPs.
+    assert len({round(c["saved_ms"], 9) for c in scored}) == 2
+    best = sorted(scored, key=lambda c: per_saving(c["kl"], c["saved_ms"]))[:3]
+    assert {from_json(c["layer"]) for c in best} == set(plan.chosen)
+
+
+def test_a_workload_must_run_in_the_graph(both_out: Path) -> None:
+    with pytest.raises(InputError, match=r"decode=8@600 has 608 tokens in a row, and the model has 512"):
+        select(both_out, asked(1, ("decode=8@600",)))
+    forget(both_out, "export")
+    with pytest.raises(InputError, match=r"nbl-export export .*"):
+        select(both_out, asked(1, SHORT))
+
+
+def test_the_machine_is_measured_once(both_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the same workload has the same costs; another machine is measured itself."""
+    select(both_out, asked(1, SHORT, criterion="nmse"))
+    first = candidates(both_out)["workload_ms"]
+    measured: list[int] = []
+    real = roofline.measure_roofline
+    monkeypatch.setattr(roofline, "measure_roofline", lambda: measured.append(1) or real())
+    select(both_out, asked(2, SHORT, criterion="nmse"))
+    assert candidates(both_out)["workload_ms"] == first and not measured
+    here = environment.environment()
+    monkeypatch.setattr(environment, "environment", lambda: replace(here, processor="another"))
+    select(both_out, asked(3, SHORT, criterion="nmse"))
+    assert measured
+
+
+def test_a_speed_that_is_asked_for_is_that_of_the_workload(
+    both_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def took(base: Path, others: Mapping[str, Path], workloads: Any, *_: Any) -> dict[str, float]:
+        assert [w.context for w in workloads] == [200]
+        (name,) = others
+        return {"base": 100.0, name: 100.0 - 5 * int(others[name].name.split(".")[0][1:])}
+
+    monkeypatch.setattr("nbl_export.verify.speed.workloads.workload_ms", took)
+    monkeypatch.setattr("nbl_export.verify.speed.pair.measure_speed", lambda *_: pytest.fail("512 tokens"))
+    budget = api.Budget(min_speedup=1.15)
+    plan = select(both_out, api.SelectSettings(workload=("decode=8@200",), criterion="kl", budget=budget))
+    assert len(plan.chosen) == 3, "100 / 85"
+    curve = candidates(both_out)["curve"]
+    assert curve["context"] is None and curve["points"][2]["timed_speedup"] == pytest.approx(100 / 85)
+
+
+# sizes -------------------------------------------------------------------------------------------
+
+
+def graph_of(out: Path) -> Path:
+    """The rewritten graph of the plan that was selected."""
+    api.rewrite(out)
+    return out / "model.onnx"
+
+
+def weights(path: Path) -> int:
+    return sum(numpy_helper.to_array(t).nbytes for t in onnx.load(str(path)).graph.initializer)
+
+
+def bounded(workload: tuple[str, ...] = (), **budget: str) -> api.SelectSettings:
+    return api.SelectSettings(criterion="kl", workload=workload, budget=api.Budget(**budget))
+
+
+def test_weights_of_at_most_a_size_by_the_fewest_layers(both_out: Path) -> None:
+    whole = weights(both_out / "baseline" / "model.onnx")
+    limit = f"{(whole - 250_000) / 1000:.3f}KB"
+    chosen = select(both_out, bounded(SHORT, max_weight_bytes=limit)).chosen
+    assert weights(graph_of(both_out)) <= whole - 250_000
+    fewer = select(both_out, asked(len(chosen) - 1, SHORT, criterion="kl")).chosen
+    assert set(fewer) < set(chosen) and weights(graph_of(both_out)) > whole - 250_000
+
+
+def test_a_kv_cache_of_at_most_a_size(both_out: Path) -> None:
+    # Five pairs of 4 heads of size 8 for 2 rows of 500 tokens.
+    pair = 2 * 500 * 2 * 4 * 8 * 4
+    plan = select(both_out, bounded(("decode=8@492,batch=2",), max_kv_bytes=f"{3 * pair / 1000:.3f}KB"))
+    assert attention(plan) == 2
+    curve = candidates(both_out)["curve"]
+    assert curve is None or curve["budget"]["max_kv_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "words"),
+    [
+        ({"max_weight_bytes": "1KB"}, BudgetError, "with 10 linear layers there are still"),
+        ({"max_weight_bytes": "1GB"}, InputError, "asks for nothing: without a linear layer there are"),
+        ({"max_kv_bytes": "1GB"}, InputError, "asks for nothing"),
+    ],
+)
+def test_sizes_out_of_reach_and_sizes_that_are_there(
+    both_out: Path, budget: dict[str, str], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        select(both_out, bounded(SHORT, **budget))
+
+
+# measured ------------------------------------------------------------------------------------------
+
+SAME = ("candidates.json", "plan.json", "plan.safetensors")
+
+
+def test_selection_in_bfloat16_leaves_the_model_and_what_is_solved_in_float32(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = select(out, api.SelectSettings(k=3))
+    kl = candidates(out)["candidates"][0]["kl"]
+    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda *_: "bfloat16")
+    forget(out, "select")
+    half = select(out, api.SelectSettings(k=3))
+    other = candidates(out)["candidates"][0]["kl"]
+    assert other == pytest.approx(kl, rel=0.2) and other != kl  # measured anew
+    assert same_plan(half, exact)
+
+
+def test_another_k_measures_nothing_again(out: Path, measured: list[int]) -> None:
+    select(out, api.SelectSettings(k=4))
+    assert len(measured) >= 5 + 3
+    measured.clear()
+    for k in (2, 4, 0, 3):
+        assert len(select(out, api.SelectSettings(k=k)).chosen) == k
+    # Each alone is what greedy search begins with.
+    select(out, api.SelectSettings(k=2, criterion="kl"))
+    assert measured == []
+    select(out, api.SelectSettings(k=5))
+    assert len(measured) == 1, "all of them, which was not measured yet"
+
+
+def test_what_a_loss_depends_on_is_measured_anew(out: Path, measured: list[int]) -> None:
+    plain = api.SelectSettings(k=1, criterion="kl")
+    select(out, plain)
+    # Those chosen by the same maps are measured as they ship.
+    for change, count in (
+        ({"fit_input": "residual"}, 5),
+        ({"fit": "weighted"}, 5),
+        ({"ridge": None}, 5),
+        ({"repair": 1}, 2),
+        ({"fit": "sequential"}, 1),
+    ):
+        measured.clear()
+        select(out, replace(plain, **change))  # type: ignore[arg-type]
+        assert len(measured) == count, change
+    measured.clear()
+    select(out, api.SelectSettings(k=1, criterion="linearity"))
+    for c in candidates(out)["candidates"]:
+        # A divergence, which chance cannot make negative as it can the likelihood of so little text.
+        assert c["sensitivity"] > 0 and c["sensitivity_se"] > 0
+        assert c["predicted"] == pytest.approx(c["sensitivity"] * c["nmse"])
+    select(out, api.SelectSettings(k=2, criterion="linearity", fit="weighted"))
+    assert len(measured) == 5 + 2, "sensitivities depend on no fit; what was predicted of a plan is measured"
+
+
+def test_an_interrupted_selection_goes_on_to_the_same_result(
+    out: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int]
+) -> None:
+    whole = Path(shutil.copytree(calibrated, tmp_path / "whole"))
+    settings = api.SelectSettings(k=4)
+    expected = select(whole, settings)
+    total = len(measured)
+    measured.clear()
+    counted = LossMeter.measure_within
+
+    def stops(*args: Any) -> Any:
+        if len(measured) == 6:
+            raise KeyboardInterrupt
+        return counted(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LossMeter, "measure_within", stops)
+        with pytest.raises(KeyboardInterrupt):
+            select(out, settings)
+    assert Workspace.open(out).record("select") is None
+    assert same_plan(select(out, settings), expected)
+    assert len(measured) == total, "nothing is measured twice"
+    assert candidates(out) == candidates(whole)
+    one, other = (json.loads((o / "nbl" / "measured.json").read_text()) for o in (out, whole))
+    assert one == other
+
+
+def test_damaged_losses_are_measured_again(out: Path, measured: list[int]) -> None:
+    plan = select(out, api.SelectSettings(k=2, criterion="kl"))
+    path = out / "nbl" / "measured.json"
+    path.write_text(path.read_text()[:100])
+    forget(out, "select")
+    measured.clear()
+    notes = Notes()
+    assert same_plan(select(out, api.SelectSettings(k=2, criterion="kl"), notes), plan)
+    assert len(measured) == 5 and "measured.json is damaged and was ignored." in notes.notes
+
+
+# several processes -------------------------------------------------------------------------------
+
+
+def copy_of(out: Path, to: Path) -> Path:
+    return Path(shutil.copytree(out, to, copy_function=shutil.copy2))
+
+
+def losses(out: Path) -> dict[tuple[str, str], Any]:
+    """What was measured, by what it depends on and by name."""
+    path = out / "nbl" / "measured.json"
+    groups = json.loads(path.read_text())["losses"] if path.exists() else {}
+    return {(key, name): loss for key, group in groups.items() for name, loss in group.items()}
+
+
+def selected(out: Path, settings: api.SelectSettings) -> Any:
+    """What a process gets of a selection by all: the chosen layers, and the notes."""
+    heard = Notes()
+    return api.select(out, settings, heard).chosen, heard.notes
+
+
+def test_the_plan_and_all_figures_are_those_of_one_process(calibrated: Path, tmp_path: Path) -> None:
+    alone, out = copy_of(calibrated, tmp_path / "alone"), copy_of(calibrated, tmp_path / "out")
+    settings, count = api.SelectSettings(k=2, criterion="greedy"), 2
+    plan = select(alone, settings)
+    found = forked(count, tmp_path / "results", lambda _: selected(out, settings))
+    assert [chosen for chosen, _ in found] == [plan.chosen] * count
+    assert [notes for _, notes in found[1:]] == [[]] * (count - 1)
+    assert all(files(out)[name] == files(alone)[name] for name in SAME)
+    one, several = losses(alone), losses(out)
+    # Several measure some sets of a greedy round that one process can do without.
+    assert one.items() <= several.items()
+
+
+def test_a_killed_process_ends_the_others_and_what_was_measured_is_kept(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, out = copy_of(calibrated, tmp_path / "alone"), copy_of(calibrated, tmp_path / "out")
+    settings = api.SelectSettings(k=2, criterion="kl")
+    plan, results = select(alone, settings), tmp_path / "results"
+    real, calls = module.measured_losses, []
+
+    def work(ranks: Ranks) -> Any:
+        def killed(*args: Any) -> Any:
+            calls.append(None)
+            if len(calls) == 2 and ranks.rank == 1:
+                (results / "1").write_bytes(pickle.dumps(None))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+
+        monkeypatch.setattr(module, "measured_losses", killed)
+        selected(out, settings)
+
+    found = forked(2, results, work)
+    assert found[1] is None and isinstance(found[0], LostRankError)
+    kept = losses(out)
+    assert len(kept) == 2 and kept.items() <= losses(alone).items()
+    monkeypatch.undo()
+    again = select(out, settings)
+    assert again.chosen == plan.chosen and np.isfinite(again.layers[plan.chosen[0]].w).all()
