@@ -201,13 +201,6 @@ def test_a_parent_that_ends_leaves_no_orphan(by: signal.Signals) -> None:
         assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
 
 
-def test_files_where_the_user_stands_are_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("json", "queue", "psutil", "nbl_export"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user')")
-    monkeypatch.chdir(tmp_path)
-    assert child(double, {"value": 1, "tell": []}) == [2, str(tmp_path)]
-
-
 # checkpoint ----------------------------------------------------------------------------------------
 
 

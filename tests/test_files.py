@@ -27,9 +27,7 @@ from nbl_export.files import (
     atomic_path,
     locked,
     member,
-    open_data,
     overlap,
-    parse_json,
     printable,
     printable_lines,
     read_bytes,
@@ -37,7 +35,6 @@ from nbl_export.files import (
     read_sealed,
     read_table,
     sha256_of,
-    sha256_of_file,
     stays_in,
     write_json,
     write_sealed,
@@ -117,14 +114,6 @@ def test_the_hub_keeps_the_files_of_a_snapshot_elsewhere(tmp_path: Path) -> None
     assert not stays_in(plain, tmp_path / "blobs" / "123")
 
 
-def test_a_fifo_is_refused_and_does_not_wait_for_a_writer(tmp_path: Path) -> None:
-    fifo = tmp_path / "text.json"
-    os.mkfifo(fifo)
-    for read in (sha256_of_file, open_data, lambda path: read_json(path, "The thing", "do that")):
-        with pytest.raises(InputError, match="is not a regular file"):
-            read(fifo)
-
-
 def test_a_file_above_its_limit_is_refused_without_being_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     with path.open("wb") as file:
@@ -132,16 +121,6 @@ def test_a_file_above_its_limit_is_refused_without_being_read_whole(tmp_path: Pa
     with pytest.raises(InputError, match="larger than 64 MiB"):
         read_json(path, "The thing", "do that")
     assert read_bytes(path, JSON_LIMIT + 1)[:1] == b"\0"
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["[" * 100_000, "1" * 5000, '"\\ud800"', '{"\\udfff": 1}', b'"\xff"', "", "{"],
-    ids=["deep", "digits", "surrogate", "key", "bytes", "empty", "open"],
-)
-def test_what_is_no_json_text_is_a_value_error(content: bytes | str) -> None:
-    with pytest.raises(ValueError):
-        parse_json(content)
 
 
 @pytest.mark.parametrize(
@@ -193,20 +172,6 @@ def test_a_lock_keeps_others_out_and_is_never_written_to(tmp_path: Path) -> None
         # Whoever comes now makes a lock of its own, which the first holder no longer concerns.
         with locked(lock, "Busy: wait."):
             pass
-
-
-def test_a_lock_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "victim").write_text("precious")
-    (tmp_path / "link").symlink_to("victim")
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "folder").mkdir()
-    for name in ("link", "fifo", "folder"):
-        with (
-            pytest.raises(InputError, match="is not a regular file: delete it"),
-            locked(tmp_path / name, "Busy."),
-        ):
-            pass
-    assert (tmp_path / "victim").read_text() == "precious"
 
 
 def test_a_sealed_file_is_read_only_as_it_was_written(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 
 from nbl_export import __version__, packages
 from nbl_export import doctor as module
-from nbl_export.doctor import DRIVER, Found, doctor, lacking, problems, try_all, within
+from nbl_export.doctor import DRIVER, Found, lacking, problems, try_all, within
 from nbl_export.errors import MissingDependencyError
 from nbl_export.packages import ALWAYS, PARTS, check_system, import_in_words, missing, origin, part, pip_line
 from tests.conftest import ROOT
@@ -347,21 +347,3 @@ def test_a_runtime_is_tried_on_each_provider(made: Module, cuda: str, y: str, sa
     trial = try_all(["onnxruntime"], Notes())["onnxruntime"]
     assert (trial.error or trial.facts["no_gpu"]) == said
     assert trial.error or trial.facts["providers"] == ["CUDA", "CPU"]
-
-
-def test_this_machine_with_a_runtime_that_crashes_in_a_locale_of_before(
-    made: Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made("onnxruntime", "import os; os.abort()")
-    monkeypatch.setattr(module.locale, "getpreferredencoding", lambda _: "ANSI_X3.4-1968")
-    monkeypatch.setattr(module, "_free", lambda _folder: 5 << 20)
-    found = doctor()
-    (said,) = found.lacking
-    assert "is installed, and trying it died by SIGABRT" in said and not found.runs_here
-    assert any("ANSI_X3.4-1968" in problem for problem in found.problems)
-    assert any("the folder for temporary files, has 5 MiB free" in problem for problem in found.problems)
-    machine, packages = found.tables
-    assert dict(machine.rows)["Python"].endswith(sys.executable)  # type: ignore[arg-type]
-    states = {row[0]: row[2] for row in packages.rows}
-    assert states["torch"] == "works" and states["onnxruntime"] == "broken"
-    assert all(states[name.partition(":")[0]] == "missing" for name, _ in found.offers)

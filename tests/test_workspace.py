@@ -247,22 +247,6 @@ def test_a_recorded_name_that_leaves_the_folder_is_refused_and_nothing_is_delete
     assert victim.read_text() == "somebody's"
 
 
-@pytest.mark.parametrize("name", ["nbl", "baseline", "engine", "report", "report/plots", "nbl/eval"])
-def test_a_folder_that_is_a_link_is_refused(workspace: Workspace, tmp_path: Path, name: str) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / ".mine.nbl.tmp").write_text("somebody's")
-    place = workspace.root / name
-    place.parent.mkdir(exist_ok=True)
-    if place.exists():
-        place.rename(tmp_path / "was")
-        (tmp_path / "was" / "workspace.json").rename(elsewhere / "workspace.json")
-    place.symlink_to(elsewhere)
-    with pytest.raises(InputError, match=f"{name} is not a folder of its own"):
-        Workspace.open(workspace.root)
-    assert (elsewhere / ".mine.nbl.tmp").exists()
-
-
 def test_a_folder_with_somebodys_files_is_not_taken_for_output(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"config\.json that nbl-export did not write.*--output"):

@@ -177,27 +177,6 @@ def drawn(listener: TerminalListener) -> list[Any]:
     return list(listener._drawn.tasks)
 
 
-def test_a_task_within_another_is_a_bar_below_it_until_it_ends(screen: Any) -> None:
-    err = screen("err")
-    listener = TerminalListener()
-    for title in ("First", "Second"):
-        with listener.task(title, 2, "layers") as outer:
-            with listener.task(f"within {title}", 1, "model") as inner:
-                inner.advance(1)
-                assert [(t.description, t.visible) for t in drawn(listener)] == [
-                    (title, True),
-                    (f"within {title}", True),
-                ]
-            outer.advance(2)
-    words = [line.split("━")[0].split(None, 1)[1].strip() for line in err.getvalue().splitlines()]
-    assert words == ["First", "Second"]
-    with pytest.raises(ValueError, match="x"), listener.task("Third", 1, "layers"):
-        raise ValueError("x")
-    with listener.task("Fourth", 1, "layers"):
-        pass
-    assert "Fourth" in err.getvalue()
-
-
 def test_a_log_gets_lines_where_no_bar_is_drawn(screen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bar would say nothing before it ends, after hours."""
     monkeypatch.setattr(bars, "_LINES", 0)
@@ -221,16 +200,6 @@ THREE = Table(
     (("first [row]", "1", "passed"), ("second", "1,234", "failed"), ("third", "5", "skipped")),
     "A note.",
 )
-
-
-def test_a_table_has_its_title_its_note_and_every_cell(screen: Any) -> None:
-    text = screen("out")
-    show_tables([THREE, replace(THREE, title="Another", note="")])
-    lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    assert lines[0] == "A title" and lines.count("A note.") == 1 and "Another" in lines
-    # What looks like markup is text. Figures stand flush right.
-    assert "first [row]      1   passed" in lines and "second       1,234   failed" in lines
-    assert text.getvalue().count("1,234") == 2
 
 
 def test_a_report_ends_with_its_verdict_and_where_to_look(screen: Any, report: Report) -> None:

@@ -14,7 +14,7 @@ from nbl_export.evaluate import scoring
 from nbl_export.evaluate.scoring import Limits, Pair, Scored, greedy, log_likelihoods
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
-from nbl_export.runtime.ort import OrtDecoder, OrtRaggedStream, ort_stream
+from nbl_export.runtime.ort import OrtRaggedStream, ort_stream
 from nbl_export.runtime.stream import Stream
 from tests.export.exported import graph_logits
 from tests.exporters import GRAPH, Graphs
@@ -211,24 +211,6 @@ def test_rows_go_on_in_several_ways(path_of: Callable[[str], Path], model: Any, 
             whole = model(input_ids=torch.from_numpy(row)[None]).logits[0].numpy()
         np.testing.assert_allclose(logits[i], whole[-len(way) - 1 : -1], rtol=0, atol=2e-4)
         np.testing.assert_allclose(decoded[i], whole[-1], rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize(("form", "logits"), [("ours-shared", 3), ("genai-fp32", 8)])
-def test_a_ragged_prefill_makes_the_last_logits_of_the_shortest_row_on(
-    path_of: Callable[[str], Path], model: Any, form: str, logits: int, logits_made: Any
-) -> None:
-    """Where the graph can be asked for fewer than all, as one that the builder left alone cannot."""
-    rng = np.random.default_rng(7)
-    rows = [np.array(random_tokens(rng, n)) for n in (9, 7, 8)]
-    made = logits_made(OrtDecoder)
-    stream = ort_stream(path_of(form), 16)
-    last = stream.prefill_last([row[:-1] for row in rows])
-    following = stream.decode([int(row[-1]) for row in rows])
-    assert [shape[1] for shape in made] == [logits, 1]
-    for row, *found in zip(rows, last, following, strict=True):
-        with torch.inference_mode():
-            whole = model(input_ids=torch.from_numpy(row)[None]).logits[0].numpy()
-        np.testing.assert_allclose(found, whole[-2:], rtol=0, atol=2e-4)
 
 
 def transformers_greedy(model: Any, prompt: Sequence[int], most: int) -> list[int]:

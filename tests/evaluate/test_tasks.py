@@ -427,14 +427,6 @@ def test_tasks_come_out_as_with_transformers(stories: tuple[Any, Any], shared_da
     assert_same_answers(*stories, task)
 
 
-def test_few_shot_tasks_come_out_as_with_transformers(stories: tuple[Any, Any], shared_data: Path) -> None:
-    file = shared_data / "eval" / "piqa_valid.jsonl.gz"
-    (task,) = find_tasks([str(file)], EvalSettings(limit=10, few_shot=2))
-    _, (sample, *_) = answers(stories[0], task)
-    assert sample["arguments"][0][0].count("Question:") == 3
-    assert_same_answers(*stories, task)
-
-
 def test_perplexity_of_long_texts_comes_out_as_with_transformers(
     stories: tuple[Any, Any], tmp_path: Path
 ) -> None:

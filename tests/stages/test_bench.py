@@ -26,7 +26,6 @@ from nbl_export.settings import BenchSettings
 from nbl_export.stages.bench_candidates import Against, bench_candidates, graphs_against
 from nbl_export.stages.forms import Gguf
 from nbl_export.stages.run import Run
-from nbl_export.verify.speed import candidates
 from nbl_export.verify.speed.race import Harness
 from nbl_export.verify.speed.values import CellResult
 from tests.converting import needs
@@ -130,32 +129,6 @@ def test_a_bench_of_a_real_folder(own: Path, tmp_path: Path) -> None:
     assert (own / "report" / "report.json").stat().st_mtime_ns == before
     # Another verification of the same graphs keeps it.
     assert api.verify(own, api.VerifySettings(contexts=(8,), rounds=3)).bench == value
-
-
-def test_sessions_made_anew_are_never_two_at_once(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive, most, made = [0], [0], []
-    real = candidates.OrtModel
-
-    class Counted(real):  # type: ignore[misc, valid-type]
-        def __init__(self, path: Path, *args: Any, **kwargs: Any) -> None:
-            super().__init__(path, *args, **kwargs)
-            made.append(path)
-            alive[0] += 1
-            most[0] = max(most[0], alive[0])
-
-        def __del__(self) -> None:
-            alive[0] -= 1
-
-    monkeypatch.setattr(candidates, "OrtModel", Counted)
-    once = api.BenchSettings(batches=(1,), contexts=(8,), rounds=3, most=1, memory=False)
-    api.bench(own, once)
-    assert len(made) == most[0] == 3
-    made.clear()
-    most[0] = 0
-    value = api.bench(own, replace(once, anew=True))
-    # Two phases, three rounds and one before them; the last session of one is gone when the next is made.
-    assert len(made) == 2 * (3 + 1) * 3 and most[0] <= 2
-    assert [r.name for r in value.speed.cells[0].results] == ["base", "linearized", "base again"]
 
 
 def test_an_interrupted_bench_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

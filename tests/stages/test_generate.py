@@ -18,7 +18,6 @@ from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.stages.rewrite import drop_baseline
 from nbl_export.workspace import Workspace
-from tests.listening import Notes
 from tests.talking import END, OTHER_END
 
 PROMPT = "Once upon a time"
@@ -90,14 +89,6 @@ def test_another_form_of_the_cache_generates_the_same(stories_copy: Path) -> Non
     api.export(stories_copy, api.ExportSettings(kv_cache="static"))
     (found,) = api.generate(stories_copy, PROMPT, asked)
     assert found.tokens == expected.tokens
-
-
-def test_half_precision_says_that_it_is_not_run_as_it_is(stories_copy: Path) -> None:
-    api.export(stories_copy, api.ExportSettings("bf16"))
-    heard = Notes()
-    (found,) = api.generate(stories_copy, PROMPT, settings(graph="base", max_tokens=3), heard)
-    (note,) = heard.notes
-    assert len(found.tokens) == 3 and note.startswith("base is computed in float32 and rounded")
 
 
 # what is refused ----------------------------------------------------------------------------------

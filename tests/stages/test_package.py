@@ -150,17 +150,10 @@ def escape(root: Path) -> None:
     path.write_text(json.dumps(known))
 
 
-def link(root: Path) -> None:
-    path = root / "tokenizer.json"
-    path.rename(root.parent / "tokenizer.json")
-    path.symlink_to(root.parent / "tokenizer.json")
-
-
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shorter file": (truncate, r"model.onnx.data is missing or was changed after it was packaged"),
     "a file that is gone": (lambda root: (root / "nbl/plan.json").unlink(), r"plan.json is missing"),
     "a name outside": (escape, r"\.\./stories/model.onnx"),
-    "a link": (link, r"tokenizer.json"),
     "no manifest": (
         lambda root: (root / "package.json").write_text("{}"),
         r"not of a package of this version",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -298,28 +296,6 @@ def test_a_run_makes_a_damaged_stage_again(
     report = api.run(stories_folder, stories_copy, TWO, calibration, VERIFY)
     assert report.passed
     assert_same(stories_copy / file, stories_out / file)
-
-
-def test_changed_text_behind_a_pattern_is_another_calibration(
-    stories_folder: Path, stories_text: Path, tmp_path: Path
-) -> None:
-    source = tmp_path / "text" / "part.jsonl.gz"
-    source.parent.mkdir()
-    source.write_bytes(stories_text.read_bytes())
-    settings = api.CalibrateSettings(
-        (str(tmp_path / "text" / "p*"),), samples=8, seq_len=64, heldout_samples=2
-    )
-    moments = api.calibrate(stories_folder, tmp_path / "out", settings)
-    first = moments.stat().st_mtime_ns
-    api.calibrate(stories_folder, tmp_path / "out", settings)
-    assert moments.stat().st_mtime_ns == first
-    os.utime(source, ns=(1, 1))  # as a fresh checkout does
-    api.calibrate(stories_folder, tmp_path / "out", settings)
-    assert moments.stat().st_mtime_ns == first
-    with gzip.open(stories_text) as whole, gzip.open(source, "wb") as part:
-        part.writelines(whole.readlines()[1:])
-    api.calibrate(stories_folder, tmp_path / "out", settings)
-    assert moments.stat().st_mtime_ns != first
 
 
 def test_a_device_that_is_not_there_is_refused_before_any_work(tiny_folder: Path, tmp_path: Path) -> None:

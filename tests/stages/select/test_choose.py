@@ -281,7 +281,6 @@ def test_a_rank_is_found_for_each_map(both_out: Path, stories_folder: Path) -> N
 @pytest.mark.parametrize(
     "settings",
     [
-        api.SelectSettings(k=2),
         api.SelectSettings(k=2, criterion="linearity"),
         api.SelectSettings(k=2, fit="sequential", repair=2, fit_input="residual"),
         api.SelectSettings(layers=(0, 3), fit="weighted", ridge=None, repair=2),
@@ -333,7 +332,6 @@ SPANS = (Span(1, 2), 4, Mlp(3))
 @pytest.mark.parametrize(
     "settings",
     [
-        api.SelectSettings(layers=SPANS),
         api.SelectSettings(layers=SPANS, rank=8, repair=2),
         api.SelectSettings(layers=SPANS, fit="drop"),
         api.SelectSettings(k=6, workload=("decode=8@64",)),
