@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from html.parser import HTMLParser
 from math import nan
 from pathlib import Path
@@ -19,7 +19,7 @@ from nbl_export.linearize.selection import Curve
 from nbl_export.records import Check, from_json
 from nbl_export.report.plots import Plot, report_plots
 from nbl_export.report.render import markdown, page, write_report
-from nbl_export.report.schema import Report
+from nbl_export.report.schema import Report, load_report
 
 TITLES = [
     "Checks",
@@ -193,3 +193,39 @@ def test_the_curve_is_the_report_s(full: Report, curve: Curve) -> None:
     for axes, bound in ((ratio, 1.2), (kl, 0.5), (speed, 1.07)):
         assert [bound, bound] in [list(ln.get_ydata()) for ln in axes.lines]
         assert [2, 2] in [list(ln.get_xdata()) for ln in axes.lines], "the K that was chosen"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("section", ["parity", "method_loss"])
+def test_figures_that_are_no_numbers_are_drawn(
+    report: Report, tmp_path: Path, section: str, bad: float
+) -> None:
+    """A broken model gives such figures; the report of it must still be written, read and drawn."""
+
+    def broken(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(broken(v) for v in value)
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{f.name: broken(getattr(value, f.name)) for f in fields(value)})
+        return bad if isinstance(value, float) else value
+
+    found = getattr(report, section)
+    gates = {"gates": found.gates} if section == "parity" else {}
+    changed = replace(report, **{section: replace(broken(found), **gates)})
+    write_report(tmp_path, changed)
+    again = load_report(tmp_path / "report.json")
+    assert list(tables(markdown(again))) == TITLES
+    assert str(bad) in markdown(again) and str(bad) in page(again, report_plots(again))
+
+
+def test_the_verdict_is_written_even_if_drawing_fails(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> bytes:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("nbl_export.report.plots.Plot.file", fails)
+    with pytest.raises(OSError, match="no space left"):
+        write_report(tmp_path, report)
+    assert {p.name for p in tmp_path.iterdir()} >= {"report.json", "junit.xml"}
+    assert not list(tmp_path.rglob(".*"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from nbl_export.errors import BuildError, InputError
 from nbl_export.linearize.plan import save_plan
 from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.rewrite.foreign import rewrite_foreign
-from tests.command_line import Done, nbl
+from tests.command_line import Done, assert_refused, nbl
 from tests.end_to_end.random_decoder_graphs import written
 from tests.end_to_end.random_decoders import Choices, random_plan, random_weights
 from tests.interruptions import killed_at_change
@@ -391,3 +393,31 @@ def test_a_merged_decoder_is_named(place: Place) -> None:
 
 
 # plans ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "give OUT alone, or --onnx"),
+        (("OUT", "--plan", "PLAN"), "give OUT alone"),
+        (("--onnx", "SOURCE", "--output", "NEW"), "--onnx needs --plan"),
+        (("--onnx", "SOURCE", "--plan", "PLAN"), "and --output"),
+        (("OUT", "--onnx", "SOURCE", "--plan", "PLAN", "--output", "NEW"), "no OUT"),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, tuple) else "",
+)
+def test_options_that_do_not_go_together(source: Source, arguments: tuple[str, ...], words: str) -> None:
+    before = contents(source.folder.parent)
+    named = {"SOURCE": source.folder, "PLAN": source.plan, "NEW": source.out, "OUT": source.folder}
+    assert_refused(nbl("rewrite", *(named.get(a, a) for a in arguments)), 2, words)
+    assert contents(source.folder.parent) == before
+
+
+def test_the_api_needs_no_torch(source: Source) -> None:
+    code = (
+        "import sys; from nbl_export import api; "
+        f"api.rewrite_onnx({str(source.folder)!r}, {str(source.plan)!r}, {str(source.out)!r}); "
+        "assert not {'torch', 'transformers'} & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -20,9 +20,9 @@ from nbl_export.verify.speed.candidates import Candidate
 from nbl_export.verify.speed.ceiling import ceiling, timed
 from nbl_export.verify.speed.checks import bench_checks
 from nbl_export.verify.speed.memory import NO_ROOM, Memory, ordered, peak_bytes
-from nbl_export.verify.speed.race import Rounds, median_interval, race, ratio, timing
+from nbl_export.verify.speed.race import Harness, Rounds, median_interval, race, ratio, timing
 from nbl_export.verify.speed.values import CellResult
-from tests.verify.speed.raced import COST, HALF, PAIR, ROOFLINE, Timed, raced, ran
+from tests.verify.speed.raced import COST, HALF, MACHINE, PAIR, ROOFLINE, Timed, raced, ran
 
 pytestmark = pytest.mark.usefixtures("clock")
 
@@ -299,3 +299,24 @@ def test_what_was_measured_before_the_end_is_kept(
     found = peak_bytes(Path(f"{end}.onnx"), [(1, 8), (1, 16), (2, 8)])
     assert found[1, 8] == 1 << 20
     assert all(str(found[cell]).startswith(said) for cell in ((1, 16), (2, 8)))
+
+
+@pytest.mark.usefixtures("told")
+def test_single_passes_where_they_are_asked_for() -> None:
+    """Both phases of each cell with the same candidates; what is not asked for is not there."""
+    steps = iter(range(10**6))
+
+    class Growing(Timed):
+        @property
+        def seconds(self) -> Any:
+            return {"prefill": 1.0, "decode": float(next(steps))}
+
+        @seconds.setter
+        def seconds(self, _value: Any) -> None: ...
+
+    one = [Candidate("one", lambda *_: Growing(1, 1))]
+    found = Harness(one, MACHINE, Rounds(101, 101), ("decode",), percentile=True, steps=1).measure([(1, 8)])
+    (result,) = found.cells[0].results
+    # The warm-up, of 0 s, is not counted.
+    assert (result.timing.median_ms, result.timing.p99_ms) == (51e3, 100e3)
+    assert found.has_percentiles and not raced([(1, 8)]).has_percentiles
