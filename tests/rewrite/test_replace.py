@@ -61,7 +61,6 @@ from tests.rewrite.by_hand import assert_clean, baseline, prompts
 from tests.sessions import cpu_session, empty_past
 
 LAYERS, WIDTH, KV_WIDTH = 5, 64, 32  # stories260K
-CHOICES = [(), (0,), (4,), (1, 2), (0, 1, 2, 3, 4)]
 
 
 def decode(runner: Any, rows: Sequence[Any], steps: int) -> list[Any]:
@@ -101,8 +100,17 @@ def assert_computes_the_plan(path: Path, model: Any, plan: Plan, rows: Sequence[
             )
 
 
-@pytest.mark.parametrize("fit_input", ["normed", "residual"])
-@pytest.mark.parametrize("layers", CHOICES, ids=str)
+@pytest.mark.parametrize(
+    ("layers", "fit_input"),
+    [
+        ((), "normed"),
+        ((0,), "residual"),
+        ((4,), "normed"),
+        ((1, 2), "residual"),
+        ((0, 1, 2, 3, 4), "normed"),
+    ],
+    ids=str,
+)
 def test_stories(
     stories_out: Path, stories_model: Any, tmp_path: Path, layers: tuple[int, ...], fit_input: FitInput
 ) -> None:

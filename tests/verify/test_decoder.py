@@ -60,10 +60,13 @@ def test_a_right_graph_passes_and_what_is_not_asked_for_says_so(
     assert found.divergence is found.method_loss is found.speed is found.engine_parity is None
 
 
-@pytest.mark.parametrize("form", ["concat", "static"])
 @pytest.mark.parametrize(
-    ("name", "factor"),
-    [("nbl_linear.weight", 1.05), ("nbl_linear.bias", 0.0), ("nbl_linear.weight", float("nan"))],
+    ("form", "name", "factor"),
+    [
+        ("concat", "nbl_linear.weight", 1.05),
+        ("static", "nbl_linear.bias", 0.0),
+        ("concat", "nbl_linear.weight", float("nan")),
+    ],
     ids=["a scaled W", "no bias", "NaN"],
 )
 def test_wrong_maps_fail_and_their_layer_is_named(

@@ -52,10 +52,12 @@ from nbl_export.verify.parity.unmodified import (
 )
 from nbl_export.workspace import Workspace
 from tests import families
+from tests.exhaustive import exhaustive
 from tests.fixtures_graph import perturb, plan_by_hand, ragged_rows, rerecord
 from tests.listening import Notes
 from tests.models.test_weights import reads, stored_in
 from tests.mutations import OF_ALL, OF_LAYERS, OF_RETAINED, OF_WEIGHTS, changed
+from tests.test_families import CORE
 from tests.verify.measured import PARITY
 
 LAYERS, RETAINED = (
@@ -297,8 +299,7 @@ def test_rows_by_themselves_by_blocks_as_step_by_step(streaming: Any, plan: Plan
     assert [len(s.caches) for s in by_blocks.steps] == [1, 1, 1, 3]
 
 
-@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
-@pytest.mark.parametrize("planned", [True, False], ids=["linearized", "original"])
+@pytest.mark.parametrize(("planned", "cached"), [(True, True), (False, False)])
 def test_by_blocks_as_step_by_step(streaming: Any, plan: Plan, cached: bool, planned: bool) -> None:
     assert streams(streaming)
     with reads() as found:
@@ -315,7 +316,9 @@ def _read_once(model: Any) -> list[Any]:
     return [weight for unit in streaming.units.values() for weight in unit]
 
 
-@pytest.mark.parametrize("name", families.DECODERS)
+@pytest.mark.parametrize(
+    "name", [n if n in CORE else pytest.param(n, marks=exhaustive) for n in families.DECODERS]
+)
 def test_every_decoder_with_the_cache_that_it_has(name: str) -> None:
     model = families.unsaved(name).eval()
     cached = all(block.kv or block.states for block in dummy_run(model).cache)
@@ -339,8 +342,9 @@ def by_hand(folder: Path, dtype: torch.dtype, plan: Plan) -> list[NDArray[np.flo
         return [model(input_ids=i, use_cache=False).logits[0].double().numpy() for i in ids]
 
 
-@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
-@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "cached"), [("fp16", torch.float16, True), ("bf16", torch.bfloat16, False)]
+)
 def test_the_loss_is_that_of_transformers_in_half(
     stories_folder: Path, stories_model: Any, plan: Plan, name: str, dtype: torch.dtype, cached: bool
 ) -> None:
