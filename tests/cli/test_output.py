@@ -20,13 +20,8 @@ from nbl_export.cli.bars import TerminalListener
 from nbl_export.cli.main import _command
 from nbl_export.cli.terminal import show_diagnosis, show_report, show_tables
 from nbl_export.errors import InputError
-from nbl_export.evaluate.results import Means
-from nbl_export.models.source import ModelIdentity
-from nbl_export.records import Check
 from nbl_export.report.drawing import Table
-from nbl_export.report.evaluation import Evaluation
-from nbl_export.report.schema import Report, environment, load_report
-from nbl_export.settings import EvalSettings
+from nbl_export.report.schema import Report, load_report
 
 TABLE = Table(
     "A title", ("", "n", "result"), (("first", "1", "passed"), ("second", "1,234", "failed")), "A note."
@@ -172,11 +167,6 @@ def test_a_task_of_parts_says_which_it_is_at_within_eighty_columns(screen: Any) 
     assert err.getvalue().count("\n") <= 1
 
 
-def drawn(listener: TerminalListener) -> list[Any]:
-    assert listener._drawn is not None
-    return list(listener._drawn.tasks)
-
-
 def test_a_log_gets_lines_where_no_bar_is_drawn(screen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bar would say nothing before it ends, after hours."""
     monkeypatch.setattr(bars, "_LINES", 0)
@@ -214,13 +204,6 @@ def test_a_report_ends_with_its_verdict_and_where_to_look(screen: Any, report: R
     titles = [line for line in shown if line.rstrip() in ("Graph", "Checks")]
     assert [t.strip() for t in titles] == ["Graph", "Checks"], "the verdicts come last"
     assert "Layers by cca" not in text.getvalue()
-
-
-IDENTITY = ModelIdentity("a/model", "folder", None, "0" * 64)
-
-
-def evaluation(*checks: Check) -> Evaluation:
-    return Evaluation("now", "1.0", IDENTITY, environment(), EvalSettings(), {}, checks, (), (), (), Means())
 
 
 def test_what_looks_like_markup_or_is_obeyed_is_text_everywhere(screen: Any) -> None:

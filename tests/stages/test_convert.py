@@ -135,15 +135,6 @@ def test_without_llama_cpp_the_file_is_written_and_the_check_says_what_to_instal
         and value.passed
     )
     assert (out / value.file).is_file()
-    if stage.FORMS["gguf"].is_here():
-        pytest.fail("it was said to be away")
-    monkeypatch.undo()
-    if stage.Gguf.is_here():  # once it is there, it is proven, and stays so where it is no more
-        assert len(api.convert(out, api.ConvertSettings(precision="fp32")).checks) == 4
-        monkeypatch.setattr(stage.Gguf, "is_here", classmethod(lambda _: False))
-        heard = Notes()
-        assert len(api.convert(out, api.ConvertSettings(precision="fp32"), heard).checks) == 4
-        assert heard.kept == ["convert gguf fp32"]
 
 
 @needs(stage.Mlx)

@@ -19,7 +19,7 @@ from nbl_export.stages.run import Run
 from nbl_export.stages.verify import redrawn, verify
 from nbl_export.verify.parity.figures import DecoderParity, MethodLoss
 from nbl_export.workspace import Workspace
-from tests.finished import QUICK, TWO, VERIFY, assert_same, state, times
+from tests.finished import QUICK, TWO, VERIFY, state, times
 from tests.fixtures_graph import perturb, rerecord
 from tests.interruptions import killed_at_change
 from tests.listening import Notes
@@ -212,30 +212,6 @@ def test_a_second_run_does_no_work(stories_copy: Path, stories_folder: Path, cal
     assert times(stories_copy) == files
 
 
-def test_another_k_repeats_what_depends_on_it(
-    stories_copy: Path, stories_folder: Path, calibration: Any
-) -> None:
-    before, files = state(stories_copy), times(stories_copy)
-    notes = Notes()
-    report = api.run(
-        stories_folder, stories_copy, api.SelectSettings(k=3, criterion="cca"), calibration, QUICK, notes
-    )
-    assert report.passed and len(report.selection.layers) == 3
-    assert notes.kept == ["calibrate", "export"]
-    after = state(stories_copy)
-    for stage in ("calibrate", "export"):
-        assert after[stage] == before[stage]
-    for stage in ("select", "rewrite", "verify"):
-        assert after[stage]["key"] != before[stage]["key"]
-    changed = {name for name, at in times(stories_copy).items() if files.get(name) != at}
-    assert not any(n.startswith("baseline/") for n in changed)
-    assert {"nbl/moments/000.safetensors", "nbl/moments/004.safetensors"} <= files.keys()
-    assert not any(n.startswith("nbl/moments/") for n in changed)
-    assert not {"nbl/text.safetensors", "nbl/probe.safetensors"} & changed
-    assert {"nbl/plan.json", "model.onnx", "report/report.json"} <= changed
-    assert len(pasts(stories_copy / "model.onnx")) == 4
-
-
 @pytest.mark.parametrize(
     ("selection", "layers"),
     [
@@ -286,16 +262,6 @@ def test_changed_files_are_refused_with_the_command_that_makes_them(
     with pytest.raises(InputError, match=rf"(missing|changed|damaged).*run `nbl-export {command}") as caught:
         verbs[verb]()
     assert Path(file).name in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_run_makes_a_damaged_stage_again(
-    stories_copy: Path, stories_out: Path, stories_folder: Path, calibration: Any
-) -> None:
-    file = "model.onnx.data"
-    (stories_copy / file).write_bytes(b"damaged")
-    report = api.run(stories_folder, stories_copy, TWO, calibration, VERIFY)
-    assert report.passed
-    assert_same(stories_copy / file, stories_out / file)
 
 
 def test_a_device_that_is_not_there_is_refused_before_any_work(tiny_folder: Path, tmp_path: Path) -> None:
