@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nbl_export import api, digests
+from nbl_export import api
 from nbl_export.errors import InputError
-from nbl_export.files import sha256_of
 from nbl_export.linearize.plan import load_plan
 from nbl_export.workspace import Workspace
 from tests.finished import QUICK, TWO, assert_same, state, times
-from tests.listening import Notes
 from tests.tiny import build
 
 
@@ -98,38 +94,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, verb: Callable
 
 
 # what is read -------------------------------------------------------------------------------------
-
-
-def test_nothing_is_read_twice_to_learn_that_it_has_not_changed(
-    stories_copy: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the model, and of the graphs with their data."""
-    reads: Counter[str] = Counter()
-
-    def counted(stream: Any, done: Any = None) -> str:
-        reads[str(Path(f"/proc/self/fd/{stream.fileno()}").readlink())] += 1
-        return sha256_of(stream, done)
-
-    Workspace.open(stories_copy).digests_file.unlink(missing_ok=True)
-    monkeypatch.setattr(digests, "sha256_of", counted)
-    listener = Notes()
-    for _ in range(2):
-        api.export(stories_copy, listener=listener)
-        api.rewrite(stories_copy, listener)
-    assert listener.kept == ["export", "rewrite"] * 2
-    for path in (stories_folder / "model.safetensors", stories_copy / "model.onnx.data"):
-        assert reads[str(path)] == 1, path
-    assert set(reads.values()) == {1}
-    api.rewrite(stories_copy, listener, rehash=True)
-    assert reads[str(stories_folder / "model.safetensors")] == 2
-    edited = stories_copy / "model.onnx.data"
-    times = edited.stat()
-    raw = bytearray(edited.read_bytes())
-    raw[100] ^= 1
-    edited.write_bytes(raw)
-    os.utime(edited, ns=(times.st_atime_ns, times.st_mtime_ns))
-    api.rewrite(stories_copy, listener)
-    assert listener.notes[-1].endswith("since model.onnx.data is missing or was changed.")
 
 
 # transformers --------------------------------------------------------------------------------------

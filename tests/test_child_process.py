@@ -294,19 +294,6 @@ def test_a_full_disk_says_what_to_do_and_that_nothing_is_lost(number: int) -> No
     assert "finished stages are kept" in text
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
-def test_missing_permission_says_where(number: int) -> None:
-    text = str(os_error_in_words(os_error(number), "while writing the graph"))
-    assert text.startswith("No permission while writing the graph (model.onnx.data): ")
-    assert "a folder you can write to" in text
-
-
-def test_any_other_error_keeps_the_reason() -> None:
-    text = str(os_error_in_words(os_error(errno.ENOTDIR), "while writing the graph"))
-    assert text == "Not a directory while writing the graph (model.onnx.data)."
-    assert str(os_error_in_words(OSError("it broke"), "while reading")) == "it broke while reading."
-
-
 def test_a_short_write_of_numpy_is_a_full_disk() -> None:
     full = Path("/dev/full")
     if not full.exists():

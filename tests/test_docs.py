@@ -56,23 +56,6 @@ def test_every_command_in_the_docs_parses(tmp_path: Path, monkeypatch: pytest.Mo
     assert checked >= 15
 
 
-def test_every_pipeline_in_the_docs_asks_for_what_there_is() -> None:
-    yaml = pytest.importorskip("yaml", reason="needs pyyaml: pip install '.[dev]'")
-    inputs = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"]
-    found = [yaml.safe_load(b) for p in PAGES for b in _blocks(p, "yaml")]
-    steps = [step for one in found if isinstance(one, list) for step in one]
-    jobs = [job for one in found if isinstance(one, dict) for job in one.get("jobs", one).values()]
-    steps += [step for job in jobs for step in job.get("steps", ())]
-    actions = [step["with"] for step in steps if step["uses"].startswith("./")]
-    scripts = [line for job in jobs for line in job.get("script", ())]
-    assert len(actions) >= 2 and scripts
-    for asked in actions:
-        assert set(asked) <= set(inputs), asked
-    lines = [f"nbl-export run {asked['model']} {asked['arguments']}" for asked in actions]
-    for line in [*lines, *(line for line in scripts if line.startswith("nbl-export"))]:
-        app.parse_args(words_of(shlex.split(line)[1:]), exit_on_error=False, print_error=False)
-
-
 def test_every_file_of_settings_in_the_docs_is_taken(tmp_path: Path) -> None:
     blocks = [
         b for page in PAGES for b in _blocks(page, "toml") if re.search(r"^\[(select|calibrate)\]", b, re.M)

@@ -23,7 +23,6 @@ from nbl_export.digests import Digests
 from nbl_export.errors import InputError
 from nbl_export.files import (
     JSON_LIMIT,
-    TomlError,
     atomic_path,
     locked,
     member,
@@ -33,7 +32,6 @@ from nbl_export.files import (
     read_bytes,
     read_json,
     read_sealed,
-    read_table,
     sha256_of,
     stays_in,
     write_json,
@@ -201,16 +199,6 @@ def test_how_two_folders_share_files(tmp_path: Path, one: str, other: str, how: 
 def test_foreign_text_is_shown_as_text_a_terminal_does_not_obey() -> None:
     assert printable("a\x1b[2J\u202e\nb é模") == "a\ufffd[2J\ufffd\ufffdb é模"
     assert printable_lines("a\x1b\tb\nc\u2003d") == "a\ufffd    b\nc d"
-
-
-@pytest.mark.parametrize("text", ["a = ", "a = [" * 2000, f"a = {'9' * 5000}"])
-def test_what_python_cannot_hold_is_no_toml(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "a.toml"
-    path.write_text("a = 1\n[b]\nc = 'ö'\n", encoding="utf-8")
-    assert read_table(path) == {"a": 1, "b": {"c": "ö"}}
-    path.write_text(text)
-    with pytest.raises(TomlError):
-        read_table(path)
 
 
 # tensorfile ----------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 from collections.abc import Callable
@@ -173,15 +172,6 @@ def test_the_wheel_has_the_whole_package_and_nothing_else(wheel: Path) -> None:
     data = {Path(name).suffix for name in names if name.startswith(OURS[0])}
     assert {".toml", ".j2", ".css"} < data and "nbl_export/py.typed" in names
     assert {f"{OURS[1]}{name}" for name in ("licenses/LICENSE", "entry_points.txt")} < names
-
-
-def test_the_sdist_can_be_tested_and_built(built: Path) -> None:
-    (sdist,) = built.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "tests/conftest.py", "docs/configuration.md"} < names
-    assert package_files() < names
-    assert not any(name.startswith((".venv", ".cache", "out/")) for name in names)
 
 
 @pytest.mark.slow

@@ -69,36 +69,12 @@ def upward(known: dict[str, Path]) -> list[str]:
     return found
 
 
-def cycles(known: dict[str, Path]) -> list[list[str]]:
-    """The circles of files that import each other, wherever the imports stand."""
-    edges = {
-        module: {t for t, _ in imports(path.read_text(encoding="utf-8"), known) if t != module}
-        for module, path in known.items()
-    }
-    reached: dict[str, set[str]] = {}
-    for start in edges:
-        seen: set[str] = set()
-        stack = list(edges[start])
-        while stack:
-            module = stack.pop()
-            if module not in seen:
-                seen.add(module)
-                stack.extend(edges[module])
-        reached[start] = seen
-    circles = {frozenset(m for m in reached[start] if start in reached[m]) for start in edges}
-    return [sorted(circle) for circle in circles if circle]
-
-
 def test_every_module_is_in_a_room() -> None:
     assert {r for module in modules() if (r := room(module))} == set(ROOMS)
 
 
 def test_imports_go_down() -> None:
     assert upward(modules()) == []
-
-
-def test_no_files_import_each_other_in_a_circle() -> None:
-    assert cycles(modules()) == []
 
 
 def test_no_file_is_too_long() -> None:

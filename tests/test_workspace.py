@@ -16,7 +16,7 @@ import pytest
 from nbl_export.errors import InputError
 from nbl_export.stage_record import MODEL as MODEL_READ
 from nbl_export.stage_record import SIDECARS, STAGES, StageRecord, key_of, stale
-from nbl_export.workspace import ReadOnly, Workspace
+from nbl_export.workspace import Workspace
 from tests.folders import files_in
 
 MODEL = {"source": "some/model", "kind": "hub", "fingerprint": "a" * 64, "model": "m" * 64}
@@ -183,15 +183,6 @@ def test_a_damaged_stage_record_is_refused(workspace: Workspace, record: Any) ->
         Workspace.open(workspace.root).is_done("calibrate", KEY)
 
 
-def test_create_refuses_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    for root in (tmp_path / "file" / "out", Path("/proc/nbl-export-test")):
-        with pytest.raises(InputError) as caught:
-            Workspace.create(root)
-        assert f"preparing the output folder {root}" in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-
 def test_open_refuses_what_is_no_output_folder(tmp_path: Path) -> None:
     command = r"start with `nbl-export calibrate MODEL -o .*`\.$"
     with pytest.raises(InputError, match=r"is not an output folder .*" + command):
@@ -245,13 +236,6 @@ def test_a_recorded_name_that_leaves_the_folder_is_refused_and_nothing_is_delete
         with pytest.raises(InputError, match="not the name of a file in"):
             use()
     assert victim.read_text() == "somebody's"
-
-
-def test_a_folder_with_somebodys_files_is_not_taken_for_output(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"config\.json that nbl-export did not write.*--output"):
-        Workspace.create(tmp_path)
-    assert files_in(tmp_path) == {"config.json"}
 
 
 # moved, deleted ----------------------------------------------------------------------------------
@@ -326,17 +310,6 @@ def test_a_record_that_is_not_of_this_version_or_was_changed_is_stale(
     assert Workspace.open(chain.root).current("rewrite") is None
 
 
-def test_a_folder_that_is_looked_at_changes_in_memory_alone(workspace: Workspace, tmp_path: Path) -> None:
-    before = {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
-    looked_at = ReadOnly(workspace.root)
-    looked_at.forget("calibrate")
-    assert looked_at.record("calibrate") is None and Workspace.open(workspace.root).record("calibrate")
-    new = ReadOnly(tmp_path / "new")
-    new.set_model(MODEL)
-    assert new.model_info == MODEL and not (tmp_path / "new").exists()
-    assert {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()} == before
-
-
 # stage record --------------------------------------------------------------------------------------
 
 
@@ -395,8 +368,3 @@ def test_a_record_that_names_a_stage_which_is_not_there() -> None:
     """An empty result, which no stage has, is no way around it."""
     select = record("select", {}, {"calibrate": ""})
     assert stale({"select": select}, "select", {}) == "`calibrate` was done again"
-
-
-def test_a_stage_without_the_one_above_it_is_stale() -> None:
-    below = record("select", {}, {"calibrate": "gone"})
-    assert stale({"select": below}, "select", {}) == "`calibrate` was done again"

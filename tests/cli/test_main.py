@@ -426,15 +426,6 @@ def test_a_worse_loss_fails_the_gate(stories_out: Path, stories_three: Path) -> 
     assert nbl("diff", stories_three, stories_out, "--max-ppl-increase", "1.1").code == 0
 
 
-def test_markdown_alone_on_the_output(stories_out: Path, stories_three: Path, tmp_path: Path) -> None:
-    words = ["diff", stories_out, stories_three, "--max-ppl-increase", "1.1", "--markdown"]
-    piped, written = nbl(*words, "-"), nbl(*words, tmp_path / "diff.md")
-    assert piped.code == written.code == 1
-    assert piped.out.startswith("# nbl-export diff: FAIL\n\n**FAIL** (perplexity increase)")
-    assert (tmp_path / "diff.md").read_text() == piped.out
-    assert "FAIL  (perplexity increase)" in written.out and "<details>" not in written.out
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [

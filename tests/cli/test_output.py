@@ -18,7 +18,7 @@ from nbl_export.blocks import Mlp
 from nbl_export.cli import bars, output, terminal
 from nbl_export.cli.bars import TerminalListener
 from nbl_export.cli.main import _command
-from nbl_export.cli.terminal import show_diagnosis, show_report, show_tables
+from nbl_export.cli.terminal import show_report, show_tables
 from nbl_export.errors import InputError
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report, load_report
@@ -218,23 +218,3 @@ def test_what_looks_like_markup_or_is_obeyed_is_text_everywhere(screen: Any) -> 
     assert "a[/b]�[2J" in err.getvalue() and "x[/b]��" in err.getvalue()
     assert all(text in out.getvalue() for text in ("y[/b]�2J", "[/b]�", "[/c]", "�]0;t� [/n]"))
     assert not any(c in err.getvalue() + out.getvalue() for c in "\x07\x9b\u202e")
-
-
-def test_a_diagnosis_ends_with_whether_the_main_job_runs(screen: Any) -> None:
-    from nbl_export.doctor import Diagnosis
-    from tests.test_packages import MISSING, parts
-
-    machine = {"Python": "3.11"}
-    found = Diagnosis("0.1", "/clone", machine, parts(tensorrt=MISSING), (), ("A long problem. " * 20,))
-    text = screen("out", width=80)
-    show_diagnosis(found)
-    lines = text.getvalue().splitlines()
-    assert lines[-1] == "The main job runs here." and lines[0].startswith("nbl-export 0.1 from")
-    line = next(one.pip for one in found.parts if one.package == "tensorrt")
-    assert f"    {line}" in lines, "a line that can be copied is not broken"
-    assert lines[-2].count("A long problem.") == 20
-    show_diagnosis(replace(found, lacking=("torch is\x1b[31m missing.",)))
-    assert text.getvalue().splitlines()[-2:] == [
-        "torch is\N{REPLACEMENT CHARACTER}[31m missing.",
-        "The main job does not run here.",
-    ]

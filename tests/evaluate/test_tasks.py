@@ -176,11 +176,6 @@ def test_sources_are_refused_before_a_row_is_read(tmp_path: Path) -> None:
         check_tasks(["hellaswagg", "./none"])
 
 
-def test_a_task_that_the_hub_does_not_give_is_named() -> None:
-    with pytest.raises(InputError, match=r"The task arc_easy cannot be loaded \(.*check the network"):
-        find_tasks(["arc_easy"], EvalSettings(limit=2))
-
-
 def test_a_task_file_of_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness's own form of a task, on local data: its documents are sampled too."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

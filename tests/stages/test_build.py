@@ -58,17 +58,6 @@ def test_a_damaged_configuration_is_an_error_in_words(built_copy: Path) -> None:
     assert_refused(done, 2, "config.json", "nbl-export export", quietly=False)
 
 
-def test_a_model_within_a_model_has_positions_too(built_copy: Path) -> None:
-    """Configurations of several models keep the language model's under text_config."""
-    path = built_copy / "baseline" / "config.json"
-    config = json.loads(path.read_text())
-    positions = config.pop("max_position_embeddings")
-    path.write_text(json.dumps({**config, "text_config": {"max_position_embeddings": positions}}))
-    rerecord(built_copy, "export")
-    done = nbl("build", built_copy, "--trt", "rtx", "--max-context", "600")
-    assert_refused(done, 2, "--max-context is 600", "512 positions")
-
-
 # inspect -----------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -89,19 +87,6 @@ def test_fits_that_read_the_text_again_read_it_in_the_same_dtype(
     api.select(tmp_path / "out", api.SelectSettings(k=2, criterion="cca", fit="weighted"))
     assert seen == [("weighted", "bfloat16")]
     assert load_plan(Workspace.open(tmp_path / "out").plan).fit == "weighted"
-
-
-def test_a_copy_is_shared_and_lives_no_longer_than_its_users(stories_folder: Path) -> None:
-    loaded = LoadedModel(find_model(str(stories_folder)), Silent())
-    assert loaded.in_dtype("float32") is loaded.model
-    copy = loaded.in_dtype("bfloat16")
-    assert dtype_of(copy) == "bfloat16" and dtype_of(loaded.model) == "float32"
-    assert loaded.in_dtype("bfloat16") is copy
-    gone: list[bool] = []
-    weakref.finalize(copy, gone.append, True)
-    del copy
-    gc.collect()
-    assert gone
 
 
 # calibration data ----------------------------------------------------------------------------------

@@ -235,21 +235,6 @@ def test_a_stage_whose_inputs_are_not_made_yet(tiny_folder: Path, tmp_path: Path
     assert files_in(out) == before
 
 
-def test_a_k_beyond_the_moments_is_refused_before_a_layer_is_scored(
-    stories_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(load, "load_stored", lambda *_: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(
-        "nbl_export.linearize.scores.score_layers", lambda *_: pytest.fail("a layer was scored")
-    )
-    assert "--k is 99; it must be between 0 and 5" in refused(
-        lambda: api.select(stories_copy, api.SelectSettings(k=99))
-    )
-    assert "names layer 7; the layers that can be are 0, 1, 2, 3, 4." in refused(
-        lambda: api.select(stories_copy, api.SelectSettings(layers=(7,)))
-    )
-
-
 # inspection ----------------------------------------------------------------------------------------
 
 

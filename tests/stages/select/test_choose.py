@@ -33,8 +33,6 @@ from nbl_export.linearize.search import LossCache, MeasuredSets, Prefixes
 from nbl_export.linearize.selection import CurvePoint, Loss, per_saving
 from nbl_export.progress import Silent
 from nbl_export.ranks import LostRankError, Ranks
-from nbl_export.report import schema as environment
-from nbl_export.runtime import session as sizes
 from nbl_export.settings import Budget, SelectSettings
 from nbl_export.settings.definition import AUTO
 from nbl_export.stages.select import choose, speeds
@@ -42,7 +40,6 @@ from nbl_export.stages.select import jobs as module
 from nbl_export.stages.select.choose import Choosing
 from nbl_export.stages.select.speeds import SpeedMeter, Speedups
 from nbl_export.verify.speed import pair as pair_module
-from nbl_export.verify.speed import roofline
 from nbl_export.verify.speed.pair import measure_speed
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import load
@@ -466,27 +463,6 @@ def test_a_trial_graph_has_only_its_own_weights_and_is_gone_afterwards(
     assert (out / "baseline" / "model.onnx").read_bytes() == before
 
 
-@pytest.mark.parametrize(("times", "anew"), [(1.5, True), (0.5, None)])
-def test_graphs_that_do_not_fit_together_are_timed_in_turns_or_not_at_all(
-    out: Path, monkeypatch: pytest.MonkeyPatch, times: float, anew: bool | None
-) -> None:
-    asked: list[bool] = []
-
-    def measured(pair: Any, contexts: Any, rounds: int, listener: Any, anew: bool) -> Any:
-        asked.append(anew)
-        return measure_speed(pair, contexts, 1, listener)
-
-    session = sizes.session_bytes(out / "baseline" / "model.onnx")
-    monkeypatch.setattr(sizes, "free_memory", lambda: int(times * session))
-    monkeypatch.setattr(pair_module, "measure_speed", measured)
-    monkeypatch.setattr(speeds, "CONTEXT", 16)
-    notes = Notes()
-    select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0)), notes)
-    assert set(asked) == ({anew} if anew is not None else set())
-    said = [n for n in notes.notes if "The K curve has no speeds: a session needs about" in n]
-    assert len(said) == (anew is None)
-
-
 # workload ------------------------------------------------------------------------------------------
 
 SHORT, LONG = ("decode=8@8",), ("decode=8@500",)
@@ -519,21 +495,6 @@ def test_a_workload_must_run_in_the_graph(both_out: Path) -> None:
     forget(both_out, "export")
     with pytest.raises(InputError, match=r"nbl-export export .*"):
         select(both_out, asked(1, SHORT))
-
-
-def test_the_machine_is_measured_once(both_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the same workload has the same costs; another machine is measured itself."""
-    select(both_out, asked(1, SHORT, criterion="nmse"))
-    first = candidates(both_out)["workload_ms"]
-    measured: list[int] = []
-    real = roofline.measure_roofline
-    monkeypatch.setattr(roofline, "measure_roofline", lambda: measured.append(1) or real())
-    select(both_out, asked(2, SHORT, criterion="nmse"))
-    assert candidates(both_out)["workload_ms"] == first and not measured
-    here = environment.environment()
-    monkeypatch.setattr(environment, "environment", lambda: replace(here, processor="another"))
-    select(both_out, asked(3, SHORT, criterion="nmse"))
-    assert measured
 
 
 def test_a_speed_that_is_asked_for_is_that_of_the_workload(
