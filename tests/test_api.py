@@ -93,9 +93,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, verb: Callable
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-# what is read -------------------------------------------------------------------------------------
-
-
 # transformers --------------------------------------------------------------------------------------
 
 

@@ -22,8 +22,7 @@ from nbl_export import api
 from nbl_export.cli import process
 from nbl_export.cli.bars import TerminalListener
 from nbl_export.cli.writing import Written, is_typed, prompt_of, typed
-from nbl_export.errors import InputError, Interrupted, NblError
-from nbl_export.models.tasks import task_named
+from nbl_export.errors import InputError, Interrupted
 from nbl_export.packages import pip_line
 from tests.command_line import (
     ENVIRONMENT,
@@ -381,52 +380,6 @@ def manifest(out: Path, name: str = "model") -> Any:
 
 def stage(out: Path, name: str) -> Any:
     return json.loads((out / "nbl" / "workspace.json").read_text())["stages"].get(name)
-
-
-# what was asked for ------------------------------------------------------------------------------
-
-
-class Asked(NblError):
-    """Carries what the command line calls the Python API with."""
-
-
-@pytest.mark.parametrize(
-    ("words", "library", "export"),
-    [
-        (["--k", "2", "--trt"], "auto", ("fp16", "static")),
-        (["--trt", "--k", "2"], "auto", ("fp16", "static")),
-        (["--trt", "auto", "--k", "2"], "auto", ("fp16", "static")),
-        (["--trt", "rtx", "--k", "2"], "rtx", ("fp16", "static")),
-        (["--trt=tensorrt", "--k", "2"], "tensorrt", ("fp16", "static")),
-        (["--k", "2", "--trt", "--precision", "bf16"], "auto", ("bf16", "static")),
-        (["--k", "2", "--trt", "--kv-cache", "concat"], "auto", ("fp16", "concat")),
-        (["--k", "2", "--precision", "fp32", "--kv-cache", "concat", "--trt"], "auto", ("fp32", "concat")),
-        (["--k", "2"], None, ("fp32", "concat")),
-        (["--k", "2", "--precision", "fp16"], None, ("fp16", "concat")),
-        (["--k", "2", "--max-batch", "8"], None, ("fp32", "concat")),
-    ],
-)
-@pytest.mark.parametrize("verb", [[], ["run"]])
-def test_trt_may_stand_anywhere_and_decides_what_is_exported(
-    monkeypatch: pytest.MonkeyPatch, verb: list[str], words: list[str], library: str | None, export: Any
-) -> None:
-    from nbl_export import cli
-
-    calls = []
-
-    def run(*given: Any, **_: Any) -> None:
-        calls.append(given)
-        raise Asked
-
-    monkeypatch.setattr(api, "run", run)
-    monkeypatch.setattr(sys, "argv", ["nbl-export", *verb, "rtx-model", *words])
-    with pytest.raises(SystemExit):
-        cli.main()
-    ((model, _, selection, *_, exporting, wanted),) = calls
-    assert (model, selection.k) == ("rtx-model", 2)
-    exporting = exporting.resolve(task_named("text-generation"), wanted is not None)
-    assert (exporting.precision, exporting.kv_cache) == export
-    assert (wanted.library if wanted else None) == library
 
 
 # a run with --trt --------------------------------------------------------------------------------

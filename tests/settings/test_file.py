@@ -12,6 +12,7 @@ from cyclopts import App
 from nbl_export import api, settings
 from nbl_export.cli import main
 from nbl_export.errors import InputError, NblError
+from nbl_export.models.tasks import task_named
 from nbl_export.settings.definition import (
     TEXT,
     Must,
@@ -359,3 +360,29 @@ def test_a_run_is_resolved_once_for_its_task() -> None:
     shared = settings.ExportSettings(kv_cache="shared")
     with pytest.raises(InputError, match="TensorRT does not take the graphs of --kv-cache shared"):
         settings.RunSettings(asked.selection, exporting=shared, engines=settings.EngineSettings()).check()
+
+
+@pytest.mark.parametrize(
+    ("words", "library", "export"),
+    [
+        (["--k", "2", "--trt"], "auto", ("fp16", "static")),
+        (["--trt", "--k", "2"], "auto", ("fp16", "static")),
+        (["--trt", "auto", "--k", "2"], "auto", ("fp16", "static")),
+        (["--trt", "rtx", "--k", "2"], "rtx", ("fp16", "static")),
+        (["--trt=tensorrt", "--k", "2"], "tensorrt", ("fp16", "static")),
+        (["--k", "2", "--trt", "--precision", "bf16"], "auto", ("bf16", "static")),
+        (["--k", "2", "--trt", "--kv-cache", "concat"], "auto", ("fp16", "concat")),
+        (["--k", "2", "--precision", "fp32", "--kv-cache", "concat", "--trt"], "auto", ("fp32", "concat")),
+        (["--k", "2"], None, ("fp32", "concat")),
+        (["--k", "2", "--precision", "fp16"], None, ("fp16", "concat")),
+        (["--k", "2", "--max-batch", "8"], None, ("fp32", "concat")),
+    ],
+)
+def test_trt_may_stand_anywhere_and_decides_what_is_exported(
+    asked: Any, words: list[str], library: str | None, export: Any
+) -> None:
+    model, _, selection, *_, exporting, wanted = asked("rtx-model", *words)
+    assert (model, selection.k) == ("rtx-model", 2)
+    exporting = exporting.resolve(task_named("text-generation"), wanted is not None)
+    assert (exporting.precision, exporting.kv_cache) == export
+    assert (wanted.library if wanted else None) == library

@@ -162,9 +162,6 @@ def test_a_changed_graph_is_asked_anew_and_the_base_is_not(
     assert figures[0].base == figures[1].base and figures[0].linearized != figures[1].linearized
 
 
-# The gate ----------------------------------------------------------------------------------------
-
-
 # The command line --------------------------------------------------------------------------------
 
 

@@ -270,8 +270,6 @@ def test_a_rank_is_found_for_each_map(both_out: Path, stories_folder: Path) -> N
     assert f"in {len(plan.ranks)} of 4 layers" in (both_out / "report" / "report.md").read_text()
 
 
-# stage ---------------------------------------------------------------------------------------------
-
 # every way ---------------------------------------------------------------------------------------
 
 
@@ -373,12 +371,6 @@ def test_spans_are_selected_rewritten_and_verified(all_out: Path, settings: api.
 def test_spans_that_there_are_not(all_out: Path, settings: api.SelectSettings, words: str) -> None:
     with pytest.raises(InputError, match=words):
         select(all_out, settings)
-
-
-# budgets -----------------------------------------------------------------------------------------
-
-
-# encoders ----------------------------------------------------------------------------------------
 
 
 # speeds --------------------------------------------------------------------------------------------
