@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -102,11 +101,6 @@ Asked = Callable[..., Any]
 
 
 @pytest.fixture
-def out(stories_out: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
-
-
-@pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Asked]:
     """Called with the words of a command: its exit code, what is on stdout, and what is on stderr."""
 
@@ -121,23 +115,23 @@ def asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     terminal.set_up(False, False, None)
 
 
-def test_each_command_answers_with_one_object(asked: Asked, out: Path) -> None:
-    code, text, _ = asked("inspect", out / "model.onnx", "--json")
+def test_each_command_answers_with_one_object(asked: Asked, stories_copy: Path) -> None:
+    code, text, _ = asked("inspect", stories_copy / "model.onnx", "--json")
     assert code == 0 and [t["title"] for t in json.loads(text)["tables"]]
     assert json.loads(text)["schema"] == output.ANSWER and json.loads(text)["command"] == "inspect"
 
-    code, text, _ = asked("select", out, "--k", 1, "--criterion", "cca", "--json")
+    code, text, _ = asked("select", stories_copy, "--k", 1, "--criterion", "cca", "--json")
     found = json.loads(text)
     assert code == 0 and found["k"] == len(found["layers"]) == 1 and found["fit"] == "lmmse"
-    assert found["out"] == str(out)
+    assert found["out"] == str(stories_copy)
 
-    code, text, _ = asked("rewrite", out, "--json")
-    assert code == 0 and json.loads(text)["graph"] == str(out / "model.onnx")
+    code, text, _ = asked("rewrite", stories_copy, "--json")
+    assert code == 0 and json.loads(text)["graph"] == str(stories_copy / "model.onnx")
 
-    code, text, _ = asked("verify", out, "--no-quality", "--no-speed", "--json")
-    assert code == 0 and json.loads(text) == json.loads((out / "report" / "report.json").read_text())
+    code, text, _ = asked("verify", stories_copy, "--no-quality", "--no-speed", "--json")
+    assert code == 0 and json.loads(text) == json.loads((stories_copy / "report" / "report.json").read_text())
 
-    code, text, _ = asked("report", out, "--json")
+    code, text, _ = asked("report", stories_copy, "--json")
     assert code == 0 and json.loads(text)["schema"] == "nbl-export/report/2"
 
 

@@ -64,17 +64,12 @@ def test_layers_left_out_write_nothing(stories_out: Path, tmp_path: Path) -> Non
 # the stage ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def own(stories_out: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(stories_out, tmp_path / "own"))
-
-
 QUICK = api.BenchSettings(batches=(1, 2), contexts=(8, 16), rounds=3, most=1, memory=False)
 
 
 @pytest.mark.usefixtures("stories_model")
-def test_a_bench_of_a_real_folder(own: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(own, tmp_path / "other"))
+def test_a_bench_of_a_real_folder(stories_copy: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(stories_copy, tmp_path / "other"))
     settings = api.BenchSettings(
         (f"elsewhere={other}", str(other / "baseline")),
         ("eager", "dropped"),
@@ -84,7 +79,7 @@ def test_a_bench_of_a_real_folder(own: Path, tmp_path: Path) -> None:
         1,
         memory=True,
     )
-    value = api.bench(own, settings)
+    value = api.bench(stories_copy, settings)
     names = [
         "base",
         "linearized",
@@ -111,27 +106,27 @@ def test_a_bench_of_a_real_folder(own: Path, tmp_path: Path) -> None:
         caches = {r.name: r.cache_bytes for r in cell.results}
         rows = cell.batch * cell.context
         assert caches["base"] == 5 * 2 * 4 * rows * 8 * 4 and caches["linearized"] == 3 * 2 * 4 * rows * 8 * 4
-    assert value == load_bench(own / "report" / "bench.json")
-    text = (own / "report" / "bench.md").read_text()
+    assert value == load_bench(stories_copy / "report" / "bench.json")
+    text = (stories_copy / "report" / "bench.md").read_text()
     assert all(name in text for name in names) and "plots/bench.png" in text
-    assert (own / "report" / "plots" / "bench.png").read_bytes()[:4] == b"\x89PNG"
+    assert (stories_copy / "report" / "plots" / "bench.png").read_bytes()[:4] == b"\x89PNG"
     # The report has it too, and the verification stays done.
-    report = load_report(own / "report" / "report.json")
+    report = load_report(stories_copy / "report" / "report.json")
     assert report.bench == value
-    assert "elsewhere, linearized" in (own / "report" / "report.html").read_text()
-    assert "](plots/bench.png)" in (own / "report" / "report.md").read_text()
+    assert "elsewhere, linearized" in (stories_copy / "report" / "report.html").read_text()
+    assert "](plots/bench.png)" in (stories_copy / "report" / "report.md").read_text()
     # It is the bench's own: a report without it leaves it.
-    write_report(own / "report", replace(report, bench=None))
-    assert (own / "report" / "plots" / "bench.png").is_file()
-    write_report(own / "report", report)
-    before = (own / "report" / "report.json").stat().st_mtime_ns
-    api.verify(own, api.VerifySettings(contexts=(16,), rounds=3))
-    assert (own / "report" / "report.json").stat().st_mtime_ns == before
+    write_report(stories_copy / "report", replace(report, bench=None))
+    assert (stories_copy / "report" / "plots" / "bench.png").is_file()
+    write_report(stories_copy / "report", report)
+    before = (stories_copy / "report" / "report.json").stat().st_mtime_ns
+    api.verify(stories_copy, api.VerifySettings(contexts=(16,), rounds=3))
+    assert (stories_copy / "report" / "report.json").stat().st_mtime_ns == before
     # Another verification of the same graphs keeps it.
-    assert api.verify(own, api.VerifySettings(contexts=(8,), rounds=3)).bench == value
+    assert api.verify(stories_copy, api.VerifySettings(contexts=(8,), rounds=3)).bench == value
 
 
-def test_an_interrupted_bench_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_bench_goes_on(stories_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, made = Harness.run, []
 
     def interrupted(self: Harness, cells: Any, listener: Any = None) -> Iterator[list[CellResult]]:
@@ -143,26 +138,26 @@ def test_an_interrupted_bench_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Harness, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        api.bench(own, QUICK)
-    assert made == [(1, 8), (2, 8)] and not (own / "report" / "bench.json").exists()
-    partial = own / "nbl" / "bench.partial.json"
+        api.bench(stories_copy, QUICK)
+    assert made == [(1, 8), (2, 8)] and not (stories_copy / "report" / "bench.json").exists()
+    partial = stories_copy / "nbl" / "bench.partial.json"
     first = [from_json(CellResult, c, "a cell", "") for c in json.loads(partial.read_text())["cells"]]
-    value = api.bench(own, QUICK)
+    value = api.bench(stories_copy, QUICK)
     assert made[2:] == [(1, 16), (2, 16)] and len(value.speed.cells) == 8
     assert first == list(value.speed.cells[:4])
     assert value.notes == ("4 cells are those of a run that was interrupted, on its own roofline.",)
     assert not partial.exists()
 
 
-def test_a_report_of_other_graphs_gets_no_bench(own: Path) -> None:
-    api.select(own, api.SelectSettings(k=1, criterion="cca"))
-    api.rewrite(own)
-    api.bench(own, QUICK)
-    assert load_report(own / "report" / "report.json").bench is None
+def test_a_report_of_other_graphs_gets_no_bench(stories_copy: Path) -> None:
+    api.select(stories_copy, api.SelectSettings(k=1, criterion="cca"))
+    api.rewrite(stories_copy)
+    api.bench(stories_copy, QUICK)
+    assert load_report(stories_copy / "report" / "report.json").bench is None
     # Nor does a report get the bench of other graphs.
-    api.select(own, api.SelectSettings(k=3, criterion="cca"))
-    api.rewrite(own)
-    assert api.verify(own, api.VerifySettings(contexts=(8,), rounds=3)).bench is None
+    api.select(stories_copy, api.SelectSettings(k=3, criterion="cca"))
+    api.rewrite(stories_copy)
+    assert api.verify(stories_copy, api.VerifySettings(contexts=(8,), rounds=3)).bench is None
 
 
 @pytest.mark.parametrize(
@@ -172,10 +167,12 @@ def test_a_report_of_other_graphs_gets_no_bench(own: Path) -> None:
         (api.BenchSettings(contexts=(4096,)), "asks for 4,096 tokens and more, the model has 512 positions"),
     ],
 )
-def test_bad_settings_are_refused_in_one_sentence(own: Path, settings: api.BenchSettings, said: str) -> None:
+def test_bad_settings_are_refused_in_one_sentence(
+    stories_copy: Path, settings: api.BenchSettings, said: str
+) -> None:
     with pytest.raises(InputError, match=said):
-        api.bench(own, settings)
-    assert not (own / "report" / "bench.json").exists()
+        api.bench(stories_copy, settings)
+    assert not (stories_copy / "report" / "bench.json").exists()
 
 
 # bench candidates ----------------------------------------------------------------------------------
@@ -225,13 +222,13 @@ def test_graphs_that_cannot_be_told_apart_are_refused(stories_out: Path) -> None
     assert len(list(graphs_against([f"x={stories_out}", f"y={stories_out}", str(baseline)]))) == 5
 
 
-def test_what_is_not_there_or_not_current_is_refused(own: Path, tmp_path: Path) -> None:
+def test_what_is_not_there_or_not_current_is_refused(stories_copy: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--against x=nowhere: there is no nowhere\."):
         list(graphs_against(["x=nowhere"]))
     for given, lacks in {
         "=x": "name",
-        f"={own}": "name",
-        f" ={own}": "name",
+        f"={stories_copy}": "name",
+        f" ={stories_copy}": "name",
         "/": "name",
         "x=": "folder",
     }.items():
@@ -240,16 +237,16 @@ def test_what_is_not_there_or_not_current_is_refused(own: Path, tmp_path: Path) 
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty"):
         list(graphs_against([str(tmp_path / "empty")]))
-    api.select(own, api.SelectSettings(k=1, criterion="cca"))
+    api.select(stories_copy, api.SelectSettings(k=1, criterion="cca"))
     with pytest.raises(InputError, match="run `nbl-export rewrite"):
-        list(graphs_against([str(own)]))
+        list(graphs_against([str(stories_copy)]))
 
 
-def test_who_takes_part_in_which_order(stories_out: Path, own: Path) -> None:
+def test_who_takes_part_in_which_order(stories_out: Path, stories_copy: Path) -> None:
     settings = BenchSettings(peers=("dropped", "compile", "eager"))
     against = list(graphs_against([f"x={stories_out}"]))
     with ExitStack() as stack:
-        found = bench_candidates(Run.resume(own), against, settings, stack)
+        found = bench_candidates(Run.resume(stories_copy), against, settings, stack)
         assert [(c.name, c.base) for c in found] == [
             ("base", None),
             ("linearized", "base"),
@@ -268,33 +265,33 @@ def test_who_takes_part_in_which_order(stories_out: Path, own: Path) -> None:
         assert linearized.kv_bytes_per_token * 5 == base.kv_bytes_per_token * 3
         assert linearized.weight_macs - dropped.weight_macs == 2 * 64 * 64
     with ExitStack() as stack:
-        plain = bench_candidates(Run.resume(own), [], BenchSettings(), stack)
+        plain = bench_candidates(Run.resume(stories_copy), [], BenchSettings(), stack)
     assert [c.name for c in plain] == ["base", "linearized", "base again"]
 
 
 @needs(Gguf)
-def test_forms_take_part_each_with_its_own_base(own: Path) -> None:
+def test_forms_take_part_each_with_its_own_base(stories_copy: Path) -> None:
     peer, to, precisions, called = "llama.cpp", "gguf", ("fp32", "q8_0"), ("F32", "Q8_0")
     settings = BenchSettings(peers=(peer,), contexts=(16,), batches=(2,), rounds=3, seconds=5.0)
     with pytest.raises(
         InputError, match=rf"has none of its plan that passed: run `nbl-export convert .* --to {to}`"
     ):
-        api.bench(own, settings)
+        api.bench(stories_copy, settings)
     for precision in precisions:
-        assert api.convert(own, api.ConvertSettings(to, precision)).passed  # type: ignore[arg-type]
-    files = sorted((own / to).rglob("*"))
-    value = api.bench(own, settings)
+        assert api.convert(stories_copy, api.ConvertSettings(to, precision)).passed  # type: ignore[arg-type]
+    files = sorted((stories_copy / to).rglob("*"))
+    value = api.bench(stories_copy, settings)
     names = [f"{peer} {one}{base}" for one in called for base in (", base", "")]
     found = {c.name: c.base for c in value.speed.candidates}
     assert list(found) == ["base", "linearized", *names, "base again"]
     assert [found[name] for name in names[1::2]] == names[::2]
     for cell in value.speed.cells:
         assert all(cell.of(name) for name in names) and not cell.absent
-    assert sorted((own / to).rglob("*")) == files, "what was made for the race is gone"
+    assert sorted((stories_copy / to).rglob("*")) == files, "what was made for the race is gone"
     heard = Notes()
-    api.bench(own, settings, heard)
+    api.bench(stories_copy, settings, heard)
     assert heard.kept == ["bench"]
-    api.select(own, api.SelectSettings(k=1, criterion="cca"))
-    api.rewrite(own)
+    api.select(stories_copy, api.SelectSettings(k=1, criterion="cca"))
+    api.rewrite(stories_copy)
     with pytest.raises(InputError, match="has none of its plan that passed"):
-        api.bench(own, settings)
+        api.bench(stories_copy, settings)

@@ -122,11 +122,10 @@ def test_a_wrong_file_fails_and_the_exit_code_says_so(
 
 
 def test_without_llama_cpp_the_file_is_written_and_the_check_says_what_to_install(
-    stories_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stories_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
     monkeypatch.setattr(stage.Gguf, "is_here", classmethod(lambda _: False))
-    value = api.convert(out, api.ConvertSettings(precision="fp32"))
+    value = api.convert(stories_copy, api.ConvertSettings(precision="fp32"))
     stored, check = value.checks
     assert (
         stored.status == "passed"
@@ -134,15 +133,14 @@ def test_without_llama_cpp_the_file_is_written_and_the_check_says_what_to_instal
         and "llama.cpp is not here: pip install" in check.detail
         and value.passed
     )
-    assert (out / value.file).is_file()
+    assert (stories_copy / value.file).is_file()
 
 
 @needs(stage.Mlx)
-def test_a_folder_for_mlx_is_proven_with_its_cache(stories_out: Path, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
-    value = api.convert(out, api.ConvertSettings("mlx", "fp32"))
+def test_a_folder_for_mlx_is_proven_with_its_cache(stories_copy: Path) -> None:
+    value = api.convert(stories_copy, api.ConvertSettings("mlx", "fp32"))
     assert value.passed and value.file == "mlx/fp32" and value.parity is not None
-    names = {path.name for path in (out / "mlx" / "fp32").iterdir()}
+    names = {path.name for path in (stories_copy / "mlx" / "fp32").iterdir()}
     assert {
         "config.json",
         "tokenizer.json",
@@ -153,14 +151,13 @@ def test_a_folder_for_mlx_is_proven_with_its_cache(stories_out: Path, tmp_path: 
 
 
 def test_a_folder_for_transformers_is_proven_and_scored_by_lm_eval(
-    stories_out: Path, stories_model: Any, tmp_path: Path
+    stories_copy: Path, stories_model: Any, tmp_path: Path
 ) -> None:
-    out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
-    value = api.convert(out, api.ConvertSettings("hf", "fp32"))
+    value = api.convert(stories_copy, api.ConvertSettings("hf", "fp32"))
     assert value.passed and value.file == "hf/fp32" and value.parity is not None
     assert value.parity.worst <= 1e-3
     assert all(step.kv_max_rel > 0 for step in value.parity.steps)  # keys and values were compared
-    names = {path.name for path in (out / "hf" / "fp32").iterdir()}
+    names = {path.name for path in (stories_copy / "hf" / "fp32").iterdir()}
     assert {"config.json", "tokenizer.json", "modeling_nbl.py", "generation_config.json"} <= names
 
     pytest.importorskip("lm_eval", reason="needs lm-eval: pip install '.[eval]'")
@@ -176,7 +173,7 @@ def test_a_folder_for_transformers_is_proven_and_scored_by_lm_eval(
     )
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(out / "hf" / "fp32"), context, continuation],
+        [sys.executable, "-c", code, str(stories_copy / "hf" / "fp32"), context, continuation],
         capture_output=True,
         text=True,
         env=environment,
@@ -184,50 +181,45 @@ def test_a_folder_for_transformers_is_proven_and_scored_by_lm_eval(
     assert done.returncode == 0, done.stderr[-2000:]
     found, whole, begun = json.loads(done.stdout.splitlines()[-1])
     ids = torch.tensor([whole])
-    with torch.inference_mode(), linearized(stories_model, load_plan(out / "nbl" / "plan.json")):
+    with torch.inference_mode(), linearized(stories_model, load_plan(stories_copy / "nbl" / "plan.json")):
         scores = stories_model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
     places = range(len(begun), len(whole))
     assert found == pytest.approx(sum(float(scores[i - 1, whole[i]]) for i in places), abs=1e-3)
 
 
 def test_what_llama_cpp_must_quantize_is_refused_without_it_before_any_work(
-    stories_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stories_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("llama_cpp_py_sync", "llama_cpp_py_sync._cffi_bindings"):
         monkeypatch.setitem(sys.modules, name, None)
-    out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
-    before, heard = sorted(out.rglob("*")), Notes()
+    before, heard = sorted(stories_copy.rglob("*")), Notes()
     with pytest.raises(
         MissingDependencyError, match="--precision q4_k_m needs llama-cpp-py-sync: pip install"
     ):
-        api.convert(out, api.ConvertSettings(precision="q4_k_m"), heard)
-    assert sorted(out.rglob("*")) == before and not heard.tasks
+        api.convert(stories_copy, api.ConvertSettings(precision="q4_k_m"), heard)
+    assert sorted(stories_copy.rglob("*")) == before and not heard.tasks
 
 
 @needs(stage.DeciLm)
-def test_a_folder_for_decilm_says_what_leaving_b_out_costs(stories_out: Path, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
-    value = api.convert(out, api.ConvertSettings("decilm", "fp32"))
+def test_a_folder_for_decilm_says_what_leaving_b_out_costs(stories_copy: Path) -> None:
+    value = api.convert(stories_copy, api.ConvertSettings("decilm", "fp32"))
     assert value.passed and value.file == "decilm/fp32" and value.parity is not None, value.checks
     parity, cost = value.checks
     assert (parity.name, parity.status, cost.name) == ("parity", "passed", "without b")
     ratio, with_b = (float(text) for text in re.findall(r"(?:ratio|with b) ([\d.]+)", cost.detail))
-    report = load_report(out / "report" / "report.json")
+    report = load_report(stories_copy / "report" / "report.json")
     assert with_b == pytest.approx(report.method_loss.perplexity_ratio, abs=1e-4)  # type: ignore[union-attr]
     assert with_b < ratio < 1.5 * with_b, "it costs something, and not much"
     assert list(report.forms) == ["decilm fp32"]
 
 
 @needs(stage.OpenVino)
-def test_a_folder_for_openvino_is_proven_with_its_cache_and_its_tokens(
-    stories_out: Path, tmp_path: Path
-) -> None:
-    out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
-    value = api.convert(out, api.ConvertSettings("openvino", "fp16"))
+def test_a_folder_for_openvino_is_proven_with_its_cache_and_its_tokens(stories_copy: Path) -> None:
+    value = api.convert(stories_copy, api.ConvertSettings("openvino", "fp16"))
     assert value.passed and value.file == "openvino/fp16" and value.parity is not None, value.checks
     assert {c.name: c.status for c in value.checks} == {"parity": "passed", "tokens": "passed"}
     assert all(step.kv_max_rel > 0 for step in value.parity.steps)  # keys and values were compared
-    names = {path.name for path in (out / "openvino" / "fp16").iterdir()}
+    names = {path.name for path in (stories_copy / "openvino" / "fp16").iterdir()}
     models = ("openvino_model", "openvino_tokenizer", "openvino_detokenizer")
     assert names >= {"config.json", *(f"{m}.{end}" for m in models for end in ("xml", "bin"))}
     assert not [name for name in names if name.startswith(".")]
