@@ -41,9 +41,10 @@ _asked: list[int] = []  # the signals that came
 
 def run(work: Callable[[], int]) -> int:
     """The exit code of ``work``, during which signals and streams are handled as above."""
-    with _streams() as (out, err), _signals():
-        code = work()
-        out.flush()
+    with _streams() as (out, err):
+        with _signals():
+            code = work()
+        out.flush()  # a signal that comes now ends the process at once: its work is done
         if out.lost is not None and out.lost.errno != errno.EPIPE:
             why = "it is closed" if out.lost.errno == errno.EBADF else out.lost.strerror
             err.write(

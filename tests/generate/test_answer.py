@@ -40,6 +40,9 @@ class Counting:
     def prefill(self, rows: Sequence[Any]) -> Any:
         return np.stack([self.decode([t])[0] for row in rows for t in row])
 
+    def prefill_last(self, rows: Sequence[Any]) -> Any:
+        return self.decode([row[-1] for row in rows])
+
     def decode(self, tokens: Sequence[int]) -> Any:
         return np.eye(VOCAB, dtype=np.float32)[[t + 1 for t in tokens]]
 

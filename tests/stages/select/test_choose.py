@@ -497,7 +497,7 @@ def test_a_speed_that_is_asked_for_is_that_of_the_workload(
         (name,) = others
         return {"base": 100.0, name: 100.0 - 5 * int(others[name].name.split(".")[0][1:])}
 
-    monkeypatch.setattr("nbl_export.verify.speed.workloads.workload_ms", took)
+    monkeypatch.setattr("nbl_export.verify.speed.pair.workload_ms", took)
     monkeypatch.setattr("nbl_export.verify.speed.pair.measure_speed", lambda *_: pytest.fail("512 tokens"))
     budget = api.Budget(min_speedup=1.15)
     plan = select(both_out, api.SelectSettings(workload=("decode=8@200",), criterion="kl", budget=budget))
