@@ -26,12 +26,13 @@ from nbl_export.generate.prompts import (
 )
 from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
+from nbl_export.runtime.stream import Stream
 from tests.talking import TEMPLATE
 
 VOCAB = 50
 
 
-class Counting:
+class Counting(Stream):
     """The token after t is t + 1."""
 
     kv_layers = ()
