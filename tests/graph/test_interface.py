@@ -220,7 +220,7 @@ def test_a_summary_counts_what_onnx_counts(tiny_graph: Path) -> None:
     assert summarize(load_graph(tiny_graph), below).file_bytes == sum(read.values()) - small
 
 
-SIDES = ("key", "typed")
+SIDES = ("key", "value")
 HEADS, DIM = 3, 2
 PAST, NEW, BATCH = 5, 4, 2
 
@@ -231,7 +231,7 @@ def cache_graph(
     extra: list[onnx.NodeProto] | None = None,
     without: tuple[str, ...] = (),
 ) -> ir.Model:
-    """A cache_model_of whose layer i appends the number 10 i (key) or 10 i + 1 (typed) to its past.
+    """A graph whose layer i appends the number 10 i (key) or 10 i + 1 (value) to its past.
 
     ``questions`` are outputs: each the Shape of a tensor with the attributes given, as float.
     """
@@ -258,14 +258,14 @@ def cache_graph(
         nodes.append(helper.make_node("Cast", [f"{name}.shape"], [name], to=TensorProto.FLOAT))
         outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]))
     nodes += extra or []
-    cache_model_of = helper.make_graph(
+    graph_proto = helper.make_graph(
         nodes,
         "cache",
         [v for v in inputs if v.name not in without],
         [v for v in outputs if v.name not in without],
         constants,
     )
-    proto = helper.make_model(cache_model_of, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    proto = helper.make_model(graph_proto, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     return ir.from_proto(proto)
 
 

@@ -112,7 +112,7 @@ def test_a_graph_without_it_is_refused_and_short_text_would_not_see_it(
     assert [c.status for c in short.checks] == ["passed"]
 
 
-@pytest.mark.parametrize("name", ["ministral3", "phi3"])
+@pytest.mark.parametrize("name", [pytest.param("ministral3", marks=exhaustive), "phi3"])
 def test_decoding_across_alone_sees_it_too(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def across(*arguments: Any) -> tuple[Crossed, ...]:
         return tuple(replace(one, prompts=one.prompts[1:]) for one in original(*arguments))
@@ -124,10 +124,9 @@ def test_decoding_across_alone_sees_it_too(case: Case, name: str, monkeypatch: p
     assert found.checks[0].status == "failed"
 
 
-@pytest.mark.parametrize("form", ["concat", "static"])
-def test_the_longest_row_of_a_batch_decides_for_all_in_long_rope(case: Case, form: str) -> None:
+def test_the_longest_row_of_a_batch_decides_for_all_in_long_rope(case: Case) -> None:
     """By transformers' own rule, in PyTorch as in the graph: a short row beside a long one is another row."""
-    right = case("phi3", False, form)
+    right = case("phi3", False, "static")
     long, short = ROWS[0, :120], ROWS[1, :30]
     streams = torch_stream(right.model), ort_stream(right.baseline, 130)
     beside = [stream.prefill([long, short])[120:] for stream in streams]
@@ -151,7 +150,7 @@ def test_what_is_said_of_a_length(
     case: Case, monkeypatch: pytest.MonkeyPatch, crossed: Any, copies: Any, said: str
 ) -> None:
     monkeypatch.setattr(crossing, "crossed_by", lambda *_: (Crossed(Length("w", 100, (0,)), **crossed),))
-    _, _, found = parity_text(replace(case("mistral", False, "concat"), copies=copies), True)
+    _, _, found = parity_text(replace(case("phi3", False, "static"), copies=copies), True)
     assert [one.said for one in found] == [said]
     (check,) = crossing_check(found)
     assert check.status == ("skipped" if "not crossed" in said else "passed") and check.detail == said
