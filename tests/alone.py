@@ -55,15 +55,17 @@ def own_steps(model: Any, batch: Sequence[Any], steps: int) -> list[np.ndarray[A
     return [torch.cat(parts).numpy() for parts in found]
 
 
-def graph_logits(path: Path, form: str, rows: Sequence[Any], steps: int) -> list[np.ndarray[Any, Any]]:
-    """Each row's logits by the graph: a prefill of all rows, and their last ``steps`` tokens one by one."""
+def graph_logits(
+    path: Path, form: str, rows: Sequence[Any], steps: int, size: int = 1
+) -> list[np.ndarray[Any, Any]]:
+    """Each row's logits by the graph: a prefill of all rows, and their last tokens in ``steps`` of ``size`` tokens."""
     session = cpu_session(path)
     run = lambda feeds: session.run(None, {n: np.asarray(a) for n, a in feeds.items()})  # noqa: E731
     if form == "none":
         ids, mask, positions = left_padded(list(rows))
         logits = run({"input_ids": ids, "attention_mask": mask, "position_ids": positions})[0]
         return [logits[i, -len(row) :] for i, row in enumerate(rows)]
-    first = [row[: len(row) - steps] for row in rows]
+    first = [row[: len(row) - steps * size] for row in rows]
     lengths, batch = np.array([len(row) for row in first]), len(rows)
     slots = max(map(len, rows)) + 3 if form == "static" else 0
     past: dict[str, Any] = {
@@ -81,12 +83,13 @@ def graph_logits(path: Path, form: str, rows: Sequence[Any], steps: int) -> list
     found = [[logits[i, :n] if form == "static" else logits[i, -n:]] for i, n in enumerate(lengths)]
     for step in range(steps):
         past = dict(zip(past, present, strict=True))
-        feeds = {"input_ids": np.array([[row[n + step]] for row, n in zip(rows, lengths, strict=True)])}
-        feeds["position_ids"] = lengths[:, None] + step
+        done = lengths + step * size
+        ids = np.array([row[n : n + size] for row, n in zip(rows, done, strict=True)], np.int64)
+        feeds = {"input_ids": ids, "position_ids": done[:, None] + np.arange(size)}
         if form == "static":
-            feeds["write_indices"] = lengths + step
+            feeds["write_indices"] = done
         else:
-            mask = np.concatenate([mask, np.ones((batch, 1), np.int64)], axis=1)
+            mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
             feeds["attention_mask"] = mask
         logits, *present = run(feeds | past)
         for i in range(batch):

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.exhaustive import leave_out
 from tests.interruptions import interruptible
 
 # A shell's background job ignores Ctrl-C, and so would all that the tests start.
@@ -58,8 +57,7 @@ FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files that go first, the others in their order; some variants are left out for their time."""
-    leave_out(items)
+    """Run the files that go first, the others in their order."""
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 

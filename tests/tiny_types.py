@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -202,3 +203,30 @@ def tiny_model(model_type: str, **changes: Any) -> Any:
     model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
     scale_up(model)
     return model
+
+
+@contextmanager
+def activations(
+    model: Any, norm: str = "model.layers.{}.input_layernorm", out: str = "model.layers.{}.self_attn.o_proj"
+) -> Iterator[list[dict[str, list[torch.Tensor]]]]:
+    """Within the block, h, x and y of every layer, pass after pass, by hooks where the product never looks."""
+    kept: list[dict[str, list[torch.Tensor]]] = []
+    hooks = []
+    for index in range(model.config.num_hidden_layers):
+        found: dict[str, list[torch.Tensor]] = {"h": [], "x": [], "y": []}
+
+        def normed(_m: Any, args: Any, result: torch.Tensor, found: Any = found) -> None:
+            found["h"].append(args[0].clone())
+            found["x"].append(result.clone())
+
+        def written(_m: Any, _a: Any, result: torch.Tensor, found: Any = found) -> None:
+            found["y"].append(result.clone())
+
+        kept.append(found)
+        for path, hook in ((norm, normed), (out, written)):
+            hooks.append(model.get_submodule(path.format(index)).register_forward_hook(hook))
+    try:
+        yield kept
+    finally:
+        for handle in hooks:
+            handle.remove()

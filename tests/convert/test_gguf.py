@@ -1,4 +1,4 @@
-"""The file holds the model's numbers in llama.cpp's order; tests/runtime/test_forms.py shows that it runs."""
+"""The file holds the numbers in the order of llama.cpp and its tokenizer; tests/runtime/test_forms.py runs it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE, WordPiece
+from transformers import PreTrainedTokenizerFast
 
 from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.convert.gguf import FORMATS, DeciBlock, blocks_of, check_stored, write_gguf
-from nbl_export.convert.gguf_tokenizer import TokenizerFields
+from nbl_export.convert.gguf_tokenizer import TokenizerFields, fields_of, fields_of_gguf
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import DROPPED, LinearLayer, Plan
 from nbl_export.progress import Silent
@@ -86,7 +89,6 @@ def test_numbers_that_float16_does_not_have_are_refused_and_nothing_is_left(
 @pytest.mark.parametrize(
     ("chosen", "layer"),
     [
-        ([], [DeciBlock(attention=1, mlp=1)]),
         ([1], [DeciBlock(linear=1), DeciBlock(mlp=1)]),
         ([Mlp(1)], [DeciBlock(attention=1), DeciBlock(linear=Mlp(1))]),
         ([1, Mlp(1)], [DeciBlock(linear=1), DeciBlock(linear=Mlp(1))]),
@@ -136,4 +138,51 @@ def test_what_the_file_has_of_the_plan(
         other = replace(plan, layers={**plan.layers, Mlp(2): change(plan.layers[Mlp(2)])})
         failed = check_stored(path, other)
         assert failed.status == "failed" and failed.detail.startswith("layer 2.mlp has"), name
-    assert check_stored(path, random_plan(model, [1, 0])).status == "failed"
+
+
+# tokenizers ---------------------------------------------------------------------------------------
+
+
+def byte_level(*splits: Any, **said: Any) -> Any:
+    made = Tokenizer(BPE({"a": 0, "b": 1, "ab": 2, "<s>": 3}, [("a", "b")]))
+    made.pre_tokenizer = pre_tokenizers.Sequence(list(splits))
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", **said)
+
+
+GPT_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+
+
+@pytest.mark.parametrize(("splits", "name"), [([GPT_2], "gpt-2"), ([DIGITS, GPT_2], "smollm")])
+def test_byte_level_tokenizers_are_named_by_how_they_split(splits: list[Any], name: str) -> None:
+    tokenizer = byte_level(*splits, chat_template="{{ messages }}")
+    fields = {key: value for key, value, _, _ in fields_of(tokenizer, 4).fields}
+    assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == name
+    assert fields["tokenizer.ggml.merges"] == ["a b"] and fields["tokenizer.ggml.bos_token_id"] == 3
+    assert fields["tokenizer.ggml.add_bos_token"] is False and fields["tokenizer.ggml.token_type"][3] == 3
+    assert fields["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_what_llama_cpp_does_not_have_is_refused() -> None:
+    with pytest.raises(InputError, match="splits a text by rules that --to gguf does not know"):
+        fields_of(byte_level(pre_tokenizers.Punctuation(), GPT_2), 4)
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    )
+    with pytest.raises(InputError, match="no tokenizer of the kind WordPiece"):
+        fields_of(words, 2)
+
+
+def test_the_tokenizer_of_a_gguf_file_stays_as_it_is(smollm2: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader, GGUFWriter
+
+    fields = fields_of_gguf(smollm2)
+    writer = GGUFWriter(tmp_path / "copy.gguf", "llama")
+    fields.write(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    before, after = (GGUFReader(path).fields for path in (smollm2, tmp_path / "copy.gguf"))
+    own = [name for name in before if name.startswith("tokenizer.")]
+    assert len(own) >= 5 and own == [name for name in after if name.startswith("tokenizer.")]
+    assert all(before[name].contents() == after[name].contents() for name in own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -14,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from transformers import CONFIG_MAPPING
 
 from nbl_export.blocks import Block, Mlp
-from nbl_export.convert.hf import check_held, configuration, write_hf
+from nbl_export.convert.hf import configuration, write_hf
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.linearize.swap import linearized
-from nbl_export.models.modeling_nbl import FILE
+from nbl_export.models import modeling_nbl
+from nbl_export.models.modeling_nbl import LinearBlock, Linearized
+from nbl_export.models.registered import PREFIX, TYPES, classes_of, source_of
 from nbl_export.progress import Silent
 from tests.convert.test_mlx import NoTokenizer
 from tests.tiny_types import tiny_model
@@ -93,14 +97,16 @@ def test_it_generates_with_remote_code_and_registered(
 ) -> None:
     expected = by_whole_passes(model, random_plan(model, [0, 2]), 12)
     assert len(set(expected[5:])) > 2, "a loop would say little"
-    found = elsewhere(folder, tmp_path, trust_remote_code=True)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "nbl_llama"
+    model = loaded(folder)
+    assert model.generate(PROMPT, max_new_tokens=12, do_sample=False)[0].tolist() == expected
+    # What is saved of it is such a folder, too.
+    model.save_pretrained(tmp_path / "saved")
+    found = elsewhere(tmp_path / "saved", tmp_path, trust_remote_code=True)
     assert found.stdout.strip() == f"{expected} 2", found.stderr
-    assert loaded(folder).generate(PROMPT, max_new_tokens=12, do_sample=False)[0].tolist() == expected
 
 
-@pytest.mark.parametrize(
-    ("model_type", "changes"), [("mistral", {"sliding_window": 6}), ("smollm3", {}), ("qwen3", {})]
-)
+@pytest.mark.parametrize(("model_type", "changes"), [("mistral", {"sliding_window": 6}), ("smollm3", {})])
 def test_its_own_cache_gives_the_tokens_of_whole_passes(
     model_type: str, changes: dict[str, Any], tmp_path: Path, random_plan: RandomPlan
 ) -> None:
@@ -111,28 +117,6 @@ def test_its_own_cache_gives_the_tokens_of_whole_passes(
     expected = by_whole_passes(model, plan, 12)
     given = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     assert loaded(tmp_path / "hf").generate(PROMPT, **given)[0].tolist() == expected
-
-
-def test_it_is_not_taken_for_the_original(folder: Path, tmp_path: Path) -> None:
-    found = elsewhere(folder, tmp_path)
-    assert found.returncode != 0 and "trust_remote_code" in found.stderr
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "nbl_llama"
-
-
-def test_what_is_saved_is_such_a_folder(folder: Path, tmp_path: Path) -> None:
-    model = loaded(folder)
-    model.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / FILE).read_text() == (folder / FILE).read_text()
-    found = elsewhere(tmp_path / "saved", tmp_path, trust_remote_code=True)
-    expected = model.generate(PROMPT, max_new_tokens=12, do_sample=False)[0].tolist()
-    assert found.stdout.strip() == f"{expected} 2", found.stderr
-
-
-def test_it_is_trained_as_any_model(folder: Path) -> None:
-    model = loaded(folder).train()
-    losses = trained(model, torch.optim.SGD(model.parameters(), 0.5))
-    assert losses[2] < losses[1] < losses[0]
-    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
 
 
 def test_adapters_of_peft_are_trained(folder: Path, tmp_path: Path) -> None:
@@ -205,7 +189,47 @@ def test_what_cannot_be_held_is_refused_before_anything_is_written(
     model = tiny_model(model_type, num_hidden_layers=4, **changes)
     plan = random_plan(model, blocks)
     with pytest.raises(InputError, match=said):
-        check_held(model, plan)
-    with pytest.raises(InputError, match=said):
         write_hf(tmp_path / "hf", model, plan, NoTokenizer(), "float32", Silent())
     assert not (tmp_path / "hf").exists()
+
+
+# its blocks ---------------------------------------------------------------------------------------
+
+
+def test_a_block_is_called_as_an_attention_and_as_an_mlp() -> None:
+    states = torch.randn(2, 3, 8)
+    attention, mlp = LinearBlock(8, True, 2), LinearBlock(8, True, None)
+    assert attention.linear is not None and mlp.linear is not None
+    y, weights = attention(hidden_states=states, attention_mask=None, past_key_values=None)
+    assert torch.equal(y, attention.linear(states)) and weights is None
+    assert torch.equal(mlp(states), mlp.linear(states))
+
+
+def test_what_was_left_out_adds_nothing() -> None:
+    dropped = LinearBlock(8, False, 2)
+    assert not list(dropped.parameters())
+    assert not dropped(torch.randn(1, 2, 8))[0].any()
+
+
+def test_the_file_needs_torch_alone() -> None:
+    """It is copied into folders that are loaded without nbl-export."""
+    tree = ast.parse(Path(modeling_nbl.__file__).read_text())
+    names = {
+        node.module or "" if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert names == {"__future__", "pathlib", "typing", "torch"}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_classes_are_those_of_the_type_with_linear_layers(model_type: str) -> None:
+    config, model = classes_of(model_type)
+    plain = CONFIG_MAPPING[model_type]
+    assert issubclass(config, plain) and config.model_type == PREFIX + model_type
+    assert issubclass(model, Linearized) and model.config_class is config
+    text = source_of(model_type)
+    assert f"from transformers import {plain.__name__}, {model.__mro__[2].__name__}" in text
+    compile(text, "modeling_nbl.py", "exec")
+    assert model.source() == text

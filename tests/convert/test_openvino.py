@@ -9,10 +9,8 @@ import pytest
 
 from nbl_export.convert.openvino import check_held, write_openvino
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
-from nbl_export.models.load import load_tokenizer
-from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
-from nbl_export.runtime.openvino import FILE, TOKENIZERS, tokenize
+from nbl_export.runtime.openvino import FILE, TOKENIZERS
 from nbl_export.stages.forms import OpenVino
 from tests.convert.test_mlx import NoTokenizer
 from tests.converting import needs
@@ -28,21 +26,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def case(folder: Path) -> Calibrated:
     return calibrated(folder)
-
-
-@needs(OpenVino)
-def test_files_are_whole_and_the_models_own_comes_last(
-    case: Calibrated, folder: Path, tmp_path: Path
-) -> None:
-    tokenizer = load_tokenizer(find_model(str(folder)))
-    found = write_openvino(tmp_path, case.model, case.plan((1,)), tokenizer, "float16", Silent())
-    assert found[-1].name == FILE and sorted(found) == sorted(tmp_path.iterdir())
-    assert {*TOKENIZERS, "config.json"} <= {path.name for path in found}
-    text = "two little dogs"
-    assert tokenize(tmp_path, text) == tokenizer(text).input_ids
-    half = (tmp_path / FILE).with_suffix(".bin").stat().st_size
-    write_openvino(tmp_path, case.model, case.plan((1,)), tokenizer, "float32", Silent())
-    assert 1.9 < (tmp_path / FILE).with_suffix(".bin").stat().st_size / half < 2.1
 
 
 @needs(OpenVino)

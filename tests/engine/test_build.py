@@ -1,29 +1,35 @@
-"""Engines in a child process: what comes out for which graph, the same settings for both, all or nothing on disk."""
+"""Engines in a child process: the same settings for both, all or nothing on disk, and the same for other tools."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import resource
+import os
+import runpy
+import shutil
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
+import numpy as np
 import psutil
 import pytest
 
 from nbl_export import api
-from nbl_export.blocks import Mlp
 from nbl_export.engine import build as module
-from nbl_export.engine.build import Built, Progress, Source, Target, build_in_child, timing_cache
+from nbl_export.engine.build import Built, Source, Target, build_in_child, timing_cache
+from nbl_export.engine.elsewhere import fixed_path
 from nbl_export.engine.library import Library
 from nbl_export.engine.manifest import Manifest, load_manifest
-from nbl_export.engine.network import Limits
+from nbl_export.engine.network import Limits, parse_network
 from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.io import load_graph
 from tests.engine.conftest import Graphs, converted
+from tests.graph.external_data import resolved
 
 LIMITS = Limits(2, 32, 64)
 OTHER = api.EngineSettings("rtx", max_batch=1, max_seq=8, max_context=32, sm=("86",))
@@ -40,35 +46,32 @@ def build(
     return build_in_child(target, source, engine, folder / "timing.cache", advanced.append), advanced
 
 
-@pytest.mark.parametrize(("precision", "form"), [("fp32", "static"), ("bf16", "concat"), ("fp16", "static")])
+@pytest.mark.parametrize(
+    ("precision", "form", "attention"), [("fp32", "static", 3), ("bf16", "concat", 3), ("fp16", "static", 0)]
+)
 def test_every_precision_and_cache_is_built(
-    rtx: Library, graphs: Callable[[str, str], Graphs], tmp_path: Path, precision: str, form: str
+    rtx: Library,
+    graphs: Callable[[str, str], Graphs],
+    tmp_path: Path,
+    precision: str,
+    form: str,
+    attention: int,
 ) -> None:
-    path = graphs(precision, form).linearized
+    made = graphs(precision, form)
+    path = made.linearized if attention else made.bare
     before = {p.name for p in path.parent.iterdir()}
-    built, advanced = build(rtx, path, 3, tmp_path)
+    built, advanced = build(rtx, path, attention, tmp_path)
     assert not built.fused  # heads of size 8 have no fused kernel, and float32 has none at all
-    assert built.facts.attention == 3 and [p.name for p in built.profiles] == ["prefill", "decode"]
+    assert built.facts.attention == attention and [p.name for p in built.profiles] == ["prefill", "decode"]
     assert built.size == (tmp_path / "model.engine").stat().st_size > 100_000
     assert sum(advanced) == 1000 and min(advanced) >= 0 and len(advanced) > 5
     assert {p.name for p in path.parent.iterdir()} == before
     assert list(tmp_path.iterdir()) == [tmp_path / "model.engine"]
 
 
-def test_without_any_attention_there_still_is_an_engine(
-    rtx: Library, graphs: Callable[[str, str], Graphs], tmp_path: Path
-) -> None:
-    built, _ = build(rtx, graphs("fp16", "static").bare, 0, tmp_path)
-    assert (built.facts.attention, built.facts.kv_cache_updates, built.fused) == (0, 0, False)
-    assert [t.name for t in built.facts.outputs] == ["logits"]
-
-
-@pytest.mark.parametrize(("precision", "fused"), [("fp16", True), ("fp32", False)])
-def test_attention_is_fused_where_there_is_a_kernel(
-    rtx: Library, fusible: Path, tmp_path: Path, precision: str, fused: bool
-) -> None:
-    path = converted(fusible, tmp_path / "model.onnx", precision)
-    assert build(rtx, path, 1, tmp_path)[0].fused is fused
+def test_attention_is_fused_where_there_is_a_kernel(rtx: Library, fusible: Path, tmp_path: Path) -> None:
+    path = converted(fusible, tmp_path / "model.onnx", "fp16")
+    assert build(rtx, path, 1, tmp_path)[0].fused
 
 
 def test_what_is_not_built_is_told_with_its_reason(
@@ -89,7 +92,6 @@ def test_what_is_not_built_is_told_with_its_reason(
 BROKEN = {
     "crashes": ("import ctypes; ctypes.string_at(0)", "died by SIGSEGV"),
     "hangs": ("import time; time.sleep(600)", "made no progress in 2 s"),
-    "raises": ("raise RuntimeError('of the binding')", "failed (RuntimeError: of the binding)"),
 }
 
 
@@ -115,21 +117,6 @@ def test_a_library_that_breaks_costs_a_sentence(
     assert f" {said}: " in message and message.endswith("--precision.") and "\n" not in message
     assert engines(built_copy) == before
     assert psutil.Process().children() == []
-
-
-def test_progress_only_grows_and_steps_of_any_phase_are_told() -> None:
-    told: list[int] = []
-    progress = Progress(told.append)
-    progress.start("whole", None, 4)
-    progress.step("whole", 0)
-    progress.start("part", "whole", 5)
-    progress.step("part", 0)
-    progress.step("unknown", 3)
-    progress.step("whole", 1)
-    progress.start("again", None, 0)
-    progress.step("again", 7)
-    progress.reach(1)
-    assert told == [250, 0, 0, 250, 500, 0]
 
 
 class Config:
@@ -212,10 +199,7 @@ def test_the_manifests_describe_the_files(built_out: Path) -> None:
         kept = [i for i in range(5) if name == "baseline" or i not in chosen]
         assert manifest.kv_layers == tuple(kept)
         assert manifest.linear_layers == tuple(chosen if name == "model" else ())
-        graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
         assert manifest.network.attention == len(kept)
-        assert manifest.network.kv_cache_updates == 2 * len(kept)
-        assert [t.name for t in manifest.network.inputs] == [i.name for i in graph.input]
     assert {p.name for p in (built_out / "engine").iterdir()} == {
         f"{name}{kind}"
         for name in ("baseline", "model")
@@ -242,41 +226,6 @@ def test_a_failure_in_the_second_build_leaves_the_first_engines(
     with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
         api.build(built_copy, OTHER)
     assert begun == ["base", "linearized"] and engines(built_copy) == before
-    monkeypatch.undo()
-    # They still are what the folder's record says, and count.
-    checks = {c.name: c.status for c in api.verify(built_copy, QUICK).checks}
-    assert checks["engine build"] == "passed"
-
-
-def test_a_full_disk_leaves_the_earlier_pair_as_it_was(built_copy: Path) -> None:
-    """No room for a copy of the graph: both or none, as engines of two settings are no pair."""
-    before = engines(built_copy)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 22, hard))  # the child's too
-    try:
-        with pytest.raises(InputError, match=r"^No room on the disk in stage `build`.*are kept\.$"):
-            api.build(built_copy, OTHER)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert engines(built_copy) == before
-
-
-def test_engines_of_linear_mlps(rtx: Library, tiny_folder: Path, tmp_path: Path) -> None:
-    blocks = (1, Mlp(2))
-    report = api.run(
-        tiny_folder,
-        tmp_path / "out",
-        api.SelectSettings(layers=blocks),
-        api.CalibrateSettings(blocks="both", samples=16, seq_len=64, heldout_samples=2),
-        QUICK,
-        exporting=api.ExportSettings("fp16", "static"),
-        engines=OTHER,
-    )
-    assert report.passed
-    assert {c.name: c.status for c in report.checks}["engine build"] == "passed"
-    base, linearized = manifests(tmp_path / "out")
-    assert linearized.linear_layers == blocks and base.linear_layers == ()
-    assert linearized.kv_layers == (0, 2, 3)
 
 
 def test_swapped_engines_are_not_verified(built_copy: Path) -> None:
@@ -289,3 +238,64 @@ def test_swapped_engines_are_not_verified(built_copy: Path) -> None:
             file.write_bytes(content)
     with pytest.raises(InputError, match=r"engine/\w+\.(engine|json) .*nbl-export build"):
         api.verify(built_copy, QUICK)
+
+
+# for other tools ----------------------------------------------------------------------------------
+
+
+GRAPHS = {"model": "model.onnx", "baseline": "baseline/model.onnx"}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_fixed_graph_is_the_same_with_a_length(built_out: Path, rtx: Library, name: str) -> None:
+    graph = built_out / GRAPHS[name]
+    fixed = fixed_path(graph)
+    ours, theirs = (resolved(path).graph for path in (graph, fixed))
+    assert (ours.node, ours.initializer) == (theirs.node, theirs.initializer)
+    assert fixed.stat().st_size < 2 * graph.stat().st_size, "its weights are those of the other"
+    shapes = {v.name: v.shape for v in load_graph(fixed).graph.inputs if v.shape is not None}
+    cache = [shape for one, shape in shapes.items() if "past" in str(one)]
+    assert cache and {shape[2] for shape in cache} == {256}
+    assert parse_network(rtx, fixed).network.num_inputs == len(shapes), "TensorRT reads it as it stands"
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_trtexec_is_told_both_profiles(built_out: Path, tmp_path: Path, name: str) -> None:
+    fake = tmp_path / "trtexec"
+    fake.write_text('#!/bin/sh\npwd\nfor one in "$@"; do echo "$one"; done\n')
+    fake.chmod(0o755)
+    script = built_out / "engine" / f"{name}.trtexec.sh"
+    paths = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["sh", script, "--verbose"], capture_output=True, text=True, env=paths, check=True)
+    where, *told = done.stdout.splitlines()
+    onnx = next(one.removeprefix("--onnx=") for one in told if one.startswith("--onnx="))
+    assert (Path(where) / onnx).resolve() == fixed_path(built_out / GRAPHS[name]).resolve()
+    assert told[1] == "--stronglyTyped" and told[-1] == "--verbose"
+    for number, profile in enumerate(load_manifest(built_out / "engine" / f"{name}.engine").profiles):
+        begun = told.index(f"--profile={number}") + 1
+        for place, which in enumerate(("min", "opt", "max")):
+            option, _, shapes = told[begun + place].partition("=")
+            assert option == f"--{which}Shapes"
+            assert set(shapes.split(",")) == {
+                f"{n}:{'x'.join(map(str, s[place]))}" for n, s in profile.shapes.items()
+            }
+
+
+def test_rows_are_a_prefill_and_a_step_after_it(built_out: Path) -> None:
+    loaded: Any = runpy.run_path(str(built_out / "engine" / "model_rows.py"))
+    prefill, step = loaded["load_data"]()
+    assert prefill["input_ids"].shape == (1, 64) and step["input_ids"].shape == (1, 1)
+    assert np.array_equal(prefill["position_ids"][0], np.arange(64)) and step["position_ids"] == [[128]]
+    assert prefill["write_indices"] == [0] and step["write_indices"] == [128]
+    assert {a.dtype.name for n, a in prefill.items() if "past" in n} == {"float16"}
+
+
+def test_polygraphy_runs_the_graph_with_those_rows(built_copy: Path) -> None:
+    """It imports the rows as a module, which Python compiles beside them."""
+    tool = shutil.which("polygraphy", path=str(Path(sys.executable).parent))
+    if tool is None:
+        pytest.skip("needs polygraphy")
+    rows = str(built_copy / "engine" / "model_rows.py")
+    command = [tool, "run", str(built_copy / "model.fixed.onnx"), "--onnxrt", "--data-loader-script", rows]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

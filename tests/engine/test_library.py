@@ -1,10 +1,15 @@
-"""Which TensorRT serves: every choice on every machine, with fake modules and drivers; what each can build for."""
+"""Which TensorRT serves, what each can build for, and the manifest that binds an engine to what it is."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
+import random
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from nbl_export.blocks import Mlp
 from nbl_export.engine.library import (
     VISIBLE,
     Gpu,
@@ -22,15 +28,17 @@ from nbl_export.engine.library import (
     find_gpu,
     find_gpus,
     import_library,
-    library_of,
     runs_here,
 )
-from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.engine.manifest import check_runs, load_manifest
+from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.packages import pip_line
+from nbl_export.records import to_json
 from nbl_export.settings.choices import LIBRARIES
+from tests.engine.conftest import manifest_by_hand
+from tests.fixtures_engine import save_manifest
 
 ADA = Gpu("NVIDIA Test", "8.9")
-PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 HERE = {"tensorrt": "11.4.0.12", "rtx": "1.7.1.116"}
 OLD = {"tensorrt": "10.14.1", "rtx": "1.4.9"}
@@ -82,23 +90,6 @@ def test_auto_does_not_build_engines_that_this_gpu_cannot_run(monkeypatch: pytes
     assert choose_library("rtx", hopper).package == "tensorrt-rtx"
 
 
-@pytest.mark.parametrize("kind", MODULES)
-def test_the_pip_line_installs_what_is_accepted(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    install(monkeypatch, kind, None)
-    with pytest.raises(MissingDependencyError, match="cannot be imported") as caught:
-        import_library(kind)
-    (extra,) = re.findall(r"pip install .*\[(\w+)\]'", str(caught.value))
-    package = MODULES[kind].replace("_", "-")
-    line = re.search(rf'^{extra} = \[.*"{package}>=([\d.]+)', PYPROJECT.read_text(), re.MULTILINE)
-    assert line is not None, str(caught.value)
-    for version in (line[1], "100.0"):  # numbers are compared as numbers
-        install(monkeypatch, kind, version)
-        assert import_library(kind).version == version, "pip may install what is then refused"
-    install(monkeypatch, kind, OLD[kind])
-    with pytest.raises(MissingDependencyError, match=rf"{OLD[kind]} is too old.*pip install"):
-        import_library(kind)
-
-
 def test_a_library_whose_shared_objects_do_not_load_is_a_missing_dependency(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -107,13 +98,6 @@ def test_a_library_whose_shared_objects_do_not_load_is_a_missing_dependency(
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     with pytest.raises(MissingDependencyError, match=r"\(libnvinfer\.so\.10: cannot open\)"):
         import_library("tensorrt")
-
-
-def test_a_library_is_found_by_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "rtx", HERE["rtx"])
-    assert library_of("tensorrt-rtx").module is sys.modules["tensorrt_rtx"]
-    with pytest.raises(InputError, match="'openvino'"):
-        library_of("openvino")
 
 
 AHEAD = Library("tensorrt-rtx", "1.7.1", fake("tensorrt_rtx", "1.7.1"), ahead_of_time=True)
@@ -142,10 +126,7 @@ def test_capabilities_are_of_no_use_to_tensorrt(rtx: Library) -> None:
     assert check_capabilities(own, []) == () and own.capabilities == {}
     with pytest.raises(InputError, match=r"--sm .*--trt rtx; tensorrt 11\.4"):
         check_capabilities(own, ["86"])
-    # The real one knows those of consumer GPUs.
-    members = rtx.module.ComputeCapability.__members__
-    assert {"SM86", "SM89", "SM120"} <= set(rtx.capabilities)
-    assert all(rtx.capabilities[n] == members[n] for n in rtx.capabilities)
+    assert {"SM86", "SM89", "SM120"} <= set(rtx.capabilities), "the real one knows those of consumer GPUs"
 
 
 def test_an_engine_runs_on_what_it_was_built_for() -> None:
@@ -153,84 +134,132 @@ def test_an_engine_runs_on_what_it_was_built_for() -> None:
         assert runs_here(("SM89", "SM120"), Gpu("NVIDIA Test", capability)) is here
 
 
-# GPUs ---------------------------------------------------------------------------------------------
-
-
-class Driver:
-    """libcuda and libnvidia-ml as ctypes shows them: results are error codes, values come back by reference."""
-
-    names: tuple[bytes, ...] = (b"NVIDIA A", b"caf\xe9 GPU")
-    version: bytes | None = b"570.86.15"
-    code = 0
-
-    def cuInit(self, flags: int) -> int:
-        return self.code
-
-    def cuDeviceGetCount(self, count: Any) -> None:
-        count._obj.value = len(self.names)
-
-    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
-        device._obj.value = 7 + ordinal  # the driver's handle is not the ordinal
-        return 0
-
-    def cuDeviceGetName(self, buffer: Any, length: int, device: Any) -> None:
-        assert length == len(buffer)
-        buffer.value = self.names[device.value - 7]
-
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> None:
-        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h.
-        value._obj.value = {75: 9, 76: device.value - 7}[attribute]
-
-    def cuDeviceTotalMem_v2(self, size: Any, device: Any) -> None:
-        size._obj.value = (device.value - 6) << 36  # more than 32 bits hold
-
-    def cuGetErrorName(self, code: int, name: Any) -> None:
-        name._obj.value = {100: b"CUDA_ERROR_NO_DEVICE"}.get(code)
-
-    def cuDriverGetVersion(self, version: Any) -> None:
-        version._obj.value = 12080
-
-    def nvmlInit_v2(self) -> int:
-        return 0
-
-    def nvmlSystemGetDriverVersion(self, text: Any, length: int) -> int:
-        assert self.version is not None and length == len(text) == 80
-        text.value = self.version
-        return 0
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    found = Driver()
-
-    def load(name: str) -> Driver:
-        if name == "libnvidia-ml.so.1" and found.version is None:
-            raise OSError(f"{name}: cannot open shared object file")
-        assert name in ("libcuda.so.1", "libnvidia-ml.so.1")
-        return found
-
-    monkeypatch.setattr(ctypes, "CDLL", load)
-    monkeypatch.delenv(VISIBLE, raising=False)
-    return found
-
-
-def test_every_device_has_its_memory(driver: Driver) -> None:
-    devices = (Gpu("NVIDIA A", "9.0"), Gpu("caf\ufffd GPU", "9.1"))
-    assert find_gpus() == Gpus(devices, (1 << 36, 2 << 36), "570.86.15") and find_gpu() == devices[0]
-    driver.version = None
-    assert find_gpus().driver == "for CUDA 12.8"
-
-
-def test_why_there_is_none(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver.names = ()
-    assert find_gpus() == Gpus(why_none="the NVIDIA driver shows no device") and find_gpu() is None
-    driver.code = 100
-    assert find_gpus().why_none == "the NVIDIA driver does not start (CUDA_ERROR_NO_DEVICE)"
-    monkeypatch.setenv(VISIBLE, "")
-    assert find_gpus().why_none.endswith("(CUDA_ERROR_NO_DEVICE; CUDA_VISIBLE_DEVICES is '')")
-
+def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file: No such file or directory")
 
+    monkeypatch.delenv(VISIBLE, raising=False)
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert find_gpus() == Gpus(why_none="no NVIDIA driver (libcuda.so.1 does not load)")
+    assert find_gpus() == Gpus(why_none="no NVIDIA driver (libcuda.so.1 does not load)") and not find_gpu()
+
+
+# manifests ----------------------------------------------------------------------------------------
+
+
+ENGINE = random.Random(0).randbytes(1000)
+HASHES = {"engine": hashlib.sha256(ENGINE).hexdigest(), "onnx": "1" * 64, "plan": "2" * 64}
+MANIFEST = manifest_by_hand(size=len(ENGINE), hashes=HASHES, gpu="NVIDIA é", linear_layers=(2, Mlp(3)))
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    """An engine with its manifest beside it."""
+    path = tmp_path / "model.engine"
+    path.write_bytes(ENGINE)
+    save_manifest(path, MANIFEST)
+    return path
+
+
+def refused(engine: Path, *words: str) -> None:
+    """One sentence that says what does not fit."""
+    with pytest.raises(InputError) as caught:
+        load_manifest(engine)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    for word in (*words, "nbl-export build"):
+        assert word in message, message
+
+
+def test_what_is_saved_is_what_is_loaded(engine: Path) -> None:
+    assert load_manifest(engine) == MANIFEST
+    body = json.loads(engine.with_name("model.json").read_text())
+    assert body.pop("format") == "nbl-export/engine/1" and len(body.pop("sha256")) == 64
+    assert body == to_json(MANIFEST)
+
+
+def test_another_byte_in_the_engine_is_refused(engine: Path) -> None:
+    place = 500
+    engine.write_bytes(ENGINE[:place] + bytes([ENGINE[place] ^ 1]) + ENGINE[place + 1 :])
+    refused(engine, str(engine), "was changed", "SHA-256")
+    engine.write_bytes(ENGINE[:place])
+    refused(engine, "is truncated", f"{place} bytes", "1,000")
+    engine.write_bytes(ENGINE + b"\0")
+    refused(engine, "1,001 bytes, the manifest says 1,000")
+
+
+def test_what_is_missing_or_cut_is_named(engine: Path) -> None:
+    file = engine.with_name("model.json")
+    file.write_bytes(file.read_bytes()[:-3])
+    refused(engine, str(file), "damaged")
+    file.unlink()
+    refused(engine, str(file), "missing")
+    engine.unlink()
+    refused(engine, str(engine), "does not exist")
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a number in a table": lambda m: m["limits"].update(max_batch=8),
+    "a layer less": lambda m: m["linear_layers"].pop(),
+    "no digest": lambda m: m.pop("sha256"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_by_hand_is_refused(engine: Path, name: str) -> None:
+    file = engine.with_name("model.json")
+    body = json.loads(file.read_text())
+    EDITS[name](body)
+    file.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+    refused(engine, str(file), "was changed after it was written")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.update(format="nbl-export/engine/2"), "not an engine manifest of nbl-export"),
+        (lambda m: m.pop("profiles"), "damaged"),
+        (lambda m: m.update(note="of a later release"), "damaged"),
+        (lambda m: m.update(size="1000"), "damaged"),
+        (lambda m: m["hashes"].pop("engine"), "SHA-256"),
+    ],
+)
+def test_a_manifest_with_other_fields_is_refused(
+    engine: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    """Changed and signed anew, as whoever wrote it differently would have."""
+    file = engine.with_name("model.json")
+    body = json.loads(file.read_text())
+    del body["sha256"]
+    change(body)
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    file.write_text(json.dumps({**body, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
+    refused(engine, words)
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu", "error", "words"),
+    [
+        ("1.7.1.116", ADA, None, ()),
+        ("1.7.1.116", None, MissingDependencyError, ("no NVIDIA GPU",)),
+        (None, ADA, MissingDependencyError, ("tensorrt-rtx", pip_line("rtx"))),
+        ("1.7.1.117", ADA, InputError, ("1.7.1.116", "1.7.1.117", "nbl-export build")),
+        ("1.7.1.116", Gpu("NVIDIA H100", "9.0"), InputError, ("SM86, SM89", "NVIDIA H100", "9.0")),
+    ],
+)
+def test_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+    version: str | None,
+    gpu: Gpu | None,
+    error: type[NblError] | None,
+    words: tuple[str, ...],
+) -> None:
+    module: Any = ModuleType("tensorrt_rtx") if version else None
+    if version:
+        module.__version__ = version
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    if error is None:
+        assert check_runs(manifest_by_hand(), gpu).module is module
+        return
+    with pytest.raises(error) as caught:
+        check_runs(replace(manifest_by_hand()), gpu)
+    assert all(word in str(caught.value) for word in words)

@@ -1,56 +1,48 @@
-"""A form of the cache in which a model or its graph is another one is refused before any work, with what to use."""
+"""A form in which a model is another one is refused before any work; decoders that read embeddings."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.bloom.modeling_bloom import BloomMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from nbl_export.blocks import Mlp
 from nbl_export.errors import InputError
 from nbl_export.export import checks as module
-from nbl_export.export import recurrence
 from nbl_export.export import torch as exporting
 from nbl_export.export.checks import _error, check_form, crossed_on_copy
+from nbl_export.export.embeds import embedding_form, reading_embeds
 from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC, Branches
 from nbl_export.export.functions import exportable
-from nbl_export.export.torch import check_traces, export_torch
+from nbl_export.export.torch import export_torch
+from nbl_export.graph.embedding import NAME
+from nbl_export.graph.io import load_graph
 from nbl_export.graph.summary import OnCopy
+from nbl_export.models import forward
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.lengths import Room
-from nbl_export.models.weights import Stored, streamed
 from nbl_export.progress import Silent
+from nbl_export.rewrite.replace import rewrite_file
 from tests.beyond import BEYOND
-from tests.families import unsaved
-from tests.models.test_weights import reads
+from tests.end_to_end.matrix import parity
+from tests.families import WIDTH, Calibrated, unsaved
 from tests.tiny_types import tiny_model
 
 
 @pytest.mark.parametrize(
     ("model_type", "form"),
-    [("llama", SHARED), ("opt", CONCAT), ("gemma2", STATIC), ("opt", NONE), ("lfm2", CONCAT)],
+    [("llama", SHARED), ("gemma2", STATIC), ("opt", NONE), ("lfm2", CONCAT)],
 )
 def test_every_form_is_the_model(model_type: str, form: Any) -> None:
     check_form(tiny_model(model_type), form)
-
-
-def test_weights_are_read_once_for_all_passes() -> None:
-    model = streamed(Stored(tiny_model("llama")), torch.float32)
-    dummy_run(model)
-    with reads() as found:
-        assert _error(model, CONCAT, Silent()) < 1e-3
-    assert max(Counter(found).values()) == 1
-    # Without room for them each pass reads them: two rows alone, a prefill and a step.
-    with pytest.MonkeyPatch.context() as patch, reads() as found:
-        patch.setattr(module, "room", lambda model: 0)
-        _error(model, CONCAT, Silent())
-    assert max(Counter(found).values()) == 4
 
 
 @pytest.mark.parametrize(
@@ -87,21 +79,6 @@ def test_positions_that_count_padding_are_refused() -> None:
     for parameter in model.parameters():
         parameter.mul_(8 if parameter.ndim > 1 else 1)
     with pytest.raises(InputError, match=r"padded rows: this architecture is not supported yet\.$"):
-        check_form(model, CONCAT)
-
-
-def test_a_state_that_is_no_cache_has_no_static_form() -> None:
-    with pytest.raises(InputError, match=r"layer 0: conv.*--exporter torch with --kv-cache concat"):
-        check_form(tiny_model("lfm2"), STATIC)
-
-
-def test_experts_that_loop_over_who_was_hit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("mixtral")
-    monkeypatch.setattr(type(model), "_can_set_experts_implementation", classmethod(lambda _: False))
-    model.config._experts_implementation = "eager"
-    with pytest.raises(
-        InputError, match=r"^MixtralForCausalLM runs the experts that its tokens go to in a loop of its own"
-    ):
         check_form(model, CONCAT)
 
 
@@ -194,44 +171,13 @@ def test_a_branch_on_the_number_of_new_tokens_is_refused(monkeypatch: pytest.Mon
         check_form(model, form)
 
 
-def test_where_the_branch_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Branches, match="more than 89 tokens"):
-        check_traces(branching(patch, lambda tokens: tokens // 90 > 0), NONE)  # the first of chunks is traced
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Branches, match="more than 249 tokens"):
-        check_traces(branching(patch, lambda tokens: tokens >= 250), NONE)  # of 256 positions
-    check_traces(branching(monkeypatch, lambda tokens: tokens > 256), NONE)
-
-
-def test_a_model_without_a_limit_is_looked_at_up_to_very_long_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = unsaved("bloom").eval()
-    model.config.max_position_embeddings = None
-    check_traces(model, CONCAT)
-    own = BloomMLP.forward
-
-    def forward(self: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return own(self, x if x.shape[1] < 100_000 else x * 2, residual)
-
-    monkeypatch.setattr(BloomMLP, "forward", forward)
-    with pytest.raises(Branches, match="more than 99,999 tokens"):
-        check_traces(model, NONE)
-
-
-def test_a_loop_over_chunks_that_is_not_replaced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recurrence, "_FORWARDS", {})
-    with pytest.raises(
-        Branches, match=r"ForCausalLM computes texts of more than (89|90) tokens in another way"
-    ):
-        check_traces(tiny_model("minimax"), NONE)
-
-
 def test_doge_that_drops_keys_of_longer_texts_is_refused() -> None:
     # Its logits were wrong from token 100 on. Of keys of one score transformers drops any: a row's logits are others in
     # a batch, so there is nothing to be equal to.
-    for form in (CONCAT, STATIC, NONE):
-        with pytest.raises(
-            Branches, match=r"^DogeForCausalLM computes texts of more than \d+ tokens in another way"
-        ):
-            check_form(tiny_model("doge"), form)
+    with pytest.raises(
+        Branches, match=r"^DogeForCausalLM computes texts of more than \d+ tokens in another way"
+    ):
+        check_form(tiny_model("doge"), STATIC)
 
 
 # On a copy ----------------------------------------------------------------------------------------
@@ -244,14 +190,15 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_room")
-@pytest.mark.parametrize(("name", "form"), [("phi3", "static"), ("mistral", "shared"), ("gemma3", "none")])
+@pytest.mark.parametrize(("name", "form"), [("phi3", "static"), ("mistral", "shared")])
 def test_a_right_form_is_crossed_and_says_with_what(name: str, form: str) -> None:
     assert crossed_on_copy(BEYOND[name].model(), FORMS[form]) == (OnCopy(BEYOND[name].key, 100, 16),)
 
 
 @pytest.mark.usefixtures("no_room")
-@pytest.mark.parametrize("name", ["mistral", "llama4"])
-def test_a_graph_without_it_is_refused_before_any_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_without_it_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "mistral"
+
     def export(copy: torch.nn.Module, path: Any, form: Any) -> Any:
         fields: Any = {**copy.config.to_dict(), **BEYOND[name].off}  # type: ignore[operator, union-attr]
         other = type(copy)(type(copy.config).from_dict(fields)).float().eval()  # type: ignore[union-attr]
@@ -268,17 +215,6 @@ def test_a_graph_without_it_is_refused_before_any_work(name: str, monkeypatch: p
 
 
 @pytest.mark.usefixtures("no_room")
-def test_it_is_done_once_and_again_where_rounding_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    errors = iter([0.5, 1e-5, 0.0])
-    monkeypatch.setattr(module, "_error_of_copy", lambda *_: next(errors))
-    model = BEYOND["mistral"].model()
-    for _ in range(2):
-        assert crossed_on_copy(model, CONCAT) == (OnCopy("sliding_window", 100, 16),)
-    crossed_on_copy(model, NONE)
-    assert next(errors, None) is None and crossed_on_copy(tiny_model("llama"), STATIC) == ()
-
-
-@pytest.mark.usefixtures("no_room")
 def test_what_a_copy_cannot_show_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     model.model.layers[0].self_attn.frob_window = 100
@@ -290,3 +226,67 @@ def test_what_a_copy_cannot_show_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "small_copy", refuse)
     found = crossed_on_copy(BEYOND["mistral"].model(), CONCAT)
     assert found == (OnCopy("sliding_window", 100, why="It cannot be made smaller"),)
+
+
+# embeddings ---------------------------------------------------------------------------------------
+
+
+def exported(model: torch.nn.Module, form: str, folder: Path) -> Path:
+    """The decoder of ``model`` in ``folder`` with its embedding beside it."""
+    reads = reading_embeds(FORMS[form], model)
+    check_form(model, reads)
+    export_torch(model, folder / NAME, form=embedding_form(model))
+    export_torch(model, folder / "baseline" / "model.onnx", form=reads)
+    return folder / "baseline" / "model.onnx"
+
+
+def test_a_decoder_of_embeddings_is_the_model(wrapper: Callable[[str], Calibrated], tmp_path: Path) -> None:
+    """Ragged prefill and decode of the rewritten graph, by token ids that its embedding scales and embeds."""
+    case = wrapper("gemma3")
+    (tmp_path / "baseline").mkdir()
+    source = exported(case.model, "concat", tmp_path)
+    plan = case.plan((Mlp(0), 1, Mlp(2), 3))
+    rewrite_file(source, plan, tmp_path / "model.onnx")
+    assert parity(case.model, plan, tmp_path / "model.onnx").failures() == []
+    assert "input_ids" not in {i.name for i in load_graph(tmp_path / "model.onnx").graph.inputs}
+
+
+def test_rows_of_positions_that_differ_are_the_models(
+    wrapper: Callable[[str], Calibrated], tmp_path: Path
+) -> None:
+    """As for an image, whose patches have one time and many places; every row matters."""
+    model = wrapper("qwen2.5-vl").model
+    (tmp_path / "baseline").mkdir()
+    session = ort.InferenceSession(str(exported(model, "none", tmp_path)))
+    numbers = np.random.default_rng(0)
+    embeds = numbers.standard_normal((2, 12, WIDTH)).astype(np.float32) * 0.1
+    positions = np.cumsum(numbers.integers(0, 3, (3, 2, 12)), axis=-1)
+
+    def of_graph(rows: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+        feeds = {"inputs_embeds": embeds, "position_ids": rows, "attention_mask": np.ones((2, 12), np.int64)}
+        names = [i.name for i in session.get_inputs()]
+        scalars = {"num_logits_to_keep": np.array(0)} if "num_logits_to_keep" in names else {}
+        return np.asarray(session.run(["logits"], {**feeds, **scalars})[0])
+
+    with torch.inference_mode():
+        expected = model(
+            inputs_embeds=torch.from_numpy(embeds), position_ids=torch.from_numpy(positions), use_cache=False
+        ).logits.numpy()
+    found = of_graph(positions)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    for row in range(3):
+        other = positions.copy()
+        other[row] += np.arange(12)
+        assert np.abs(of_graph(other) - found).max() > 1e-3
+
+
+def test_a_model_with_another_table_of_token_ids_is_refused(
+    wrapper: Callable[[str], Calibrated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As embeddings of each layer, of a model that is not given them."""
+    monkeypatch.setattr(forward, "has_per_layer", lambda _body: False)
+    with pytest.raises(InputError) as caught:
+        reading_embeds(FORMS["concat"], wrapper("gemma4").model)
+    assert "looks up token ids in 2 tables (model.embed_tokens, model.embed_tokens_per_layer)" in str(
+        caught.value
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from nbl_export.errors import InputError
 from nbl_export.export import functions
 from nbl_export.export.checks import check_form
 from nbl_export.export.forms import FORMS
-from nbl_export.export.functions import _inverse_erf, attention, exportable, is_replaced
+from nbl_export.export.functions import _inverse_erf, attention, exportable
 from nbl_export.export.torch import export_torch
 from tests.alone import furthest, graph_logits, own_logits, own_steps, rows_of
 from tests.tiny_types import tiny_model
@@ -48,8 +47,7 @@ def by_hand(q: F64, k: F64, v: F64, mask: BOOL, scale: float, cap: float | None,
 
 @pytest.mark.parametrize("cap", [None, 2.0], ids=["no cap", "capped"])
 @pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
-@pytest.mark.parametrize("kv_heads", [KV_HEADS, HEADS], ids=["grouped", "each its own"])
-@pytest.mark.parametrize("scaling", [None, 0.5], ids=["usual scale", "scaled"])
+@pytest.mark.parametrize(("kv_heads", "scaling"), [(KV_HEADS, None), (HEADS, 0.5)])
 def test_attention_is_the_textbooks(
     cap: float | None, sinks: bool, kv_heads: int, scaling: float | None
 ) -> None:
@@ -144,9 +142,8 @@ def test_pairs_of_real_numbers_are_complex_numbers() -> None:
 # in a model --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_neo", "opt", "deepseek_v2"])
-@pytest.mark.parametrize("ends", ["well", "badly"])
-def test_a_model_computes_the_same_with_them_and_is_as_before_after_them(model_type: str, ends: str) -> None:
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_neo", "deepseek_v2", "phi3"])
+def test_a_model_computes_the_same_with_them_and_is_as_before_after_them(model_type: str) -> None:
     fields = {"attn_logit_softcapping": 1.0} if model_type == "gemma2" else {}
     model: Any = tiny_model(model_type, **fields)
     model.set_attn_implementation("eager")
@@ -157,32 +154,16 @@ def test_a_model_computes_the_same_with_them_and_is_as_before_after_them(model_t
     originals = (torch.polar, torch.view_as_complex, torch.nn.functional.scaled_dot_product_attention)
     with torch.inference_mode():
         expected = model(input_ids=ids, attention_mask=mask).logits
-        try:
-            with exportable(model, None):
-                found = model(input_ids=ids, attention_mask=mask).logits
-                assert torch.polar is not originals[0]
-                if ends == "badly":
-                    raise ZeroDivisionError
-        except ZeroDivisionError:
-            pass
+        with pytest.raises(ZeroDivisionError), exportable(model, None):
+            found = model(input_ids=ids, attention_mask=mask).logits
+            assert torch.polar is not originals[0]
+            raise ZeroDivisionError
         assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
     real = mask.bool()
     torch.testing.assert_close(found[real], expected[real], rtol=0, atol=2e-4)
     assert model.config._attn_implementation == before
     now = (torch.polar, torch.view_as_complex, torch.nn.functional.scaled_dot_product_attention)
     assert all(a is b for a, b in zip(now, originals, strict=True))
-
-
-def test_what_is_traced_instead_of_the_models_own_is_known() -> None:
-    long = {
-        "rope_type": "dynamic",
-        "rope_theta": 10000.0,
-        "factor": 2.0,
-        "original_max_position_embeddings": 32,
-    }
-    assert is_replaced(tiny_model("llama"))
-    assert not is_replaced(tiny_model("llama", rope_parameters=long))
-    assert is_replaced(tiny_model("mixtral"))
 
 
 def test_the_inverse_of_erf_is_computed() -> None:
@@ -229,34 +210,14 @@ def test_logarithmic_buckets_are_those_of_pytorch_in_another_runtime(tmp_path: P
     assert len(np.unique(expected)) > 20
 
 
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-# Each has a switch at 100 tokens.
-MODELS: dict[str, Any] = {
-    "phi3": lambda: tiny_model("phi3", num_hidden_layers=2, max_position_embeddings=512),
-    "phimoe": lambda: tiny_model("phimoe", num_hidden_layers=2, max_position_embeddings=512),
-    "dynamic": lambda: tiny_model(
-        "llama", num_hidden_layers=2, max_position_embeddings=100, rope_parameters=DYNAMIC
-    ),
-}
-# Up to its positions this family has frequencies of its own.
-HUNYUAN = {**DYNAMIC, "alpha": 1000.0}
+@pytest.fixture
+def model() -> Any:
+    """With a switch at 100 tokens."""
+    return tiny_model("phi3", num_hidden_layers=2, max_position_embeddings=512)
 
 
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> Any:
-    return MODELS[request.param]()
-
-
-def test_the_switch_acts(model: Any) -> None:
-    # A token of a text of 99 has other logits where more follow it, which no attention could do.
-    row = rows_of(135)[0]
-    assert np.abs(own_logits(model, row)[:99] - own_logits(model, row[:99])).max() > 0.01
-    row = row[:99]
-    assert np.abs(own_logits(model, row)[:60] - own_logits(model, row[:60])).max() < 1e-4
-
-
-@pytest.mark.parametrize("form", ["concat", "static", "none"])
-def test_both_ways_are_in_the_graph(model: Any, form: str, tmp_path: Path) -> None:
+def test_both_ways_are_in_the_graph(model: Any, tmp_path: Path) -> None:
+    form = "none"
     check_form(model, FORMS[form])
     rows = [rows_of(length) for length in (60, 100, 101, 135)]
     expected = [own_logits(model, row) for (row,) in rows]
@@ -265,25 +226,11 @@ def test_both_ways_are_in_the_graph(model: Any, form: str, tmp_path: Path) -> No
         assert np.abs(graph_logits(path, form, row, 0)[0] - own).max() < 1e-4
 
 
-@pytest.mark.parametrize("form", ["concat", "static"])
-def test_a_short_row_has_the_frequencies_of_the_longest(model: Any, form: str, tmp_path: Path) -> None:
+def test_a_short_row_has_the_frequencies_of_the_longest(model: Any, tmp_path: Path) -> None:
     rows = rows_of(120, 50)
     # What transformers keeps of a longer text it forgets at a short one.
     alone = [own_logits(model, row[:-3]) for row in rows]
     off = [np.abs(t[:-3] - a).max() for t, a in zip(own_steps(model, rows, 3), alone, strict=True)]
     assert off[0] < 1e-4 and off[1] > 0.01
     own_logits(model, rows_of(20)[0])
-    assert furthest(model, tmp_path, form, rows, steps=3, together=True) < 1e-4
-
-
-def test_the_model_is_as_it_was(model: Any) -> None:
-    before = own_logits(model, rows_of(60)[0])
-    ids = torch.from_numpy(rows_of(135)[0])[None]
-    whole = own_logits(model, ids[0].numpy())
-    with ExitStack() as undo, torch.inference_mode():
-        functions._use_both_ways(model, undo)
-        np.testing.assert_array_equal(model(input_ids=ids, use_cache=False).logits[0].numpy(), whole)
-        found = model(input_ids=torch.from_numpy(rows_of(60)[0])[None], use_cache=False).logits[0].numpy()
-        np.testing.assert_array_equal(found, before)
-    assert not any("forward" in vars(module) for module in model.modules())
-    assert torch.max is not None and torch.max(torch.tensor([1, 3])) == 3
+    assert furthest(model, tmp_path, "static", rows, steps=3, together=True) < 1e-4

@@ -1,4 +1,4 @@
-"""--kv-cache shared: one GroupQueryAttention a layer, that computes what the model does."""
+"""--kv-cache shared: one GroupQueryAttention a layer and norms of sums, that compute what the model does."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from nbl_export.errors import InputError
 from nbl_export.export.forms import CONCAT, SHARED
-from nbl_export.export.fused import group_queries
+from nbl_export.export.fused import fuse_norms, group_queries
 from nbl_export.export.torch import trace
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import save_graph
+from nbl_export.graph.operators import SKIP_NORMS
 from nbl_export.runtime.ort import ort_stream
 from tests.families import HEADS, unsaved
 from tests.fixtures_graph import ragged_rows
+from tests.sessions import cpu_session
 
 LONGEST, LAYERS = 256, 2
 FAMILY = "llama"
@@ -90,32 +93,10 @@ def test_the_interface_is_that_of_a_growing_cache_padded_on_the_right(
     assert (theirs.ragged, theirs.in_place) == (False, False)
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "expected"),
-    [
-        ("mistral", {}, [8] * LAYERS),
-        ("qwen2", {"max_window_layers": 1}, [None, 8]),
-        ("gemma3-text", {}, [8, None]),
-    ],
-    ids=["mistral", "qwen2", "gemma3-text"],
-)
-def test_windows_are_found_by_what_the_masks_are(
-    family: str, changes: dict[str, Any], expected: list[int | None]
-) -> None:
-    assert windows(trace(small(family, **changes), SHARED)) == expected
-
-
-def test_a_window_as_long_as_the_text_is_none() -> None:
-    graph = trace(small("mistral", sliding_window=LONGEST), SHARED)
-    assert windows(graph) == [None] * LAYERS
-
-
-def test_no_window_is_none(shared: ir.Model) -> None:
+def test_windows_groups_and_scale_are_the_models(shared: ir.Model) -> None:
     assert windows(shared) == [None] * LAYERS
-
-
-def test_groups_and_scale_are_the_models() -> None:
-    graph = trace(small("granite"), SHARED)
+    graph = trace(small("gemma3-text", query_pre_attn_scalar=25), SHARED)
+    assert windows(graph) == [8, None]
     for node in (n for n in graph.graph if n.op_type == "GroupQueryAttention"):
         assert (node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int()) == (HEADS, 2)
         assert node.attributes["scale"].as_float() == pytest.approx(0.2)
@@ -162,13 +143,6 @@ def test_numbers_added_to_scores_are_refused(growing: ir.Model) -> None:
     assert refusal(growing) == "Layer 0 adds values to its scores"
 
 
-def test_attention_in_its_parts_is_refused() -> None:
-    assert (
-        refusal(trace(small("gemma2"), CONCAT))
-        == "Layer 0 has attention that is not one Attention node on its cache"
-    )
-
-
 def test_heads_that_the_operator_does_not_take_are_refused() -> None:
     graph = trace(small(FAMILY, head_dim=12), CONCAT)
     assert refusal(graph) == "Layer 0 has head_dim 12 for keys and 12 for values"
@@ -187,3 +161,68 @@ def test_ragged_rows_are_what_each_is_alone(path: Path) -> None:
         np.testing.assert_allclose(logits[i], alone.prefill([row]), rtol=0, atol=1e-5)
         np.testing.assert_allclose(steps[0][i], alone.decode([5 + i])[0], rtol=0, atol=1e-5)
         np.testing.assert_allclose(steps[1][i], alone.decode([8 + i])[0], rtol=0, atol=1e-5)
+
+
+# norms of sums ------------------------------------------------------------------------------------
+
+
+D = 16
+RNG = np.random.default_rng(0)
+GIVEN = {name: RNG.standard_normal((2, 5, D), dtype=np.float32) for name in ("h", "y")}
+SCALE, BIAS = (RNG.standard_normal(D, dtype=np.float32) for _ in range(2))
+
+
+def summed(
+    norm: str, summand: str = "y", shape: tuple[Any, ...] = ("b", "s", D), **attributes: Any
+) -> ir.Model:
+    """h, y ─► Add ─► norm; the sum is an output too. ``summand`` may be the constant bias."""
+    weights = {"scale": SCALE, "bias": BIAS}
+    inputs = ["sum", "scale"] + (["bias"] if norm == "LayerNormalization" else [])
+    nodes = [
+        helper.make_node("Add", ["h", summand], ["sum"]),
+        helper.make_node(norm, inputs, ["normed"], **{"axis": -1, "epsilon": 1e-3, **attributes}),
+    ]
+
+    def value(name: str, of: tuple[Any, ...]) -> Any:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, of)
+
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value("h", ("b", "s", D)), value("y", shape)],
+        [value("normed", ("b", "s", D)), value("sum", ("b", "s", D))],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    return ir.from_proto(proto)
+
+
+def run(graph: ir.Model) -> list[Any]:
+    session = cpu_session(graph)
+    return list(session.run(["normed", "sum"], {v.name: GIVEN[v.name] for v in graph.graph.inputs}))
+
+
+@pytest.mark.parametrize("norm", ["RMSNormalization", "LayerNormalization"])
+def test_the_numbers_are_the_same(norm: str) -> None:
+    apart, fused = summed(norm), summed(norm)
+    assert fuse_norms(fused) == 1
+    (node,) = fused.graph
+    assert (node.domain, node.op_type) in SKIP_NORMS
+    for found, expected in zip(run(fused), run(apart), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"summand": "bias"},  # of a projection: no residual
+        {"shape": ("b", 1, D)},  # one row for all tokens
+        {"shape": (1, "s", D)},
+        {"axis": 1},
+    ],
+    ids=str,
+)
+def test_what_is_no_residual_stream_is_left_alone(other: dict[str, Any]) -> None:
+    graph = summed("RMSNormalization", **other)
+    assert fuse_norms(graph) == 0
+    assert [node.op_type for node in graph.graph] == ["Add", "RMSNormalization"]

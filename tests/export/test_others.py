@@ -8,40 +8,88 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 import transformers
-from transformers import AutoTokenizer
+from numpy.typing import NDArray
 
 from nbl_export.errors import BuildError, MissingDependencyError
 from nbl_export.export import others
 from nbl_export.export.others import VARIABLE, Exporter, as_hf_folder, export_with, find_exporter
+from nbl_export.files import TEMPORARY
+from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.source import find_model
 from nbl_export.packages import pip_line
 from nbl_export.progress import Silent
-from tests.export.exported import (
-    BASE,
-    LLAMA3,
-    PROMPT,
-    graph_logits,
-    handed_off,
-    loaded,
-    nothing_left_over,
-    torch_logits,
-)
+from tests import exporters
 from tests.fixtures_graph import load
 from tests.tiny import build
 
 FakePython = Callable[[str], str]
 EARLIER = dict.fromkeys(("model.onnx", "model.onnx.data", "tokenizer.json"), "earlier")
+
+
+BASE = {"rope_type": "default", "rope_theta": 500.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def loaded(source: Path) -> LoadedModel:
+    return LoadedModel(find_model(str(source)), Silent())
+
+
+def handed_off(source: Path, folder: Path) -> Path:
+    return as_hf_folder(loaded(source), folder)
+
+
+def torch_logits(folder: Path, ids: Sequence[int]) -> NDArray[Any]:
+    """PyTorch's logits of the model in ``folder`` as the tool loads it: [tokens, vocab]."""
+    with torch.no_grad():
+        return load(folder)(input_ids=torch.tensor([list(ids)])).logits[0].numpy()
+
+
+def nothing_left_over(folder: Path) -> bool:
+    return not list(folder.glob(f".*{TEMPORARY}"))
+
+
+@pytest.fixture(scope="session")
+def optimum_python() -> str:
+    """The Python of an environment with optimum; the test is skipped where there is none."""
+    return exporters.optimum_python()
+
+
+@pytest.fixture
+def fake_python(tmp_path: Path) -> Callable[[str], str]:
+    """An interpreter that has every module and, asked to run one, runs the given shell commands instead."""
+
+    def write(commands: str) -> str:
+        path = tmp_path / "fake-python"
+        path.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\n{commands}\n')
+        path.chmod(0o755)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def bare_python(tmp_path: Path) -> str:
+    """This interpreter without any installed package."""
+    path = tmp_path / "bare-python"
+    path.write_text(f'#!/bin/sh\nunset PYTHONPATH\nexec "{sys.executable}" -S "$@"\n')
+    path.chmod(0o755)
+    return str(path)
 
 
 @pytest.fixture
@@ -157,28 +205,7 @@ def test_a_killed_parent_takes_the_child_with_it(
         time.sleep(0.01)
 
 
-def test_interrupt_kills_the_child(
-    fake_python: FakePython, target: Path, tiny_folder: Path, tmp_path: Path
-) -> None:
-    pid_file = tmp_path / "pid"
-    python = fake_python(
-        f"echo half > filled/model.onnx; echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 60"
-    )
-
-    def interrupt() -> None:
-        while not pid_file.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        export(python, target, tiny_folder)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid_file.read_text()), 0)
-    assert as_it_was(target)
-
-
-@pytest.mark.parametrize("moved", [0, 1, 2])
+@pytest.mark.parametrize("moved", [0, 2])
 def test_a_stop_between_two_files_leaves_no_graph_with_data_of_another(
     fake_python: FakePython, target: Path, tiny_folder: Path, moved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,46 +225,6 @@ def test_a_stop_between_two_files_leaves_no_graph_with_data_of_another(
 
 
 # The exporters themselves -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["genai", "optimum"])
-def test_it_computes_the_model(tmp_path: Path, name: str, optimum_python: str) -> None:
-    # onnxruntime's GroupQueryAttention takes head sizes that are multiples of 16.
-    own = build(tmp_path / "own", rope_parameters=LLAMA3, hidden_size=64, head_dim=16)
-    handed = handed_off(own, tmp_path / "handed")
-    files = export_with(find_exporter(name, optimum_python), handed, tmp_path / "out", "fp32", Silent())
-    assert set((tmp_path / "out").iterdir()) == set(files) and nothing_left_over(tmp_path)
-    found = graph_logits(tmp_path / "out" / "model.onnx", PROMPT, cut=70, head_size=16)
-    np.testing.assert_allclose(found, torch_logits(own, PROMPT), atol=2e-4)
-
-
-def test_optimum_stores_a_tied_embedding_once(
-    stories_folder: Path, tmp_path: Path, optimum_python: str
-) -> None:
-    handed = handed_off(stories_folder, tmp_path / "handed")
-    files = export_with(find_exporter("optimum"), handed, tmp_path / "out", "fp32", Silent())
-    assert {"model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json"} <= {p.name for p in files}
-    graph = onnx.load(str(tmp_path / "out" / "model.onnx")).graph
-    assert Counter(tuple(sorted(t.dims)) for t in graph.initializer)[64, 512] == 1
-
-
-def test_genai_quantizes_with_float32_around_it(tmp_path: Path) -> None:
-    own = build(tmp_path / "own", hidden_size=64, head_dim=16)
-    export_with(find_exporter("genai"), handed_off(own, tmp_path / "h"), tmp_path / "out", "int4", Silent())
-    graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
-    assert "MatMulNBits" in {n.op_type for n in graph.node}
-    found = graph_logits(tmp_path / "out" / "model.onnx", PROMPT, cut=70, head_size=16)
-    model = load(own)
-    with torch.no_grad():
-        to_float = np.abs(found - torch_logits(own, PROMPT)).mean()
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                # Each 32 weights of a row to 16 levels; the largest of them is -8 steps.
-                blocks = weight.reshape(len(weight), -1, 32)
-                step = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
-                weight.copy_(((blocks / step).round().clamp(-8, 7) * step).reshape(weight.shape))
-        to_rounded = np.abs(found - model(input_ids=torch.tensor([PROMPT])).logits[0].numpy()).mean()
-    assert to_rounded < to_float / 4
 
 
 # The folder handed over ---------------------------------------------------------------------------
@@ -310,23 +297,3 @@ def test_the_users_folder_is_linked_to_and_untouched(tmp_path: Path) -> None:
     assert (handed / "model.safetensors").readlink() == own / "model.safetensors"
     assert not (handed / "config.json").is_symlink() and not (handed / "pytorch_model.bin").exists()
     assert handed_off(handed, tmp_path / "again") == handed
-
-
-@pytest.mark.slow
-def test_gguf_is_saved_from_the_loaded_model(tmp_path: Path) -> None:
-    path = os.environ.get("NBL_EXPORT_SMOLLM2")
-    if not path:
-        pytest.skip("needs NBL_EXPORT_SMOLLM2, the path of a SmolLM2 GGUF file")
-    model = loaded(Path(path))
-    config: Any = model.model.config
-    before = config.to_dict()
-    handed = as_hf_folder(model, tmp_path / "handed")
-    saved = json.loads((handed / "config.json").read_text())
-    assert config.to_dict() == before and "quantization_config" not in saved
-    assert (saved["rope_theta"], saved["torch_dtype"]) == (100000.0, "float32")
-    with torch.no_grad():
-        expected = model.model(input_ids=torch.tensor([IDS[:8]])).logits[0].numpy()
-    assert np.array_equal(torch_logits(handed, IDS[:8]), expected)
-    assert (
-        AutoTokenizer.from_pretrained(handed)("Hello")["input_ids"] == model.tokenizer("Hello")["input_ids"]
-    )

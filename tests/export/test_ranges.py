@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from nbl_export.export.ranges import ranges_of, save_in_precision
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS
-from tests.fixtures_graph import load, pad_left, ragged_rows
-from tests.graph.parsed import casts, interface_types, parsed, weight_types
+from tests.fixtures_graph import load, ragged_rows
+from tests.graph.parsed import interface_types, parsed, weight_types
 from tests.listening import Notes
 
 VOCAB, BLOCKS = 260, 4
@@ -29,79 +28,6 @@ VOCAB, BLOCKS = 260, 4
 @pytest.fixture(scope="module", params=["concat", "static"])
 def graph(request: pytest.FixtureRequest, tiny_graph: Path, static_graph: Path) -> Path:
     return tiny_graph if request.param == "concat" else static_graph
-
-
-def is_static(path: Path) -> bool:
-    return "write_indices" in {i.name for i in onnx.load(str(path), load_external_data=False).graph.input}
-
-
-def torch_ranges(model: Any, rows: Sequence[Any], right: bool) -> dict[str, list[float]]:
-    """Largest magnitudes in PyTorch of what norms read and write, of what linear maps write, and of logits.
-
-    Padding is on the right where it is causally harmless, or on the left under a mask.
-    """
-    width = max(map(len, rows))
-    if right:
-        ids = np.stack([np.r_[r, np.zeros(width - len(r), r.dtype)] for r in rows])
-        feeds = {"input_ids": ids, "position_ids": np.tile(np.arange(width), (len(rows), 1))}
-    else:
-        feeds = dict(zip(("input_ids", "attention_mask", "position_ids"), pad_left(rows), strict=True))
-    found: dict[str, list[float]] = {"norm in": [], "norm out": [], "map out": []}
-
-    def keep(module: Any, args: Any, output: Any) -> None:
-        if isinstance(module, torch.nn.Linear):
-            found["map out"].append(output.abs().max().item())
-        else:
-            found["norm in"].append(args[0].abs().max().item())
-            found["norm out"].append(output.abs().max().item())
-
-    kinds = (torch.nn.Linear, type(model.model.norm))
-    hooks = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, kinds)]
-    try:
-        with torch.inference_mode():
-            tensors = {k: torch.from_numpy(v.astype(np.int64)) for k, v in feeds.items()}
-            found["logits"] = [model(**tensors, use_cache=False).logits.abs().max().item()]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-@pytest.mark.parametrize("lengths", [(24, 24), (17,), (19, 11, 2)], ids=str)
-def test_largest_magnitudes_are_pytorchs(
-    graph: Path, tiny_model: torch.nn.Module, lengths: tuple[int, ...]
-) -> None:
-    rows = ragged_rows(lengths, VOCAB, seed=3)
-    found = ranges_of(load_graph(graph), rows)
-    expected = torch_ranges(tiny_model, rows, right=is_static(graph))
-    nodes = onnx.load(str(graph), load_external_data=False).graph.node
-    norms = [n for n in nodes if n.op_type == "RMSNormalization"]
-    maps = [n for n in nodes if n.op_type == "MatMul"]
-    named = {
-        "norm in": [n.input[0] for n in norms],
-        "norm out": [n.output[0] for n in norms],
-        # PyTorch runs q, k, v, o, gate, up, down and the head; the order within a block is the exporter's.
-        "map out": [n.output[0] for n in maps],
-        "logits": ["logits"],
-    }
-    assert len(norms) == 2 * BLOCKS + 1 and len(maps) == 7 * BLOCKS + 1
-    for kind, names in named.items():
-        measured = [found[name] for name in names]
-        wanted = expected[kind]
-        if kind == "map out":
-            measured, wanted = sorted(measured), sorted(wanted)
-        np.testing.assert_allclose(measured, wanted, rtol=1e-4, err_msg=kind)
-    # They differ, so that one tensor's reach is not another's.
-    assert len({round(x, 3) for x in expected["norm in"]}) > BLOCKS
-
-
-def test_every_float_tensor_is_measured_and_no_other(graph: Path) -> None:
-    found = ranges_of(load_graph(graph), ragged_rows((9, 4), VOCAB))
-    proto = onnx.shape_inference.infer_shapes(onnx.load(str(graph), load_external_data=False))
-    types = {v.name: v.type.tensor_type.elem_type for v in (*proto.graph.value_info, *proto.graph.output)}
-    written = [name for node in proto.graph.node for name in node.output if name]
-    assert set(found) == {n for n in written if types[n] == onnx.TensorProto.FLOAT}
-    assert all(type(value) is float for value in found.values())
 
 
 # By hand -----------------------------------------------------------------------------------------
@@ -134,19 +60,9 @@ def test_a_large_number_among_many_rows_is_found(tmp_path: Path) -> None:
     assert reach(tmp_path, 1, rows)["low"] == 29_990
 
 
-@pytest.mark.parametrize("scale", [3e38, -3e38], ids=str)
-def test_overflow_is_infinite(tmp_path: Path, scale: float) -> None:
-    found = reach(tmp_path, scale)
-    assert found["y"] == float("inf") and found["low"] == 10.0
-
-
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_what_is_no_number_is_infinite_wherever_it_stands(tmp_path: Path, place: int) -> None:
-    row = np.array([11, 12, 13], np.int32)
-    row[place] = 10
-    # Token 10 gives 0 · inf.
-    found = reach(tmp_path, np.inf, [row])
-    assert found["y"] == float("inf")
+    assert reach(tmp_path, 3e38)["y"] == float("inf")
     text = (
         "nan (int64[b,s] input_ids) => (float[b,s] logits) { x = Cast<to = 1>(input_ids)\n logits = Sqrt(x) }"
     )
@@ -157,27 +73,21 @@ def test_what_is_no_number_is_infinite_wherever_it_stands(tmp_path: Path, place:
     assert found == {"x": max(row), "logits": float("inf")}
 
 
-# in parts ----------------------------------------------------------------------------------------
+# in a precision ----------------------------------------------------------------------------------
 
 
-LAYERS, VOCAB = 4, 260
+LAYERS = 4
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 HALF = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 
 
-@pytest.fixture(scope="module", params=["concat", "static"])
-def full(request: pytest.FixtureRequest, tiny_graph: Path, static_graph: Path) -> Path:
-    """The tiny Llama in float32."""
-    return tiny_graph if request.param == "concat" else static_graph
-
-
 @pytest.fixture(scope="module", params=["fp16", "bf16"])
-def exported(request: pytest.FixtureRequest, full: Path, tmp_path_factory: Any) -> Any:
+def exported(request: pytest.FixtureRequest, graph: Path, tmp_path_factory: Any) -> Any:
     """Precision, the nodes kept, and the tiny Llama in that precision, read with onnx."""
     path = tmp_path_factory.mktemp("half") / "model.onnx"
     rows = ragged_rows((40, 21), VOCAB) if request.param == "fp16" else []
     notes = Notes()
-    files, kept = save_in_precision(load_graph(full), path, PRECISIONS[request.param], rows, listener=notes)
+    files, kept = save_in_precision(load_graph(graph), path, PRECISIONS[request.param], rows, listener=notes)
     measured = ["Measuring ranges"] if request.param == "fp16" else []
     assert [title for title, *_ in notes.tasks] == [*measured, "Writing the graph"]
     assert sum(notes.advanced) == sum(total for _, total, *_ in notes.tasks)
@@ -186,9 +96,9 @@ def exported(request: pytest.FixtureRequest, full: Path, tmp_path_factory: Any) 
     return request.param, kept, onnx.load(str(path))
 
 
-def test_interface_is_half_but_for_logits(exported: Any, full: Path) -> None:
+def test_interface_is_half_but_for_logits(exported: Any, graph: Path) -> None:
     name, _, proto = exported
-    before = interface_types(onnx.load(str(full), load_external_data=False))
+    before = interface_types(onnx.load(str(graph), load_external_data=False))
     expected = {n: HALF[name] if n.startswith(("past", "present")) else t for n, t in before.items()}
     assert list(interface_types(proto).items()) == list(expected.items())
     assert list(expected.values()).count(HALF[name]) == 4 * LAYERS
@@ -196,10 +106,10 @@ def test_interface_is_half_but_for_logits(exported: Any, full: Path) -> None:
     assert FLOAT not in expected.values()
 
 
-def test_weights_are_half_and_rounded_to_nearest(exported: Any, full: Path) -> None:
+def test_weights_are_half_and_rounded_to_nearest(exported: Any, graph: Path) -> None:
     name, _, proto = exported
     half = {t.name: t for t in proto.graph.initializer}
-    before = onnx.load(str(full))
+    before = onnx.load(str(graph))
     assert set(half) == {t.name for t in before.graph.initializer}
     floats = [t for t in before.graph.initializer if t.data_type == FLOAT]
     stayed = [t.name for t in floats if half[t.name].data_type == FLOAT]
@@ -214,19 +124,6 @@ def test_weights_are_half_and_rounded_to_nearest(exported: Any, full: Path) -> N
             )
             rounded = exact.to(torch.float16 if name == "fp16" else torch.bfloat16).float()
             assert torch.equal(found, rounded), tensor.name
-
-
-def test_only_the_angles_stay_float32(exported: Any, full: Path) -> None:
-    _, kept, proto = exported
-    assert sorted(k.op for k in kept) == ["Cast", "Cos", "Mul", "Sin"]
-    assert {k.node for k in kept} <= {n.name for n in proto.graph.node}
-    before = Counter(n.op_type for n in onnx.load(str(full), load_external_data=False).graph.node)
-    after = Counter(n.op_type for n in proto.graph.node)
-    # Cosines and sines down once for all layers, logits up.
-    assert after - before == {"Cast": 3} and before - after == {}
-    assert set(casts(proto).values()) == {1}
-    last = next(n for n in proto.graph.node if "logits" in n.output)
-    assert last.op_type == "Cast" and casts(proto)[last.input[0], FLOAT] == 1
 
 
 # float16 on rows ---------------------------------------------------------------------------------
@@ -277,20 +174,19 @@ def test_float32s_range_needs_no_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 # leftovers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no room"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("step", ["ranges_of", "to_precision", "save_graph"])
 def test_a_failure_leaves_the_folder_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     old = {"model.onnx": b"the old graph", "model.onnx.data": b"the old data", "config.json": b"{}"}
     for name, content in old.items():
         (tmp_path / name).write_bytes(content)
 
     def fail(*_args: Any, **_more: Any) -> None:
-        raise error
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(half_module, step, fail)
-    with pytest.raises(type(error)):
+    with pytest.raises(KeyboardInterrupt):
         save_in_precision(decoder(), tmp_path / "model.onnx", PRECISIONS["fp16"], [np.array([1, 2])])
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
 
@@ -301,28 +197,18 @@ def test_a_failure_leaves_the_folder_as_it_was(
 ROWS = ragged_rows((40, 21), VOCAB)
 
 
-@pytest.fixture(scope="module")
-def reaches(tiny_graph: Path) -> Mapping[str, float]:
-    return ranges_of(load_graph(tiny_graph), ROWS)
-
-
-def scaled(folder: Path, form: str, side: str, factor: float) -> Any:
-    """A float32 graph of the tiny Llama whose layer 1 has so much larger keys or values."""
-    model = load(folder)
-    projection = getattr(model.get_submodule("model.layers.1.self_attn"), f"{side[0]}_proj")
-    with torch.no_grad():
-        projection.weight.mul_(factor)
-    return trace(model, FORMS[form])
-
-
-@pytest.mark.parametrize(("form", "side"), [("concat", "key"), ("static", "value"), ("shared", "key")])
 def test_a_cache_beyond_float16_is_refused_by_its_layer(
-    tiny_folder: Path, reaches: Mapping[str, float], tmp_path: Path, form: str, side: str
+    tiny_folder: Path, tiny_graph: Path, tmp_path: Path
 ) -> None:
-    graph = scaled(tiny_folder, form, side, 70_000 / reaches[f"present.1.{side}"])
+    reaches = ranges_of(load_graph(tiny_graph), ROWS)
+    model = load(tiny_folder)
+    with torch.no_grad():
+        projection = model.get_parameter("model.layers.1.self_attn.v_proj.weight")
+        projection.mul_(70_000 / reaches["present.1.value"])
+    graph = trace(model, FORMS["static"])
     with pytest.raises(BuildError) as caught:
         save_in_precision(graph, tmp_path / "model.onnx", PRECISIONS["fp16"], ROWS)
     message = str(caught.value)
-    assert message.startswith(f"The {side}s of attention layer 1 (present.1.{side}) reach "), message
+    assert message.startswith("The values of attention layer 1 (present.1.value) reach "), message
     assert message.endswith("use --precision bf16.") and "65,504" in message and "\n" not in message
     assert list(tmp_path.iterdir()) == []

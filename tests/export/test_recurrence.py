@@ -19,7 +19,6 @@ from nbl_export.export.recurrence import (
 )
 from nbl_export.models.caches import StateShape
 
-pytest.importorskip("transformers.models.qwen3_next", reason="needs transformers 5")
 ROWS, TOKENS, HEADS, KEY, VALUE = 2, 37, 4, 6, 5
 WHOLE = torch.ones(ROWS, TOKENS, dtype=torch.long)
 

@@ -25,19 +25,20 @@ SHAPES = {
 }
 
 
-def graph(names: list[str]) -> ir.Model:
-    """A graph that is one recurrence of these inputs."""
-
-    def value(name: str) -> ir.Value:
-        shape = ["rows", *("tokens" if d == TOKENS else d for d in SHAPES[name][1:])]
-        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
-
-    inputs = [value(name) for name in names]
-    node = ir.node(RECURRENCE, inputs, domain=SYMBOLIC_DOMAIN, num_outputs=2, name="mix")
+def one_node(operator: str, ranks: dict[str, int], delta: bool) -> ir.Model:
+    """A graph that is one recurrence of these inputs, for any length, as a Scan."""
+    names = list(ranks)[: None if delta else -1]
+    inputs = [
+        ir.Value(name=n, shape=ir.Shape([None] * ranks[n]), type=ir.TensorType(ir.DataType.FLOAT))
+        for n in names
+    ]
+    node = ir.node(operator, inputs, domain=SYMBOLIC_DOMAIN, num_outputs=2, name="mix")
     for output, name in zip(node.outputs, ("y", "after"), strict=True):
         output.name, output.type = name, ir.TensorType(ir.DataType.FLOAT)
     made = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 23}, name="test")
-    return ir.Model(made, ir_version=10)
+    model = ir.Model(made, ir_version=10)
+    make_scans(model)
+    return model
 
 
 @pytest.mark.parametrize("delta", [False, True])
@@ -45,8 +46,7 @@ def test_a_scan_is_the_recurrence(delta: bool) -> None:
     names = list(SHAPES)[: None if delta else -1]
     random = np.random.default_rng(0)
     feeds = {name: random.uniform(0.1, 1.0, SHAPES[name]).astype(np.float32) for name in names}
-    model = graph(names)
-    make_scans(model)
+    model = one_node(RECURRENCE, {name: len(shape) for name, shape in SHAPES.items()}, delta)
     assert [(n.op_type, n.domain, n.name) for n in model.graph] == [("Scan", "", "mix")]
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
     found, after = session.run(["y", "after"], feeds)
@@ -70,18 +70,7 @@ Feeds = dict[str, NDArray[Any]]
 
 @cache
 def session(delta: bool) -> Any:
-    """A graph that is one recurrence, for any length."""
-    names = list(RANKS)[: None if delta else -1]
-    inputs = [
-        ir.Value(name=n, shape=ir.Shape([None] * RANKS[n]), type=ir.TensorType(ir.DataType.FLOAT))
-        for n in names
-    ]
-    node = ir.node(CHUNKED, inputs, domain=SYMBOLIC_DOMAIN, num_outputs=2, name="mix")
-    for output, name in zip(node.outputs, ("y", "after"), strict=True):
-        output.name, output.type = name, ir.TensorType(ir.DataType.FLOAT)
-    made = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 23}, name="test")
-    model = ir.Model(made, ir_version=10)
-    make_scans(model)
+    model = one_node(CHUNKED, RANKS, delta)
     assert not [n for n in model.graph if n.domain] and [n.op_type for n in model.graph].count("Scan") == 1
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
 
@@ -122,7 +111,7 @@ def assert_close(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("decay", [1e-3, 0.3, 20.0], ids=["slow", "usual", "to zero"])
-@pytest.mark.parametrize("tokens", [1, 2, 5, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
+@pytest.mark.parametrize("tokens", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
 @pytest.mark.parametrize("delta", [False, True])
 def test_chunks_are_the_recurrence(delta: bool, tokens: int, decay: float, alike: bool) -> None:
     fed = feeds(delta, tokens, decay, alike)

@@ -1,9 +1,8 @@
-"""The files beside a graph: which belong to it, what they are told, and what onnxruntime-genai reads."""
+"""The files beside a graph, what they are told, and where the graphs of a package lie."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,11 @@ from typing import Any
 
 import pytest
 
+from nbl_export.batch.names import LINEARIZED
+from nbl_export.engine.manifest import load_manifest, manifest_path, manifest_text
 from nbl_export.errors import InputError
+from nbl_export.export.forms import FORMS
+from nbl_export.export.layouts import CONFIG, LAYOUTS, triton_config
 from nbl_export.export.sidecars import (
     GENAI,
     copy_sidecars,
@@ -21,9 +24,16 @@ from nbl_export.export.sidecars import (
     updated_configs,
     with_embeds,
 )
+from nbl_export.export.torch import trace
+from nbl_export.files import sha256_of_file
+from nbl_export.graph.cache import kv_pairs
+from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.models.layers import position_rows
 from nbl_export.models.multimodal import placeholders, whole_config
+from tests.exporters import GRAPH, Graphs
 from tests.fixtures_graph import load
+from tests.runtime.fake_tensorrt import manifest_of
+from tests.tiny_types import tiny_model
 
 
 def write(folder: Path, name: str, content: object = "") -> Path:
@@ -65,18 +75,10 @@ def test_sliding_layers_are_named_by_their_new_number(tmp_path: Path) -> None:
     assert found == {"sliding_window": {"window_size": 8, "layers": [0, 2]}, "num_hidden_layers": 4}
 
 
-def test_infinity_stays_in_a_models_configuration(tmp_path: Path) -> None:
-    source = write(tmp_path, "config.json", '{"time_step_limit": [0.0, Infinity]}')
-    sidecars = updated_configs([source], linear=[1], cached=[0])
-    (tmp_path / "new").mkdir()
-    (written,) = copy_sidecars(sidecars, tmp_path / "new")
-    assert json.loads(written.read_text())["time_step_limit"] == [0.0, math.inf]
-
-
 INFINITE = '{"model": {"decoder": {"num_hidden_layers": 4, "num_attention_heads": 1e999}}}'
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model": {}}', INFINITE])
+@pytest.mark.parametrize("content", ["{", "[]", INFINITE])
 def test_a_broken_configuration_is_an_input_error(tmp_path: Path, content: str) -> None:
     source = write(tmp_path, "genai_config.json", content)
     with pytest.raises(InputError, match=r"genai_config\.json") as caught:
@@ -140,8 +142,6 @@ def test_sizes_are_those_of_the_graph_not_of_the_model() -> None:
         ({"bos_token_id": None, "eos_token_id": 2, "pad_token_id": None}, 2, 2, 2),
         # Several ends: the first stands where one is wanted.
         ({"eos_token_id": [7, 8]}, 7, [7, 8], 7),
-        ({"bos_token_id": 0, "eos_token_id": 5, "pad_token_id": 0}, 0, 5, 0),
-        ({"eos_token_id": []}, 0, 0, 0),
         ({"eos_token_id": [7], "pad_token_id": -1}, 7, 7, 7),
     ],
 )
@@ -190,7 +190,6 @@ def test_onnxruntime_genai_takes_it(tmp_path: Path, shared: bool) -> None:
     ("name", "kind", "towers", "vision"),
     [
         ("gemma3", "gemma3", {"vision"}, {"patch_size": 14}),
-        ("mistral3", "mistral3", {"vision"}, {"patch_size": 14, "spatial_merge_size": 2}),
         (
             "qwen2-vl",  # which it does not know, and computes as the next one
             "qwen2_5_vl",
@@ -226,3 +225,103 @@ def test_the_towers_have_a_place_beside_an_embedding(
     genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
     (tmp_path / GENAI).write_text(json.dumps(found))
     genai.Config(str(tmp_path))
+
+
+# layouts of packages ------------------------------------------------------------------------------
+
+
+WEB, TRITON = LAYOUTS["web"], LAYOUTS["triton"]
+
+
+def test_a_graph_for_the_web_is_named_by_its_precision() -> None:
+    for precision, name in (("fp32", "model"), ("fp16", "model_fp16"), ("int4", "model_q4")):
+        assert WEB.names(LINEARIZED, precision) == (f"onnx/{name}.onnx", f"{name}.onnx_data")
+    with pytest.raises(InputError, match="runs no graph in bf16"):
+        WEB.names(LINEARIZED, "bf16")
+
+
+def test_each_head_of_the_cache_has_its_size(graphs: Graphs) -> None:
+    """onnxruntime-genai's builder gives it a name, by which transformers.js makes heads of no size."""
+    small = load_graph(graphs("genai-fp32", "llama-gqa") / GRAPH)
+    values = [value for pair in kv_pairs(small) for value in (*pair.past, *pair.present)]
+    assert {str(value.shape[3]) for value in values if value.shape} == {"kv_cache_dim"}
+    WEB.change(small)
+    assert {value.shape[1:4:2] for value in values if value.shape} == {(2, 16)}
+    assert {str(value.shape[0]) for value in values if value.shape} == {"batch_size"}
+
+
+@pytest.mark.parametrize("generates", [True, False])
+def test_what_the_configurations_say(tmp_path: Path, generates: bool) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    WEB.finish(tmp_path, [], "fp32", generates)  # an image encoder has no tokenizer
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "padding_side": "right"}')
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    WEB.finish(tmp_path, [], "fp16", generates)
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "transformers.js_config": {
+            "dtype": "fp16",
+            "use_external_data_format": {"model_fp16.onnx": 1, "base_fp16.onnx": 1},
+            "kv_cache_dtype": {"fp16": "float16"},
+        },
+    }
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
+        "bos_token": "<s>",
+        "padding_side": "left" if generates else "right",
+        "chat_template": "{{ messages }}",
+    }
+
+
+@pytest.fixture(scope="module")
+def small() -> Any:
+    return tiny_model("llama", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def growing(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_graph(trace(small), tmp_path_factory.mktemp("growing") / "model.onnx")[0]
+
+
+def test_triton_carries_the_cache_and_asks_for_the_rest(small: Any, growing: Path) -> None:
+    lines = triton_config(load_graph(growing)).splitlines()
+    assert lines[:2] == ['backend: "onnxruntime"', "max_batch_size: 1"]
+    asked = [line.split('"')[1] for line in lines if line.startswith(("input", "output"))]
+    assert asked == ["input_ids", "attention_mask", "position_ids", "logits"]
+    states = [line for line in lines if "initial_state" in line]
+    assert len(states) == 4
+    assert 'input_name: "past_key_values.0.key" output_name: "present.0.key"' in states[0]
+    assert "dims: [2, -1, 8] initial_state" in states[0] and "dims: [2, 0, 8] zero_data: true" in states[0]
+    found = triton_config(trace(small, FORMS["none"]))
+    assert "max_batch_size: 8" in found and "dynamic_batching { }" in found and "state" not in found
+
+
+def test_triton_has_no_static_cache(static_graph: Path) -> None:
+    with pytest.raises(InputError, match=r"begins a cache without tokens.*export with --kv-cache concat"):
+        TRITON.change(load_graph(static_graph))
+
+
+@pytest.mark.parametrize("library", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_is_a_model_of_its_own(growing: Path, tmp_path: Path, library: str) -> None:
+    graph, engine = tmp_path / TRITON.names(LINEARIZED, "fp32")[0], tmp_path / "engine" / "model.engine"
+    for path in (graph, engine):
+        path.parent.mkdir(parents=True)
+    save_graph(load_graph(growing), graph)
+    TRITON.finish(tmp_path, [graph], "fp32", True)
+    other = (graph.parents[1] / CONFIG).read_text()
+    assert other == triton_config(load_graph(graph))
+    engine.write_bytes(b"an engine")
+    manifest = manifest_of(graph, hashes={"engine": sha256_of_file(engine)}, size=9, library=library)
+    manifest_path(engine).write_text(manifest_text(manifest))
+    root = tmp_path / "models" / "linearized_tensorrt"
+    why = TRITON.engine(tmp_path, graph, engine)
+    if library == "tensorrt-rtx":
+        assert why.startswith("is of tensorrt-rtx, and Triton's backend takes those of tensorrt")
+        assert engine.exists() and not root.exists()
+        return
+    assert why == "" and not [*engine.parent.iterdir()]
+    assert load_manifest(root / "1" / "model.plan").library == "tensorrt"
+    own = (root / CONFIG).read_text()
+    assert own.startswith(other.replace('"onnxruntime"', '"tensorrt"'))
+    # Both profiles, of a prefill and of a step.
+    assert own.endswith('instance_group { kind: KIND_GPU count: 1 profile: ["0", "1"] }\n')

@@ -1,24 +1,50 @@
-"""The exported graph: its documented interface, what is stored in it, and that it computes the model."""
+"""The exported graphs, growing, static, of encoders: interface, what is stored, and that they are the model."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
+from transformers import (
+    AutoModel,
+    BloomConfig,
+    BloomForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.models.opt import modeling_opt
 
-from nbl_export.errors import BuildError
-from nbl_export.export.torch import export_torch
+from nbl_export.batch.names import NUM_LOGITS_TO_KEEP
+from nbl_export.errors import BuildError, InputError
+from nbl_export.export.forms import STATIC, encoder_form
+from nbl_export.export.lm_head import add_num_logits_input, sliced_lm_head
+from nbl_export.export.torch import export_torch, trace
+from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.models.dummy_run import check_supported
+from nbl_export.models.forward import SENTENCE
+from nbl_export.models.load import load_model
+from nbl_export.models.source import find_model
+from nbl_export.models.tasks import Pooling, task_named
+from nbl_export.runtime.ort import OrtDecoder
+from tests.alone import graph_logits
 from tests.conftest import ROOT
+from tests.encoders import PAD, WIDTH, text_encoder
+from tests.families import unsaved
 from tests.fixtures_graph import original_logits, pad_left, ragged_rows
-from tests.sessions import cpu_session, empty_past
+from tests.sessions import cpu_session, empty_past, run_graph
 from tests.tiny_types import tiny_model as random_model
+from tests.variants import SIZES
 
-LAYERS, HEADS, DIM, VOCAB, WIDTH = 4, 2, 8, 260, 32
+LAYERS, HEADS, DIM, VOCAB = 4, 2, 8, 260
 
 
 @pytest.fixture(scope="module")
@@ -77,121 +103,56 @@ def test_shared_expressions_are_computed_once(proto: onnx.ModelProto) -> None:
 
 def test_nothing_of_this_machine_is_written(tiny_graph: Path, proto: onnx.ModelProto) -> None:
     raw = tiny_graph.read_bytes() + tiny_graph.with_name("model.onnx.data").read_bytes()
-    for trace in (str(ROOT), "site-packages", ".py", "Traceback", str(Path.home()), str(tiny_graph.parent)):
-        assert trace.encode() not in raw, trace
+    for found in (str(ROOT), "site-packages", ".py", "Traceback", str(Path.home()), str(tiny_graph.parent)):
+        assert found.encode() not in raw, found
     assert not proto.doc_string and not proto.graph.doc_string
     assert not any(n.doc_string or n.metadata_props for n in proto.graph.node)
 
 
-def test_one_external_data_file(tiny_graph: Path, proto: onnx.ModelProto) -> None:
-    assert {p.name for p in tiny_graph.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
-    external = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    locations = {e.value for t in external for e in t.external_data if e.key == "location"}
-    assert locations == {"model.onnx.data"}
-    # Seven matrices a layer and the embeddings.
-    assert len(external) == 7 * LAYERS + 1
-
-
-def stored(path: Path) -> Counter[tuple[int, ...]]:
-    """How many float initializers there are of each shape (up to a transpose)."""
-    graph = onnx.load(str(path), load_external_data=False).graph
-    floats = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
-    return Counter(tuple(sorted(t.dims)) for t in floats)
-
-
-def distinct(model: torch.nn.Module) -> Counter[tuple[int, ...]]:
-    """The same of a PyTorch model; equal weights count once, the rotary frequencies are a buffer."""
-    weights = {(tuple(sorted(p.shape)), p.numpy().tobytes()) for p in model.parameters()}
-    return Counter(shape for shape, _ in weights) + Counter([(DIM // 2,)])
-
-
 def test_tied_embeddings_are_stored_once(tiny_graph: Path, tiny_model: torch.nn.Module) -> None:
-    assert stored(tiny_graph) == distinct(tiny_model)
-    assert stored(tiny_graph)[WIDTH, VOCAB] == 1
+    assert {p.name for p in tiny_graph.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
     matrices = sum(p.numel() for p in tiny_model.parameters() if p.ndim == 2)
     size = tiny_graph.with_name("model.onnx.data").stat().st_size
     assert 4 * matrices <= size < 4 * matrices + 4096
 
 
-def run(session: Any, ids: Any, mask: Any, positions: Any, past: list[Any]) -> tuple[Any, list[Any]]:
-    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    names = [i.name for i in session.get_inputs()][3:]
-    logits, *present = session.run(None, {**feeds, **dict(zip(names, past, strict=True))})
-    return logits, present
-
-
-def compare_with_transformers(
-    path: Path, model: torch.nn.Module, lengths: tuple[int, ...], chunks: tuple[int, ...], vocab: int
-) -> float:
-    """Prefill ragged prompts of ``lengths`` tokens, then ``chunks`` more tokens at a time.
-
-    Every real token's logits are held against transformers' own sdpa on the whole row, without
-    padding and without a cache. Returns the largest difference; asserts that something was compared.
-    """
-    session = cpu_session(path)
-    rows = ragged_rows([n + sum(chunks) for n in lengths], vocab)
-    expected = [original_logits(model, row) for row in rows]
-    ids, mask, positions = pad_left([row[:n] for row, n in zip(rows, lengths, strict=True)])
-    past = [*empty_past(session, len(rows)).values()]
-    worst = 0.0
-    done = list(lengths)
-    logits, past = run(session, ids, mask, positions, past)
-    for number, n in enumerate(lengths):
-        worst = max(worst, np.abs(logits[number, -n:] - expected[number][:n]).max())
-    for size in chunks:
-        ids = np.stack([row[at : at + size].astype(np.int64) for row, at in zip(rows, done, strict=True)])
-        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-        positions = np.stack([np.arange(at, at + size) for at in done])
-        logits, past = run(session, ids, mask, positions, past)
-        assert past[0].shape[2] == mask.shape[1]
-        for number, at in enumerate(done):
-            worst = max(worst, np.abs(logits[number] - expected[number][at : at + size]).max())
-        done = [at + size for at in done]
-    assert done == [len(row) for row in rows]
-    return float(worst)
-
-
 @pytest.mark.parametrize(
-    ("lengths", "chunks"),
+    ("lengths", "steps", "size"),
     [
-        pytest.param((11, 6, 2), (1, 1, 1), id="ragged batch of 3, then decode"),
-        pytest.param((7,), (1, 1), id="batch 1, then decode"),
-        pytest.param((1,), (1, 1, 1), id="one token, then decode"),
-        pytest.param((9, 4), (3, 2, 1), id="several tokens after the cache"),
+        pytest.param((14, 9, 5), 3, 1, id="ragged batch of 3, then decode"),
+        pytest.param((4,), 3, 1, id="one token, then decode"),
+        pytest.param((15, 10), 2, 3, id="several tokens after the cache"),
     ],
 )
 def test_logits_equal_transformers(
-    tiny_graph: Path, tiny_model: torch.nn.Module, lengths: tuple[int, ...], chunks: tuple[int, ...]
+    tiny_graph: Path, tiny_model: torch.nn.Module, lengths: tuple[int, ...], steps: int, size: int
 ) -> None:
-    assert compare_with_transformers(tiny_graph, tiny_model, lengths, chunks, VOCAB) < 2e-4
+    rows = ragged_rows(lengths, VOCAB)
+    for row, found in zip(rows, graph_logits(tiny_graph, "concat", rows, steps, size), strict=True):
+        np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
 
 
-def test_what_torch_cannot_export_is_a_build_error(
-    tiny_model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cause", "raised"), [(None, BuildError), (KeyboardInterrupt(), KeyboardInterrupt)], ids=str
+)
+def test_what_torch_cannot_export_is_a_build_error_and_an_interrupt_is_one(
+    tiny_model: torch.nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cause: BaseException | None,
+    raised: type[BaseException],
 ) -> None:
     def fail(*_args: Any, **_kwargs: Any) -> None:
-        raise RuntimeError("unsupported: first line\nsecond line")
+        raise RuntimeError("unsupported: first line\nsecond line") from cause
 
     monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(BuildError, match="unsupported: first line") as caught:
+    with pytest.raises(raised) as caught:
         export_torch(tiny_model, tmp_path / "model.onnx")
-    assert "second line" not in str(caught.value) and "LlamaForCausalLM" in str(caught.value)
+    if raised is BuildError:
+        message = str(caught.value)
+        assert "LlamaForCausalLM" in message and "unsupported: first line" in message
+        assert "second line" not in message
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupt_that_torch_wraps_is_an_interrupt(
-    tiny_model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_args: Any, **_kwargs: Any) -> Any:
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt as error:
-            raise RuntimeError("a step of the exporter failed") from error
-
-    monkeypatch.setattr(torch.onnx, "export", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        export_torch(tiny_model, tmp_path / "model.onnx")
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_epsilon_of_a_norm_stays_however_small_it_is(tmp_path: Path) -> None:
@@ -207,3 +168,300 @@ def test_the_epsilon_of_a_norm_stays_however_small_it_is(tmp_path: Path) -> None
     for row, length in ((0, 6), (1, 3)):
         own = model(input_ids=torch.from_numpy(ids[row : row + 1, 6 - length :])).logits[0]
         np.testing.assert_allclose(logits[row, 6 - length :], own.numpy(), rtol=0, atol=1e-4)
+
+
+# the last logits ----------------------------------------------------------------------------------
+
+
+ROWS = ragged_rows((9, 4, 7), 250)
+
+
+def logits(path: Path, keep: int | None) -> np.ndarray:
+    """Logits of a padded prefill, ``keep`` positions asked for; None leaves the input out."""
+    decoder = OrtDecoder(path)
+    ids, mask, positions = pad_left(ROWS)
+    feeds = decoder.feeds(ids, mask, positions, decoder.empty_past(len(ROWS)))
+    del feeds[NUM_LOGITS_TO_KEEP]
+    if keep is not None:
+        feeds[NUM_LOGITS_TO_KEEP] = np.array(keep, dtype=np.int64)
+    return decoder.run(feeds).logits
+
+
+@pytest.mark.parametrize("keep", [1, 2, 12])
+def test_the_last_logits_are_those_of_the_whole(tiny_graph: Path, keep: int) -> None:
+    whole = logits(tiny_graph, None)
+    assert whole.shape == (3, 9, 260)
+    np.testing.assert_array_equal(logits(tiny_graph, 0), whole)
+    np.testing.assert_allclose(logits(tiny_graph, keep), whole[:, -keep:], rtol=0, atol=1e-5)
+
+
+def test_a_program_need_not_know_the_input(tiny_graph: Path) -> None:
+    session = cpu_session(tiny_graph)
+    assert NUM_LOGITS_TO_KEEP not in {i.name for i in session.get_inputs()}
+    assert [i.name for i in session.get_overridable_initializers()] == [NUM_LOGITS_TO_KEEP]
+
+
+def test_logits_that_are_capped_behind_the_product(tmp_path: Path) -> None:
+    model = unsaved("gemma2", num_hidden_layers=1).eval()
+    path = save_graph(trace(model), tmp_path / "model.onnx")[0]
+    whole = logits(path, None)
+    np.testing.assert_allclose(logits(path, 1), whole[:, -1:], rtol=0, atol=1e-5)
+    ids, mask, positions = (torch.from_numpy(a) for a in pad_left(ROWS))
+    with torch.inference_mode():
+        wanted = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    np.testing.assert_allclose(whole[:, -1], wanted[:, -1].numpy(), rtol=0, atol=2e-4)
+
+
+def test_the_product_is_found_again_and_nothing_is_added_twice(tiny_graph: Path) -> None:
+    model = load_graph(tiny_graph)
+    nodes = model.graph.num_nodes()
+    head = sliced_lm_head(model)
+    assert head is not None and head.op_type == "MatMul" and "logits" in {v.name for v in head.outputs}
+    assert add_num_logits_input(model) and model.graph.num_nodes() == nodes
+
+
+def by_two(model: ir.Model) -> None:
+    model.graph.inputs.remove(next(v for v in model.graph.inputs if v.name == NUM_LOGITS_TO_KEEP))
+    logits = next(v for v in model.graph.outputs if v.name == "logits")
+    total = ir.node("Add", [logits, logits])
+    logits.name, total.outputs[0].name = "half", "logits"
+    total.outputs[0].type, total.outputs[0].shape = logits.type, logits.shape
+    model.graph.outputs[list(model.graph.outputs).index(logits)] = total.outputs[0]
+    model.graph.append(total)
+
+
+def test_a_head_that_is_not_understood_is_left_alone(tiny_graph: Path) -> None:
+    model = load_graph(tiny_graph)
+    by_two(model)
+    nodes = [node.op_type for node in model.graph]
+    assert not add_num_logits_input(model)
+    assert [node.op_type for node in model.graph] == nodes
+    assert NUM_LOGITS_TO_KEEP not in {v.name for v in model.graph.inputs}
+
+
+# a static cache -----------------------------------------------------------------------------------
+
+
+SMALL_OPT: Any = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def static_proto(static_graph: Path) -> onnx.ModelProto:
+    return onnx.load(str(static_graph), load_external_data=False)
+
+
+def randomized(model: Any, scale: float = 6) -> Any:
+    """``model`` with attention that matters and biases that are not zero."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.eval().requires_grad_(False).parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(scale)
+        else:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+# Structure ---------------------------------------------------------------------------------------
+
+
+def test_the_static_interface_is_the_documented_one(static_proto: onnx.ModelProto) -> None:
+    tokens = ("batch_size", "sequence_length")
+    buffer = ("batch_size", HEADS, "max_sequence_length", DIM)
+    pairs = [f"{layer}.{side}" for layer in range(LAYERS) for side in ("key", "value")]
+    assert interface(static_proto.graph.input) == [
+        ("input_ids", onnx.TensorProto.INT64, tokens),
+        ("position_ids", onnx.TensorProto.INT64, tokens),
+        ("write_indices", onnx.TensorProto.INT64, ("batch_size",)),
+        *((f"past_key_values.{p}", onnx.TensorProto.FLOAT, buffer) for p in pairs),
+    ]
+    assert interface(static_proto.graph.output) == [
+        ("logits", onnx.TensorProto.FLOAT, (*tokens, VOCAB)),
+        *((f"present.{p}", onnx.TensorProto.FLOAT, buffer) for p in pairs),
+    ]
+
+
+def test_opset_24_and_standard_operators_only(static_proto: onnx.ModelProto, static_graph: Path) -> None:
+    onnx.checker.check_model(str(static_graph), full_check=True)
+    assert [(o.domain, o.version) for o in static_proto.opset_import] == [("", 24)]
+    assert {node.domain for node in static_proto.graph.node} == {""} and not static_proto.functions
+    assert all(onnx.defs.get_schema(n.op_type, 24).since_version <= 24 for n in static_proto.graph.node)
+
+
+# Numbers -----------------------------------------------------------------------------------------
+
+
+class Buffers:
+    """The graph's cache, kept by the test: ``capacity`` places, all of them ``garbage`` at first."""
+
+    def __init__(self, path: Path, batch: int, capacity: int, garbage: float = 0.0) -> None:
+        self.session = cpu_session(path)
+        shapes = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past")}
+        generator = np.random.default_rng(9)
+        self.past = {
+            n: (garbage * generator.standard_normal((batch, s[1], capacity, s[3]))).astype(np.float32)
+            for n, s in shapes.items()
+        }
+
+    def __call__(self, tokens: Sequence[Any], at: Sequence[int], pad: int = 0) -> list[Any]:
+        """Logits of each row's ``tokens``, written from its place ``at``; rows are padded on the right."""
+        width = max(map(len, tokens))
+        ids = np.stack([np.r_[t, np.full(width - len(t), pad)].astype(np.int64) for t in tokens])
+        start = np.array(at, dtype=np.int64)
+        feeds = {"input_ids": ids, "position_ids": start[:, None] + np.arange(width), "write_indices": start}
+        logits, *present = self.session.run(None, feeds | self.past)
+        self.past = dict(zip(self.past, present, strict=True))
+        return [logits[i, : len(t)] for i, t in enumerate(tokens)]
+
+
+def worst(
+    path: Path, rows: Sequence[Any], chunks: Sequence[Sequence[int]], model: Any, **options: Any
+) -> float:
+    """Feed ``chunks[step][row]`` tokens of each row at a time; the largest difference of any logit.
+
+    A row with no tokens left in a step is fed padding where its next token will go.
+    """
+    capacity = options.pop("capacity", max(map(len, rows)) + max(map(max, chunks)))
+    pad = options.pop("pad", 0)
+    buffers = Buffers(path, len(rows), capacity, **options)
+    done = [0] * len(rows)
+    found: list[list[Any]] = [[] for _ in rows]
+    for sizes in chunks:
+        parts = [r[d : d + n] for r, d, n in zip(rows, done, sizes, strict=True)]
+        for i, logits in enumerate(buffers(parts, done, pad)):
+            found[i].extend(logits)
+        done = [d + n for d, n in zip(done, sizes, strict=True)]
+    assert done == [len(r) for r in rows]
+    expected = [original_logits(model, row) for row in rows]
+    return max(float(np.abs(np.stack(f) - e).max()) for f, e in zip(found, expected, strict=True))
+
+
+ONE = (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        pytest.param([(11, 6, 2), ONE, ONE, ONE, ONE, ONE], id="prefill, then decode"),
+        pytest.param([ONE] * 7, id="one token at a time"),
+        pytest.param([(9, 2, 4), (1, 5, 2), (3, 3, 3), ONE], id="chunks that change places"),
+        pytest.param([(4, 7, 5), (0, 2, 1), (2, 0, 1), ONE], id="rows that wait"),
+        pytest.param([(1,), (1,)], id="batch 1 from one token"),
+    ],
+)
+def test_logits_of_a_static_cache_equal_transformers(
+    static_graph: Path, tiny_model: Any, chunks: list[tuple[int, ...]]
+) -> None:
+    rows = ragged_rows(np.sum(chunks, axis=0).tolist(), VOCAB, seed=1)
+    assert worst(static_graph, rows, chunks, tiny_model) < 2e-4
+
+
+@pytest.mark.parametrize("pad", [0, 259])
+def test_what_lies_in_free_places_and_in_padding_is_not_seen(
+    static_graph: Path, tiny_model: Any, pad: int
+) -> None:
+    rows = ragged_rows((13, 8, 3), VOCAB, seed=3)
+    chunks = [(9, 5, 1), (2, 1, 1), ONE, (1, 1, 0)]
+    for capacity in (13, 60):  # the longest row fills the buffer to its end, or does not
+        options = {"garbage": 1e4, "pad": pad, "capacity": capacity}
+        assert worst(static_graph, rows, chunks, tiny_model, **options) < 2e-4
+
+
+# Other families ----------------------------------------------------------------------------------
+
+
+def test_window_in_some_layers_only(tmp_path: Path) -> None:
+    """Two masks in one graph, each with its own rule."""
+    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=3, max_window_layers=1)
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    model = randomized(Qwen2ForCausalLM(config))
+    path, _ = export_torch(model, tmp_path / "model.onnx", form=STATIC)
+    rows = ragged_rows((11, 8), 50)
+    assert worst(path, rows, [(7, 3), (2, 3), (1, 1), (1, 1)], model, garbage=10) < 2e-4
+    windowed = original_logits(model, rows[0])
+    model.config.sliding_window = 100
+    assert np.abs(original_logits(model, rows[0]) - windowed).max() > 1e-2, "the window matters"
+    masks = {n.input[3] for n in onnx.load(str(path)).graph.node if n.op_type == "Attention"}
+    assert len(masks) == 2
+
+
+def test_a_model_that_makes_its_mask_itself_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = randomized(OPTForCausalLM(OPTConfig(**SMALL_OPT)))
+    check_supported(model)  # as it is
+    mask = torch.ones(2, 1, 3, 7, dtype=torch.bool)
+    monkeypatch.setattr(modeling_opt, "create_causal_mask", lambda **_: mask, raising=False)
+    with pytest.raises(
+        InputError, match=r"OPTForCausalLM makes its attention mask itself.*--kv-cache concat"
+    ):
+        export_torch(model, tmp_path / "model.onnx", form=STATIC)
+
+
+def test_a_model_without_position_ids_is_refused(tmp_path: Path) -> None:
+    model = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4)).eval()
+    before = model.config._attn_implementation
+    with pytest.raises(
+        InputError, match=r"BloomForCausalLM takes no position_ids.*--kv-cache concat"
+    ) as caught:
+        export_torch(model, tmp_path / "model.onnx", form=STATIC)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+    assert model.config._attn_implementation == before
+
+
+# an encoder ---------------------------------------------------------------------------------------
+
+
+FEATURES = task_named("feature-extraction")
+IDS = np.array([[257, 20, 30, 40, 258], [257, 50, 258, PAD, PAD]])
+TEXT = {
+    "input_ids": IDS,
+    "attention_mask": (IDS != PAD).astype(np.int64),
+    "token_type_ids": np.array([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]),
+}
+
+
+def exported(folder: Path, target: Path, inputs: Any, pooling: Pooling | None) -> onnx.ModelProto:
+    model = load_model(find_model(str(folder)))
+    export_torch(model, target, form=encoder_form(model, FEATURES, pooling, inputs))
+    return onnx.load(str(target), load_external_data=False)
+
+
+def dims(values: Any) -> dict[str, tuple[str | int, ...]]:
+    return {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_encoder(tmp_path_factory.mktemp("encoder") / "bert")
+
+
+def test_text_goes_in_by_three_names_and_comes_out_as_states_and_a_sentence(
+    bert: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    proto = exported(bert, path, TEXT, Pooling("mean", False, ()))
+    assert dims(proto.graph.input) == dict.fromkeys(TEXT, ("batch_size", "sequence_length"))
+    assert list(dims(proto.graph.input)) == list(TEXT)
+    found = dims(proto.graph.output)
+    assert found["last_hidden_state"] == ("batch_size", "sequence_length", WIDTH)
+    assert found[SENTENCE] == ("batch_size", WIDTH)
+    assert {o.version for o in proto.opset_import if o.domain == ""} == {23}
+    with torch.inference_mode():
+        states = AutoModel.from_pretrained(bert)(**{n: torch.from_numpy(a) for n, a in TEXT.items()})
+    expected, mask = states.last_hidden_state.double().numpy(), TEXT["attention_mask"].astype(bool)
+    outputs = run_graph(path, TEXT)
+    np.testing.assert_allclose(outputs["last_hidden_state"][mask], expected[mask], rtol=0, atol=1e-4)
+    means = np.array([expected[i][mask[i]].mean(0) for i in range(2)])
+    np.testing.assert_allclose(outputs[SENTENCE], means, rtol=0, atol=1e-4)
+    # One row, longer than any that was traced.
+    one = {n: np.concatenate([a[:1], a[:1]], axis=1) for n, a in TEXT.items()}
+    assert run_graph(path, one)["last_hidden_state"].shape == (1, 10, WIDTH)

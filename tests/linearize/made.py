@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.arrays import F64
 from nbl_export.linearize.adapters import Adapter, weight_digests
 from nbl_export.linearize.plan import LinearLayer, Plan
 
@@ -44,3 +45,19 @@ def adapter_for(weight: NDArray[Any], rank: int = 3, seed: int = 0) -> Adapter:
     m, n = weight.shape
     up, down = (rng.normal(size=shape).astype(np.float32) for shape in ((m, rank), (rank, n)))
     return Adapter(up, down, weight_digests(weight))
+
+
+def random_maps(*layers: int, d: int = 32) -> dict[int, LinearLayer]:
+    """Maps about as strong as the attention they replace."""
+    rng = np.random.default_rng(1)
+    return {
+        i: LinearLayer(rng.normal(size=(d, d)).astype(np.float32) / 4, rng.normal(size=d).astype(np.float32))
+        for i in layers
+    }
+
+
+def least_squares(u: F64, y: F64, weight: F64 | None = None) -> tuple[F64, F64]:
+    """W and b by least squares on the rows, each times the root of its weight, with an intercept column."""
+    root = np.sqrt(np.ones(len(u)) if weight is None else weight)[:, None]
+    solution = np.linalg.lstsq(np.column_stack([u, np.ones(len(u))]) * root, y * root, rcond=None)[0]
+    return solution[:-1].T, solution[-1]

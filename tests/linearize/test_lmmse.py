@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbl_export.batch.arrays import F64
-from nbl_export.calibrate.moments import LayerMoments
+from nbl_export.calibrate.moments import LayerMoments, Moments
+from nbl_export.errors import InputError
+from nbl_export.linearize.fits import without_bias
 from nbl_export.linearize.lmmse import (
     Covariances,
     UnusableMoments,
     branch_covariances,
     cca_bound,
+    constant_direction,
     error_of_map,
     fit_lmmse,
     rank_within,
@@ -24,7 +27,9 @@ from nbl_export.linearize.lmmse import (
     stream_covariances,
     truncate,
 )
+from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.settings.choices import DEFAULT_RIDGE, MAX_RIDGE, FitInput
+from tests.linearize.made import least_squares
 
 FIT_INPUTS: tuple[FitInput, ...] = ("normed", "residual")
 
@@ -43,12 +48,6 @@ def moments(h: F64, x: F64, y: F64) -> LayerMoments:
         n=len(h), x=x.sum(0), h=h.sum(0), y=y.sum(0),
         xx=x.T @ x, yx=y.T @ x, yy=y.T @ y, hh=h.T @ h, yh=y.T @ h,
     )  # fmt: skip
-
-
-def least_squares(u: F64, y: F64) -> tuple[F64, F64]:
-    """W and b by QR/SVD least squares on the rows themselves, with an intercept column."""
-    solution = np.linalg.lstsq(np.column_stack([u, np.ones(len(u))]), y, rcond=None)[0]
-    return solution[:-1].T, solution[-1]
 
 
 def residual(u: F64, y: F64, w: F64, b: F64) -> float:
@@ -89,19 +88,8 @@ def test_nmse_is_the_residual_on_the_tokens(fit_input: FitInput, ridge: float, n
     assert fit.nmse == pytest.approx(direct, rel=1e-9, abs=1e-12)
 
 
-def test_an_exactly_linear_layer_is_recovered() -> None:
-    rng = np.random.default_rng(3)
-    h, x, _ = activations()
-    w, b = rng.normal(size=(7, 7)), rng.normal(size=7)
-    fit = fit_lmmse(moments(h, x, x @ w.T + b), "normed", 0.0)
-    np.testing.assert_allclose(fit.w, w, atol=1e-9)
-    np.testing.assert_allclose(fit.b, b, atol=1e-9)
-    assert 0 <= fit.nmse < 1e-12
-
-
-@pytest.mark.parametrize("ridge", [DEFAULT_RIDGE, 1e-2])
-def test_the_ridge_does_not_depend_on_the_units_of_a_channel(ridge: float) -> None:
-    h, x, y = activations()
+def test_the_ridge_does_not_depend_on_the_units_of_a_channel() -> None:
+    (h, x, y), ridge = activations(), 1e-2
     units = 10.0 ** np.linspace(-4, 4, 7)
     one = fit_lmmse(moments(h, x, y), "normed", ridge)
     other = fit_lmmse(moments(h, x * units, y), "normed", ridge)
@@ -117,13 +105,6 @@ def test_the_ridge_is_ridge_regression_in_units_of_the_standard_deviation() -> N
     deviation = x.std(0)
     reference = linear_model.Ridge(alpha=1e-2 * len(x)).fit((x - x.mean(0)) / deviation, y)
     np.testing.assert_allclose(fit.w, reference.coef_ / deviation, rtol=1e-8, atol=1e-10)
-
-
-def test_moments_of_parts_fit_like_the_whole() -> None:
-    h, x, y = activations()
-    parts = [moments(h[s], x[s], y[s]) for s in (slice(0, 150), slice(150, 400))]
-    added, whole = (fit_lmmse(m, "normed", 0.0) for m in (parts[0] + parts[1], moments(h, x, y)))
-    np.testing.assert_allclose(added.w, whole.w, rtol=1e-9, atol=1e-12)
 
 
 # covariances and the bound -----------------------------------------------------------------------
@@ -153,13 +134,6 @@ def test_the_bound_is_d_minus_the_squared_canonical_correlations(n: int, d: int,
     bound, ridge = cca_bound(moments(h, x, y), ridge=0.0)
     assert bound == pytest.approx(d - rho2(h, y + h), abs=1e-7)
     assert ridge == 0.0
-
-
-def test_the_bound_does_not_depend_on_units() -> None:
-    h, x, y = activations()
-    units = 10.0 ** np.linspace(-3, 3, 7)
-    one, other = (cca_bound(moments(h * s, x, y * s), 0.0)[0] for s in (1.0, units))
-    assert other == pytest.approx(one, abs=1e-7)
 
 
 # what cannot be fitted ---------------------------------------------------------------------------
@@ -202,31 +176,14 @@ def test_a_matrix_that_no_ridge_mends_is_refused() -> None:
 # singular covariances ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("constant", [None, 0.0, 3.0, 1e5])
 @pytest.mark.parametrize("ridge", [0.0, DEFAULT_RIDGE])
-def test_a_duplicated_channel_is_fitted_as_well_as_without_it(ridge: float, seed: int) -> None:
-    h, x, y = activations(seed=seed)
-    h[:, 5], x[:, 5] = h[:, 2], x[:, 2]
-    m = moments(h, x, y)
-    for fit_input, u in (("normed", x), ("residual", h)):
-        fit = fit_lmmse(m, fit_input, ridge)
-        best = residual(u, y, *least_squares(u, y))
-        assert residual(u, y, fit.w, fit.b) == pytest.approx(best, rel=1e-4)
-        assert fit.nmse == pytest.approx(best, rel=1e-4)
-        assert ridge <= fit.ridge <= MAX_RIDGE
-        # Small enough to be kept in float32.
-        assert np.abs(fit.w).max() < 1e3
-    bound, used = cca_bound(m, ridge)
-    # Eleven correlations remain at most: six of h, seven of y + h.
-    assert 0 <= bound <= 7
-    assert ridge <= used <= MAX_RIDGE
-
-
-@pytest.mark.parametrize("constant", [0.0, 3.0, 1e3, 1e5])
-@pytest.mark.parametrize("ridge", [0.0, DEFAULT_RIDGE])
-def test_a_dead_channel_is_fitted_as_well_as_without_it(constant: float, ridge: float) -> None:
+def test_a_dead_or_doubled_channel_is_fitted_as_well_as_without_it(
+    constant: float | None, ridge: float
+) -> None:
     h, x, y = activations()
-    h[:, 2] = x[:, 2] = constant
+    for array in (h, x):
+        array[:, 5] = array[:, 2] if constant is None else constant
     m = moments(h, x, y)
     for fit_input, u in (("normed", x), ("residual", h)):
         fit = fit_lmmse(m, fit_input, ridge)
@@ -234,10 +191,11 @@ def test_a_dead_channel_is_fitted_as_well_as_without_it(constant: float, ridge: 
         assert fit.nmse == pytest.approx(best, rel=1e-4)
         # As a plan keeps them: a large weight on a large constant would lose the rest in float32.
         w, b = fit.w.astype(np.float32), fit.b.astype(np.float32)
-        kept = ((y - (u.astype(np.float32) @ w.T + b)) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
-        assert kept == pytest.approx(best, rel=1e-3)
-    bound, _ = cca_bound(m, ridge)
-    assert 0 <= bound <= 7
+        assert residual(u.astype(np.float32), y, w, b) == pytest.approx(best, rel=1e-3)
+        assert ridge <= fit.ridge <= MAX_RIDGE
+    bound, used = cca_bound(m, ridge)
+    # Six correlations of h remain at most, and seven of y + h.
+    assert 0 <= bound <= 7 and ridge <= used <= MAX_RIDGE
 
 
 def test_a_singular_matrix_grows_the_ridge_and_says_so() -> None:
@@ -406,3 +364,42 @@ def test_maps_beyond_float32_are_refused() -> None:
     h, x, y = activations()
     with pytest.raises(UnusableMoments, match="its W or b is NaN, infinite or beyond float32"):
         fit_lmmse(moments(h, x, y * 1e45), "normed")
+
+
+# without b ----------------------------------------------------------------------------------------
+
+
+D = 7
+
+
+def plan_of(layers: dict[int, LinearLayer]) -> Plan:
+    return Plan("of a test", D, 4, "normed", "by hand", 1e-6, 400, layers, {}, {}, {})
+
+
+def test_without_b_it_is_the_fit_without_intercept() -> None:
+    _, u, y = activations()
+    layer = moments(u, u, y)
+    fit = fit_lmmse(layer, "normed")
+    plan = plan_of({2: LinearLayer(fit.w.astype(np.float32), fit.b.astype(np.float32))})
+    (found,) = without_bias(plan, Moments({2: layer})).layers.values()
+    expected = np.linalg.lstsq(u, y, rcond=None)[0].T
+    assert not found.b.any() and np.abs(found.w - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def test_a_constant_channel_takes_b_in_whole() -> None:
+    _, u, y = activations()
+    u[:, 0] = 2.0
+    layer = moments(u, u, y)
+    w, b = np.ones((D, D), np.float32), np.arange(D, dtype=np.float32)
+    (found,) = without_bias(plan_of({1: LinearLayer(w, b)}), Moments({1: layer})).layers.values()
+    assert np.abs(u @ found.w.T - (u @ w.T + b)).max() < 1e-2
+    v = constant_direction(branch_covariances(layer, "normed"))
+    assert np.abs(u @ v - 1).max() < 1e-2
+
+
+def test_a_layer_without_moments_is_named() -> None:
+    layer = moments(*activations())
+    plan = plan_of({1: LinearLayer(np.eye(D, dtype=np.float32), np.ones(D, np.float32))})
+    with pytest.raises(InputError, match="There are no moments of layer 1: run `nbl-export calibrate` again"):
+        without_bias(plan, Moments({2: layer}))
+    assert without_bias(replace(plan, rank=2), Moments({1: layer})).rank is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,9 +33,22 @@ from nbl_export.linearize.search import (
 )
 from nbl_export.linearize.selection import CurvePoint, Loss
 from nbl_export.settings import NO_BUDGET, Budget
-from tests.linearize.greedy import greedy_order
 
 Cost = Callable[[frozenset[int]], float]
+
+
+def greedy_order(
+    sets: MeasuredSets,
+    singles: Mapping[Block, Loss],
+    count: int,
+    saved: Callable[[Sequence[Block], Block], float] = lambda _linear, _block: 1.0,
+) -> list[Block]:
+    """``saved`` is what a block saves where others are linear already."""
+
+    def together(blocks: Sequence[Block]) -> float:
+        return sum(saved(blocks[:number], block) for number, block in enumerate(blocks))
+
+    return list(Prefixes(greedy_path(sets, singles, together))(count))
 
 
 def of_kl(kl: float) -> Loss:
@@ -184,13 +196,6 @@ def test_ties_go_to_the_lower_layer() -> None:
     assert order(Table(lambda s: costs[s], 3), 2) == [2, 0]
 
 
-def test_the_meter_settles_on_what_is_chosen_before_it_tries_more() -> None:
-    table = Table(lambda chosen: float(sum(i + 1 for i in chosen)), 4)
-    order(table, 3)
-    assert table.settled[:1] == [frozenset()]
-    assert frozenset([0]) in table.settled and frozenset([0, 1]) in table.settled
-
-
 def test_a_set_is_the_same_in_any_order_and_a_meter_is_made_only_for_what_is_new() -> None:
     table = Table(lambda chosen: float(sum(chosen)), 4)
     sets = table.sets()
@@ -204,9 +209,6 @@ def test_a_set_is_the_same_in_any_order_and_a_meter_is_made_only_for_what_is_new
     known = {"0,2": of_kl(9.0).as_json(), "": of_kl(0.0).as_json()}
     sets = MeasuredSets(none, table.maps, LossCache(known, lambda _: None), none)
     assert sets.loss([2, 0]) == of_kl(9.0) and sets.loss([]) == of_kl(0.0)
-
-
-# the cache ---------------------------------------------------------------------------------------
 
 
 # no numbers --------------------------------------------------------------------------------------
@@ -228,22 +230,11 @@ def test_a_loss_that_is_no_number_is_refused_by_the_layers_it_was_measured_with(
         assert all(",".join(map(str, sorted(broken))) not in losses for losses in recorded)
 
 
-@pytest.mark.parametrize("field", ["kl", "excess"])
-def test_a_kept_loss_that_is_no_number_is_refused(field: str) -> None:
-    table = Table(lambda _: 1.0, 2)
-    known = {"0": {**of_kl(1.0).as_json(), field: "nan"}}
-    with pytest.raises(CalibrationError, match="With layer 0 replaced"):
-        table.sets(LossCache(known, lambda _: None)).loss([0])
-    with pytest.raises(CalibrationError, match="With layer 1 replaced"):
-        greedy_order(table.sets(), {0: of_kl(1.0), 1: replace(of_kl(1.0), **{field: math.nan})}, 1)
-
-
 # together ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_sets_that_are_measured_together_give_the_same_order_in_as_many_sweeps_as_layers(seed: int) -> None:
-    rng = np.random.default_rng(seed)
+def test_sets_that_are_measured_together_give_the_same_order_in_as_many_sweeps_as_layers() -> None:
+    rng = np.random.default_rng(0)
     count, k = 14, 6
     costs = rng.uniform(0.1, 1.0, count)
     pairs = rng.uniform(0.0, 0.4, (count, count))
@@ -259,24 +250,6 @@ def test_sets_that_are_measured_together_give_the_same_order_in_as_many_sweeps_a
     assert len(all_at_once.swept) <= 1 + (k - 1), "the first layer is known from the singles"
     assert all(len(sweep) == 1 for sweep in one.swept)
     assert len(set(all_at_once.asked)) == len(all_at_once.asked), "nothing is measured twice"
-
-
-def test_what_is_known_is_not_measured_again_with_the_others() -> None:
-    table = Table(lambda layers: float(sum(layers)), 5, together=True)
-    known = {"1": of_kl(1.0).as_json(), "3": of_kl(3.0).as_json()}
-    stored: list[Mapping[str, Any]] = []
-    singles = single_layer_losses(table.sets(LossCache(known, stored.append)))
-    assert {i: loss.kl for i, loss in singles.items()} == {i: float(i) for i in range(5)}
-    assert table.swept == [[frozenset([i]) for i in (0, 2, 4)]]
-    assert stored[-1].keys() == {name for i in range(5) for name in (str(i), f"{i} roughly")}
-    everything = LossCache({f"{i} roughly": of_kl(float(i)).as_json() for i in range(5)}, lambda _: None)
-    assert single_layer_losses(table.sets(everything))
-
-
-def test_a_loss_that_is_no_number_is_named_among_others() -> None:
-    table = Table(lambda layers: float("nan") if 2 in layers else 1.0, 4, together=True)
-    with pytest.raises(CalibrationError, match="With layer 2 replaced"):
-        single_layer_losses(table.sets())
 
 
 # for what is saved -------------------------------------------------------------------------------
@@ -322,17 +295,6 @@ def test_what_saves_nothing_comes_last_and_what_gains_first() -> None:
     assert greedy_order(sets, single_layer_losses(sets), 4) == [2, 3, 0, 1]
 
 
-def test_savings_may_depend_on_what_is_linear() -> None:
-    losses = [0.1, 0.2, 0.3]
-    table = Table(lambda layers: sum(losses[i] for i in layers), 3)
-    sets = table.sets()
-
-    def saved(linear: Sequence[Block], block: Block) -> float:
-        return 10.0 if 0 in linear and block == 2 else 1.0
-
-    assert greedy_order(sets, single_layer_losses(sets), 3, saved) == [0, 2, 1]
-
-
 # spans -------------------------------------------------------------------------------------------
 
 
@@ -358,23 +320,11 @@ def path_of(
     return list(greedy_path(sets, single_layer_losses(sets), by))
 
 
-def test_a_span_takes_the_place_of_what_is_within_it() -> None:
-    costs = {0: 0.1, 1: 0.2, Mlp(1): 0.9, Span(1, 1): 0.5}
-    assert path_of(costs) == [(0,), (0, 1), (0, Span(1, 1))]
-
-
 def test_spans_grow_and_do_not_overlap() -> None:
     costs = {Span(1, 1): 0.1, Span(2, 2): 0.3, Span(1, 2): 0.25, Span(2, 3): 0.4, Span(1, 3): 0.7}
     found = path_of(costs)
     # 2-3 overlaps 1-2, and what is within it is nothing new.
     assert found == [(Span(1, 1),), (Span(1, 2),), (Span(1, 3),)]
-
-
-def test_for_what_is_saved_a_whole_span_may_be_first() -> None:
-    costs = {0: 0.1, 1: 0.1, Span(0, 1): 0.3}
-    saved = {0: 1.0, 1: 1.0, Span(0, 1): 9.0}
-    assert path_of(costs, saved) == [(Span(0, 1),)]
-    assert path_of(costs, {**saved, Span(0, 1): 2.5}) == [(0,), (0, 1), (Span(0, 1),)]
 
 
 def test_what_is_saved_beyond_what_is_needed_is_no_reason_to_lose_more() -> None:

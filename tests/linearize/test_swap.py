@@ -1,8 +1,10 @@
-"""The swapped PyTorch model computes x @ Wᵀ + b in the planned layers, and only while it is asked to."""
+"""The swapped PyTorch model computes x @ Wᵀ + b in the planned layers, and versions of it row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,18 @@ import pytest
 import torch
 
 from nbl_export.errors import InputError
+from nbl_export.linearize.adapters import Adapter, adapted
 from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.linearize.swap import linearized
+from nbl_export.linearize.swap import ORIGINAL, Version, linearized, replaced, sweep
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
+from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
+from tests.linearize.made import random_maps
+from tests.listening import Notes
+from tests.models.test_weights import reads
+from tests.tiny_types import tiny_model
 
 D = 32
 FIT_INPUTS: tuple[FitInput, ...] = ("normed", "residual")
@@ -29,15 +38,6 @@ def model(tiny_folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, size=(2, 20)))
-
-
-def maps(*layers: int) -> dict[int, LinearLayer]:
-    """Maps about as strong as the attention they replace."""
-    rng = np.random.default_rng(1)
-    return {
-        i: LinearLayer(rng.normal(size=(D, D)).astype(np.float32) / 4, rng.normal(size=D).astype(np.float32))
-        for i in layers
-    }
 
 
 def make_plan(
@@ -57,43 +57,25 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def by_hand(
     model: Any, ids: torch.Tensor, layers: Mapping[int, LinearLayer], fit_input: FitInput
 ) -> torch.Tensor:
-    """A Llama forward pass written out: the attention of ``layers`` is their map, of the others softmax."""
-    config = model.config
-    heads, groups = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
-    head = D // heads
-    length = ids.shape[1]
-    angle = torch.arange(length)[:, None] / 10000.0 ** (torch.arange(0, head, 2) / head)
-    cos, sin = torch.cat([angle, angle], 1).cos(), torch.cat([angle, angle], 1).sin()
-    causal = torch.full((length, length), -torch.inf).triu(1)
+    """The original model, what whose attention of ``layers`` returns is W u + b instead, by hooks."""
+    stream: dict[int, torch.Tensor] = {}
 
-    def split(t: torch.Tensor) -> torch.Tensor:
-        return t.unflatten(-1, (-1, head)).transpose(1, 2)
+    def mapped(layer: LinearLayer, index: int) -> Any:
+        def attention(_module: Any, _args: Any, given: Any, output: Any) -> Any:
+            u = (given["hidden_states"] if fit_input == "normed" else stream[index]).double()
+            y = u @ torch.from_numpy(layer.w).double().T + torch.from_numpy(layer.b).double()
+            return (y.float(), *output[1:])
 
-    def rotate(t: torch.Tensor) -> torch.Tensor:
-        first, second = t.chunk(2, -1)
-        return t * cos + torch.cat([-second, first], -1) * sin
+        return attention
 
-    def norm(t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return t / (t.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
-
-    weights = {name: value.double() for name, value in model.state_dict().items()}
-    h = weights["model.embed_tokens.weight"][ids]
-    for i in range(config.num_hidden_layers):
-        w = {k.removeprefix(f"model.layers.{i}."): v for k, v in weights.items() if f"layers.{i}." in k}
-        x = norm(h, w["input_layernorm.weight"])
-        if i in layers:
-            u = x if fit_input == "normed" else h
-            y = u @ torch.from_numpy(layers[i].w).double().T + torch.from_numpy(layers[i].b).double()
-        else:
-            q, k, v = (split(x @ w[f"self_attn.{p}_proj.weight"].T) for p in "qkv")
-            k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-            scores = rotate(q) @ rotate(k).transpose(-1, -2) / head**0.5 + causal
-            y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ w["self_attn.o_proj.weight"].T
-        h = h + y
-        z = norm(h, w["post_attention_layernorm.weight"])
-        gate = torch.nn.functional.silu(z @ w["mlp.gate_proj.weight"].T)
-        h = h + (gate * (z @ w["mlp.up_proj.weight"].T)) @ w["mlp.down_proj.weight"].T
-    return norm(h, weights["model.norm.weight"]) @ weights["model.embed_tokens.weight"].T
+    with ExitStack() as hooks:
+        for index, layer in layers.items():
+            block = model.model.layers[index]
+            keep = block.register_forward_pre_hook(lambda _m, args, i=index: stream.update({i: args[0]}))
+            put = block.self_attn.register_forward_hook(mapped(layer, index), with_kwargs=True)
+            hooks.callback(keep.remove)
+            hooks.callback(put.remove)
+        return logits(model, ids)
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -101,11 +83,11 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("fit_input", FIT_INPUTS)
-@pytest.mark.parametrize("chosen", [(), (0,), (1, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("chosen", [(), (1, 3), (0, 1, 2, 3)])
 def test_the_swapped_model_is_the_one_written_out(
     model: Any, ids: torch.Tensor, fit_input: FitInput, chosen: tuple[int, ...]
 ) -> None:
-    layers = maps(*chosen)
+    layers = random_maps(*chosen)
     want = by_hand(model, ids, layers, fit_input)
     with linearized(model, make_plan(layers, fit_input)) as swapped:
         got = logits(swapped, ids)
@@ -114,7 +96,7 @@ def test_the_swapped_model_is_the_one_written_out(
 
 @pytest.mark.parametrize("fit_input", FIT_INPUTS)
 def test_the_swap_tells_apart_what_it_must(model: Any, ids: torch.Tensor, fit_input: FitInput) -> None:
-    layers = maps(1, 3)
+    layers = random_maps(1, 3)
     with linearized(model, make_plan(layers, fit_input)):
         got = logits(model, ids)
     nothing = {i: LinearLayer(np.zeros((D, D), np.float32), np.zeros(D, np.float32)) for i in layers}
@@ -143,7 +125,7 @@ def test_the_original_comes_back(model: Any, ids: torch.Tensor, fit_input: FitIn
         ]
 
     before, modules = logits(model, ids), state()
-    plan = make_plan(maps(0, 2), fit_input)
+    plan = make_plan(random_maps(0, 2), fit_input)
     with linearized(model, plan):
         assert not torch.equal(logits(model, ids), before)
     assert torch.equal(logits(model, ids), before)
@@ -153,40 +135,87 @@ def test_the_original_comes_back(model: Any, ids: torch.Tensor, fit_input: FitIn
     assert state() == modules
 
 
-def test_a_swap_that_fails_half_way_is_undone(model: Any, ids: torch.Tensor) -> None:
-    before = logits(model, ids)
-    layers = maps(0, 2)
-    layers[2] = LinearLayer("no array", layers[2].b)  # type: ignore[arg-type]
-    with pytest.raises(TypeError), linearized(model, make_plan(layers, "residual")):
-        pytest.fail("entered")
-    assert torch.equal(logits(model, ids), before)
-
-
-def test_a_plan_without_layers_changes_nothing(model: Any, ids: torch.Tensor) -> None:
-    before = logits(model, ids)
-    with linearized(model, make_plan({})):
-        assert torch.equal(logits(model, ids), before)
-
-
-def test_weights_take_the_type_of_the_model(tiny_folder: Path, ids: torch.Tensor) -> None:
-    model: Any = load_model(find_model(str(tiny_folder))).double()
-    layers = maps(1, 3)
-    with linearized(model, make_plan(layers)):
-        got = logits(model, ids)
-    assert got.dtype == torch.float64
-    assert distance(got, by_hand(model, ids, layers, "normed")) < 1e-6  # the rotation stays float32
-
-
 @pytest.mark.parametrize(
     ("count", "width", "plan"), [(5, D, "5 layers of width 32"), (4, 64, "4 layers of width 64")]
 )
-def test_a_plan_for_another_model_is_refused(
-    model: Any, ids: torch.Tensor, count: int, width: int, plan: str
-) -> None:
-    before = logits(model, ids)
-    with pytest.raises(InputError) as caught, linearized(model, make_plan({}, "normed", count, width)):
+def test_a_plan_for_another_model_is_refused(model: Any, count: int, width: int, plan: str) -> None:
+    said = f"The plan is for {plan}; this model has 4 of width 32.*run `nbl-export select` for this model"
+    with pytest.raises(InputError, match=said), linearized(model, make_plan({}, "normed", count, width)):
         pytest.fail("entered")
-    message = str(caught.value)
-    assert f"The plan is for {plan}; this model has 4 of width 32" in message
-    assert "run `nbl-export select` for this model" in message
-    assert torch.equal(logits(model, ids), before)
+
+
+# versions -----------------------------------------------------------------------------------------
+
+
+DOWN = "model.layers.2.mlp.down_proj.weight"
+ROWS = [torch.arange(3 + i, 15 + 2 * i) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def in_memory() -> Any:
+    model = tiny_model("llama")
+    dummy_run(model)  # the first walk makes it, by a pass of its own
+    return model
+
+
+@pytest.fixture(params=[False, True], ids=["in memory", "read block by block"])
+def either(in_memory: Any, request: pytest.FixtureRequest) -> Any:
+    return streamed(Stored(in_memory), torch.float32) if request.param else in_memory
+
+
+def change(size: float) -> dict[str, Adapter]:
+    return {DOWN: Adapter(np.full((D, 1), size, np.float32), np.ones((1, 48), np.float32), ())}
+
+
+def swept(model: Any, versions: list[Version], **options: Any) -> dict[tuple[int, int], torch.Tensor]:
+    found = {
+        (row, which): out.clone() for row, which, out in sweep(model, ROWS, versions, "normed", **options)
+    }
+    assert len(found) == len(ROWS) * len(versions)
+    return found
+
+
+def test_versions_are_whole_runs_and_weights_are_read_once(in_memory: Any) -> None:
+    model, linear = streamed(Stored(in_memory), torch.float32), random_maps(*range(4))
+    settled = {1: linear[1]}
+    wanted = [
+        (Version(0), {}, {}),
+        (Version(1, settled), settled, {}),
+        (Version(2, {1: linear[1], 3: linear[3]}, change(0.05)), {1: linear[1], 3: linear[3]}, change(0.05)),
+        (Version(2, settled, change(0.1)), settled, change(0.1)),
+        (Version(0, {0: linear[0]}), {0: linear[0]}, {}),
+    ]
+    lengths: list[int] = []
+    notes = Notes()
+    with reads() as found:
+        ours = swept(
+            model,
+            [version for version, *_ in wanted],
+            settled=settled,
+            advance=lengths.append,
+            listener=notes,
+        )
+    blocks = in_memory.config.num_hidden_layers
+    assert notes.tasks == [("Running the blocks", blocks, "blocks", 0)] and notes.advanced == [1] * blocks
+    assert set(Counter(found).values()) == {1} and lengths == [len(row) for row in ROWS]
+    for which, (_, layers, adapters) in enumerate(wanted):
+        with replaced(in_memory, layers, "normed") if layers else nullcontext(), adapted(in_memory, adapters):
+            for number, row in enumerate(ROWS):
+                assert torch.equal(ours[number, which], logits(in_memory, row[None])[0]), (which, number)
+    assert len({float(out.sum()) for (row, _), out in ours.items() if row == 0}) == len(wanted)
+
+
+def test_a_change_begins_with_its_version_and_ends_with_the_sweep(either: Any) -> None:
+    model = either
+    before, seen = logits(model, ROWS[0][None])[0], []
+
+    @contextmanager
+    def changed() -> Iterator[None]:
+        seen.append("begun")
+        with adapted(model, change(0.2)):
+            yield
+        seen.append("ended")
+
+    ours = swept(model, [Version(2, change=changed())])
+    assert seen == ["begun", "ended"] and not torch.equal(ours[0, 0], before)
+    assert torch.equal(swept(model, [ORIGINAL])[0, 0], before)

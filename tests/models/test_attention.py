@@ -1,4 +1,4 @@
-"""Attention that is replaced or watched: fast decoding, borrowed keys, and each row's own positions."""
+"""Attention that is replaced or watched, passes with an explicit cache in pieces, and routers that are told."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.models.attention import count_positions, decoding, shared_keys, takes_attention
-from nbl_export.models.layers import attention_layers
-from nbl_export.models.libraries import cache_argument
+from nbl_export.models.attention import count_positions, decoding, takes_attention
+from nbl_export.models.caches import (
+    BlockCache,
+    CacheShape,
+    StateShape,
+    cache_layer,
+    cache_with,
+    entry_in,
+    limited_steps,
+)
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.forward import run_with_past
+from nbl_export.models.libraries import accepted_arguments, cache_argument
+from nbl_export.models.routers import Routers
 from tests.alone import furthest, own_logits, rows_of
+from tests.fixtures_graph import original_logits, pad_left, ragged_rows
 from tests.tiny_types import tiny_model
 
 
@@ -24,10 +36,6 @@ def decoded(model: Any, rows: torch.Tensor, ids: torch.Tensor, **given: Any) -> 
         name = cache_argument(model)
         following = model(input_ids=ids, **{name: first[name]}, **given)
         return torch.cat([first.logits[:, -1], following.logits[:, -1]]).float()
-
-
-def model_of(model_type: str, dtype: torch.dtype) -> Any:
-    return tiny_model(model_type).to(dtype)
 
 
 @pytest.fixture
@@ -44,9 +52,8 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral"])
-def test_a_token_attends_as_in_pytorch(model_type: str, products: list[tuple[int, ...]]) -> None:
-    model = model_of(model_type, torch.bfloat16)
+def test_a_token_attends_as_in_pytorch(products: list[tuple[int, ...]]) -> None:
+    model = tiny_model("qwen3").to(torch.bfloat16)
     rows = torch.arange(3 * 9).reshape(3, 9) % 200 + 5
     ids = torch.tensor([[7], [8], [9]])
     assert model.config._attn_implementation == "sdpa" and takes_attention(model)
@@ -69,11 +76,11 @@ def test_a_token_attends_as_in_pytorch(model_type: str, products: list[tuple[int
 def test_what_is_not_such_a_token_goes_to_pytorch(products: list[tuple[int, ...]]) -> None:
     rows = torch.arange(3 * 9).reshape(3, 9) % 200 + 5
     ids = torch.tensor([[7], [8], [9]])
-    exact = model_of("llama", torch.float32)
+    exact = tiny_model("llama")
     plain = decoded(exact, rows, ids)
     with decoding(exact):
         assert torch.equal(decoded(exact, rows, ids), plain)
-    half = model_of("llama", torch.bfloat16)
+    half = tiny_model("llama").to(torch.bfloat16)
     mask = torch.ones(3, 10, dtype=torch.long)
     mask[0, :4] = 0
     plain = decoded(half, rows, ids, attention_mask=mask)
@@ -82,45 +89,22 @@ def test_what_is_not_such_a_token_goes_to_pytorch(products: list[tuple[int, ...]
     assert not products
 
 
-# borrowed keys -----------------------------------------------------------------------------------
-
-IDS = torch.arange(8)[None] + 3
-
-
-@pytest.mark.parametrize(
-    ("model_type", "expected"),
-    [("gemma3n_text", {2: 0, 3: 1}), ("gemma4_text", {2: 0, 3: 1}), ("llama", {}), ("gemma2", {})],
-)
-@pytest.mark.parametrize("cached", [True, False])
-def test_who_borrows_from_whom(model_type: str, expected: dict[int, int], cached: bool) -> None:
-    model = tiny_model(model_type)
-    before = model.config._attn_implementation
-    with torch.inference_mode():
-        own = model(input_ids=IDS).logits
-        found = shared_keys(model, attention_layers(model), lambda: model(input_ids=IDS, use_cache=cached))
-        assert found == expected
-        assert model.config._attn_implementation == before
-        assert torch.equal(model(input_ids=IDS).logits, own)  # nothing of it is left on the model
-
-
 # positions ---------------------------------------------------------------------------------------
 
-LLAMA_4 = "llama4_text"  # its temperature begins at 100 tokens, its chunks have 64
 # One with a rotary embedding, and one with a temperature.
 TWO_LAYERS = {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}
-FORMS_OF_IT = ("concat", "static", "none")
 
 
 @pytest.fixture
 def model() -> Any:
-    return tiny_model(LLAMA_4, **TWO_LAYERS)
+    """Its temperature begins at 100 tokens, its chunks have 64."""
+    return tiny_model("llama4_text", **TWO_LAYERS)
 
 
-@pytest.mark.parametrize("form", FORMS_OF_IT)
-def test_the_temperature_follows_each_rows_positions(model: Any, form: str, tmp_path: Path) -> None:
+def test_the_temperature_follows_each_rows_positions(model: Any, tmp_path: Path) -> None:
     # Decoding crosses 100 in the second row, and so do the padded places of the third, whose positions do not.
     rows = rows_of(135, 104, 60, 99)
-    assert furthest(model, tmp_path, form, rows, steps=5) < 1e-4
+    assert furthest(model, tmp_path, "concat", rows, steps=5) < 1e-4
 
 
 def test_padded_rows_of_pytorch_are_the_rows_alone(model: Any) -> None:
@@ -142,10 +126,159 @@ def test_padded_rows_of_pytorch_are_the_rows_alone(model: Any) -> None:
     assert off(copy.deepcopy(model)) < 1e-4
     np.testing.assert_array_equal(own_logits(model, short), alone)
     assert [len(block._forward_pre_hooks) for block in model.model.layers] == [1] * 2
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neo", "mixtral"])
-def test_other_models_are_left_alone(name: str) -> None:
-    other = tiny_model(name)
+    other = tiny_model("mixtral")
     count_positions(other)
     assert not any(module._forward_pre_hooks for module in other.modules())
+
+
+# passes with a cache ------------------------------------------------------------------------------
+
+
+LAYERS, KV_HEADS, SIZE, VOCAB = 4, 2, 8, 260
+
+
+def empty(rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    nothing = torch.zeros(rows, KV_HEADS, 0, SIZE)
+    return [(nothing, nothing)] * LAYERS
+
+
+def step(model: Any, ids: Any, mask: Any, positions: Any, past: Any, keep: int = 0) -> Any:
+    tensors = (torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, mask, positions))
+    with torch.inference_mode():
+        return run_with_past(model, *tensors, past, mask.shape[1] - ids.shape[1], keep)
+
+
+@pytest.mark.parametrize("cuts", [(9,), (4, 5), (1, 1, 1, 6)], ids=str)
+def test_a_row_in_pieces_is_the_row_in_one(tiny_model: Any, cuts: tuple[int, ...]) -> None:
+    (row,) = ragged_rows([9], VOCAB)
+    past, done, found = empty(1), 0, []
+    for cut in cuts:
+        ids = row[None, done : done + cut].astype(np.int64)
+        done += cut
+        positions = np.arange(done - cut, done)[None]
+        logits, past = step(tiny_model, ids, np.ones((1, done), np.int64), positions, past)
+        assert [t.shape for pair in past for t in pair] == [(1, KV_HEADS, done, SIZE)] * 2 * LAYERS
+        found.append(logits[0].numpy())
+    np.testing.assert_allclose(np.concatenate(found), original_logits(tiny_model, row), rtol=0, atol=2e-4)
+
+
+def test_padding_on_the_left_is_hidden_by_the_mask(tiny_model: Any) -> None:
+    rows = ragged_rows((7, 3), VOCAB, seed=1)
+    logits, past = step(tiny_model, *pad_left(rows), empty(2))
+    for i, row in enumerate(rows):
+        found = logits[i, 7 - len(row) :].numpy()
+        np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
+    # Other padding changes nothing of what is real.
+    ids, mask, positions = pad_left(rows)
+    other, _ = step(tiny_model, np.where(mask == 0, 99, ids), mask, positions, empty(2))
+    np.testing.assert_allclose(other[1, 4:], logits[1, 4:], rtol=0, atol=2e-5)
+    assert len(past) == LAYERS
+
+
+# in one pass -------------------------------------------------------------------------------------
+
+
+KV, CONV, MATRIX = CacheShape(2, 8, 8), StateShape("conv", (32, 3)), StateShape("recurrent", (4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("lfm2", [BlockCache(None, (CONV,)), BlockCache(KV)] * 2),
+        ("minimax", [BlockCache(None, (MATRIX,)), BlockCache(KV)] * 2),
+        ("deepseek_v2", [BlockCache(CacheShape(1, 12, 4))] * 4),  # what all heads share, and its rotary part
+        (
+            "falcon_h1",
+            [BlockCache(KV, (StateShape("conv", (80, 4)), StateShape("recurrent", (4, 16, 8))))] * 4,
+        ),
+    ],
+)
+def test_each_block_keeps_what_its_cache_layer_holds(model_type: str, expected: list[BlockCache]) -> None:
+    facts = dummy_run(tiny_model(model_type))
+    assert list(facts.cache) == expected
+    assert (facts.cache_class is None) == (model_type != "minimax")
+
+
+@pytest.mark.parametrize("model_type", ["lfm2", "bamba", "minimax", "falcon_h1", "nemotron_h", "qwen3_next"])
+def test_a_text_goes_on_from_its_entries(model_type: str) -> None:
+    """A text in two parts, with a cache made anew in between, has the logits of the whole."""
+    model: Any = tiny_model(model_type)
+    facts, ids = dummy_run(model), torch.arange(2, 25)[None]
+    entries = [block.empty(torch.zeros(()), 1) for block in facts.cache]
+    found = []
+    with torch.inference_mode():
+        whole = model(input_ids=ids).logits[0]
+        for start, stop in ((0, 20), (20, 21), (21, 22), (22, 23)):
+            layers = [cache_layer(*block, start) for block in zip(facts.cache, entries, strict=True)]
+            cache = cache_with(layers, facts.cache_class)
+            given = accepted_arguments(model, position_ids=torch.arange(start, stop)[None])
+            part = model(input_ids=ids[:, start:stop], cache=cache, use_cache=True, **given)
+            found.append(part.logits[0])
+            entries = [entry_in(cache, i, block) for i, block in enumerate(facts.cache)]
+    torch.testing.assert_close(torch.cat(found), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_has_the_limits_of_a_text() -> None:
+    """The state after a text and after its tokens one by one; transformers' own steps are 10 % off."""
+    model: Any = tiny_model("nemotron_h", time_step_min=0.5)
+    ids = torch.arange(2, 12)[None]
+
+    def state(parts: list[slice]) -> torch.Tensor:
+        cache = None
+        for part in parts:
+            given = {} if cache is None else {"cache": cache}
+            positions = torch.arange(10)[None, part]
+            cache = model(input_ids=ids[:, part], position_ids=positions, use_cache=True, **given).cache
+        found: torch.Tensor = cache.layers[0].recurrent_states[0]
+        return found.clone()
+
+    one_by_one = [slice(0, 2), *(slice(i, i + 1) for i in range(2, 10))]
+    with torch.inference_mode():
+        whole, own = state([slice(0, 10)]), state(one_by_one)
+        with limited_steps(model):
+            limited = state(one_by_one)
+        again = state(one_by_one)
+    assert (own - whole).norm() > 0.05 * whole.norm()
+    torch.testing.assert_close(limited, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again, own, rtol=0, atol=0)
+
+
+# routers ------------------------------------------------------------------------------------------
+
+
+REAL = np.array([[False, True], [True, True]])
+SCORES = torch.tensor([[9.0, 8.0, 7.0], [1.0, 3.0, 2.0], [6.0, 4.0, 5.0], [1.0, 2.0, 2.5]])
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 2, 3)])
+def test_choices_of_real_tokens_are_kept(shape: tuple[int, ...]) -> None:
+    routers = Routers([REAL, REAL])
+    with routers:
+        SCORES.topk(2)  # before any pass
+        routers.begin()
+        values, places = torch.topk(SCORES.reshape(shape), 2, dim=-1)
+        torch.topk(SCORES, 2, dim=0)  # over tokens: none of a router
+        routers.begin()
+        SCORES.reshape(shape).topk(1)
+    assert values.shape == places.shape == (*shape[:-1], 2)
+    (first, other), (last,) = routers.passes
+    assert other is None and first is not None and last is not None
+    assert first.own.tolist() == [[1, 2], [0, 2], [2, 1]]
+    assert np.array_equal(first.scores, SCORES.numpy()[1:])
+    assert routers.chosen()[1][0].tolist() == [[1], [0], [2]]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 2, 3)])
+def test_what_is_told_is_chosen_and_weighed_by_the_own_scores(shape: tuple[int, ...]) -> None:
+    told = np.array([[0, 2], [0, 1], [1, 2]])
+    routers = Routers([REAL], [[told]])
+    with routers:
+        routers.begin(0)
+        found = torch.topk(SCORES.reshape(shape), 2)
+        more = torch.topk(SCORES, 1)  # nothing is said of a second router
+    # The first token is padding.
+    assert found.indices.reshape(4, 2).tolist() == [[0, 1], [0, 2], [0, 1], [1, 2]]
+    assert found.values.reshape(4, 2).tolist() == [[9, 8], [1, 2], [6, 4], [2, 2.5]]
+    assert more.indices.tolist() == [[0], [1], [0], [2]]
+    choice = routers.passes[0][0]
+    assert choice is not None and choice.own.tolist() == [[1, 2], [0, 2], [2, 1]]

@@ -1,11 +1,11 @@
-"""Loading: what is refused although it looked right, in which precision a model comes."""
+"""Loading: what is refused, in which precision and on which device a model comes, and what it is for."""
 
 from __future__ import annotations
 
 import gc
 import json
-import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,24 +13,26 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from nbl_export.errors import InputError
+from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.models import load
-from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.device import (
+    check_device,
+    exact_float32,
+    find_device,
+)
 from nbl_export.models.folder import PREPROCESSOR
+from nbl_export.models.forward import last_token, pool
 from nbl_export.models.load import check_processor, load_image_processor, load_model, load_tokenizer
-from nbl_export.models.loaded import LoadedModel, why_not_run
+from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import Pooling
-from nbl_export.models.weights import dtype_of, resident
+from nbl_export.models.tasks import Pooling, find_pooling, task_named, task_of
+from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
-from tests import encoders
-from tests.encoders import as_sentence_transformer, text_encoder, vision_encoder
+from tests.encoders import as_sentence_transformer, vision_encoder
 from tests.listening import Notes
-from tests.models.spoiled import edit_config, one_sentence, small_gguf
-from tests.models.test_weights import stored_in
-from tests.tiny import build, save_tokenizer
+from tests.models.spoiled import edit_config, one_sentence
+from tests.tiny import save_tokenizer
 from tests.tiny_types import tiny_model
 
 
@@ -41,26 +43,6 @@ def load_refusal(source: Path | str) -> str:
     return one_sentence(caught)
 
 
-def test_a_gguf_file_that_is_only_magic(tmp_path: Path) -> None:
-    (tmp_path / "fake.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
-    assert "transformers cannot load" in load_refusal(tmp_path / "fake.gguf")
-
-
-def test_a_gguf_file_of_the_same_name_in_the_current_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers looks for a bare name there first."""
-    for name in ("model", "elsewhere"):
-        (tmp_path / name).mkdir()
-    model = find_model(str(small_gguf(tmp_path / "model" / "m.gguf", 1)))
-    small_gguf(tmp_path / "elsewhere" / "m.gguf", 2)
-    here: Any = load_model(model)
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    there: Any = load_model(model)
-    with resident(here), resident(there):
-        assert torch.equal(here.get_input_embeddings().weight, there.get_input_embeddings().weight)
-
-
 def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.1.self_attn.o_proj.weight"
@@ -69,18 +51,12 @@ def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
     assert name in load_refusal(folder)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_no_number_is_named(folder: Path, bad: float) -> None:
+def test_a_weight_that_is_no_number_is_named(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    weights[name][2, 3] = bad
+    weights[name][2, 3] = float("inf")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert f"the weight {name} is NaN or infinite" in load_refusal(folder)
-
-
-def test_weights_of_another_shape(folder: Path) -> None:
-    edit_config(folder, hidden_size=64)
-    assert f"transformers cannot load {folder}" in load_refusal(folder)
 
 
 def test_an_architecture_that_transformers_does_not_know(folder: Path) -> None:
@@ -101,32 +77,6 @@ def test_a_tokenizer_that_cannot_be_read(folder: Path) -> None:
 # precision ---------------------------------------------------------------------------------------
 
 
-def test_a_decoder_that_the_class_of_its_task_does_not_list_is_loaded_by_its_own(tmp_path: Path) -> None:
-    sizes = {
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "intermediate_size": 8,
-    }
-    latent = {
-        "kv_lora_rank": 8,
-        "q_lora_rank": 8,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 8,
-    }
-    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
-    tokens = {"vocab_size": 40, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
-    config = AutoConfig.for_model("mistral4", hidden_size=16, **sizes, **latent, **experts, **tokens)
-    own = transformers.Mistral4ForCausalLM(config).eval()
-    own.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Unrecognized configuration class"):
-        AutoModelForCausalLM.from_config(config)
-    ids = torch.arange(6)[None]
-    found = load_model(find_model(str(tmp_path)))
-    assert torch.equal(found(input_ids=ids).logits, own(input_ids=ids).logits)
-
-
 # processors --------------------------------------------------------------------------------------
 
 
@@ -140,22 +90,6 @@ def test_a_folder_without_a_vocabulary_has_no_tokenizer(folder: Path) -> None:
     )
     with pytest.raises(InputError, match="has no tokenizer"):
         load_tokenizer(source)
-
-
-def test_a_tokenizer_of_characters_needs_no_file(tmp_path: Path) -> None:
-    """CANINE's has the code points of Unicode: nothing of it is in the folder."""
-    folder = encoders.build(
-        tmp_path / "m",
-        "canine",
-        "CanineModel",
-        max_position_embeddings=64,
-        num_hash_buckets=64,
-        upsampling_kernel_size=4,
-    )
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CanineTokenizer"}))
-    source = find_model(str(folder))
-    check_processor(source)
-    assert load_tokenizer(source)("ab")["input_ids"][1:3] == [ord("a"), ord("b")]
 
 
 def test_an_image_processor_that_is_missing(tmp_path: Path) -> None:
@@ -197,18 +131,6 @@ def test_nothing_is_loaded_before_it_is_asked_for_and_then_once(
     assert listener.tasks == [(f"Loading {tiny_folder.name}", 1, "model", 0)] and listener.advanced == [1]
 
 
-def test_a_large_model_is_loaded_with_progress_in_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = stored_in(build(tmp_path / "m", hidden_size=512, vocab_size=3000), torch.bfloat16)
-    monkeypatch.setattr("nbl_export.models.loaded._LONG", 1 << 20)
-    listener = Notes()
-    assert LoadedModel(find_model(str(folder)), listener).model is not None
-    mib = (folder / "model.safetensors").stat().st_size >> 20
-    assert listener.tasks == [("Loading m", mib, "MiB", 0)] and mib >= 2
-    assert len(listener.advanced) > 1 and sum(listener.advanced) == mib
-
-
 def test_a_copy_is_shared_while_somebody_has_it(tiny_folder: Path, counted: list[str]) -> None:
     model = LoadedModel(find_model(str(tiny_folder)), Silent())
     assert model.in_dtype("float32") is model.model
@@ -218,35 +140,8 @@ def test_a_copy_is_shared_while_somebody_has_it(tiny_folder: Path, counted: list
     assert dtype_of(half) == "bfloat16" and {p.dtype for p in model.model.parameters()} == {torch.float32}
     del half
     gc.collect()
-    again = model.in_dtype("bfloat16")
+    model.in_dtype("bfloat16")
     assert counted.count("in_precision") == 2, "the first copy was not kept for nobody"
-    original = next(model.model.parameters()).detach().numpy()
-    with resident(again):
-        rounded = next(again.parameters()).detach().float().numpy()
-    # bfloat16 keeps eight binary digits.
-    np.testing.assert_allclose(rounded, original, rtol=2**-8, atol=0)
-
-
-@pytest.mark.parametrize("fastest", ["float32", "bfloat16"])
-def test_auto_is_what_the_machine_is_fastest_in(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, fastest: str
-) -> None:
-    monkeypatch.setattr(load, "fast_dtype", lambda *_: fastest)
-    found = LoadedModel(find_model(str(tiny_folder)), Silent()).in_dtype("auto")
-    assert dtype_of(found) == fastest
-
-
-def test_encoders_have_what_reads_their_inputs(tmp_path: Path, counted: list[str]) -> None:
-    text = LoadedModel(find_model(str(as_sentence_transformer(text_encoder(tmp_path / "bert")))), Silent())
-    assert text.pooling == Pooling("mean", True, ("modules.json", "1_Pooling/config.json"))
-    assert text.tokenizer("ab")["input_ids"] == [257, *text.tokenizer.convert_tokens_to_ids(["a", "b"]), 258]
-    pytest.importorskip("PIL", reason="needs pillow: pip install 'nbl-export[vision]'")
-    images = LoadedModel(find_model(str(vision_encoder(tmp_path / "vit"))), Silent())
-    assert images.image_processor is images.image_processor
-    assert counted == ["load_tokenizer", "load_image_processor"]
-    (tmp_path / "vit" / "preprocessor_config.json").unlink()
-    with pytest.raises(InputError, match=r"has no preprocessor_config\.json"):
-        LoadedModel(find_model(str(tmp_path / "vit")), Silent()).image_processor  # noqa: B018
 
 
 @pytest.fixture
@@ -269,10 +164,195 @@ def test_a_model_whose_code_does_not_run_fast_is_run_in_float32(mixed: Path, tin
     assert dtype_of(other.in_dtype("auto")) == "bfloat16" == other.fast_dtype
 
 
-def test_what_does_not_run_says_why_in_a_line() -> None:
-    model: Any = tiny_model("llama")
-    dummy_run(model)
-    model.model.norm.to(torch.bfloat16)
-    model.model.layers[0].mlp.to(torch.bfloat16)
-    why = why_not_run(model)
-    assert why is not None and "dtype" in why and "\n" not in why
+# devices ------------------------------------------------------------------------------------------
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a machine with so many devices of each kind, of which some have no float64."""
+
+    real = torch.ones
+
+    def make(cuda: int = 0, xpu: int = 0, without_float64: tuple[str, ...] = ()) -> None:
+        for name, count in {"cuda": cuda, "xpu": xpu}.items():
+            own = SimpleNamespace(
+                is_available=lambda count=count: count > 0, device_count=lambda count=count: count
+            )
+            monkeypatch.setattr(torch, name, own)
+
+        def ones(*shape: int, device: torch.device, **more: Any) -> torch.Tensor:
+            if device.type in without_float64:
+                raise RuntimeError("no float64 here.\nand more")
+            return real(*shape, **more)
+
+        monkeypatch.setattr(torch, "ones", ones)
+
+    return make
+
+
+def test_auto_is_the_first_gpu_that_has_float64(machine: Any) -> None:
+    machine(cuda=2, xpu=1)
+    assert find_device("auto") == torch.device("cuda", 0)
+    machine(xpu=1)
+    assert find_device("auto") == torch.device("xpu", 0)
+    machine(cuda=1, xpu=1, without_float64=("cuda",))
+    assert find_device("auto") == torch.device("xpu", 0)
+    machine(xpu=1, without_float64=("xpu",))
+    assert find_device("auto") == CPU
+    with pytest.raises(MissingDependencyError, match=r"float64 \(no float64 here\): say --device cpu"):
+        find_device("xpu")
+    machine()
+    assert find_device("auto") == find_device("cpu") == CPU
+
+
+def test_each_of_several_processes_has_its_own(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(cuda=2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find_device("cuda") == torch.device("cuda:0")  # torchrun did not start this one
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert find_device("cuda") == find_device("auto") == torch.device("cuda:1")
+    assert find_device("cuda:0") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert find_device("cuda") == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("asked", ["cuda", "cuda:9", "xpu"])
+def test_a_device_that_is_not_there_is_refused(machine: Any, asked: str) -> None:
+    machine()
+    for find in (find_device, check_device):
+        with pytest.raises(
+            MissingDependencyError, match=rf"^--device {asked}: .*: say --device cpu"
+        ) as raised:
+            find(asked)
+        assert raised.value.exit_code == 3 and str(raised.value).count(". ") == 0
+
+
+def test_a_number_beyond_those_there_are_is_refused(machine: Any) -> None:
+    machine(cuda=4)
+    assert find_device("cuda") == torch.device("cuda:0") and find_device("cuda:3") == torch.device("cuda:3")
+    with pytest.raises(
+        MissingDependencyError, match=r"^--device cuda:4: torch sees only cuda:0 to cuda:3 here"
+    ):
+        find_device("cuda:4")
+
+
+PLACES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+
+
+def precisions() -> list[str]:
+    return [place.fp32_precision for place in PLACES]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_is_multiplied_as_such(allowed: bool) -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+        before = precisions()
+        with pytest.raises(ZeroDivisionError), exact_float32():
+            assert "tf32" not in precisions() and not matmul.allow_tf32 and not cudnn.allow_tf32
+            raise ZeroDivisionError
+        assert precisions() == before
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = False, True  # torch's own defaults
+
+
+# tasks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("LlamaForCausalLM", "text-generation"),
+        ("GPT2LMHeadModel", "text-generation"),  # it ends in Model too: the longest ending counts
+        ("BertModel", "feature-extraction"),
+        ("ViTModel", "feature-extraction"),
+        ("BertForMaskedLM", "fill-mask"),
+        ("BertForSequenceClassification", "text-classification"),
+        ("BertForTokenClassification", "token-classification"),
+        ("ViTForImageClassification", "image-classification"),
+    ],
+)
+def test_a_head_says_what_a_model_is_for(architecture: str, task: str) -> None:
+    found = task_of([architecture])
+    assert found and found.name == task and found == task_named(task)
+    assert hasattr(transformers, found.loads)
+    assert found.causal == (task == "text-generation")
+
+
+def test_no_class_is_a_decoder_and_a_foreign_head_is_no_task() -> None:
+    assert task_of([]) == task_named("text-generation")
+    assert task_of(["BertForNextSentencePrediction"]) is None and task_of(["ElectraForPreTraining"]) is None
+    pretraining = task_of(["BertForPreTraining"])  # of which the other head is left out
+    assert pretraining is not None and pretraining.name == "fill-mask"
+
+
+# pooling -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "max"])
+@pytest.mark.parametrize("left", [True, False])
+def test_pooling_passes_over_padding(tmp_path: Path, mode: str, left: bool) -> None:
+    as_sentence_transformer(tmp_path, f"{mode}_token{'' if mode == 'cls' else 's'}", left)
+    pooling = find_pooling(tmp_path)
+    assert pooling == Pooling(mode, left, ("modules.json", "1_Pooling/config.json"))
+    generator = np.random.default_rng(0)
+    states = generator.standard_normal((3, 6, 5)) - 4  # zeros would be the largest
+    rows = [slice(6 - n, 6) if left else slice(0, n) for n in (6, 3, 1)]
+    mask = np.zeros((3, 6), dtype=np.int64)
+    expected = []
+    for i, row in enumerate(rows):
+        mask[i, row] = 1
+        kept = states[i, row]
+        vector = {"mean": kept.mean(0), "cls": kept[0], "max": kept.max(0)}[mode]
+        expected.append(vector / np.linalg.norm(vector) if left else vector)
+    found = pool(pooling, torch.from_numpy(states).float(), torch.from_numpy(mask)).numpy()
+    np.testing.assert_allclose(found, np.array(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("modules", "config", "said"),
+    [
+        (
+            ["Transformer", "Dense", "Pooling"],
+            "{}",
+            "has the modules Transformer, Dense, Pooling: supported are a Transformer",
+        ),
+        (["Pooling", "Transformer"], "{}", "has the modules Pooling, Transformer: supported are"),
+        (["Transformer"], "{}", "has the modules Transformer: supported are"),
+        (
+            ["Transformer", "Pooling"],
+            "{}",
+            "asks for the pooling none: supported is one of mean, cls, max and lasttoken",
+        ),
+        (
+            ["Transformer", "Pooling"],
+            '{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}',
+            "asks for the pooling mean, cls",
+        ),
+        (["Transformer", "Pooling"], "[]", "asks for the pooling none"),
+        (["Transformer", "Pooling"], "{", "The pooling's configuration is damaged"),
+        (None, "{}", "is not a list of modules"),
+    ],
+)
+def test_a_pooling_that_is_not_served(
+    tmp_path: Path, modules: list[str] | None, config: str, said: str
+) -> None:
+    as_sentence_transformer(tmp_path)
+    listed = [{"type": f"sentence_transformers.models.{m}", "path": "1_Pooling"} for m in modules or ()]
+    (tmp_path / "modules.json").write_text(json.dumps(listed if modules else {"type": 1}))
+    (tmp_path / "1_Pooling" / "config.json").write_text(config)
+    with pytest.raises(InputError, match=said) as told:
+        find_pooling(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+def test_the_last_token_is_the_last_that_is_no_padding() -> None:
+    states = torch.arange(24.0).reshape(2, 4, 3)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
+    torch.testing.assert_close(last_token(states, mask), torch.stack([states[0, 3], states[1, 1]]))
+    torch.testing.assert_close(pool(Pooling("lasttoken", False, ()), states, mask), last_token(states, mask))

@@ -1,9 +1,8 @@
-"""Weights that are read block by block give the same bits as a model that is in memory, and are gone afterwards."""
+"""Weights are read block by block, in the bits of a model in memory, whatever way a checkpoint stores them."""
 
 from __future__ import annotations
 
-import gc
-import weakref
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,31 +12,26 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter, adapted
 from nbl_export.models import weights
-from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import in_memory, in_precision, load_model
 from nbl_export.models.source import find_model
-from nbl_export.models.stand_ins import standing_in
+from nbl_export.models.stored import Merged
 from nbl_export.models.weights import (
-    Stored,
     all_finite,
-    device_of,
     dtype_of,
     held,
     resident,
     room,
     stored_of,
-    streamed,
     streams,
 )
 from tests import families
-from tests.encoders import as_sentence_transformer, text_encoder
 from tests.models.spoiled import small_gguf
 from tests.tiny import build as build_tiny
+from tests.tiny import save_tokenizer
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -124,29 +118,11 @@ def test_every_family_is_what_transformers_loads(name: str, tmp_path: Path) -> N
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
-def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
-    folder = stored_in(as_sentence_transformer(text_encoder(tmp_path / "bert")), torch.float16)
-    model: Any = load_model(find_model(str(folder)))
-    theirs = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        found, expected = model(input_ids=IDS), theirs(input_ids=IDS)
-    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
-    assert absent(model)
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_any_precision_is_a_rounding_of_what_is_stored(half_folder: Path, dtype: str) -> None:
     ours = in_precision(load_model(find_model(str(half_folder))), dtype)
     assert dtype_of(ours) == dtype
     assert torch.equal(logits(ours), logits(plain(half_folder, getattr(torch, dtype))))
-
-
-def test_what_is_mapped_is_not_copied(half_folder: Path) -> None:
-    half: Any = in_precision(load_model(find_model(str(half_folder))), "bfloat16")
-    stored = stored_of(half)
-    with resident(half):
-        name = "model.layers.1.mlp.up_proj.weight"
-        assert half.get_parameter(name).data_ptr() == stored.read[name]().data_ptr()
 
 
 # what is in memory --------------------------------------------------------------------------------
@@ -168,13 +144,7 @@ def test_an_error_within_a_block_leaves_nothing(model: Any) -> None:
     def fail(*_: Any) -> None:
         raise ArithmeticError
 
-    for module in (
-        model,
-        model.model,
-        model.model.layers[2],
-        model.model.layers[2].mlp.act_fn,
-        model.lm_head,
-    ):
+    for module in (model, model.model.layers[2], model.model.layers[2].mlp.act_fn, model.lm_head):
         for register in (module.register_forward_pre_hook, module.register_forward_hook):
             hook = register(fail)
             with pytest.raises(ArithmeticError):
@@ -217,20 +187,6 @@ def test_a_model_stays_if_all_of_it_finds_room(model: Any) -> None:
     assert 0 < room() <= 2 << 30
 
 
-def test_a_weight_that_was_read_in_inference_mode_can_be_trained_through(model: Any) -> None:
-    with resident(model), torch.inference_mode():
-        logits(model)
-    with torch.inference_mode():
-        context = resident(model)
-        context.__enter__()
-    added = torch.zeros(32, requires_grad=True)
-    hook = model.model.layers[0].register_forward_hook(lambda _m, _a, out: out + added)
-    model(input_ids=IDS).logits.sum().backward()
-    hook.remove()
-    context.__exit__(None, None, None)
-    assert added.grad is not None and added.grad.abs().sum() > 0
-
-
 def test_adapters_are_merged_into_what_is_read_and_nowhere_else(model: Any, half_folder: Path) -> None:
     name = "model.layers.2.mlp.down_proj.weight"
     rng = np.random.default_rng(0)
@@ -262,42 +218,7 @@ def test_a_model_whose_passes_are_timed_reads_nothing_in_one(model: Any, tmp_pat
         assert in_memory(made, "cpu") is made
 
 
-def test_another_device_gets_everything(model: Any) -> None:
-    """The meta device stands for one: whatever stayed behind would be on the CPU."""
-    there = streamed(stored_of(model), torch.float16, "meta")
-    assert device_of(there) == torch.device("meta")
-    assert all(b.device.type == "meta" for b in there.buffers())
-    with resident(there):
-        assert {(p.device.type, p.dtype) for p in there.parameters()} == {("meta", torch.float16)}
-    assert there(input_ids=IDS.to("meta")).logits.device.type == "meta"
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_nothing_keeps_a_model_that_nobody_has(name: str, tmp_path: Path) -> None:
-    model: Any = load_model(find_model(str(stored_in(families.build(name, tmp_path / "m"), torch.bfloat16))))
-    model.added = torch.nn.Parameter(torch.zeros(1))
-    copies = [model, streamed(Stored(model), torch.float16)]
-    logits(copies[0])
-    gone: list[int] = []
-    for one in copies:
-        weakref.finalize(one, gone.append, 1)
-    del one, copies, model
-    gc.collect()
-    assert gone == [1, 1]
-
-
 # refusals -----------------------------------------------------------------------------------------
-
-
-def test_a_weight_of_a_gguf_file_that_is_no_number_is_named_when_it_is_read(tmp_path: Path) -> None:
-    path = small_gguf(tmp_path / "m.gguf", 1)
-    raw = bytearray(path.read_bytes())
-    raw[-4:] = np.float32("nan").tobytes()
-    path.write_bytes(raw)
-    with pytest.raises(
-        InputError, match=r"m\.gguf: the weight .* is NaN or infinite: download the model again\."
-    ):
-        dummy_run(load_model(find_model(str(path))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -314,31 +235,88 @@ def test_a_single_value_that_is_no_number_is_found(dtype: torch.dtype) -> None:
     assert all_finite(tensor)
 
 
-# stand-ins ----------------------------------------------------------------------------------------
-
-# Numbers of a matrix that is worth a stand-in here.
-LARGE = 1025
+# how they are stored ------------------------------------------------------------------------------
 
 
-def test_what_stands_for_a_weight_takes_no_memory_and_no_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nbl_export.models.stand_ins._LARGE", 4 * LARGE)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
-    (tmp_path / "scratch").mkdir()
-    model = load_model(find_model(str(stored_in(build_tiny(tmp_path / "m"), torch.bfloat16))))
-    with standing_in(model) as found:
-        assert {one.tensor.shape for one in found} == {
-            p.shape for p in model.parameters() if p.numel() >= LARGE
-        }
-        assert not absent(model) and all(not one.tensor.any() for one in found)
-        used = [path.stat() for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
-        assert len(used) == len(found) and sum(s.st_size for s in used) == sum(
-            one.tensor.nbytes for one in found
-        )
-        assert sum(512 * s.st_blocks for s in used) <= 4096 * len(used)
-        for one in found:
-            assert torch.equal(one.read(), one.stored().float())
-    assert absent(model) and list((tmp_path / "scratch").iterdir()) == []
-    with standing_in(plain(tmp_path / "m")) as found:
-        assert found == []
+@pytest.mark.parametrize("of", ["lm_head", "embed_tokens", "v_proj"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_few_weights_of_another_dtype_are_exact(tmp_path: Path, of: str, tied: bool) -> None:
+    folder = stored_in(
+        build_tiny(tmp_path / "m", tie_word_embeddings=tied), torch.bfloat16, torch.float32, of
+    )
+    model = load_model(find_model(str(folder)))
+    assert torch.equal(logits(model), logits(plain(folder)))
+
+
+def test_shards_and_names_without_the_prefix(tmp_path: Path, half_folder: Path) -> None:
+    weights = load_file(half_folder / "model.safetensors")
+    (half_folder / "model.safetensors").unlink()
+    names = {n: n.removeprefix("model.") for n in weights}
+    shards = [f"model-0000{1 + i % 2}-of-00002.safetensors" for i in range(len(weights))]
+    index = {"metadata": {}, "weight_map": {names[n]: s for n, s in zip(weights, shards, strict=True)}}
+    (half_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for shard in set(shards):
+        chosen = {names[n]: w for (n, w), s in zip(weights.items(), shards, strict=True) if s == shard}
+        kept = {n: w.float() if "norm" in n else w for n, w in chosen.items()}
+        save_file(kept, half_folder / shard, {"format": "pt"})
+    model = load_model(find_model(str(half_folder)))
+    assert absent(model) and torch.equal(logits(model), logits(plain(half_folder)))
+
+
+def test_a_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    path = small_gguf(tmp_path / "m.gguf", 1)
+    model = load_model(find_model(str(path)))
+    assert absent(model) == {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    ids = IDS % 40
+    assert torch.equal(logits(model, ids), logits(plain(tmp_path, gguf_file="m.gguf"), ids))
+
+
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+}
+FAMILIES = ("mixtral", "qwen3_moe")
+
+
+def saved(target: Path, family: str = "mixtral", **changes: Any) -> Path:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **changes})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(target)
+    save_tokenizer(target)
+    return target
+
+
+def of_experts(model: Any) -> dict[str, Merged]:
+    return {name: read for name, read in stored_of(model).read.items() if isinstance(read, Merged)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_read_by_block_and_are_what_transformers_makes(family: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", family)
+    model = load_model(find_model(str(folder)))
+    found = of_experts(model)
+    assert len(found) == 2 * 4 and set(found) <= absent(model)
+    assert torch.equal(logits(model), logits(plain(folder)))
+    with reads() as names:
+        logits(model)
+    assert set(found) <= set(names) and len(names) == len(set(names))
+    theirs = dict(plain(folder).named_parameters())
+    with resident(model):
+        assert all(torch.equal(p, theirs[name]) for name, p in model.named_parameters())
+
+
+def test_other_dtypes_among_the_experts_are_in_memory(tmp_path: Path) -> None:
+    """Which of them a rounded model would round, nobody says."""
+    folder = stored_in(saved(tmp_path / "m"), torch.bfloat16, torch.float32, "experts.1.")
+    model = load_model(find_model(str(folder)))
+    assert of_experts(model) == {}
+    assert torch.equal(logits(model), logits(plain(folder)))
