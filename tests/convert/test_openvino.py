@@ -1,4 +1,4 @@
-"""What is written for OpenVINO, and what is not; tests/runtime/test_openvino.py runs it."""
+"""What is written for OpenVINO, and what is not; tests/runtime/test_forms.py runs it."""
 
 from __future__ import annotations
 
