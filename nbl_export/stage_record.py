@@ -18,7 +18,7 @@ STAGES = {
     "calibrate": 3,
     "select": 2,
     "export": 2,
-    "rewrite": 2,
+    "rewrite": 3,
     "build": 1,
     "verify": 2,
     "eval": 1,

@@ -112,16 +112,35 @@ class StoredError:
 
 @dataclass(frozen=True)
 class RewriteSummary:
-    """What ``nbl/rewrite.json`` keeps.
-
-    The graph before and after, the model's layer of each KV pair, the proofs, and what storing W costs.
-    """
+    """The graph before and after, the model's layer of each KV pair, the proofs, and what storing W costs."""
 
     before: GraphSummary
     after: GraphSummary
     kv_layers: tuple[int, ...]
     proofs: tuple[ProofErrors, ...]
     stored: tuple[StoredError, ...] = field(default=(), kw_only=True)
+
+
+@dataclass(frozen=True)
+class ProvenTensors:
+    """The names of a layer's proven tensors in the unmodified graph: its ``input`` u and its ``output`` y.
+
+    ``later`` is the bias that is added to y afterwards, empty without one; ``shapes`` are those of u on each row of the
+    plan's probe.
+    """
+
+    layer: Block
+    input: str
+    output: str
+    later: str
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteRecord(RewriteSummary):
+    """The same with the ``tensors`` of every layer that was found: ``nbl/rewrite.json`` of an output folder."""
+
+    tensors: tuple[ProvenTensors, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from nbl_export.blocks import counted
 from nbl_export.files import read_json
 from nbl_export.graph.summary import ExportSummary, RewriteSummary
 from nbl_export.linearize.selection import Scores
-from nbl_export.records import Check, from_json
+from nbl_export.records import Check, from_json, part_from_json
 from nbl_export.report.schema import (
     BenchReport,
     Conversion,
@@ -109,7 +109,7 @@ def created() -> str:
 def rewrite_of(ws: Workspace) -> RewriteSummary:
     """What was recorded of the rewrite."""
     what, remedy = "The record of the rewrite", "run `nbl-export rewrite` again"
-    return from_json(RewriteSummary, read_json(ws.rewrite_summary, what, remedy), what, remedy)
+    return part_from_json(RewriteSummary, read_json(ws.rewrite_summary, what, remedy), what, remedy)
 
 
 def exported_of(ws: Places) -> ExportSummary:

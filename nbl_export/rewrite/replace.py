@@ -43,7 +43,14 @@ from nbl_export.graph.operators import infer_types, weight_bits
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.regions import AttentionRegion, Region, find_regions
 from nbl_export.graph.roles import remember_roles
-from nbl_export.graph.summary import DescribedLayer, GraphSummary, RewriteSummary, StoredError
+from nbl_export.graph.summary import (
+    DescribedLayer,
+    GraphSummary,
+    ProvenTensors,
+    RewriteRecord,
+    RewriteSummary,
+    StoredError,
+)
 from nbl_export.graph.tensors import follow_links
 from nbl_export.linearize.plan import LinearLayer, Plan, linear_name, linear_output_name
 from nbl_export.progress import Listener, Silent, bytes_task
@@ -116,6 +123,18 @@ def rewrite_summary(result: RewriteResult) -> RewriteSummary:
     proofs = tuple(p.errors for p in result.proofs.values())
     stored = tuple(StoredError(layer, error) for layer, error in result.stored.items())
     return RewriteSummary(result.before, result.after, result.kv_layers, proofs, stored=stored)
+
+
+def rewrite_record(result: RewriteResult) -> RewriteRecord:
+    """The result, with the names of the proven tensors."""
+    tensors = tuple(
+        ProvenTensors(
+            p.layer, str(p.u.name), str(p.y.value.name), str(p.y.later.name) if p.y.later else "", p.shapes
+        )
+        for p in result.proofs.values()
+        if p.u is not None and p.y is not None
+    )
+    return RewriteRecord(**vars(rewrite_summary(result)), tensors=tensors)
 
 
 def kept_layers(unmodified: ir.Model, plan: Plan) -> tuple[int, ...]:

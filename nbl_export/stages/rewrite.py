@@ -41,7 +41,7 @@ def rewrite(
 def _rewrite(run: Run, whole: bool | None) -> None:
     from nbl_export.export.sidecars import copy_sidecars, updated_configs
     from nbl_export.graph.io import load_graph, save_beside, save_graph
-    from nbl_export.rewrite.replace import kept_layers, rewrite_file, rewrite_summary
+    from nbl_export.rewrite.replace import kept_layers, rewrite_file, rewrite_record
 
     ws = run.workspace
     made_of = {stage: ws.require(stage).result for stage in ("select", "export")}
@@ -62,7 +62,7 @@ def _rewrite(run: Run, whole: bool | None) -> None:
         kept = kept_layers(load_graph(ws.baseline), plan)
         sidecars = updated_configs(files, plan.linear_attention, kept, folder)
         result = rewrite_file(ws.baseline, plan, ws.model, listener=listener, save=save)
-        write_json(ws.rewrite_summary, to_json(rewrite_summary(result)))
+        write_json(ws.rewrite_summary, to_json(rewrite_record(result)))
         return [*result.files, ws.rewrite_summary, *copy_sidecars(sidecars, ws.root)]
 
     run.stage("rewrite", {"whole": True} if whole else {}, made_of, work)

@@ -55,6 +55,14 @@ def test_the_graph_is_the_baseline_rewritten_by_the_plan(stories_copy: Path, tmp
     summary = json.loads(ws.rewrite_summary.read_text())
     # Every layer is proven, also those that stay: the regions found are the model's.
     assert [proof["layer"] for proof in summary["proofs"]] == [0, 1, 2, 3, 4]
+    made = {
+        name
+        for node in onnx.load(str(ws.baseline), load_external_data=False).graph.node
+        for name in node.output
+    }
+    assert [tensor["layer"] for tensor in summary["tensors"]] == [0, 1, 2, 3, 4]
+    assert {tensor[side] for tensor in summary["tensors"] for side in ("input", "output")} < made
+    assert all(shape[-1] == 64 for tensor in summary["tensors"] for shape in tensor["shapes"])
     record = ws.record("rewrite")
     assert record is not None and {"model.onnx", "model.onnx.data", "nbl/rewrite.json"} <= set(record.files)
     again = Notes()
