@@ -1,14 +1,13 @@
 """How many wrong versions of the package its tests catch, room by room.
 
     python scripts/mutate_code.py --count 200 --seed 0
-    python scripts/mutate_code.py --count 20 --rooms linearize graph
-    python scripts/mutate_code.py --count 20 --rooms verify --tests tests/verify tests/report
+    python scripts/mutate_code.py --count 20 --rooms linearize graph --lines lines.json
 
 A mutation changes one thing in one module: a comparison, an operator of arithmetic or logic, a constant, a condition,
-which is negated, a call that is a statement, which is left out, or two arguments, which change places. Each is made in
-a copy of the repository, in which the tests of the module's room run until one fails (`--tests`: those instead). A test
-that fails, or takes longer than ten times what all took without a mutation, has caught it. Printed are those that
-nobody caught, and a table.
+which is negated, a call that is a statement, which is left out, or two arguments, which change places. Only what a test
+runs can be caught, so all tests run once first, and which of them run which line is written to `--lines`, and read from
+there if it is there. Each mutation is made in a copy of the repository, in which the tests that run its line, the
+fastest first, run until one fails or `--limit` seconds are over. Printed are those that nobody caught, and a table.
 """
 
 from __future__ import annotations
@@ -16,15 +15,18 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = os.environ.get("NBL_EXPORT_SHARED", str(ROOT.parent / "shared"))
@@ -110,21 +112,65 @@ def room_of(path: Path) -> str:
     return path.parts[1] if len(path.parts) > 2 else "core"
 
 
-def tests_of(room: str) -> list[str]:
-    """Those of a room's folder; of the modules beside the rooms, those beside the folders."""
-    if room != "core":
-        return [f"tests/{room}"]
-    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*.py"))]
-
-
-def passes(folder: Path, tests: list[str], limit: float | None) -> bool:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "NBL_EXPORT_SHARED": SHARED}
+def pytest(folder: Path, *arguments: str, limit: float | None = None) -> bool:
+    """Whether the tests pass in ``folder`` within the ``limit`` in seconds."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "NBL_EXPORT_SHARED": SHARED,
+        "OMP_NUM_THREADS": "1",
+    }
+    # A wrong loop may have started processes of its own, which go with their group.
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=limit)
+        return process.wait(limit) == 0
     except subprocess.TimeoutExpired:
         return False
-    return done.returncode == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def tests_of_lines(folder: Path) -> dict[str, dict[int, list[str]]]:
+    """Of each module, the tests for each line, at most 200; all tests are run for it.
+
+    First those that run it, then others of their files, which may share what they made; each time the fastest first.
+    What runs when the module is imported, line 0, has the tests of all its lines.
+    """
+    from coverage import CoverageData
+
+    workers = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
+    measured = ["--cov=nbl_export", "--cov-context=test", "--cov-report=", "--junit-xml=junit.xml"]
+    if not pytest(folder, *workers, *measured):
+        print("Some tests fail without any mutation; they are not asked.", flush=True)
+    seconds: dict[str, float] = {}
+    for case in ElementTree.parse(folder / "junit.xml").iter("testcase"):
+        if case.find("failure") is None and case.find("error") is None:
+            name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+            seconds[name] = float(case.get("time", 0))
+    data = CoverageData(str(folder / ".coverage"))
+    data.read()
+    of_file: dict[str, list[str]] = {}
+    for name in seconds:
+        of_file.setdefault(name.partition("::")[0], []).append(name)
+    found = {}
+    for file in data.measured_files():
+        by_line = {
+            line: {context.rpartition("|")[0] for context in contexts} & seconds.keys()
+            for line, contexts in data.contexts_by_lineno(file).items()
+        }
+        lines = {}
+        for line, tests in {**by_line, 0: set[str]().union(*by_line.values())}.items():
+            beside = {other for name in tests for other in of_file[name.partition("::")[0]]} - tests
+            lines[line] = [*sorted(tests, key=seconds.__getitem__), *sorted(beside, key=seconds.__getitem__)][
+                :200
+            ]
+        found[Path(file).relative_to(folder).as_posix()] = lines
+    return found
 
 
 def main() -> None:
@@ -132,7 +178,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rooms", nargs="*", help="only modules of these; 'core' for those beside the rooms")
-    parser.add_argument("--tests", nargs="*", help="arguments of pytest instead of the room's tests")
+    parser.add_argument("--lines", type=Path, default=Path("lines.json"), help="which tests run which line")
+    parser.add_argument("--limit", type=float, default=300, help="seconds of tests for a mutation")
     asked = parser.parse_args()
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
@@ -145,30 +192,27 @@ def main() -> None:
         for number in range(len(mutations(ast.parse(text))))
     ]
     chosen = random.Random(asked.seed).sample(every, min(asked.count, len(every)))
-    limits: dict[str, float] = {}
     counts: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory(prefix="nbl-mutate.") as temporary:
         folder = Path(temporary)
         for name in filter(None, files):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
+        if not asked.lines.exists():
+            asked.lines.write_text(json.dumps(tests_of_lines(folder)), encoding="utf-8")
+        lines = json.loads(asked.lines.read_text(encoding="utf-8"))
         for path, number in sorted(chosen, key=lambda one: room_of(one[0])):
-            room = room_of(path)
-            tests = asked.tests or tests_of(room)
-            if room not in limits:
-                start = time.monotonic()
-                if not passes(folder, tests, None):
-                    raise SystemExit(f"Without any mutation the tests of {room} fail: {' '.join(tests)}")
-                limits[room] = 10 * (time.monotonic() - start)
             line, what, changed = mutant(texts[path], number)
             (folder / path).write_text(changed, encoding="utf-8")
-            caught = not passes(folder, tests, limits[room])
+            of_module = lines.get(path.as_posix(), {})
+            tests = of_module.get(str(line)) or of_module.get("0", [])
+            caught = bool(tests) and not pytest(folder, "-x", *tests, limit=asked.limit)
             (folder / path).write_text(texts[path], encoding="utf-8")
-            found = counts.setdefault(room, [0, 0])
+            found = counts.setdefault(room_of(path), [0, 0])
             found[0] += 1
             found[1] += caught
             if not caught:
-                print(f"not caught: {path}:{line} {what}", flush=True)
+                print(f"not caught by {len(tests)} tests: {path}:{line} {what}", flush=True)
     print("\n| room | mutations | caught | |\n|---|---|---|---|")
     for room, (made, seen) in {**counts, "all": [sum(c) for c in zip(*counts.values(), strict=True)]}.items():
         print(f"| {room} | {made} | {seen} | {seen / made:.0%} |")
