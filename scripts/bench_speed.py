@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from nbl_export import api
 from nbl_export.cli.terminal import TerminalListener
 from nbl_export.engine.library import find_gpu
 from nbl_export.export.others import VARIABLE
-from nbl_export.verify.speed.values import CellResult
 
 FORMS = {
     "torch": api.ExportSettings(),
@@ -73,46 +71,13 @@ def optimum(arguments: argparse.Namespace) -> Path | None:
     return api.export(folder, api.ExportSettings(exporter="optimum"), TerminalListener()).parent
 
 
-def judged(cells: Sequence[CellResult], bounds: Sequence[str]) -> str:
-    """Each ``candidate/phase context/least`` that was asked for, beside what was measured."""
-    lines = ["| candidate | cell | asked | measured | ceiling |", "| --- | --- | --- | --- | --- |"]
-    for bound in bounds:
-        name, cell, least = bound.split("/")
-        phase, context = cell.split()
-        for found in cells:
-            if (found.phase, found.batch, found.context) != (phase, 1, int(context)):
-                continue
-            if (result := found.of(name)) is None:
-                continue
-            if ratio := result.linearized_over if name == "optimum" else result.over_base:
-                noise = "" if ratio.resolved else " (not resolved)"
-                limit = f"{result.ceiling:.2f}" if result.ceiling else "–"
-                lines.append(f"| {name} | {cell} | {least} | {ratio.value:.3f}{noise} | {limit} |")
-    return "\n".join(lines)
-
-
-def raced(out: Path, folder: Path, settings: api.BenchSettings, name: str) -> tuple[CellResult, ...]:
-    """The cells of one bench; its table, plot and figures are kept in ``out`` as ``name``."""
-    value = api.bench(folder, settings, TerminalListener())
+def raced(out: Path, folder: Path, settings: api.BenchSettings, name: str) -> None:
+    """One bench; its table, plot and figures are kept in ``out`` as ``name``."""
+    api.bench(folder, settings, TerminalListener())
     report = folder / "report"
     for found in (report / "bench.md", report / "bench.json", report / "plots" / "bench.png"):
         shutil.copyfile(found, out / f"{name}{found.suffix}")
     print((out / f"{name}.md").read_text(encoding="utf-8"))
-    return value.speed.cells
-
-
-ASKED = [
-    "linearized/prefill 512/1.12",
-    "linearized/prefill 2048/1.20",
-    "linearized/prefill 8192/1.38",
-    "linearized/decode 4096/1.10",
-    "shared, linearized/prefill 512/1.12",
-    "shared, linearized/prefill 2048/1.20",
-    "shared, linearized/prefill 8192/1.38",
-    "shared, linearized/decode 4096/1.10",
-    "genai int4, linearized/decode 4096/1.30",
-    "optimum/prefill 512/1.35",
-]
 
 
 def main() -> None:
@@ -146,7 +111,6 @@ def main() -> None:
         if device == "cuda":
             api.build(folder, listener=TerminalListener())
         name = "speed" if device == "cpu" else "speed-gpu"
-        cells: list[CellResult] = []
         common = api.BenchSettings(
             tuple(pairs),
             contexts=tuple(arguments.long),
@@ -156,7 +120,7 @@ def main() -> None:
             device=device,
         )
         if arguments.long:
-            cells += raced(arguments.out, folder, common, f"{name}-long")
+            raced(arguments.out, folder, common, f"{name}-long")
         everybody = replace(
             common,
             against=(*pairs, *others),
@@ -164,11 +128,7 @@ def main() -> None:
             batches=tuple(arguments.batches),
             contexts=tuple(arguments.contexts),
         )
-        cells += raced(arguments.out, folder, everybody, name)
-        asked = f"\n## Asked for, K = {most}\n\n{judged(cells, ASKED)}\n"
-        with (arguments.out / f"{name}.md").open("a", encoding="utf-8") as table:
-            table.write(asked)
-        print(asked)
+        raced(arguments.out, folder, everybody, name)
 
 
 if __name__ == "__main__":

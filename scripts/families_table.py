@@ -1,10 +1,9 @@
 """Write docs/families.md: which family works in which form, from the results of tests/test_families.py.
 
-    python scripts/families_table.py [--from JUNIT.xml ...] [--keep]
+    python scripts/families_table.py [--from JUNIT.xml ...]
 
 Without ``--from`` the tests are run first, with the exporters of other projects (about 20 minutes on two cores;
-NBL_EXPORT_OPTIMUM_PYTHON must name a Python with optimum for its column). Later files override earlier ones. With
-``--keep``, a cell that was not tried keeps what the table says, if the table is of the same versions.
+NBL_EXPORT_OPTIMUM_PYTHON must name a Python with optimum for its column). Later files override earlier ones.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ onnxruntime {onnxruntime}, tensorrt-rtx {tensorrt_rtx} and Python {Python}. Each
 features of its family active (windows shorter than the text, rope scaling, soft-capping …) and weights scaled so that
 attention matters; in each cell the attention of two layers and the MLPs of two (where the family's may become linear)
 are linear, and the graph's outputs equal PyTorch's with the same W and b, over a ragged prefill and decode steps,
-within the gates of its precision.{kept}
+within the gates of its precision.
 
 *crosses* are the lengths at which the family begins to compute something else: each is shorter than a prompt, and
 decoded across, in every cell.
@@ -58,10 +57,6 @@ other families are found by their structure: try yours; what is not supported is
 """
 
 
-KEPT = """ Cells that were not tried again are those of an earlier run, in which attention
-alone was linear."""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -69,15 +64,10 @@ def main() -> None:
     parser.add_argument(
         "--from", dest="results", type=Path, nargs="+", help="JUnit files of runs of the tests"
     )
-    parser.add_argument(
-        "--keep", action="store_true", help="keep what the table says of cells that were not tried"
-    )
-    arguments = parser.parse_args()
-    results = arguments.results
-    kept = known(TARGET.read_text(encoding="utf-8")) if arguments.keep else {}
+    results = parser.parse_args().results
     with tempfile.TemporaryDirectory() as folder:
         cases = read(results or [run(Path(folder) / "junit.xml")])
-    TARGET.write_text(table(cases, kept), encoding="utf-8")
+    TARGET.write_text(table(cases), encoding="utf-8")
     print(f"{TARGET.relative_to(ROOT)}: {len(cases)} families")
 
 
@@ -103,24 +93,6 @@ def read(paths: Sequence[Path]) -> Mapping[str, Mapping[tuple[str, str], TestCas
     return found
 
 
-def known(text: str) -> dict[str, dict[str, str]]:
-    """The cells of a table by family and column, with the sentences of refusals; exits if it is of other versions."""
-    said = " ".join(text.split())
-    if other := [f"{name} {number}" for name, number in versions().items() if f"{name} {number}" not in said]:
-        sys.exit(f"The table is not of {', '.join(other)}: make it whole, without --keep.")
-    reasons = dict(re.findall(r"^(\d+)\. (.+)$", text, re.M))
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line[:2] == "| "
-    ]
-    head, *others = rows
-    return {
-        row[0]: {name: reasons.get(cell, cell) for name, cell in zip(head[1:], row[1:], strict=True)}
-        for row in others
-    }
-
-
 def versions() -> dict[str, str]:
     """What the results depend on."""
     return {
@@ -132,22 +104,18 @@ def versions() -> dict[str, str]:
     }
 
 
-def table(
-    cases: Mapping[str, Mapping[tuple[str, str], TestCase]], kept: Mapping[str, Mapping[str, str]]
-) -> str:
+def table(cases: Mapping[str, Mapping[tuple[str, str], TestCase]]) -> str:
     reasons: dict[str, int] = {}
     lines = ["| | " + " | ".join((CROSSES, *COLUMNS)) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     for family, results in cases.items():
-        old = kept.get(family, {})
-        cells = [crossed(results.values())]
-        for name, key in COLUMNS.items():
-            found = cell(results.get(key), reasons)
-            cells.append(numbered(old.get(name, found), reasons) if found == NOT_TRIED else found)
+        cells = [
+            crossed(results.values()),
+            *(cell(results.get(key), reasons) for key in COLUMNS.values()),
+        ]
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     head = HEAD.format(
         tests=TESTS,
         not_tried=NOT_TRIED,
-        kept=KEPT * bool(kept),
         **{name.replace("-", "_"): one for name, one in versions().items()},
     )
     refusals = [f"{number}. {reason}" for reason, number in reasons.items()]
@@ -168,13 +136,8 @@ def cell(case: TestCase | None, reasons: dict[str, int]) -> str:
         return FAILS
     recorded = {p.name: p.value for p in case.child(Properties) or ()}
     if reason := recorded.get("refused"):
-        return numbered(reason, reasons)
+        return str(reasons.setdefault(reason, len(reasons) + 1))
     return "decomposed" if recorded.get("fused") == "False" else WORKS
-
-
-def numbered(said: str, reasons: dict[str, int]) -> str:
-    """A cell as it is, but for the sentence of a refusal, of which it is the number in ``reasons``."""
-    return str(reasons.setdefault(said, len(reasons) + 1)) if said.endswith(".") else said
 
 
 if __name__ == "__main__":
