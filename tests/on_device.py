@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from nbl_export import api
-from nbl_export.calibrate.collect import collect_moments, store_moments
-from nbl_export.calibrate.moments import ARRAYS, Moments, load_moments
-from nbl_export.calibrate.store import MomentsFolder
+from nbl_export.calibrate.collect import collect_moments, identity_of, moments_of
+from nbl_export.calibrate.moments import ARRAYS, Moments, MomentsFolder, load_moments
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.layers import hidden_size
 from nbl_export.models.load import in_precision, load_model
@@ -168,7 +167,7 @@ def test_a_graph_in_half_precision(finished: tuple[Path, api.Report], tmp_path: 
 
 
 class Stops(Silent):
-    """Fails at the fifth batch."""
+    """Fails at the fifth batch, in the second block."""
 
     @contextmanager
     def task(self, *_args: Any) -> Any:
@@ -180,20 +179,23 @@ class Stops(Silent):
 def test_an_interrupted_calibration_goes_on(
     device: torch.device, tiny_folder: Path, tmp_path: Path, dtype: str
 ) -> None:
-    """States and sums go to the checkpoint, and come back to the device."""
+    """States go to a file, and come back to the device."""
     model = on(device, tiny_folder, dtype)
     assert device_of(model) == device
     rows = np.random.default_rng(0).integers(0, 256, (12, 256)).astype(np.int32)
 
     def collect(listener: Any) -> Moments:
-        store = MomentsFolder(tmp_path / "moments", tmp_path / "partial", {"model": "one"}, 0.0)
-        store_moments(model, rows, "one", store, listener)
+        identity, partial = identity_of(model, rows, "one"), tmp_path / "partial"
+        store = MomentsFolder(tmp_path / "moments", partial, {"identity": identity})
+        how = {"known": store.has, "folder": partial, "identity": identity, "every_seconds": 0.0}
+        for block, layer in moments_of(model, rows, listener=listener, **how):  # type: ignore[arg-type]
+            store.put(block, layer)
         store.publish()
         return load_moments(tmp_path / "moments")[0]
 
     with pytest.raises(StopIteration):
         collect(Stops())
-    assert (tmp_path / "partial" / "states.safetensors").is_file()
+    assert (tmp_path / "partial" / "states.001.0-of-1.safetensors").is_file()
     same_moments(collect(None), collect_moments(model, rows))
     assert hidden_size(model) == 32
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F64
-from nbl_export.blocks import Block, Mlp, Span, as_json, block_of, from_json, layer_of, part_of
+from nbl_export.blocks import Block, as_json, block_of, from_json
 from nbl_export.errors import InputError
-from nbl_export.files import parse_json
-from nbl_export.ranks import Ranks
+from nbl_export.files import parse_json, sync
+from nbl_export.ranks import ALONE, Ranks
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -30,7 +33,6 @@ if TYPE_CHECKING:
 
 FORMAT = "nbl-export/moments/2"
 _LAYER = "layer"
-_DIGITS = 3  # of the number of a layer in a name of a file, so that files are in the order of layers
 CALIBRATE_AGAIN = "run `nbl-export calibrate` again"
 
 
@@ -51,9 +53,6 @@ class LayerMoments:
     hh: F64
     yh: F64
 
-    def __add__(self, other: LayerMoments) -> LayerMoments:
-        return LayerMoments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
 
 ARRAYS = tuple(f.name for f in fields(LayerMoments) if f.name != "n")
 _SYMMETRIC = ("xx", "yy", "hh")
@@ -64,11 +63,6 @@ class Moments:
     """The moments of every block of one model over one calibration text."""
 
     layers: Mapping[Block, LayerMoments]
-
-    def __add__(self, other: Moments) -> Moments:
-        if set(self.layers) != set(other.layers):
-            raise ValueError("moments of different layers cannot be added")
-        return Moments({i: self.layers[i] + other.layers[i] for i in self.layers})
 
 
 def shapes(d: int) -> dict[str, tuple[int, ...]]:
@@ -83,61 +77,55 @@ def file_bytes(d: int) -> int:
 
 
 class Accumulator:
-    """Accumulates the moments of one layer in place, as float64 torch tensors on ``device``.
+    """Accumulates the moments of ``blocks`` in place, as float64 torch tensors on ``device``.
 
     The products are computed in float64 too: float32 products would lose the small directions of a residual
     stream whose outlier tokens have 10⁴ times the median energy.
     """
 
-    def __init__(self, d: int, device: torch.device | str = "cpu") -> None:
+    arrays: tuple[str, ...] = ARRAYS
+
+    def __init__(self, blocks: Iterable[Block], d: int, device: torch.device | str = "cpu") -> None:
         import torch
 
-        self.n = 0
+        every = {**{name: shape for name, shape in shapes(d).items() if name in self.arrays}, "n": (1,)}
         self.sums = {
-            name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes(d).items()
+            block: {
+                name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in every.items()
+            }
+            for block in blocks
         }
 
-    def add(self, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    def add(self, block: Block, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add tokens; ``h``, ``x``, ``y`` are [..., d] in any float dtype."""
         h, x, y = (t.reshape(-1, t.shape[-1]).double() for t in (h, x, y))
-        s = self.sums
-        self.n += h.shape[0]
+        s = self.sums[block]
+        s["n"] += len(h)
         for name, rows in (("h", h), ("x", x), ("y", y)):
             s[name] += rows.sum(0)
-        _add_gram(s["xx"], x)
-        _add_gram(s["yy"], y)
-        _add_gram(s["hh"], h)
+            _add_gram(s[name * 2], rows)
         s["yx"].addmm_(y.T, x)
         s["yh"].addmm_(y.T, h)
 
-    def is_finite(self) -> bool:
-        """False once any activation was NaN or infinite: the plain sums show it."""
-        import torch
+    def broken(self) -> Block | None:
+        """The first block of which an activation was NaN or infinite: the plain sums show it."""
+        sums = ((block, s[name]) for block, s in self.sums.items() for name in "hxy" if name in s)
+        return next((block for block, vector in sums if not bool(vector.isfinite().all())), None)
 
-        return all(bool(torch.isfinite(self.sums[name]).all()) for name in ("h", "x", "y"))
+    def results(self, ranks: Ranks = ALONE) -> Iterator[tuple[Block, LayerMoments]]:
+        """Each block and its moments of all ``ranks``, in the first one; its sums go."""
+        for block in list(self.sums):
+            sums = self.sums.pop(block)
+            ranks.add_up(sums.values())
+            if ranks.first:
+                yield block, self.moments(block, int(sums.pop("n")), sums)
 
-    def add_up(self, ranks: Ranks) -> None:
-        """Have the sums of all ``ranks`` in the first one."""
-        import torch
-
-        count = torch.tensor([self.n], dtype=torch.float64, device=self.sums["x"].device)
-        ranks.add_up((count, *self.sums.values()))
-        self.n = int(count)
-
-    def result(self) -> LayerMoments:
-        """The moments so far, as NumPy arrays; symmetric matrices are completed from their lower triangle."""
-        arrays: dict[str, Any] = {name: value.cpu().numpy().copy() for name, value in self.sums.items()}
+    def moments(self, block: Block, n: int, sums: Mapping[str, torch.Tensor]) -> LayerMoments:
+        """The ``sums`` over ``n`` tokens as arrays; symmetric matrices are completed from their lower triangle."""
+        arrays = {name: value.cpu().numpy() for name, value in sums.items()}
         for name in _SYMMETRIC:
             _complete(arrays[name])
-        return LayerMoments(n=self.n, **arrays)
-
-    def restore(self, moments: LayerMoments) -> None:
-        """Continue from earlier moments, bit for bit."""
-        import torch
-
-        self.n = moments.n
-        for name in ARRAYS:
-            self.sums[name].copy_(torch.from_numpy(getattr(moments, name)))
+        return LayerMoments(n, **arrays)
 
 
 # A symmetric product needs only its lower triangle. torch has no syrk; row blocks of the lower triangle save three
@@ -147,13 +135,9 @@ _GRAM_MIN = 96
 
 
 def _complete(matrix: F64) -> None:
-    """Set the upper triangle to the lower one, block by block: a whole copy would be as large again."""
-    d = len(matrix)
-    for start in range(0, d, _GRAM_MIN):
-        stop = min(start + _GRAM_MIN, d)
-        lower = np.tril(matrix[start:stop, start:stop])
-        matrix[start:stop, start:stop] = lower + np.tril(lower, -1).T
-        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+    """Set the upper triangle to the lower one in place: a copy would be as large again."""
+    for i in range(1, len(matrix)):
+        matrix[:i, i] = matrix[i, :i]
 
 
 def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
@@ -164,18 +148,10 @@ def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
         total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
 
 
-def _lower(matrix: F64) -> F64:
-    """The lower triangle, row after row."""
-    return np.concatenate([row[: i + 1] for i, row in enumerate(matrix)])
-
-
 def _whole(lower: F64, d: int) -> F64:
-    """The symmetric matrix [d, d] of a lower triangle."""
-    matrix = np.empty((d, d), lower.dtype)
-    start = 0
-    for i, row in enumerate(matrix):
-        row[: i + 1] = lower[start : start + i + 1]
-        start += i + 1
+    """The symmetric matrix [d, d] of a lower triangle, which is given row after row."""
+    matrix = np.empty((d, d))
+    matrix[np.tri(d, dtype=bool)] = lower
     _complete(matrix)
     return matrix
 
@@ -184,7 +160,7 @@ def save_layer(path: Path, index: Block, layer: LayerMoments, metadata: Mapping[
     """Write the moments of layer ``index`` with JSON ``metadata``, which say what they are of, atomically."""
     tensors: dict[str, Any] = {"n": np.array([layer.n], dtype=np.int64)}
     arrays = {name: getattr(layer, name) for name in ARRAYS}
-    tensors |= {name: _lower(a) if name in _SYMMETRIC else a for name, a in arrays.items()}
+    tensors |= {n: a[np.tri(len(a), dtype=bool)] if n in _SYMMETRIC else a for n, a in arrays.items()}
     about = json.dumps({**metadata, _LAYER: as_json(index)}, sort_keys=True)
     save_tensors(path, FORMAT, tensors, {"nbl": about})
 
@@ -199,18 +175,8 @@ def load_layer(path: Path) -> tuple[Block, LayerMoments, dict[str, Any]]:
 
 
 def layer_file(folder: Path, index: Block) -> Path:
-    """Where a folder of moments has those of layer ``index``."""
-    numbers = (index.layer, index.last) if isinstance(index, Span) else (layer_of(index),)
-    kind = f".{part_of(index)}" * isinstance(index, (Mlp, Span))
-    return folder / f"{'-'.join(f'{number:0{_DIGITS}}' for number in numbers)}{kind}.safetensors"
-
-
-def save_moments(folder: Path, moments: Moments, metadata: Mapping[str, Any]) -> list[Path]:
-    """Write moments and JSON ``metadata``, a file for each layer; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, layer in moments.layers.items():
-        save_layer(layer_file(folder, index), index, layer, metadata)
-    return [layer_file(folder, index) for index in moments.layers]
+    """Where a folder of moments has those of ``index``: numbers have three digits, for the order of layers."""
+    return folder / f"{re.sub('[0-9]+', lambda number: number[0].zfill(3), str(index))}.safetensors"
 
 
 def load_moments(path: Path) -> tuple[Moments, dict[str, Any]]:
@@ -222,23 +188,11 @@ def load_moments(path: Path) -> tuple[Moments, dict[str, Any]]:
     if not files:
         raise InputError(f"{path} has no moments: {CALIBRATE_AGAIN}.")
     index, _, metadata = load_layer(files[0])
-    if len(files) == 1:
-        return Moments(_StoredLayers({index: path if path.is_file() else files[0]}, metadata)), metadata
-    found = {named: file for file in files if (named := _of_name(file)) is not None}
+    found = {index: files[0]}
+    for file in files[1:]:
+        with suppress(ValueError):  # a file of somebody else
+            found[block_of(re.sub("0*([0-9]+)", r"\1", file.stem))] = file
     return Moments(_StoredLayers({i: found[i] for i in sorted(found)}, metadata)), metadata
-
-
-def _of_name(file: Path) -> Block | None:
-    """The block of a file that is named as :func:`layer_file` names it."""
-    numbers, dot, kind = file.stem.partition(".")
-    first, *last = (number.lstrip("0") or "0" for number in numbers.split("-"))
-    if last == [first]:
-        last = []
-    try:
-        index = block_of("-".join([first, *last]) + dot + kind)
-    except ValueError:
-        return None
-    return index if layer_file(file.parent, index) == file else None
 
 
 class _StoredLayers(Mapping[Block, LayerMoments]):
@@ -259,6 +213,47 @@ class _StoredLayers(Mapping[Block, LayerMoments]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+class MomentsFolder:
+    """Keeps the moments in ``folder``, in ``partial`` until all are there, with ``metadata`` that say what they are of.
+
+    A file with other metadata, or a damaged one, is of another run and is written again.
+    """
+
+    def __init__(self, folder: Path, partial: Path, metadata: Mapping[str, Any]) -> None:
+        self._folder, self._partial, self._metadata = folder, partial, dict(metadata)
+        self._indices: set[Block] = set()
+
+    def has(self, index: Block) -> bool:
+        """Whether the moments of ``index`` are there from an earlier run."""
+        # A run that ended while it moved its files has some in either folder.
+        for place in (self._partial, self._folder):
+            with suppress(InputError):
+                found, _, metadata = load_layer(layer_file(place, index))
+                if (found, metadata) == (index, self._metadata):
+                    self._indices.add(index)
+                    return True
+        return False
+
+    def put(self, index: Block, layer: LayerMoments) -> None:
+        """Keep the moments of ``index``."""
+        self._partial.mkdir(exist_ok=True)
+        save_layer(layer_file(self._partial, index), index, layer, self._metadata)
+        self._indices.add(index)
+
+    def publish(self) -> list[Path]:
+        """Move the files to their folder, which then has no others; returns them in the order of the layers."""
+        files = [layer_file(self._folder, index) for index in sorted(self._indices)]
+        self._folder.mkdir(exist_ok=True)
+        for path in files:
+            if (made := self._partial / path.name).is_file():
+                made.replace(path)
+        for other in set(self._folder.glob("*.safetensors")).difference(files):
+            other.unlink()
+        sync(self._folder)
+        shutil.rmtree(self._partial, ignore_errors=True)
+        return files
 
 
 def digest_of_tokens(tokens: NDArray[Any]) -> str:

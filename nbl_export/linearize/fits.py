@@ -14,9 +14,10 @@ weights once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,18 @@ import torch
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.blocks import ATTENTION, Block, layer_of
-from nbl_export.calibrate.moments import LayerMoments, Moments
-from nbl_export.calibrate.states import States, states_for
+from nbl_export.calibrate.collect import moments_of
+from nbl_export.calibrate.moments import Accumulator, LayerMoments, Moments
+from nbl_export.calibrate.states import States
 from nbl_export.errors import InputError
 from nbl_export.linearize.lmmse import LinearFit, branch_covariances, constant_direction
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import replaced
-from nbl_export.models.candidates import block_modules, choices, observing
+from nbl_export.models.candidates import block_modules
 from nbl_export.models.layers import hidden_size, observed
 from nbl_export.models.walk import Batch, Step, segments, walking
-from nbl_export.models.weights import device_of, weights_like
+from nbl_export.models.weights import device_of
+from nbl_export.progress import Listener
 from nbl_export.settings.choices import FitInput
 
 Solve = Callable[[Block, LayerMoments], LinearFit]
@@ -52,53 +55,18 @@ def weighted_moments(
     model: torch.nn.Module,
     tokens: Any,
     fit_input: FitInput,
-    advance: Advance,
+    listener: Listener | None = None,
     parts: Collection[str] = (ATTENTION,),
 ) -> Iterator[tuple[Block, LayerMoments]]:
     """Each attention, MLP and span, as ``parts`` say, and its moments over ``tokens`` [rows, seq].
 
-    Each token is weighted by 1 / ‖h‖².
-
-    The median token, which bounds the weights, is that of the first rows. The weights of each block are read once;
-    ``advance`` is called with the tokens of a batch when they have passed a part of :func:`segments`.
+    Each token is weighted by 1 / ‖h‖². The median token, which bounds the weights, is that of the first rows. The
+    weights of each block are read once.
     """
-    every = choices(model, parts)
-    batches = list(_batches(model, tokens))
-    states = _states(model, batches)
-    with torch.inference_mode(), walking(model) as run:
-        for part in segments(model):
-            inside = [index for index in every if part.start <= layer_of(index) < part.stop]
-            sums = {index: WeightedSums(hidden_size(model), model) for index in inside}
-            least: dict[Block, float] = {}
-
-            def observe(
-                index: Block,
-                h: torch.Tensor,
-                x: torch.Tensor,
-                y: torch.Tensor,
-                sums: dict[Block, WeightedSums] = sums,
-                least: dict[Block, float] = least,
-            ) -> None:
-                energy = h.double().square().sum(-1)
-                if index not in least:
-                    least[index] = _median_energy(energy) / _MOST_WEIGHT
-                sums[index].add(
-                    x if fit_input == "normed" else h, y, energy.clamp_min(least[index]).reciprocal()
-                )
-
-            with observing(model, run, part, inside, observe) as step:
-                for number, batch in enumerate(batches):
-                    states.put(number, step(batch, states.get(number)))
-                    advance(batch[TOKENS].numel())
-            states.turn()
-            for index in list(sums):
-                yield index, sums.pop(index).result()
-
-
-def _median_energy(energy: torch.Tensor) -> float:
-    """The median of the tokens that have any, 1 if none has."""
-    some = energy[energy > 0]
-    return float(some.median()) if len(some) else 1.0
+    sums = partial(WeightedSums, fit_input)
+    return moments_of(
+        model, tokens, parts, listener, task="Weighing tokens", accumulator=sums, batch_rows=_BATCH_ROWS
+    )
 
 
 def sequential_fits(
@@ -117,38 +85,42 @@ def sequential_fits(
     """
     order = sorted(chosen)
     fitted: dict[Block, LinearLayer] = {}
-    batches = list(_batches(model, tokens))
-    original = changed = _states(model, batches)
+    device = device_of(model)
+    batches: list[Batch] = [
+        {TOKENS: torch.from_numpy(tokens[at : at + _BATCH_ROWS].astype(np.int64)).to(device)}
+        for at in range(0, len(tokens), _BATCH_ROWS)
+    ]
+
+    def states() -> States:
+        return States(model, range(len(batches)), batches[0][TOKENS].numel() * hidden_size(model))
+
+    original = changed = states()
     with torch.inference_mode(), walking(model) as run:
         for part in (part for part in segments(model) if part.start <= layer_of(order[-1])):
             inside = [index for index in order if part.start <= layer_of(index) < part.stop]
             before: dict[Block, LinearLayer] = {}
             with run(part) as step:
                 for index in inside:
-                    sums = WeightedSums(hidden_size(model), model)
+                    sums = WeightedSums(fit_input, [index], hidden_size(model), device_of(model))
                     for number, batch in enumerate(batches):
                         _, _, y = _seen(model, index, step, batch, original.get(number))
                         with replaced(model, before, fit_input):
                             h, x, _ = _seen(model, index, step, batch, changed.get(number))
                         u = x if fit_input == "normed" else h
-                        sums.add(u, y, torch.ones(u.shape[:-1], dtype=torch.float64, device=u.device))
+                        sums.weigh(
+                            index, u, y, torch.ones(u.shape[:-1], dtype=torch.float64, device=u.device)
+                        )
                         advance(batch[TOKENS].numel())
-                    before[index] = as_layer(solve(index, sums.result()))
+                    before[index] = as_layer(solve(*next(sums.results())))
                 fitted |= before
                 if order[-1] in before:
                     break
                 if fitted:
-                    was, changed = changed, _states(model, batches) if changed is original else changed
+                    was, changed = changed, states() if changed is original else changed
                     with replaced(model, before, fit_input):
                         _pass(step, batches, was, changed)
                 _pass(step, batches, original, original)
     return fitted
-
-
-def _states(model: torch.nn.Module, batches: Sequence[Batch]) -> States:
-    like = weights_like(model)
-    values = max(batch[TOKENS].numel() for batch in batches) * hidden_size(model)
-    return states_for(len(batches), values * like.element_size(), like, None, None)
 
 
 def _pass(step: Step, batches: Sequence[Batch], before: States, after: States) -> None:
@@ -178,42 +150,46 @@ def _seen(
     return h, x, y
 
 
-class WeightedSums:
-    """Weighted sums of u, y and their products, in float64; symmetric products are full matrices."""
+class WeightedSums(Accumulator):
+    """Weighted sums of u (x or h, as ``fit_input`` says), y and their products; those are full matrices."""
 
-    def __init__(self, d: int, model: torch.nn.Module) -> None:
-        self.tokens, self.mass = 0, 0.0
+    arrays = ("x", "y", "xx", "yx", "yy")
 
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device_of(model))
+    def __init__(self, fit_input: FitInput, blocks: Iterable[Block], *of: Any) -> None:
+        super().__init__(blocks, *of)
+        self._normed, self._least, self._mass = (
+            fit_input == "normed",
+            dict[Block, float](),
+            dict.fromkeys(self.sums, 0.0),
+        )
 
-        self.u, self.y = zeros(d), zeros(d)
-        self.uu, self.yu, self.yy = zeros(d, d), zeros(d, d), zeros(d, d)
+    def add(self, block: Block, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add tokens, each weighted by 1 / ‖h‖²; those that are added first have the median one."""
+        energy = h.double().square().sum(-1)
+        if block not in self._least:
+            some = energy[energy > 0]
+            self._least[block] = (float(some.median()) if len(some) else 1.0) / _MOST_WEIGHT
+        self.weigh(block, x if self._normed else h, y, energy.clamp_min(self._least[block]).reciprocal())
 
-    def add(self, u: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+    def weigh(self, block: Block, u: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
         """Add tokens: ``u``, ``y`` [..., d] and ``weight`` [...]."""
         u, y = (t.reshape(-1, t.shape[-1]).double() for t in (u, y))
         weight = weight.reshape(-1, 1)
         weighted_u, weighted_y = u * weight, y * weight
-        self.tokens += len(u)
-        self.mass += float(weight.sum())
-        self.u += weighted_u.sum(0)
-        self.y += weighted_y.sum(0)
-        self.uu.addmm_(weighted_u.T, u)
-        self.yu.addmm_(weighted_y.T, u)
-        self.yy.addmm_(weighted_y.T, y)
+        s = self.sums[block]
+        s["n"] += len(u)
+        self._mass[block] += float(weight.sum())
+        s["x"] += weighted_u.sum(0)
+        s["y"] += weighted_y.sum(0)
+        s["xx"].addmm_(weighted_u.T, u)
+        s["yx"].addmm_(weighted_y.T, u)
+        s["yy"].addmm_(weighted_y.T, y)
 
-    def result(self) -> LayerMoments:
+    def moments(self, block: Block, n: int, sums: Mapping[str, torch.Tensor]) -> LayerMoments:
         """The moments with the weights scaled to a mean of 1; u is stored as both x and h."""
-        scale = self.tokens / self.mass
-        u, y, uu, yu, yy = ((scale * t).cpu().numpy() for t in (self.u, self.y, self.uu, self.yu, self.yy))
-        return LayerMoments(self.tokens, x=u, h=u, y=y, xx=uu, yx=yu, yy=yy, hh=uu, yh=yu)
-
-
-def _batches(model: torch.nn.Module, tokens: Any) -> Iterator[Batch]:
-    device = device_of(model)
-    for at in range(0, len(tokens), _BATCH_ROWS):
-        yield {TOKENS: torch.from_numpy(tokens[at : at + _BATCH_ROWS].astype(np.int64)).to(device)}
+        scale = n / self._mass[block]
+        found = {name: (scale * value).cpu().numpy() for name, value in sums.items()}
+        return LayerMoments(n, **found, h=found["x"], hh=found["xx"], yh=found["yx"])
 
 
 def without_bias(plan: Plan, moments: Moments) -> Plan:

@@ -77,9 +77,9 @@ def check_calibration(source: ModelSource, out: Path, settings: CalibrateSetting
 
 
 def _calibrate(run: Run, settings: CalibrateSettings) -> None:
-    from nbl_export.calibrate.collect import store_moments
+    from nbl_export.calibrate.collect import identity_of, moments_of
+    from nbl_export.calibrate.moments import MomentsFolder
     from nbl_export.calibrate.probe import save_probe
-    from nbl_export.calibrate.store import MomentsFolder
     from nbl_export.calibrate.text import MEDIA
     from nbl_export.models.candidates import check_blocks, described
     from nbl_export.models.dummy_run import check_supported
@@ -136,12 +136,24 @@ def _calibrate(run: Run, settings: CalibrateSettings) -> None:
             "model": source.fingerprint,
             "tokens": _token_count(tokens, model),
             "dtype": dtype_of(in_dtype),
+            "identity": identity_of(in_dtype, tokens, key),
             **described(model),
         }
         store = MomentsFolder(ws.moments, ws.partial_moments, about)
         memory = None if settings.memory is None else bytes_of(settings.memory)
         with seeing(in_dtype, seen):
-            store_moments(in_dtype, tokens, key, store, listener, ranks, memory, settings.parts)
+            for block, layer in moments_of(
+                in_dtype,
+                tokens,
+                settings.parts,
+                listener,
+                known=store.has,
+                folder=ws.partial_moments,
+                identity=about["identity"],
+                ranks=ranks,
+                memory=memory,
+            ):
+                store.put(block, layer)
         if not ranks.first:
             return []
         save_probe(ws.probe, probes[0])

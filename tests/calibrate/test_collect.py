@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
-import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from nbl_export.blocks import spans_of
-from nbl_export.calibrate.collect import collect_moments, store_moments
-from nbl_export.calibrate.moments import ARRAYS, Accumulator, Moments, load_moments
-from nbl_export.calibrate.store import MomentsFolder
+from nbl_export.calibrate.collect import collect_moments, identity_of, moments_of
+from nbl_export.calibrate.moments import ARRAYS, Accumulator, Moments, MomentsFolder, load_moments
 from nbl_export.errors import CalibrationError
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import in_precision, load_model
@@ -114,24 +110,18 @@ def test_moments_of_spans_are_those_of_the_streams_around_them(
 def test_memory_does_not_grow_with_the_text(
     model: Any, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive: weakref.WeakSet[Accumulator] = weakref.WeakSet()
     sizes: list[tuple[int, int]] = []
 
     class Counted(Accumulator):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            alive.add(self)
+        def moments(self, block: Any, n: int, sums: Any) -> Any:
+            assert not self.sums, "the sums of one layer at a time"
+            sizes.append((n, sum(t.numel() for t in sums.values())))
+            return super().moments(block, n, sums)
 
-        def result(self) -> Any:
-            assert set(vars(self)) == {"n", "sums"}
-            sizes.append((self.n, sum(t.numel() for t in self.sums.values())))
-            assert len(alive) == 1, "the sums of one layer at a time"
-            return super().result()
-
-    monkeypatch.setattr("nbl_export.calibrate.collect.Accumulator", Counted)
     for rows in (2, ROWS):
         sizes.clear()
-        collect_moments(model, tokens[:rows])
+        for _ in moments_of(model, tokens[:rows], accumulator=Counted):
+            pass
         assert sizes == [(rows * LENGTH, 5 * 32 * 32 + 3 * 32)] * BLOCKS
 
 
@@ -139,37 +129,36 @@ def test_memory_does_not_grow_with_the_text(
 
 
 class Place:
-    """A folder that moments are collected in, as a calibration does it, with so much memory for states."""
+    """A folder that moments are collected in, as a calibration does it."""
 
-    def __init__(self, folder: Path, every_seconds: float | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         self.moments, self.partial = folder / "moments", folder / "partial"
-        self.states = self.partial / "states.safetensors"
-        self.every_seconds = every_seconds
 
     def collect(
-        self,
-        model: Any,
-        tokens: np.ndarray,
-        listener: Any = None,
-        fingerprint: str = FINGERPRINT,
-        memory: int | None = None,
+        self, model: Any, tokens: np.ndarray, listener: Any = None, ranks: Ranks = ALONE, **how: Any
     ) -> Moments:
-        store = MomentsFolder(self.moments, self.partial, {"model": "of a test"}, self.every_seconds)
-        store_moments(model, tokens, fingerprint, store, listener, memory=memory)
+        identity = identity_of(model, tokens, FINGERPRINT)
+        store = MomentsFolder(self.moments, self.partial, {"identity": identity})
+        for block, layer in moments_of(
+            model,
+            tokens,
+            listener=listener,
+            known=store.has,
+            folder=self.partial,
+            identity=identity,
+            ranks=ranks,
+            **how,
+        ):
+            store.put(block, layer)
+        if not ranks.first:
+            return Moments({})
         files = store.publish()
         assert sorted(self.moments.iterdir()) == sorted(files) and not self.partial.exists()
         return load_moments(self.moments)[0]
 
-    @property
-    def files(self) -> int:
-        return len(list((self.partial / "states").glob("*.bin")))
-
-    def at(self) -> tuple[int, int]:
-        """The block and the number of batches of the checkpoint."""
-        with safe_open(self.states, "numpy") as file:
-            about = json.loads(json.loads(file.metadata()["nbl_export"])["nbl"])
-        return about["part"], about["batch"]
+    def states(self) -> list[str]:
+        return sorted(path.name for path in self.partial.glob("states.*"))
 
 
 @pytest.fixture
@@ -178,28 +167,25 @@ def place(tmp_path: Path) -> Place:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_finishes_the_batch_and_the_next_run_goes_on(
+def test_an_interrupt_finishes_the_batch_and_the_next_run_goes_on_at_the_block(
     model: Any, tokens: np.ndarray, whole: Moments, batches: int, place: Place, signum: int
 ) -> None:
-    first = Recorder(2, send(signum))
+    first = Recorder(BATCHES + 2, send(signum))
     with pytest.raises(KeyboardInterrupt):
         place.collect(model, tokens, first)
-    assert len(first.advanced) == 2 and place.at() == (0, 2)
+    assert len(first.advanced) == BATCHES + 2 and place.states() == ["states.001.0-of-1.safetensors"]
     second = Recorder()
     assert_same(place.collect(model, tokens, second), whole)
-    rows = sum(first.advanced) // LENGTH
-    assert second.notes == [f"Calibration goes on from a checkpoint in block 0, at row {rows}."]
-    assert second.start == (BLOCKS * ROWS * LENGTH, sum(first.advanced))
-    assert len(second.advanced) == batches - 2
+    assert second.notes == ["Calibration goes on at block 1, from the states before it."]
+    assert second.start == (BLOCKS * ROWS * LENGTH, ROWS * LENGTH)
+    assert len(second.advanced) == batches - BATCHES
 
 
-def test_a_crash_without_a_checkpoint_keeps_the_layers_that_are_finished(
-    model: Any, tokens: np.ndarray, whole: Moments, batches: int, tmp_path: Path
+def test_a_crash_before_a_save_keeps_the_layers_that_are_finished(
+    model: Any, tokens: np.ndarray, whole: Moments, batches: int, place: Place
 ) -> None:
-    place = Place(tmp_path, every_seconds=3600.0)
     with pytest.raises(RuntimeError):
         place.collect(model, tokens, Recorder(batches - 1, crash))
-    assert not place.states.exists()
     kept = sorted(place.partial.iterdir())
     assert [path.name for path in kept] == ["000.safetensors", "001.safetensors", "002.safetensors"]
     before = [path.stat().st_mtime_ns for path in kept]
@@ -217,66 +203,37 @@ def test_a_crash_without_a_checkpoint_keeps_the_layers_that_are_finished(
     assert [old == new for old, new in zip(before, moved[0], strict=True)] == [True, False, True]
 
 
-@pytest.fixture
-def interrupted(model: Any, tokens: np.ndarray, batches: int, tmp_path: Path) -> Place:
-    """Stopped in the third block."""
-    place = Place(tmp_path)
+@pytest.mark.parametrize("what", ["other tokens", "damage", "a layer that is gone"])
+def test_it_begins_anew_after(
+    model: Any, tokens: np.ndarray, whole: Moments, place: Place, what: str
+) -> None:
+    """What is left of a run that was stopped in the third block is not taken."""
     with pytest.raises(KeyboardInterrupt):
-        place.collect(model, tokens, Recorder(batches // 2 + 2, send(signal.SIGINT)))
-    assert place.at() == (2, 2)
-    return place
-
-
-def begun_anew(model: Any, tokens: np.ndarray, place: Place, fingerprint: str = FINGERPRINT) -> Moments:
-    """The moments of a run that finds what is left of something else, and takes nothing from it."""
+        place.collect(model, tokens, Recorder(2 * BATCHES + 2, send(signal.SIGINT)))
+    (states,) = place.states()
+    if what == "other tokens":
+        tokens = tokens.copy()
+        tokens[-1, -1] = (tokens[-1, -1] + 1) % 256
+        whole = collect_moments(model, tokens)
+    elif what == "damage":
+        raw = (place.partial / states).read_bytes()
+        (place.partial / states).write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
+    else:
+        (place.partial / "001.safetensors").unlink()
     listener = Recorder()
-    moments = place.collect(model, tokens, listener, fingerprint)
+    assert_same(place.collect(model, tokens, listener), whole)
     assert listener.start == (BLOCKS * ROWS * LENGTH, 0) and listener.notes == []
-    return moments
 
 
-def test_what_is_left_of_other_tokens_is_ignored(model: Any, tokens: np.ndarray, interrupted: Place) -> None:
-    other = tokens.copy()
-    other[-1, -1] = (other[-1, -1] + 1) % 256
-    assert_same(begun_anew(model, other, interrupted), collect_moments(model, other))
-
-
-def test_a_damaged_checkpoint_is_ignored_with_a_note(
-    model: Any, tokens: np.ndarray, whole: Moments, interrupted: Place
-) -> None:
-    raw = interrupted.states.read_bytes()
-    interrupted.states.write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
-    listener = Recorder()
-    assert_same(interrupted.collect(model, tokens, listener), whole)
-    assert listener.notes == ["The checkpoint states.safetensors is damaged and was ignored."]
-
-
-def test_a_checkpoint_is_ignored_where_an_earlier_layer_is_gone(
-    model: Any, tokens: np.ndarray, whole: Moments, interrupted: Place
-) -> None:
-    (interrupted.partial / "001.safetensors").unlink()
-    assert_same(begun_anew(model, tokens, interrupted), whole)
-
-
-# broken models -----------------------------------------------------------------------------------
-
-
-def test_the_batch_where_it_broke_is_named_and_nothing_is_saved_of_it(
-    tiny_folder: Path, tokens: np.ndarray, tmp_path: Path
-) -> None:
+def test_the_batch_where_it_broke_is_named(tiny_folder: Path, tokens: np.ndarray, place: Place) -> None:
     model: Any = load_model(find_model(str(tiny_folder)))
     model.model.embed_tokens.weight[259] = float("nan")  # a token that only one row has
     broken = tokens.copy()
     broken[17, 40] = 259
-    place = Place(tmp_path, every_seconds=0.0)
     with pytest.raises(CalibrationError) as caught:
         place.collect(model, broken)
     row = re.search(r"layer 0 .* calibration row (\d+),", str(caught.value))
-    assert row
-    block, batch = place.at()
-    assert block == 0 and 0 < batch * 1024 // LENGTH == int(row[1]) <= 17
-    with safe_open(place.states, "numpy") as file:
-        assert all(np.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
+    assert row and int(row[1]) == 17 // (1024 // LENGTH) * (1024 // LENGTH)
 
 
 # with little memory -------------------------------------------------------------------------------
@@ -287,40 +244,25 @@ BATCH = 8 * LENGTH * 32 * 4  # bytes of the states of one batch
 SMALL, LARGE = BATCH, 1 << 30
 
 
-def test_states_in_files_give_the_same_moments(model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
-    ours = in_precision(model, "bfloat16")
-    place, seen = Place(tmp_path), []
-    place.collect(ours, tokens, Recorder(BATCHES + 2, lambda: seen.append(place.files)), memory=SMALL)
-    assert seen == [BATCHES + 2], "the first block's side, and two batches of the other"
+def test_states_in_files_give_the_same_moments(model: Any, tokens: np.ndarray, place: Place) -> None:
+    ours, seen = in_precision(model, "bfloat16"), list[int]()
+    place.collect(ours, tokens, Recorder(BATCHES + 2, lambda: seen.append(len(place.states()))), memory=SMALL)
+    assert seen == [BATCHES + 2], "those before the block, and two batches after it"
     assert_same(load_moments(place.moments)[0], collect_moments(ours, tokens))
 
 
+@pytest.mark.parametrize(("before", "after"), [(SMALL, SMALL), (SMALL, LARGE), (LARGE, SMALL)])
 @pytest.mark.parametrize("stop", ["interrupt", "crash"])
-def test_it_goes_on_after_a_stop_at_any_batch(
-    model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path, stop: str
+def test_it_goes_on_after_a_stop_at_any_batch_with_any_memory(
+    model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path, stop: str, before: int, after: int
 ) -> None:
-    for at in range(1, BATCHES * BLOCKS + 1):
-        place, last = Place(tmp_path / str(at), 1e9), Recorder()
+    for at in range(1, BATCHES * BLOCKS + 1, 3):
+        place, last = Place(tmp_path / str(at)), Recorder()
         how = send(signal.SIGINT) if stop == "interrupt" else crash
         with pytest.raises(KeyboardInterrupt if stop == "interrupt" else RuntimeError):
-            place.collect(model, tokens, Recorder(at, how), memory=SMALL)
-        assert_same(place.collect(model, tokens, last, memory=SMALL), whole)
-        # A crash costs the batches of its block: there is a checkpoint at the beginning of each but the first.
-        done = at if stop == "interrupt" else (at - 1) // BATCHES * BATCHES
-        assert len(last.advanced) == BATCHES * BLOCKS - done, at
-        assert last.notes == [] if not done else "goes on from a checkpoint" in last.notes[0]
-
-
-@pytest.mark.parametrize(("before", "after"), [(SMALL, LARGE), (LARGE, SMALL)])
-def test_it_goes_on_with_another_amount_of_memory(
-    model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path, before: int, after: int
-) -> None:
-    place, last, at = Place(tmp_path, 1e9), Recorder(), 6
-    with pytest.raises(KeyboardInterrupt):
-        place.collect(model, tokens, Recorder(at, send(signal.SIGINT)), memory=before)
-    assert (place.files > 0) == (before == SMALL)
-    assert_same(place.collect(model, tokens, last, memory=after), whole)
-    assert len(last.advanced) == BATCHES * BLOCKS - at
+            place.collect(model, tokens, Recorder(at, how), memory=before, every_seconds=0.0)
+        assert_same(place.collect(model, tokens, last, memory=after), whole)
+        assert len(last.advanced) == BATCHES * BLOCKS - (at - 1) // BATCHES * BATCHES, "its block again"
 
 
 @pytest.mark.parametrize("memory", [SMALL, LARGE])
@@ -334,7 +276,7 @@ def test_the_room_that_is_asked_for_before_the_work_is_enough(
             super().advance(amount)
             used.append(sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()))
 
-    Place(tmp_path, 0.0).collect(model, tokens, Looking(), memory=memory)
+    Place(tmp_path).collect(model, tokens, Looking(), memory=memory, every_seconds=0.0)
     text = CalibrateSettings(samples=ROWS, seq_len=LENGTH, heldout_samples=1, selection_samples=1)
     room = disk_to_calibrate(sizes_of(model), text)
     headers = 32 * 1024  # of the files, which the formula does not count
@@ -342,26 +284,6 @@ def test_the_room_that_is_asked_for_before_the_work_is_enough(
 
 
 # several processes --------------------------------------------------------------------------------
-
-
-def store_in(folder: Path, every_seconds: float = 3600.0) -> MomentsFolder:
-    return MomentsFolder(folder / "moments", folder / "partial", {"model": "of a test"}, every_seconds)
-
-
-def collected(
-    model: Any,
-    tokens: np.ndarray,
-    folder: Path,
-    ranks: Ranks = ALONE,
-    listener: Recorder | None = None,
-    every_seconds: float = 3600.0,
-) -> Recorder:
-    listener = listener or Recorder()
-    store = store_in(folder, every_seconds)
-    store_moments(model, tokens, "f" * 64, store, listener, ranks)
-    if ranks.first:
-        store.publish()
-    return listener
 
 
 def assert_near(found: Moments, want: Moments) -> None:
@@ -382,7 +304,8 @@ def test_several_processes_give_the_moments_of_one(
     out.mkdir()
 
     def work(ranks: Ranks) -> Any:
-        listener = collected(model, tokens, out, ranks)
+        listener = Recorder()
+        Place(out).collect(model, tokens, listener, ranks)
         return listener.start, sum(listener.advanced)
 
     told = forked(count, tmp_path / "results", work)
@@ -399,7 +322,7 @@ def test_an_activation_that_is_no_number_is_named_with_its_row(
         spoiled = load_model(find_model(str(tiny_folder)))
         if not ranks.first:
             spoiled.model.layers[2].self_attn.o_proj.weight[0] = float("nan")
-        collected(spoiled, tokens, tmp_path, ranks)
+        Place(tmp_path).collect(spoiled, tokens, ranks=ranks)
 
     _, error = forked(2, tmp_path / "results", work)
     assert isinstance(error, CalibrationError)
@@ -416,7 +339,7 @@ def crashed(
 
     def crashing(ranks: Ranks) -> Any:
         at = 2 * -(-batches // ranks.count) + 1
-        collected(model, tokens, out, ranks, Recorder(at, crash), **options)
+        Place(out).collect(model, tokens, Recorder(at, crash), ranks, **options)
 
     return out, forked(count, folder / "crashed", crashing)
 
@@ -434,7 +357,8 @@ def test_a_run_goes_on_from_the_states_of_any_number_of_processes(
     def going_on(ranks: Ranks) -> Any:
         runs: list[int] = []
         hook = model.model.layers[1].register_forward_hook(lambda *_: runs.append(1))
-        listener = collected(model, tokens, out, ranks)
+        listener = Recorder()
+        Place(out).collect(model, tokens, listener, ranks)
         hook.remove()
         return runs, listener.start, listener.notes
 

@@ -1,28 +1,30 @@
-"""The moments equal sums computed at once in NumPy, add, survive the disk, and a folder goes on from its own."""
+"""The moments equal sums computed at once in NumPy, survive the disk, and a folder goes on from its own."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
+from nbl_export.blocks import Mlp, Span
 from nbl_export.calibrate.moments import (
     ARRAYS,
     Accumulator,
     LayerMoments,
     Moments,
+    MomentsFolder,
     digest_of_tokens,
     file_bytes,
+    layer_file,
     load_layer,
     load_moments,
     save_layer,
-    save_moments,
     shapes,
 )
-from nbl_export.calibrate.store import MomentsFolder, Unnamed
 from nbl_export.errors import InputError
 
 # Below, at and above the width where the Gram matrix is cut into blocks, divisible by their count or not.
@@ -54,14 +56,20 @@ def sums(h: np.ndarray, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def accumulated(h: np.ndarray, x: np.ndarray, y: np.ndarray, chunks: tuple[int, ...]) -> Accumulator:
-    accumulator = Accumulator(h.shape[1])
+    accumulator = Accumulator([3], h.shape[1])
     start = 0
     for size in chunks:
         part = slice(start, start + size)
-        accumulator.add(*(torch.from_numpy(a[part]) for a in (h, x, y)))
+        accumulator.add(3, *(torch.from_numpy(a[part]) for a in (h, x, y)))
         start += size
     assert start == len(h)
     return accumulator
+
+
+def summed(*of: Any) -> LayerMoments:
+    ((block, moments),) = accumulated(*of).results()
+    assert block == 3
+    return moments
 
 
 def assert_same(one: LayerMoments, other: LayerMoments) -> None:
@@ -73,7 +81,7 @@ def assert_same(one: LayerMoments, other: LayerMoments) -> None:
 @pytest.mark.parametrize("d", WIDTHS)
 def test_ragged_chunks_give_the_sums_of_all_rows_at_once(d: int) -> None:
     h, x, y = activations(sum(CHUNKS), d)
-    moments = accumulated(h, x, y, CHUNKS).result()
+    moments = summed(h, x, y, CHUNKS)
     # The sums of the absolute values bound the rounding of any order of summation.
     size = sums(*(np.abs(a) for a in (h, x, y)))
     assert moments.n == sum(CHUNKS)
@@ -83,43 +91,17 @@ def test_ragged_chunks_give_the_sums_of_all_rows_at_once(d: int) -> None:
         assert np.all(np.abs(got - want) <= 1e-12 * size[name]), name
 
 
-def test_going_on_from_earlier_moments_is_exact() -> None:
-    h, x, y = activations(30, 130)
-    whole = accumulated(h, x, y, (10, 20)).result()
-    resumed = Accumulator(130)
-    resumed.restore(accumulated(h[:10], x[:10], y[:10], (10,)).result())
-    resumed.add(*(torch.from_numpy(a[10:]) for a in (h, x, y)))
-    assert_same(resumed.result(), whole)
-
-
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 def test_one_bad_activation_is_noticed(which: int, bad: float) -> None:
     parts = activations(6, 4)
-    good = accumulated(*parts, (6,))
-    assert good.is_finite()
+    assert accumulated(*parts, (6,)).broken() is None
     parts[which][3, 2] = bad
     broken = accumulated(*parts, (6,))
-    assert not broken.is_finite()
+    assert broken.broken() == 3
     # It stays noticed, whatever comes after.
-    broken.add(*(torch.from_numpy(a) for a in activations(6, 4, seed=1)))
-    assert not broken.is_finite()
-
-
-def test_moments_of_two_texts_add() -> None:
-    parts = activations(40, 6)
-
-    def moments(rows: slice) -> Moments:
-        # Layer 2 has twice the activations of layer 1.
-        return Moments({i: accumulated(*(a[rows] * i for a in parts), (20,)).result() for i in (1, 2)})
-
-    added = moments(slice(0, 20)) + moments(slice(20, 40))
-    assert set(added.layers) == {1, 2}
-    for index, layer in added.layers.items():
-        size = sums(*(np.abs(a * index) for a in parts))
-        assert layer.n == 40
-        for name, value in sums(*(a * index for a in parts)).items():
-            assert np.all(np.abs(getattr(layer, name) - value) <= 1e-12 * size[name]), name
+    broken.add(3, *(torch.from_numpy(a) for a in activations(6, 4, seed=1)))
+    assert broken.broken() == 3
 
 
 # on disk -----------------------------------------------------------------------------------------
@@ -128,8 +110,15 @@ def test_moments_of_two_texts_add() -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Moments]:
     path = tmp_path / "moments"
-    moments = Moments({i: accumulated(*activations(9, 5, seed=i), (9,)).result() for i in (0, 2, 11)})
-    save_moments(path, moments, {"model": "abc", "rows": 3})
+    moments = Moments(
+        {
+            block: summed(*activations(9, 5, seed=seed), (9,))
+            for seed, block in enumerate((0, 2, 11, Span(2, 3), Mlp(2)))
+        }
+    )
+    path.mkdir()
+    for index, layer in moments.layers.items():
+        save_layer(layer_file(path, index), index, layer, {"model": "abc", "rows": 3})
     return path, moments
 
 
@@ -137,17 +126,23 @@ def test_moments_come_back_to_the_bit(saved: tuple[Path, Moments]) -> None:
     path, moments = saved
     loaded, metadata = load_moments(path)
     assert metadata == {"model": "abc", "rows": 3}
-    assert list(loaded.layers) == [0, 2, 11]
+    assert list(loaded.layers) == [0, 2, Mlp(2), Span(2, 3), 11]
     for index, layer in moments.layers.items():
         assert_same(loaded.layers[index], layer)
-    assert sorted(p.name for p in path.iterdir()) == ["000.safetensors", "002.safetensors", "011.safetensors"]
+    assert sorted(p.name for p in path.iterdir()) == [
+        "000.safetensors",
+        "002-003.span.safetensors",
+        "002.mlp.safetensors",
+        "002.safetensors",
+        "011.safetensors",
+    ]
     one, metadata = load_moments(path / "002.safetensors")
     assert metadata == {"model": "abc", "rows": 3} and list(one.layers) == [2]
 
 
 @pytest.mark.parametrize("d", WIDTHS)
 def test_half_of_a_symmetric_matrix_is_stored(d: int, tmp_path: Path) -> None:
-    layer = accumulated(*activations(7, d), (7,)).result()
+    layer = summed(*activations(7, d), (7,))
     save_layer(tmp_path / "1.safetensors", 1, layer, {"model": "abc"})
     stored = load_file(tmp_path / "1.safetensors")
     assert {name for name, array in stored.items() if array.size == d * (d + 1) // 2} >= {"xx", "yy", "hh"}
@@ -219,21 +214,7 @@ def made(seed: int, d: int = 3) -> LayerMoments:
 def folder_at(
     place: Path, identity: dict[str, str] | None = None, about: dict[str, str] = ABOUT
 ) -> MomentsFolder:
-    store = MomentsFolder(place / "moments", place / "partial", about)
-    store.begin(identity or IDENTITY)
-    return store
-
-
-def test_a_file_without_a_name_gives_back_what_was_put(tmp_path: Path) -> None:
-    store = Unnamed(tmp_path)
-    for index in (3, 0, 7):
-        store.put(index, made(index))
-        for known in store:
-            assert_same(store[known], made(known))
-    assert list(store) == [3, 0, 7] and len(store) == 3 and store.checkpoint is None
-    with pytest.raises(KeyError):
-        store[1]
-    assert list(tmp_path.iterdir()) == []
+    return MomentsFolder(place / "moments", place / "partial", {**about, "identity": identity or IDENTITY})
 
 
 def test_layers_of_an_earlier_calibration_go(tmp_path: Path) -> None:

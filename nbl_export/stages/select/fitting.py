@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nbl_export.blocks import Block, as_json, part_of, parts_in
-from nbl_export.calibrate.collect import store_moments
-from nbl_export.calibrate.store import Unnamed
+from nbl_export.calibrate.collect import moments_of
+from nbl_export.calibrate.moments import layer_file, load_moments, save_layer
 from nbl_export.checkpoint import Checkpoint
 from nbl_export.linearize.fits import as_layer, sequential_fits, weighted_moments
 from nbl_export.linearize.lmmse import (
@@ -26,7 +26,6 @@ from nbl_export.linearize.lmmse import (
 from nbl_export.linearize.plan import DROPPED, LinearLayer, Replacement, by_part
 from nbl_export.linearize.repair import Distillation, Repaired, repair
 from nbl_export.linearize.scores import naming
-from nbl_export.models.walk import segments
 from nbl_export.progress import Listener
 from nbl_export.settings import SelectSettings
 from nbl_export.settings.choices import DEFAULT_RIDGE
@@ -169,11 +168,11 @@ class Fitting:
 
     @cached_property
     def _others(self) -> Mapping[Block, LayerMoments]:
-        # Moments of the selection text, for the held-out error of a ridge.
-        measuring, found = self._measuring, Unnamed(self._measuring.run.workspace.nbl)
-        text = measuring.text.selection
-        store_moments(measuring.reading, text, "", found, self._listener, parts=self._parts)
-        return found
+        # Moments of the selection text, for the held-out error of a ridge: in files, which go when all is fitted.
+        folder, text = self._measuring.scratch(), self._measuring.text.selection
+        for block, layer in moments_of(self._measuring.reading, text, self._parts, self._listener):
+            save_layer(layer_file(folder, block), block, layer, {})
+        return load_moments(folder)[0].layers
 
     def _before_fits(self) -> None:
         """What fits need that are made while text goes through the model, which is not there then for other text."""
@@ -185,6 +184,5 @@ class Fitting:
         # Fitted as the text passes each layer, since the moments of all would take more memory than the layers.
         tokens, model = self._measuring.text.calibration, self._measuring.reading
         self._before_fits()
-        with self._listener.task("Weighing tokens", tokens.size * len(segments(model)), "tokens") as task:
-            found = weighted_moments(model, tokens, self._settings.fit_input, task.advance, self._parts)
-            return {index: as_layer(self._solve(index, moments)) for index, moments in found}
+        found = weighted_moments(model, tokens, self._settings.fit_input, self._listener, self._parts)
+        return {index: as_layer(self._solve(index, moments)) for index, moments in found}

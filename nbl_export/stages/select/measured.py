@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.calibrate.moments import Moments, load_moments
 from nbl_export.errors import InputError
-from nbl_export.files import read_sealed, sha256_of_json, write_sealed
+from nbl_export.files import TEMPORARY, read_sealed, sha256_of_json, write_sealed
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
 from nbl_export.linearize.search import LossCache, usable
 from nbl_export.linearize.selection import Loss
@@ -42,6 +44,11 @@ class Measuring:
     def close(self) -> None:
         """Release the weights that were kept for many measurements."""
         self._kept.close()
+
+    def scratch(self) -> Path:
+        """A folder that goes when the measurements are closed."""
+        name = TemporaryDirectory(prefix=".select.", suffix=TEMPORARY, dir=self.run.workspace.nbl)
+        return Path(self._kept.enter_context(name))
 
     @cached_property
     def _loaded(self) -> tuple[Moments, dict[str, Any]]:
