@@ -1,4 +1,4 @@
-"""Checkpoints of long work: where its state is saved, and how it stops between two steps after an interrupt."""
+"""Save unfinished work, and stop it between two steps after an interrupt."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nbl_export.errors import Interrupted
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -29,44 +26,46 @@ def saving_to(checkpoint: Checkpoint | None, save: Callable[[Path], None]) -> It
     """Yields a function to call between two steps: it calls ``save`` when a save is due, and after an interrupt.
 
     The first Ctrl-C (or SIGTERM, or SIGHUP) is deferred until that call, which saves and raises
-    :class:`Interrupted`. The second one stops at once; the last checkpoint remains. A signal that is ignored stays so.
+    :class:`Interrupted`. The second one stops at once; the last checkpoint remains.
     """
     saved_at = time.monotonic()
+    stop: list[int] = []
 
     def between() -> None:
         nonlocal saved_at
-        due = checkpoint is not None and time.monotonic() - saved_at > checkpoint.every_seconds
-        if checkpoint and (due or stop):
+        if checkpoint and (stop or time.monotonic() - saved_at > checkpoint.every_seconds):
             save(checkpoint.path)
             saved_at = time.monotonic()
         if stop:
             raise Interrupted(stop[0])
 
-    with deferred_interrupt() as stop:
-        yield between
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and SIGHUP wait; yields the list of the signal that has come, which is empty before.
-
-    The second one raises :class:`Interrupted` at once. A signal that is ignored stays so.
-    """
-    stop: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set signal handlers
-        return
-
-    def handler(signum: int, _frame: Any) -> None:
+    def defer(signum: int) -> None:
         if stop:
             raise Interrupted(signum)
         stop.append(signum)
 
-    heard = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
-    previous = {s: signal.signal(s, handler) for s in heard}
+    with on_signals(defer):
+        yield between
+
+
+@contextmanager
+def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Within the block, ``handle`` is called with the number of each SIGINT, SIGTERM and SIGHUP.
+
+    One that is ignored stays so (SIGHUP under nohup, SIGINT of a shell's background job). Python lets only the main
+    thread hear signals; elsewhere nothing changes.
+    """
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if in_main_thread() else ()
+    before = {s: old for s in ending if (old := signal.getsignal(s)) is not signal.SIG_IGN}
+    for signum in before:
+        signal.signal(signum, lambda number, _frame: handle(number))
     try:
-        yield stop
+        yield
     finally:
-        for signum, old in previous.items():
+        for signum, old in before.items():
             # None means that the handler was not set from Python; the default is the closest substitute.
             signal.signal(signum, signal.SIG_DFL if old is None else old)
+
+
+def in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nbl_export import api
-from nbl_export.cli.terminal import TerminalListener
+from nbl_export.cli.output import TerminalListener
 from nbl_export.engine.library import find_gpu
 from nbl_export.export.others import VARIABLE
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbl_export.cli.options import (
     NBL_OUT,
@@ -47,19 +47,22 @@ from nbl_export.settings import (
 from nbl_export.settings.definition import Settings, UsageError
 from nbl_export.settings.graphs import OptionalEngines
 
+if TYPE_CHECKING:
+    from nbl_export.cli.output import TerminalListener
 
-def loaded(said: Said, asked: Settings | RunSettings | None = None) -> tuple[Any, Any]:
-    """The Python API and what draws, which are imported when a command runs: --help needs neither.
+
+def loaded(said: Said, *asked: Settings | RunSettings) -> tuple[Any, Any, TerminalListener]:
+    """The Python API, what draws, and what progress goes to: imported when a command runs, since --help needs none.
 
     What is asked for is checked before, so that a value that cannot be is answered at once.
     """
-    if asked is not None:
-        asked.check()
+    for settings in asked:
+        settings.check()
     from nbl_export import api
-    from nbl_export.cli import terminal
+    from nbl_export.cli import output, terminal
 
-    terminal.set_up(said.json, said.quiet, said.log_file)
-    return api, terminal
+    output.set_up(said.json, said.quiet, said.log_file)
+    return api, terminal, output.TerminalListener()
 
 
 def run(
@@ -82,14 +85,13 @@ def run(
     """Everything from calibrate to verify; the command if none is named."""
     built = engines.asked
     whole = RunSettings(selection, calibration, verification, exporting, built, folder)
-    api, terminal = loaded(said, whole.sharing_bounds())
-    listener = terminal.TerminalListener()
-    asked = (selection, calibration, verification, listener, trust, exporting, built)
+    api, terminal, listener = loaded(said, whole.sharing_bounds())
+    asked = (selection, calibration, verification, listener, trust, exporting, built, rehash, folder)
     if dry_run:
-        ahead = api.dry_run(model, output, *asked, rehash=rehash, folder=folder)
+        ahead = api.dry_run(model, output, *asked)
         terminal.show_dry_run(ahead)
         return 0
-    value = api.run(model, output, *asked, rehash=rehash, folder=folder)
+    value = api.run(model, output, *asked)
     terminal.show_report(value, output)
     return 0 if value.passed else GATE_FAILED
 
@@ -106,8 +108,8 @@ def calibrate(
     said: Said = Said(),
 ) -> None:
     """Stream the moments of the activations into OUT; resumes if interrupted."""
-    api, terminal = loaded(said, settings)
-    moments = api.calibrate(model, output, settings, terminal.TerminalListener(), trust, rehash=rehash)
+    api, terminal, listener = loaded(said, settings)
+    moments = api.calibrate(model, output, settings, listener, trust, rehash)
     text = f"Calibrated. Next: nbl-export select {output} --k K"
     terminal.finish("calibrate", text, out=output, moments=moments)
 
@@ -123,11 +125,8 @@ def select(
     said: Said = Said(),
 ) -> None:
     """Score every layer, choose K, and write the plan."""
-    api, terminal = loaded(said, settings)
-    plan = api.select(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
-    layers = ", ".join(map(str, plan.blocks)) or "none"
-    text = f"Plan: layers {layers}. Next: nbl-export export {out}"
-    terminal.finish("select", text, out=out, **terminal.of_plan(plan))
+    api, terminal, listener = loaded(said, settings)
+    terminal.show_plan(api.select(out, settings, listener, trust, rehash=rehash), out)
 
 
 def export(
@@ -141,8 +140,8 @@ def export(
     said: Said = Said(),
 ) -> None:
     """Export the unmodified model to OUT/baseline/model.onnx."""
-    api, terminal = loaded(said, settings)
-    path = api.export(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
+    api, terminal, listener = loaded(said, settings)
+    path = api.export(out, settings, listener, trust, rehash=rehash)
     terminal.finish("export", f"Exported {path}. Next: nbl-export rewrite {out}", out=out, graph=path)
 
 
@@ -160,19 +159,18 @@ def rewrite(
 
     On OUT of earlier commands, or with --onnx on a graph that somebody else exported.
     """
-    api, terminal = loaded(said)
+    if (
+        (onnx is None) is (out is None)
+        or (onnx is None) is (plan is not None)
+        or (plan is None) is not (output is None)
+    ):
+        raise UsageError("give OUT alone, or --onnx with --plan and --output, and no OUT")
+    api, terminal, listener = loaded(said)
     if onnx is None:
-        if out is None or plan or output:
-            raise UsageError("give OUT alone, or --onnx with --plan and --output.")
-        path = api.rewrite(out, terminal.TerminalListener(), rehash=rehash)
+        path = api.rewrite(out, listener, rehash=rehash)
         terminal.finish("rewrite", f"Wrote {path}. Next: nbl-export verify {out}", out=out, graph=path)
-        return
-    if out is not None or plan is None or output is None:
-        raise UsageError("--onnx needs --plan and --output, and no OUT.")
-    result = api.rewrite_onnx(onnx, plan, output, terminal.TerminalListener())
-    terminal.show_rewrite(result)
-    text = f"Wrote {result.files[0]}; every replaced layer is proven against the plan's activations."
-    terminal.finish("rewrite", text, **terminal.of_rewrite(result))
+    else:
+        terminal.show_rewrite(api.rewrite_onnx(onnx, plan, output, listener))
 
 
 def build(
@@ -185,11 +183,8 @@ def build(
     said: Said = Said(),
 ) -> None:
     """Build TensorRT engines of both graphs into OUT/engine."""
-    api, terminal = loaded(said, settings)
-    engines = api.build(out, settings, terminal.TerminalListener(), rehash=rehash)
-    terminal.show_engines(engines)
-    text = f"Built {out / 'engine'}. Next: nbl-export verify {out}"
-    terminal.finish("build", text, out=out, engines=[engine.manifest for engine in engines])
+    api, terminal, listener = loaded(said, settings)
+    terminal.show_engines(api.build(out, settings, listener, rehash=rehash), out)
 
 
 def verify(
@@ -205,10 +200,9 @@ def verify(
     said: Said = Said(),
 ) -> int:
     """Check parity, measure method loss and speed; exit 1 if a gate fails."""
-    api, terminal = loaded(said, settings)
+    api, terminal, listener = loaded(said, settings)
     from nbl_export.workspace import is_package
 
-    listener = terminal.TerminalListener()
     if is_package(out):
         if model is None:
             raise UsageError(f"{out} is a package: say where its model is with --model")
@@ -231,8 +225,8 @@ def eval_(
     said: Said = Said(),
 ) -> int:
     """Score both graphs on tasks and retrieval; exit 1 if a gate fails."""
-    api, terminal = loaded(said, settings)
-    value = api.evaluate(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
+    api, terminal, listener = loaded(said, settings)
+    value = api.evaluate(out, settings, listener, trust, rehash=rehash)
     terminal.show_evaluation(value, out)
     return 0 if value.passed else GATE_FAILED
 
@@ -248,8 +242,8 @@ def bench(
     said: Said = Said(),
 ) -> int:
     """Time both graphs and others in turn; exit 1 if slower."""
-    api, terminal = loaded(said, settings)
-    value = api.bench(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
+    api, terminal, listener = loaded(said, settings)
+    value = api.bench(out, settings, listener, trust, rehash=rehash)
     terminal.show_bench(value, out)
     return 0 if value.passed else GATE_FAILED
 
@@ -265,8 +259,8 @@ def convert(
     said: Said = Said(),
 ) -> int:
     """Write the plan in the form of another engine, and prove it there."""
-    api, terminal = loaded(said, settings)
-    value = api.convert(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
+    api, terminal, listener = loaded(said, settings)
+    value = api.convert(out, settings, listener, trust, rehash=rehash)
     terminal.show_conversion(value, out)
     return 0 if value.passed else GATE_FAILED
 
@@ -284,21 +278,12 @@ def generate(
     said: Said = Said(),
 ) -> None:
     """Print what a graph generates after a prompt, or after each line typed."""
-    api, terminal = loaded(said, settings)
-    from nbl_export.cli import output, writing
+    api, terminal, listener = loaded(said, settings)
+    from nbl_export.cli.writing import Written, prompts
 
-    typed = not said.json and writing.is_typed(prompt, prompt_file)
-    text = None if typed else writing.prompt_of(prompt, prompt_file)
-    listener, written = terminal.TerminalListener(), writing.Written(settings.graph, heard=not said.json)
-
-    def answered(answer: Any) -> None:
-        written.end()
-        listener.note(writing.figures_line(answer))
-        output.log_text(answer.text)
-
-    turns = writing.typed() if text is None else text
-    generated = api.generate(out, turns, settings, listener, trust, rehash, written.piece, answered)
-    terminal.finish("generate", None, out=out, prompt=text, answers=generated)
+    text, written = prompts(prompt, prompt_file, said.json), Written(settings.graph, listener, not said.json)
+    answers = api.generate(out, text, settings, listener, trust, rehash, written.piece, written.answered)
+    terminal.finish("generate", None, out=out, prompt=text, answers=answers)
 
 
 def package(
@@ -312,15 +297,13 @@ def package(
     said: Said = Said(),
 ) -> None:
     """Write what a deployment needs, and can verify, to a folder of its own."""
-    api, terminal = loaded(said)
-    listener = terminal.TerminalListener()
-    value = api.package(out, to, listener, rehash, layout, base)
-    terminal.show_package(value, to)
+    api, terminal, listener = loaded(said)
+    terminal.show_package(api.package(out, to, listener, rehash, layout, base), to)
 
 
 def report(out: Out, /, *, said: Said = Said()) -> int:
     """Show the report again and redraw its files from report.json."""
-    api, terminal = loaded(said)
+    api, terminal, _ = loaded(said)
     value = api.report(out)
     terminal.show_report(value, out)
     return 0 if value.passed else GATE_FAILED
@@ -328,7 +311,7 @@ def report(out: Out, /, *, said: Said = Said()) -> int:
 
 def inspect(path: Shown, /, *, said: Said = Said()) -> None:
     """Show what a file or an output folder holds, as a table."""
-    api, terminal = loaded(said)
+    api, terminal, _ = loaded(said)
     terminal.finish_tables("inspect", api.inspect(path))
 
 
@@ -343,7 +326,7 @@ def diff(
     said: Said = Said(),
 ) -> int:
     """Say what changed from A to B; exit 1 on a regression."""
-    api, terminal = loaded(said, bounds)
+    api, terminal, _ = loaded(said, bounds)
     to_output = markdown == "-"
     value = api.diff(a, b, bounds, None if to_output else markdown)
     terminal.show_diff(value, to_output)
@@ -354,10 +337,10 @@ def doctor(*, said: Said = Said()) -> int:
     """Show what is here, and what each missing part would bring."""
     # Not by the API, which imports numpy: where that does not work, this says so.
     from nbl_export import doctor as diagnosing
-    from nbl_export.cli import terminal
+    from nbl_export.cli import output, terminal
 
-    terminal.set_up(said.json, said.quiet, said.log_file)
-    found = diagnosing.doctor(terminal.TerminalListener())
+    output.set_up(said.json, said.quiet, said.log_file)
+    found = diagnosing.doctor(output.TerminalListener())
     terminal.show_diagnosis(found)
     return 0 if found.runs_here else MissingDependencyError.exit_code
 

@@ -1,4 +1,4 @@
-"""The command line: which command, what a file says, errors in one sentence.
+"""Parse the command line: which command, what a file says, errors in one sentence.
 
 Exit codes: 0 pass · 1 a gate failed, or no K meets the budget · 2 bad usage or input · 3 a needed package or device is
 missing · 4 an export or build failed · 130, 143, 129 interrupted, ended, hung up · 70 an error of nbl-export itself.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import json
 import os
 import re
@@ -17,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token, UnusedCliTokensError
-from cyclopts.help import DefaultFormatter, HelpEntry
 
 from nbl_export import __version__, ranks
 from nbl_export.cli import commands, process
-from nbl_export.errors import INTERNAL, INTERRUPTED, NblError, os_error_in_words
+from nbl_export.errors import INTERNAL, INTERRUPTED, Interrupted, NblError, os_error_in_words
 from nbl_export.files import printable
 from nbl_export.packages import import_in_words
 from nbl_export.settings.choices import LIBRARIES
-from nbl_export.settings.definition import FILE, MORE, UsageError
+from nbl_export.settings.definition import ALL_HELP, UsageError
 from nbl_export.settings.file import NAME, TABLES, read_settings
 
 DEFAULT_COMMAND = "run"
@@ -47,77 +47,38 @@ _HOW_MANY = {
     "--max-weight-bytes",
     "--min-speedup",
 }
-
-
 # The options of every command.
 EVERYWHERE = ("--json", "--quiet", "--log-file")
-_EVERYWHERE_NAMED = ("--rehash", *EVERYWHERE)
 
 
-class ScreenHelp(DefaultFormatter):
-    """Panels as the library draws them, but what most commands take, and the advanced one of a long help, as
-    names alone.
-    """
-
-    def __call__(self, console: Any, options: Any, panel: Any) -> None:
-        if "--help-all" in sys.argv:
-            super().__call__(console, options, panel)
-            return
-        if panel.title == MORE.name and len(panel.entries) >= 14:
-            from rich.panel import Panel
-            from rich.text import Text
-
-            names = " ".join(name for entry in panel.entries for name in entry.names)
-            title = f"{panel.title}: explained by --help-all"
-            console.print(Panel(Text(names, style="cyan"), title=title, title_align="left"))
-            return
-        super().__call__(console, options, _shortened(panel))
-
-
-def _shortened(panel: Any) -> Any:
-    """``panel`` with one entry for the options that most commands have."""
-    own = [entry for entry in panel.entries if not set(entry.names) & set(_EVERYWHERE_NAMED)]
-    if len(own) == len(panel.entries):
-        return panel
-    taken = {name for entry in panel.entries for name in entry.names}
-    names = tuple(name for name in _EVERYWHERE_NAMED if name in taken)
-    return panel.copy(entries=[*own, HelpEntry(positive_names=names, description="Explained by --help-all.")])
-
-
-def from_file(_app: App, names: tuple[str, ...], arguments: Any) -> None:
+def from_file(_app: App, _names: tuple[str, ...], arguments: Any) -> None:
     """Fill in what the configuration file says and the command line does not."""
     options = [a for a in arguments if a.name.startswith("--")]
     given = {a.name: list(a.tokens) for a in options if a.tokens}
     for argument in options:  # an option of two stages, as --seed, stands there twice and is read once
         for token in given.get(argument.name, []) if not argument.tokens else []:
             argument.append(token)
-    config = next((a for a in options if a.name == "--config"), None)
     path = Path(given["--config"][-1].value) if "--config" in given else Path(NAME)
-    if config is None or ("--config" not in given and not path.is_file()):
+    if "--config" not in given and not (path.is_file() and any(a.name == "--config" for a in options)):
         return
     if "--config" not in given:
         print(f"· Settings of {path}.", file=sys.stderr)
-    values, place = read_settings(path), None
+    values, table = read_settings(path), None
     for argument in arguments:
         if argument.name == "*":
-            place = next((t for t, kind in TABLES.items() if issubclass(argument.hint, kind)), place)
-        key = (place, argument.name.removeprefix("--"))
-        if (
-            key in values
-            and argument.name not in given
-            and not (place == "select" and argument.name in _HOW_MANY and _HOW_MANY & set(given))
-        ):
-            value = values[key]
-            flag = {"implicit_value": value} if isinstance(value, bool) else {"value": json.dumps(value)}
-            argument.append(Token(keyword=argument.name, source=FILE, **flag))
+            table = next((t for t, kind in TABLES.items() if issubclass(argument.hint, kind)), table)
+        counts = table == "select" and argument.name in _HOW_MANY and _HOW_MANY & {*given}
+        if argument.name not in given and not counts:
+            for word in values.get((str(table), argument.name.removeprefix("--")), ()):
+                argument.append(Token(keyword=argument.name, value=word, source=str(path)))
 
 
 app = App(
     name="nbl-export",
     help=_HELP,
     help_format="plaintext",
-    help_formatter=ScreenHelp(),
-    help_flags=["--help", "-h", "--help-all"],
+    help_epilogue=f"{ALL_HELP} explains the advanced options, too.",
+    help_flags=["--help", "-h", ALL_HELP],
     version=f"nbl-export {__version__}",
     default_parameter=Parameter(show_choices=False),
     config=from_file,
@@ -157,43 +118,59 @@ def words_of(arguments: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Entry point: errors become one sentence on stderr and an exit code; never a traceback."""
-    try:
-        code = process.run(_command)
-    finally:
-        ranks.end()
+    with process.streams() as stdout:
+        with process.signals():
+            try:
+                if sys.argv[1:]:
+                    ranks.begin()
+                    code = app(words_of(sys.argv[1:]), exit_on_error=False, print_error=False)
+                else:  # not an error message, but no success either: nothing was asked for
+                    with contextlib.redirect_stdout(sys.stderr):
+                        app(["--help"])
+                    code = 2
+            except (Exception, KeyboardInterrupt) as error:
+                # What fails after a signal came, fails of it.
+                code = _fail(Interrupted(process.asked[-1]) if process.asked else error)
+            finally:
+                ranks.end()
+        code = code if isinstance(code, int) else 0
+        stdout.flush()  # a signal that comes now ends the process at once: its work is done
+        if stdout.lost is not None and stdout.lost.errno != errno.EPIPE:
+            why = f"The results could not be written to the standard output ({stdout.lost.strerror})"
+            print(f"error: {why}: give it a place.", file=sys.stderr)
+            code = code or 2
     sys.exit(code)
 
 
-def _command() -> int:
-    """Do what the command line asks; returns the exit code."""
-    if not sys.argv[1:]:  # not an error message, but no success either: nothing was asked for
-        with contextlib.redirect_stdout(sys.stderr):
-            app(["--help"])
-        return 2
-    try:
-        ranks.begin()
-        with process.as_interrupts():
-            code = app(words_of(sys.argv[1:]), exit_on_error=False, print_error=False)
-    except (CycloptsError, UsageError) as error:
-        return _said(f"{_sentence(error)}. See nbl-export --help.", 2)
-    except NblError as error:
-        return _said(str(error), error.exit_code)
-    except KeyboardInterrupt as error:
-        code = getattr(error, "exit_code", INTERRUPTED)
-        return _said(_ONE_OF_SEVERAL if ranks.are_several() else _INTERRUPTED, code)
-    except OSError as error:
-        translated = os_error_in_words(error, "while working")
-        return _said(str(translated), translated.exit_code)
-    except Exception as error:
-        if isinstance(error, ImportError) and (said := import_in_words(error)):
-            return _said(str(said), said.exit_code)
-        if os.environ.get("NBL_EXPORT_DEBUG"):
-            raise
+def _fail(error: BaseException) -> int:
+    """Say in one sentence what went wrong; returns the exit code."""
+    if isinstance(error, OSError):
+        error = os_error_in_words(error, "while working")
+    if isinstance(error, ImportError):
+        error = import_in_words(error) or error
+    code = getattr(error, "exit_code", INTERRUPTED if isinstance(error, KeyboardInterrupt) else INTERNAL)
+    if isinstance(error, CycloptsError | UsageError):
+        message, code = f"{_sentence(error)}. See nbl-export --help.", 2
+    elif isinstance(error, KeyboardInterrupt):
+        message = _ONE_OF_SEVERAL if ranks.are_several() else _INTERRUPTED
+    elif isinstance(error, NblError):
+        message = str(error)
+    elif os.environ.get("NBL_EXPORT_DEBUG"):
+        raise error
+    else:
         what = f"{type(error).__name__}: {error}"
-        return _said(
-            f"Internal error, please report it: {what} (set NBL_EXPORT_DEBUG=1 for the traceback).", INTERNAL
-        )
-    return code if isinstance(code, int) else 0
+        message = f"Internal error, please report it: {what} (set NBL_EXPORT_DEBUG=1 for the traceback)."
+    # Names out of a file may be long, and may hold what a terminal obeys.
+    message = re.sub(r"\S{300,}", lambda long: f"{long[0][:100]}…{long[0][-50:]}", printable(message))
+    if ranks.speaks():
+        sys.stderr.heard = True  # type: ignore[union-attr]
+        print(f"error: {message}", file=sys.stderr)
+        if "--json" in sys.argv:
+            print(json.dumps({"schema": "nbl-export/error/1", "error": message, "exit_code": code}, indent=1))
+        # What draws, and the log file with it, is there only once a command has begun.
+        if output := sys.modules.get("nbl_export.cli.output"):
+            output.log(f"error: {message}")
+    return int(code)
 
 
 def _sentence(error: Exception) -> str:
@@ -204,17 +181,3 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, UnusedCliTokensError):
         return f"{' '.join(error.unused_tokens or ())} is more than this command takes"
     return re.sub(r"\.? Did you mean (.*)\?$", r"; did you mean \1", str(error).strip().rstrip("."))
-
-
-def _said(message: str, code: int) -> int:
-    # Names out of a file may be long, and may hold what a terminal obeys.
-    message = re.sub(r"\S{300,}", lambda long: f"{long[0][:100]}…{long[0][-50:]}", printable(message))
-    if ranks.speaks():
-        process.aloud()
-        print(f"error: {message}", file=sys.stderr)
-        if "--json" in sys.argv:
-            print(json.dumps({"schema": "nbl-export/error/1", "error": message, "exit_code": code}, indent=1))
-        # What draws, and the log file with it, is there only once a command has begun.
-        if output := sys.modules.get("nbl_export.cli.output"):
-            output.log(f"error: {message}")
-    return code

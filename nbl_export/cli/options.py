@@ -1,4 +1,4 @@
-"""What the commands take beside the settings of their stages: their arguments, and the options of every command."""
+"""Name what commands take beside the settings of their stages: arguments, and the options of every command."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
+from nbl_export.settings.definition import MORE
 from nbl_export.settings.file import NAME
 
 _GENERAL, _FOREIGN = Group("Options", sort_key=1), Group("A graph that somebody else exported", sort_key=2)
@@ -48,7 +49,9 @@ Moved = Annotated[
     str | None, option("Where the model is now: of a package, or after it was moved.", "--model")
 ]
 Trust = Annotated[bool, option("Run modelling code that comes with the model.", "--trust-remote-code")]
-Rehash = Annotated[bool, option("Read all files again to see whether they have changed.", "--rehash")]
+Rehash = Annotated[
+    bool, option("Read all files again to see whether they have changed.", "--rehash", panel=MORE)
+]
 DryRun = Annotated[bool, option("Say what would be done, and do nothing.", "--dry-run")]
 Again = Annotated[bool, option("Measure everything anew, whatever the folder says.", "--again")]
 Markdown = Annotated[
@@ -76,12 +79,13 @@ TextFile = Annotated[Path | None, option("A text file in UTF-8; - is the standar
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Said:
-    """How every command answers; its help names these in one line."""
+    """How every command answers."""
 
     json: Annotated[
-        bool, option("Answer with one JSON object on stdout, and nothing else there.", "--json")
+        bool, option("Answer with one JSON object on stdout, and nothing else there.", "--json", panel=MORE)
     ] = False
-    quiet: Annotated[bool, option("No progress and no notes.", "--quiet")] = False
+    quiet: Annotated[bool, option("No progress and no notes.", "--quiet", panel=MORE)] = False
     log_file: Annotated[
-        Path | None, option("Write everything that is said to the end of this file, too.", "--log-file")
+        Path | None,
+        option("Write everything that is said to the end of this file, too.", "--log-file", panel=MORE),
     ] = None

@@ -1,4 +1,4 @@
-"""What the command line draws: tables, reports, the verdict.
+"""Draw what commands return: tables, reports, the verdict.
 
 Names in it come from graphs, reports and paths that somebody else may have written: every text is drawn by
 :func:`.output.drawable`, which leaves nothing that a terminal obeys.
@@ -14,36 +14,24 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from nbl_export.cli.bars import TerminalListener
-from nbl_export.cli.output import (
-    answer,
-    answer_of,
-    answering,
-    drawable,
-    finish,
-    of_plan,
-    of_rewrite,
-    result,
-    say,
-    set_up,
-)
+from nbl_export.cli.output import answer, answering, drawable, finish, result
 from nbl_export.records import Check, to_json
 from nbl_export.report.drawing import Table
-from nbl_export.report.schema import Report
+from nbl_export.report.schema import BenchReport, Conversion, Report
 from nbl_export.report.summary import loss_in_words, numbered, replaced, verdict_line
 from nbl_export.report.tables import engines_table, graph_table, report_tables, verdicts_table
 
 if TYPE_CHECKING:
     from nbl_export.doctor import Diagnosis
     from nbl_export.engine.build import EngineFile
+    from nbl_export.linearize.plan import Plan
     from nbl_export.report.diff import Diff
     from nbl_export.report.evaluation import Evaluation
-    from nbl_export.report.schema import BenchReport, Conversion
     from nbl_export.rewrite.replace import RewriteResult
     from nbl_export.stages.dry_run import DryRun
     from nbl_export.stages.package import Package, Verified
 
-__all__ = ["TerminalListener", "finish", "of_plan", "of_rewrite", "say", "set_up"]
+__all__ = ["finish"]
 
 _COLOURS = {
     "passed": "green",
@@ -55,41 +43,57 @@ _COLOURS = {
 }
 
 
-def finish_tables(command: str, tables: list[Table]) -> None:
+def finish_tables(command: str, tables: Sequence[Table]) -> None:
     """A command whose results are ``tables``, or its JSON object with them."""
-    answer(answer_of(command, {"tables": tables}))
+    answer(command, {"tables": tables})
     show_tables(tables)
 
 
 def show_dry_run(ahead: DryRun) -> None:
     """What a run would do, or its JSON object."""
-    answer(answer_of("dry-run", to_json(ahead)))
+    answer("dry-run", to_json(ahead))
     show_tables(ahead.tables)
 
 
-def show_tables(tables: list[Table]) -> None:
+def show_plan(plan: Plan, out: Path) -> None:
+    """What was chosen, and how it was fitted; not W and b."""
+    names = ("model", "criterion", "fit", "fit_input", "ridge", "repair", "rank", "calibration_tokens")
+    facts = {name: getattr(plan, name) for name in names}
+    ranks = {str(layer): rank for layer, rank in plan.ranks.items()}
+    text = f"Plan: layers {', '.join(map(str, plan.blocks)) or 'none'}. Next: nbl-export export {out}"
+    finish("select", text, out=out, k=len(plan.chosen), layers=plan.blocks, **facts, ranks=ranks)
+
+
+def show_rewrite(found: RewriteResult) -> None:
+    """The graph before and after; as JSON the files and the proof of each block, too."""
+    from nbl_export.rewrite.replace import rewrite_summary
+
+    show_tables([graph_table(found.before, found.after)])
+    text = f"Wrote {found.files[0]}; every replaced layer is proven against the plan's activations."
+    finish("rewrite", text, files=found.files, graph=rewrite_summary(found))
+
+
+def show_engines(engines: Sequence[EngineFile], out: Path) -> None:
+    """What was built, from the manifests."""
+    manifests = [engine.manifest for engine in engines]
+    show_tables([engines_table(manifests)])
+    finish("build", f"Built {out / 'engine'}. Next: nbl-export verify {out}", out=out, engines=manifests)
+
+
+def show_tables(tables: Sequence[Table]) -> None:
     for table in tables:
         result(_drawn(table))
-        if table.note:
-            result(drawable(table.note, "dim"))
-        for problem in table.problems:
-            result(drawable(problem, "yellow"))
+        for line, colour in [(table.note, "dim"), *((problem, "yellow") for problem in table.problems)]:
+            if line:
+                result(drawable(line, colour))
         result()
-
-
-def show_rewrite(result: RewriteResult) -> None:
-    """The graph before and after."""
-    show_tables([graph_table(result.before, result.after)])
 
 
 def show_diagnosis(found: Diagnosis) -> None:
     """The machine, the packages, what is missing, and whether the main job runs."""
-    answer(answer_of("doctor", {"runs_here": found.runs_here, **to_json(found)}))
+    answer("doctor", {"runs_here": found.runs_here, **to_json(found)})
     for table in found.tables:
-        drawn = _drawn(table)
-        for column in drawn.columns:
-            column.justify = "left"
-        result(drawn)
+        result(_drawn(table, left=True))
         result()
     if missing := found.offers:
         result(drawable("What is missing, and what brings it", "bold"))
@@ -97,20 +101,14 @@ def show_diagnosis(found: Diagnosis) -> None:
             result(drawable(use))
             result(drawable(f"    {line}", "cyan"), soft_wrap=True)  # a line that can be copied
         result()
-    for problem in found.problems:
-        result(drawable(problem, "yellow"), soft_wrap=True)
-    for sentence in found.lacking:
-        result(drawable(sentence, "bold red"), soft_wrap=True)
     runs = "The main job runs here." if found.runs_here else "The main job does not run here."
-    result(drawable(runs, "bold green" if found.runs_here else "bold red"))
+    said = [(problem, "yellow") for problem in found.problems]
+    said += [(sentence, "bold red") for sentence in found.lacking]
+    for line, colour in [*said, (runs, "bold green" if found.runs_here else "bold red")]:
+        result(drawable(line, colour), soft_wrap=True)
 
 
-def show_engines(engines: list[EngineFile]) -> None:
-    """What was built, from the manifests."""
-    show_tables([engines_table([engine.manifest for engine in engines])])
-
-
-def _drawn(table: Table) -> RichTable:
+def _drawn(table: Table, left: bool = False) -> RichTable:
     drawn = RichTable(
         title=drawable(table.title, "bold"),
         title_justify="left",
@@ -121,7 +119,9 @@ def _drawn(table: Table) -> RichTable:
         show_edge=False,
     )
     for number, column in enumerate(table.columns):
-        drawn.add_column(drawable(column), justify="left" if number == 0 else "right", overflow="fold")
+        drawn.add_column(
+            drawable(column), justify="left" if left or number == 0 else "right", overflow="fold"
+        )
     for row in table.rows:
         drawn.add_row(*(drawable(cell, _COLOURS.get(cell, "")) for cell in row))
     return drawn
@@ -129,13 +129,12 @@ def _drawn(table: Table) -> RichTable:
 
 def show_report(report: Report, out: Path) -> None:
     """The summary of a run: tables, then checks, then the verdict and where to look next."""
-    answer(report.as_json())
+    answer("verify", report.as_json())
     layers, name = report.selection.layers, Path(report.model.source).name
     show_tables(report_tables(report, brief=True))
-    _show_checks(report.checks)
     now = "left out" if report.selection.fit == "drop" else "now linear"
     linear = f"      {replaced(report)} of {name} are {now}" + (f": {numbered(layers)}" if layers else "")
-    result(_verdict(report.passed) + drawable(f"  {verdict_line(report)}"))
+    _show_judged(report.checks, report.passed, f"  {verdict_line(report)}")
     result(drawable(linear))
     if report.divergence:
         result(drawable(f"      {report.divergence}", "red"))
@@ -146,8 +145,9 @@ def show_evaluation(value: Evaluation, out: Path) -> None:
     """The tables of an evaluation, its verdicts, and where to look next."""
     from nbl_export.report.evaluation import evaluation_tables
 
-    answer(value.as_json())
-    _show_judged(value, evaluation_tables(value, brief=True))
+    answer("eval", value.as_json())
+    show_tables(evaluation_tables(value, brief=True))
+    _show_judged(value.checks, value.passed)
     result(drawable(f"evaluation {out / 'report' / 'eval.md'}"))
 
 
@@ -155,76 +155,60 @@ def show_bench(value: BenchReport, out: Path) -> None:
     """The table of a bench, its verdicts, and where to look next."""
     from nbl_export.report.speed import BENCH, speed_table
 
-    answer(value.as_json())
-    _show_judged(value, [speed_table(BENCH, value.speed, brief=True)])
-    for note in value.notes:
-        result(drawable(note))
-    result(drawable(f"bench {out / 'report' / 'bench.md'}"))
+    answer("bench", value.as_json())
+    show_tables([speed_table(BENCH, value.speed, brief=True)])
+    _show_judged(value.checks, value.passed)
+    for line in (*value.notes, f"bench {out / 'report' / 'bench.md'}"):
+        result(drawable(line))
 
 
 def show_diff(value: Diff, as_markdown: bool) -> None:
     """What changed: its tables, its gates and its verdict, or all of it as Markdown."""
     from nbl_export.report.diff import headline_table, markdown, tables, verdict_line
 
-    answer(answer_of("diff", to_json(value)))
+    answer("diff", to_json(value))
     if as_markdown and not answering.json:
         print(markdown(value), end="")
         return
     show_tables([*tables(value, brief=True), headline_table(value, brief=True)])
     for note in value.notes:
         result(drawable(note))
-    if value.checks:
-        _show_checks(value.checks)
-        result(_verdict(value.passed) + drawable(f"  {verdict_line(value)}"))
-    else:
-        result(drawable(verdict_line(value)))
-
-
-def _show_judged(value: Evaluation | BenchReport, tables: list[Table]) -> None:
-    show_tables(tables)
-    if value.checks:
-        _show_checks(value.checks)
-        result(_verdict(value.passed))
+    _show_judged(value.checks, value.passed, f"  {verdict_line(value)}")
 
 
 def show_conversion(value: Conversion, out: Path) -> None:
     """The checks of a file for another engine, its verdict, and where it is."""
-    answer(answer_of("convert", {"out": out, **vars(value), "passed": value.passed}))
-    _show_checks(value.checks)
-    size = f"{value.bytes / 2**20:,.1f} MiB"
-    result(
-        _verdict(value.passed)
-        + drawable(f"  {out / value.file}, {size}; linear: {', '.join(value.layers) or 'none'}")
-    )
+    answer("convert", {"out": out, **vars(value), "passed": value.passed})
+    linear = ", ".join(value.layers) or "none"
+    where = f"  {out / value.file}, {value.bytes / 2**20:,.1f} MiB; linear: {linear}"
+    _show_judged(value.checks, value.passed, where)
 
 
 def show_package(value: Package, to: Path) -> None:
     """What was packaged, and its size."""
     size = sum((to / name).stat().st_size for name in value.files)
-    answer(answer_of("package", {"package": to, "bytes": size, **vars(value)}))
+    answer("package", {"package": to, "bytes": size, **vars(value)})
     linear = ", ".join(map(str, value.layers)) or "none"
-    result(
-        drawable(
-            f"{to}: {len(value.files)} files, {size / 2**20:,.1f} MiB, {value.precision}; linear: {linear}"
-        )
-    )
+    mib = f"{size / 2**20:,.1f} MiB"
+    result(drawable(f"{to}: {len(value.files)} files, {mib}, {value.precision}; linear: {linear}"))
     result(drawable(f"Verify it anywhere: nbl-export verify {to} --model MODEL"))
 
 
 def show_verified(value: Verified, root: Path) -> None:
     """The checks of a package and its verdict."""
-    figures = {**vars(value.measured), "package": root, "passed": value.passed, "checks": value.checks}
-    answer(answer_of("verify", figures))
-    _show_checks(value.checks)
+    measured = vars(value.measured)
+    answer("verify", {**measured, "package": root, "passed": value.passed, "checks": value.checks})
     cost = loss_in_words(value.measured.method_loss)
-    result(_verdict(value.passed) + drawable(f"  {root}, of {value.package.model.source}; {cost}"))
+    _show_judged(value.checks, value.passed, f"  {root}, of {value.package.model.source}; {cost}")
 
 
-def _show_checks(checks: Sequence[Check]) -> None:
-    drawn = _drawn(verdicts_table(checks))
-    drawn.columns[-1].justify = "left"
-    result(drawn)
-
-
-def _verdict(passed: bool) -> Text:
-    return Text("PASS", style="bold green") if passed else Text("FAIL", style="bold red")
+def _show_judged(checks: Sequence[Check], passed: bool, line: str = "") -> None:
+    """The checks, and the verdict before a ``line``; without checks there is none."""
+    verdict = Text()
+    if checks:
+        drawn = _drawn(verdicts_table(checks))
+        drawn.columns[-1].justify = "left"
+        result(drawn)
+        verdict = Text("PASS", style="bold green") if passed else Text("FAIL", style="bold red")
+    if checks or line:
+        result(verdict + drawable(line if checks else line.lstrip()))

@@ -5,27 +5,38 @@ samples: int = setting(128, TEXT, at_least(1))      # the field, the option --sa
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from inspect import cleandoc
 from types import UnionType
-from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cyclopts import Group, Parameter
 
 from nbl_export.errors import InputError
 
-# The word for a value that is found out, and the source of values that a configuration file gives as JSON.
-AUTO, FILE = "auto", "file"
-# The panels in the order of their keys: what most users never need comes last.
+AUTO = "auto"  # the word for a value that is found out
+# The panels in the order of their keys: what most users never need comes last, and is shown if all is asked for.
+ALL_HELP = "--help-all"
 LAYERS, COST = Group("Which layers", sort_key=2), Group("What it may cost", sort_key=3)
 TEXT, GRAPH = Group("Calibration text", sort_key=4), Group("Graph and engines", sort_key=5)
 CHECKS, ANSWERS = Group("What is measured", sort_key=6), Group("What is generated", sort_key=7)
-MORE = Group("Advanced", sort_key=9)
-_WANTED = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
+MORE = Group("Advanced", sort_key=9, show=ALL_HELP in sys.argv)
+_WANTED = {int: "a whole number", float: "a number", str: "some text", bool: "true or false"}
 _METAVARS = {int: "N", float: "X", str: "NAME", bool: ""}
 S = TypeVar("S", bound="Settings")
 C = TypeVar("C", bound=type)
@@ -62,19 +73,32 @@ def at_least(least: float, words: str = "") -> Must:
     return Must(lambda value: value >= least, f"is {{value}}; it must be {words or f'at least {least}'}")
 
 
-def one_of(known: Iterable[str], words: str = "choose one of") -> Must:
-    """Refuses any other value; ``words`` are those before the list, or the sentence if they begin with "is"."""
-    said = words if words.startswith("is ") else f"{{value!r}} is unknown; {words}"
+def one_of(known: Iterable[str]) -> Must:
     every = tuple(known)
-    return Must(lambda value: value in every, f"{said} {', '.join(every)}", known=every)
+    return Must(
+        lambda value: value in every, f"{{value!r}} is unknown; choose one of {', '.join(every)}", known=every
+    )
+
+
+def readable(read: Callable[[str], object], words: str) -> Must:
+    """Refuses text that ``read`` raises ``ValueError`` for."""
+
+    def holds(text: str) -> bool:
+        try:
+            read(text)
+        except ValueError:
+            return False
+        return True
+
+    return Must(holds, f"is {{value!r}}; {words}")
 
 
 @dataclass(frozen=True)
 class Setting:
     """One setting: ``key`` is its option without the dashes, ``shown`` its default in words where the field's own does
     not say it; ``auto``: that word is a value, too; ``repeated``: a list by repetition, where others have commas;
-    ``read`` makes a value of text that is no plain value, as ``like`` it is written. ``offered`` are the values that a
-    shell completes; those of a :class:`Must` need not be said.
+    ``read`` makes a value of one word, which is written as ``like`` says. ``offered`` are the values that a shell
+    completes; those of a :class:`Must` need not be said.
 
     ``path`` leads to the field; ``kind`` is the type of one value, of which there may be ``many``.
     """
@@ -87,7 +111,7 @@ class Setting:
     auto: bool = False
     repeated: bool = False
     read: Callable[[str], Any] | None = None
-    like: str = "whole numbers with commas, as 3,7,12"
+    like: str = ""
     offered: tuple[str, ...] = ()
     path: tuple[str, ...] = ()
     help: str = ""
@@ -97,15 +121,14 @@ class Setting:
     @property
     def parameter(self) -> Parameter:
         """The option, for the library that reads the command line."""
-        metavar = (
-            self.metavar or ("LIST" if self.many else _METAVARS.get(self.kind, "NAME")) + "|auto" * self.auto
-        )
-        more: dict[str, Any] = {"metavar": metavar}
+        kind = "LIST" if self.many else _METAVARS.get(self.kind, "NAME")
+        more: dict[str, Any] = {"metavar": self.metavar or kind + "|auto" * self.auto}
         if self.kind is not bool:
-            more |= {"converter": self._from_words, "n_tokens": 1, "json_list": False}
+            more |= {"converter": self._from_tokens, "n_tokens": 1, "json_list": False}
             more |= {"allow_repeating": True, "negative_iterable": ()}
-        name, show = f"--{self.key}", self._default
-        return Parameter(name=name, help=self.help, group=self.panel, show_default=show, **more)
+        return Parameter(
+            name=f"--{self.key}", help=self.help, group=self.panel, show_default=self._default, **more
+        )
 
     def check(self, value: Any, name: str, of_file: bool = False) -> None:
         """Raise :class:`InputError`, beginning with ``name``, for a value that is refused; None is no value.
@@ -118,56 +141,32 @@ class Setting:
                     shown = f"{one:g}" if isinstance(one, float) else one
                     raise InputError(f"{name} {must.words.format(value=shown)}.")
         for one in value if isinstance(value, tuple) else (value,):
-            if isinstance(one, str) and not one:
-                raise InputError(f"{name} is empty; give some text.")
-            if isinstance(one, float) and not math.isfinite(one):
-                raise InputError(f"{name} is {one}; give a finite number.")
+            if one == "" or (isinstance(one, float) and not math.isfinite(one)):
+                raise InputError(
+                    f"{name} is empty; give some text."
+                    if one == ""
+                    else f"{name} is {one}; give a finite number."
+                )
 
-    def from_file(self, value: Any, name: str) -> Any:
-        """A value of a TOML file as the field has it; raises :class:`InputError` for one that is refused."""
-        if self.auto and value == AUTO:
-            return value
-        is_list = isinstance(value, list)
-        types = {type(one) for one in (value if is_list else [value])}
-        allowed = {int, float} if self.kind is float else {int, str} if self.read else {self.kind}
-        if is_list != self.many or not types <= allowed:
-            raise InputError(f"{name} is {json.dumps(value, default=str)}; give {self._wanted}.")
-        try:
-            found = (
-                tuple(self._one(str(one) if self.read else one) for one in value)
-                if self.many
-                else self.kind(value)
-            )
-        except ValueError:
-            raise InputError(f"{name} is {json.dumps(value)}; give {self._wanted}.") from None
-        except OverflowError:  # a whole number of more than 308 digits
-            raise InputError(f"{name} is too large; give a finite number.") from None
-        self.check(found, name, of_file=True)
-        return found
-
-    def _from_words(self, tokens: Sequence[Any]) -> Any:
-        option, text = tokens[-1].keyword, tokens[-1].value
-        if tokens[-1].source == FILE:
-            return tuple(json.loads(text)) if self.many else json.loads(text)
-        if self.repeated:
-            return tuple(token.value for token in tokens)
-        if self.auto and text == AUTO:
+    def of_words(self, words: Sequence[str], name: str) -> Any:
+        """The value that ``words`` of the command line or of a file say; raises :class:`UsageError` for none."""
+        if self.auto and words[-1] == AUTO:
             return AUTO
         try:
-            return tuple(map(self._one, text.split(","))) if self.many else self.kind(text)
+            each = words if self.repeated else words[-1].split(",") if self.many and words[-1] else words[-1:]
+            found = tuple((self.read or self.kind)(word if self.repeated else word.strip()) for word in each)
         except ValueError:
-            wanted = self.like if self.many else self._wanted
-            raise UsageError(f"{option} is {text!r}; give {wanted}.") from None
+            wanted = _WANTED[self.kind] if not self.read else self.like
+            wanted = (
+                f"{wanted}s with commas, as 3,7,12".removeprefix("a ")
+                if self.many and not self.read
+                else wanted
+            )
+            raise UsageError(f"{name} is {words[-1]!r}; give {wanted}{' or auto' * self.auto}.") from None
+        return found if self.many else found[0]
 
-    def _one(self, value: Any) -> Any:
-        return self.read(value) if self.read else self.kind(value)
-
-    @property
-    def _wanted(self) -> str:
-        if self.read:
-            return f"a list in brackets: {self.like}"
-        wanted = _WANTED[self.kind] + " or auto" * self.auto
-        return f"a list in brackets, each {wanted}" if self.many else wanted
+    def _from_tokens(self, tokens: Sequence[Any]) -> Any:
+        return self.of_words([token.value for token in tokens], tokens[-1].keyword)
 
     def _default(self, value: Any) -> str | None:
         if self.shown or value is None or isinstance(value, bool):
@@ -207,23 +206,39 @@ def settings_of(cls: type) -> Iterator[Setting]:
         elif one:
             parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
             # The last one: words that a shell completes stand before it.
-            kind = [part for part in parts if part is not type(None)][-1]
-            many, musts = get_origin(kind) is tuple, one.musts
+            kind, musts = [part for part in parts if part is not type(None)][-1], one.musts
+            many, of = get_origin(kind) is tuple, get_args(kind)
             if get_origin(kind) is Literal:
-                kind, musts = str, (*musts, one_of(get_args(kind)))
-            elif many:
-                kind = get_args(kind)[0]
+                kind, musts = str, (*musts, one_of(of))
             known = [word for must in musts for word in must.known]
-            words = tuple(dict.fromkeys((*one.offered, *known, *((AUTO,) if one.auto else ()))))
-            key, text = one.key or each.name.replace("_", "-"), " ".join(helps[each.name].split())
             yield replace(
-                one, key=key, path=(each.name,), kind=kind, many=many, musts=musts, help=text, offered=words
+                one,
+                key=one.key or each.name.replace("_", "-"),
+                path=(each.name,),
+                kind=of[0] if many else kind,
+                many=many,
+                musts=musts,
+                help=" ".join(helps[each.name].split()),
+                offered=tuple(dict.fromkeys((*one.offered, *known, *[AUTO] * one.auto))),
             )
+
+
+def refuse(*cases: tuple[object, str]) -> None:
+    """Raise :class:`InputError` with the sentence of the first of ``cases`` that holds."""
+    for holds, sentence in cases:
+        if holds:
+            raise InputError(sentence)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a stage can be asked: a frozen dataclass of settings."""
+    """What a stage can be asked: a frozen dataclass of settings.
+
+    ``of_decoders`` says why an encoder cannot be asked it, where none can, and ``instead`` what to do.
+    """
+
+    of_decoders: ClassVar[str] = ""
+    instead: ClassVar[str] = "leave it out"
 
     def check(self) -> None:
         """Raise :class:`InputError` for the first value that is refused; needs no model and no package."""
@@ -233,21 +248,22 @@ class Settings:
                 value = getattr(value, name)
             one.check(value, f"--{one.key}")
 
-    def resolve(self: S, _task: Task) -> S:
+    def resolve(self: S, task: Task) -> S:
         """With what depends on the model's task filled in; raises :class:`InputError` for what it cannot be asked."""
+        if self.of_decoders and not task.causal:
+            raise InputError(f"{self.of_decoders}; this model is an encoder ({task.name}): {self.instead}.")
         return self
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload, no-any-return]
 
 
-_FORM = re.compile(r"auto|cpu|xpu|cuda(:\d{1,4})?")
 _NO_MPS = Must(
     lambda device: device != "mps",
     "is mps: an Apple GPU has no float64, in which moments are summed; say cpu, or leave it out",
 )
-_KNOWN = Must(
-    lambda device: _FORM.fullmatch(device) is not None,
+_DEVICE = Must(
+    re.compile(r"auto|cpu|xpu|cuda(:\d{1,4})?").fullmatch,  # type: ignore[arg-type]
     "is {value!r}; it must be auto, cpu, cuda, cuda:N (as cuda:1) or xpu",
 )
 
@@ -260,7 +276,7 @@ class OnDevice(Settings):
         there is one.
     """
 
-    device: str = setting(AUTO, MORE, _NO_MPS, _KNOWN, metavar="DEVICE")
+    device: str = setting(AUTO, MORE, _NO_MPS, _DEVICE, metavar="DEVICE")
 
     def as_json(self) -> dict[str, Any]:
         """Without the device: what was made on one is used on machines that have another, or none.
@@ -277,17 +293,9 @@ _SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,3})?) ?([KMGT])(i?)B", re.IGNORECASE)
 def bytes_of(size: str) -> int:
     """The bytes of a ``size`` such as 4GiB or 500MB; raises ``ValueError`` for anything else."""
     found = _SIZE.fullmatch(size)
-    if found is None:
+    if found is None or not float(found[1]):
         raise ValueError(size)
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1))
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1))
 
 
-def _is_size(size: str) -> bool:
-    try:
-        return bytes_of(size) > 0
-    except ValueError:
-        return False
-
-
-SIZE = Must(_is_size, "is {value!r}; give a size, as 4GiB or 500MB")
+SIZE = readable(bytes_of, "give a size, as 4GiB or 500MB")

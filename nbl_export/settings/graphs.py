@@ -7,7 +7,18 @@ from typing import Any, Literal
 
 from nbl_export.errors import InputError
 from nbl_export.settings import choices
-from nbl_export.settings.definition import AUTO, GRAPH, MORE, Must, Settings, Task, one_of, options, setting
+from nbl_export.settings.definition import (
+    AUTO,
+    GRAPH,
+    MORE,
+    Must,
+    Settings,
+    Task,
+    one_of,
+    options,
+    refuse,
+    setting,
+)
 
 _NO_PROGRAM = Must(lambda _: False, "names a program to run: say it on the command line", of_file=True)
 
@@ -30,7 +41,7 @@ class ExportSettings(Settings):
 
     precision: str | None = setting(None, GRAPH, shown="fp32; fp16 with --trt", offered=choices.PRECISIONS)
     kv_cache: str | None = setting(None, GRAPH, shown="by target", offered=choices.CACHES)
-    exporter: str | None = setting(None, GRAPH, one_of(choices.EXPORTERS, "choose"), shown="torch")
+    exporter: str | None = setting(None, GRAPH, one_of(choices.EXPORTERS), shown="torch")
     inputs: Literal["ids", "embeds"] = setting("ids", MORE, metavar="ids|embeds")
     python: str | None = setting(
         None, MORE, _NO_PROGRAM, metavar="PATH", key="exporter-python", shown="$NBL_EXPORT_OPTIMUM_PYTHON"
@@ -53,14 +64,12 @@ class ExportSettings(Settings):
         super().check()
         choices.check_offered(self.exported_by, "--precision", self.precision, self.offered.precisions)
         choices.check_offered(self.exported_by, "--kv-cache", self.kv_cache, self.offered.caches)
-        if self.embeds and self.exported_by != "torch":
-            raise InputError(
-                f"--inputs embeds is for --exporter torch, not for {self.exported_by}: leave one of them out."
-            )
-        if self.opset is not None and self.exported_by != "torch":
-            raise InputError(
-                f"--opset is for --exporter torch; {self.exported_by} chooses its own: leave one of them out."
-            )
+        other = self.exported_by != "torch"
+        rest = f"is for --exporter torch, not for {self.exported_by}: leave one of them out."
+        refuse(
+            (other and self.embeds, f"--inputs embeds {rest}"),
+            (other and self.opset is not None, f"--opset {rest}"),
+        )
 
     @property
     def embeds(self) -> bool:
@@ -103,29 +112,23 @@ class ExportSettings(Settings):
 
     def _check_encoder(self, task: Task, engines: bool) -> None:
         """Raise :class:`InputError` for what is for decoders alone."""
-        if self.embeds:
-            raise InputError(
-                f"--inputs embeds is for decoders; this model is an encoder ({task.name}): leave it out."
-            )
-        if self.exported_by != "torch":
-            raise InputError(
-                f"{self._asked_exporter} is for decoders here; this model is an encoder ({task.name}): leave it out."
-            )
-        if self.kv_cache not in (None, "none"):
-            raise InputError(
-                f"An encoder ({task.name}) has no KV cache, so --kv-cache {self.kv_cache} means nothing: leave it out."
-            )
-        if engines:
-            raise InputError(
-                f"TensorRT engines are built of decoders only; this model is an encoder ({task.name}): leave --trt out."
-            )
+        asked = {
+            "--inputs embeds": self.embeds,
+            self._asked_exporter: self.exported_by != "torch",
+            f"--kv-cache {self.kv_cache}": self.kv_cache not in (None, "none"),
+            "--trt": engines,
+        }
+        rest = f" is for decoders; this model is an encoder ({task.name}): leave it out."
+        refuse(*((given, name + rest) for name, given in asked.items()))
 
     def check_tensorrt(self) -> None:
         """Raise :class:`InputError` if TensorRT does not take the graphs that these settings make."""
-        if self.embeds:
-            raise InputError(
-                "Engines are built of decoders that read token ids: leave --inputs embeds or --trt out."
+        refuse(
+            (
+                self.embeds,
+                "Engines are built of decoders that read token ids: leave --inputs embeds or --trt out.",
             )
+        )
         if self._of_target(engines=True).kv_cache in self.offered.fused:
             cache = f"--kv-cache {self.kv_cache}" if self.kv_cache else f"--target {self.target}"
             whose = cache if self.exported_by == "torch" else self._asked_exporter
@@ -156,7 +159,7 @@ class FolderSettings(Settings):
 
 def _library(default: str | None) -> Any:
     known = choices.LIBRARIES
-    return setting(default, GRAPH, one_of(known, "choose"), metavar="|".join(known), key="trt")
+    return setting(default, GRAPH, one_of(known), metavar="|".join(known), key="trt")
 
 
 @options
@@ -171,19 +174,14 @@ class EngineSettings(Settings):
     sm: Compute capabilities to build for with rtx: 86,89.
     """
 
+    of_decoders = "TensorRT engines are built of decoders only"
+    instead = "use its ONNX graph"
+
     library: str = _library(AUTO)
     max_batch: int = setting(4, MORE)
     max_seq: int | None = setting(None, MORE, shown=str(choices.MAX_SEQ))
     max_context: int | None = setting(None, MORE, shown=str(choices.MAX_CONTEXT))
     sm: tuple[str, ...] = setting((), MORE, shown="all from 80 on")
-
-    def resolve(self, task: Task) -> EngineSettings:
-        if not task.causal:
-            raise InputError(
-                f"TensorRT engines are built of decoders only; this model is an encoder ({task.name}): use its ONNX "
-                "graph."
-            )
-        return self
 
 
 @options
@@ -220,6 +218,9 @@ class ConvertSettings(Settings):
     precision: fp32, fp16, bf16; gguf: q8_0 (8 bits, a scale for each 32 weights), q4_k_m (by llama.cpp).
     """
 
+    of_decoders = "Other engines' forms are of decoders"
+    instead = "use its ONNX graph"
+
     to: Literal["gguf", "mlx", "hf", "openvino", "decilm"] = setting(
         "gguf", GRAPH, metavar="|".join(PRECISIONS)
     )
@@ -235,9 +236,3 @@ class ConvertSettings(Settings):
                 f"--precision {self.precision} is of --to {able}, not of --to {self.to}: choose "
                 f"{' or '.join(offered)}, and quantize with the engine's own."
             )
-
-    def resolve(self, task: Task) -> ConvertSettings:
-        """Itself; raises :class:`InputError` for an encoder."""
-        if not task.causal:
-            raise InputError(f"--to {self.to} is for decoders; this model is an encoder ({task.name}).")
-        return self

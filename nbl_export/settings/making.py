@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal, get_args
+from itertools import combinations
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -26,6 +26,7 @@ from nbl_export.settings.definition import (
     at_least,
     one_of,
     options,
+    refuse,
     setting,
 )
 from nbl_export.settings.workload import WORKLOAD, Workload, workload_of
@@ -75,9 +76,7 @@ class Budget(LossBound):
     def as_json(self) -> dict[str, Any]:
         """Without the bounds that are None and that budgets did not always have: what was made within one is kept."""
         new = ("max_weight_bytes", "max_kv_bytes")
-        return {
-            name: value for name, value in super().as_json().items() if value is not None or name not in new
-        }
+        return {name: v for name, v in super().as_json().items() if v is not None or name not in new}
 
     @property
     def of_loss(self) -> LossBound:
@@ -97,7 +96,6 @@ def auto_budget(budget: Budget) -> Budget:
 _RIDGES = Must(
     lambda x: 0 <= x <= MAX_RIDGE, f"is {{value}}; it must be between 0 and {MAX_RIDGE:g}, or auto"
 )
-_DTYPES = one_of(get_args(Dtype), "is {value!r}; it must be one of")
 
 
 @options
@@ -130,7 +128,7 @@ class CalibrateSettings(OnDevice):
         ATTENTION, LAYERS, metavar="attention|mlp|both|all"
     )
     seed: int = setting(0, MORE)
-    dtype: Dtype = setting(AUTO, MORE, _DTYPES, metavar="DTYPE", key="calibration-dtype")
+    dtype: Dtype = setting(AUTO, MORE, metavar="DTYPE", key="calibration-dtype")
     memory: str | None = setting(None, MORE, SIZE, metavar="SIZE", shown="half of what is free")
 
     @property
@@ -155,8 +153,8 @@ class CalibrateSettings(OnDevice):
 
     def check(self) -> None:
         super().check()
-        if choices.SELF in self.sources and len(self.sources) > 1:
-            raise InputError("--calibration self stands alone: it cannot be mixed with files.")
+        mixed = choices.SELF in self.sources and len(self.sources) > 1
+        refuse((mixed, "--calibration self stands alone: it cannot be mixed with files."))
 
 
 @options
@@ -209,48 +207,54 @@ class SelectSettings(OnDevice):
     auto_rank: Annotated[bool, Parameter(parse=False)] = False  # no option: what the word makes of the rank
 
     def __post_init__(self) -> None:
-        k: Any = self.k
-        ridge: Any = self.ridge
-        rank: Any = self.rank
-        if rank == AUTO:
-            object.__setattr__(self, "rank", None)
-            object.__setattr__(self, "auto_rank", True)
-        if k == AUTO and self.layers is None:  # beside --layers it is refused
-            object.__setattr__(self, "k", None)
-            object.__setattr__(self, "budget", auto_budget(self.budget))
-        if ridge == AUTO:
-            object.__setattr__(self, "ridge", None)
+        words = [name for name in ("k", "ridge", "rank") if getattr(self, name) == AUTO]
+        made: dict[str, Any] = dict.fromkeys(words)
+        if "k" in words:
+            made |= {"budget": auto_budget(self.budget)} if self.layers is None else {"k": AUTO}  # is refused
+        if "rank" in words:
+            made |= {"auto_rank": True}
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
 
     def check(self) -> None:
         one_way = (
             "--k and --layers say how many layers to linearize, and so does a budget (--k auto, --max-ppl-ratio, "
             "--max-kl, --min-speedup, --max-weight-bytes, --max-kv-bytes): give one of them; a bound on the loss of "
-            "K layers is a gate of "
-            "`nbl-export verify`."
+            "K layers is a gate of `nbl-export verify`."
         )
-        if self.layers is not None and str(self.k) == AUTO:
-            raise InputError(one_way)
+        refuse((self.layers is not None and str(self.k) == AUTO, one_way))
         super().check()
-        ways = [self.k is not None, self.layers is not None, bool(self.budget)]
-        if not any(ways):
-            raise InputError(
+        named, k = self.layers or (), self.k
+        overlapping = (
+            (one, other) for one, other in combinations(named, 2) if {*parts_in(one)} & {*parts_in(other)}
+        )
+        other, one = next(overlapping, (None, None))
+        refuse(
+            (
+                k is None and self.layers is None and not self.budget,
                 "Say how many layers to linearize: --k K, --k auto, or a budget (--max-ppl-ratio, --max-kl, "
-                "--min-speedup, --max-weight-bytes, --max-kv-bytes); or name them with --layers."
-            )
-        if self.budget and sum(ways) > 1:
-            raise InputError(one_way)
-        if self.layers is not None:
-            _check_named(self.layers, self.k)
-        if self.budget.max_kv_bytes and not self.workload:
-            raise InputError(
-                "--max-kv-bytes bounds the KV cache of a workload: say which, as --workload decode=128@4096,batch=4."
-            )
-        if self.layers is not None and self.workload:
-            raise InputError("--layers names the layers, and --workload chooses them: give one of them.")
-        if self.repair and self.fit == "drop":
-            raise InputError(
-                "--fit drop leaves layers out, and there is nothing to repair: leave --repair out."
-            )
+                "--min-speedup, --max-weight-bytes, --max-kv-bytes); or name them with --layers.",
+            ),
+            (self.budget and (k is not None or self.layers is not None), one_way),
+            (
+                k is not None and self.layers is not None and k != len(named),
+                f"--k {k} and --layers with {len(named)} layers contradict each other: give one.",
+            ),
+            (len({*named}) < len(named), "--layers names a layer twice: name each layer once."),
+            (one is not None, f"--layers names {one} and {other}, which overlap: leave one of them out."),
+            (
+                self.budget.max_kv_bytes and not self.workload,
+                "--max-kv-bytes bounds the KV cache of a workload: say which, as --workload decode=128@4096,batch=4.",
+            ),
+            (
+                named and self.workload,
+                "--layers names the layers, and --workload chooses them: give one of them.",
+            ),
+            (
+                self.repair and self.fit == "drop",
+                "--fit drop leaves layers out, and there is nothing to repair: leave --repair out.",
+            ),
+        )
 
     def resolve(self, task: Task) -> SelectSettings:
         if task.causal:
@@ -263,11 +267,11 @@ class SelectSettings(OnDevice):
             "A budget for K": bool(self.budget),
             "--workload": bool(self.workload),
         }
-        if wrong := next((name for name, given in asked.items() if given), None):
-            raise InputError(
-                f"{wrong} is measured by what a decoder predicts; this model is an encoder ({task.name}): choose "
-                "layers by --k with --criterion cca or nmse, or by --layers."
-            )
+        rest = (
+            f" is measured by what a decoder predicts; this model is an encoder ({task.name}): choose layers by --k "
+            "with --criterion cca or nmse, or by --layers."
+        )
+        refuse(*((given, name + rest) for name, given in asked.items()))
         return replace(self, criterion=self.criterion or choices.ENCODER_CRITERION)
 
     @property
@@ -299,14 +303,3 @@ class SelectSettings(OnDevice):
                 f"--repair changes the MLPs' weights, which an {precision} graph does not hold as the model has them: "
                 "add --repair-rank 0, which repairs the linear layers alone."
             )
-
-
-def _check_named(layers: Sequence[Block], k: int | None) -> None:
-    """Refuse layers that contradict each other, or ``k``."""
-    if k is not None and k != len(layers):
-        raise InputError(f"--k {k} and --layers with {len(layers)} layers contradict each other: give one.")
-    if len(set(layers)) != len(layers):
-        raise InputError("--layers names a layer twice: name each layer once.")
-    for number, one in enumerate(layers):
-        if other := next((b for b in layers[:number] if set(parts_in(b)) & set(parts_in(one))), None):
-            raise InputError(f"--layers names {one} and {other}, which overlap: leave one of them out.")

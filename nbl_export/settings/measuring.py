@@ -8,7 +8,6 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from nbl_export.batch.names import BASE, LINEARIZED
-from nbl_export.errors import InputError
 from nbl_export.settings.choices import DEVICES, PEERS, RETRIEVAL_CONTEXTS
 from nbl_export.settings.definition import (
     ANSWERS,
@@ -22,6 +21,7 @@ from nbl_export.settings.definition import (
     at_least,
     one_of,
     options,
+    refuse,
     setting,
 )
 from nbl_export.settings.making import NO_BOUND, LossBound
@@ -61,17 +61,17 @@ class VerifySettings(OnDevice):
 
     def check(self) -> None:
         super().check()
-        if self.bound and not self.quality:
-            raise InputError(
-                "--no-quality leaves unmeasured what --max-kl, --max-ppl-ratio or --k auto bounds: give one of them."
-            )
+        unmeasured = (
+            "--no-quality leaves unmeasured what --max-kl, --max-ppl-ratio, --k auto bound: give one of them."
+        )
+        refuse((self.bound and not self.quality, unmeasured))
 
     def resolve(self, task: Task) -> VerifySettings:
-        if self.bound and not task.causal:
-            raise InputError(
-                "--max-kl and --max-ppl-ratio bound what a decoder predicts; this model is an encoder "
-                f"({task.name}), whose likeness to the original is in the report: leave them out."
-            )
+        said = (
+            f"--max-kl and --max-ppl-ratio bound what a decoder predicts; this model is an encoder ({task.name}), "
+            "whose likeness to the original is in the report: leave them out."
+        )
+        refuse((self.bound and not task.causal, said))
         return self
 
 
@@ -93,6 +93,9 @@ class EvalSettings(OnDevice):
     min_recovery: Exit 1 where the mean recovery of the scores is below it by more than the standard error.
     """
 
+    of_decoders = "Tasks and retrieval are asked of decoders"
+    instead = "its method loss is in the report of `nbl-export verify`"
+
     tasks: tuple[str, ...] = setting((), CHECKS, _NO_CODE, metavar="NAME|FOLDER|FILE", repeated=True)
     limit: int | None = setting(None, CHECKS, at_least(1), shown="all")
     few_shot: int | None = setting(None, MORE, at_least(0), shown="0; of a named task its own")
@@ -107,17 +110,9 @@ class EvalSettings(OnDevice):
     min_recovery: float | None = setting(None, CHECKS, _PERCENT, metavar="PERCENT")
 
     def check(self) -> None:
-        if not self.tasks and not self.retrieval:
-            raise InputError("Nothing to evaluate: name --tasks, or leave out --no-retrieval.")
+        nothing = not self.tasks and not self.retrieval
+        refuse((nothing, "Nothing to evaluate: name --tasks, or leave out --no-retrieval."))
         super().check()
-
-    def resolve(self, task: Task) -> EvalSettings:
-        if not task.causal:
-            raise InputError(
-                f"Tasks and retrieval are asked of decoders; this model is an encoder ({task.name}): its method loss "
-                "is in the report of `nbl-export verify`."
-            )
-        return self
 
 
 @options
@@ -139,6 +134,9 @@ class BenchSettings(Settings):
     anew: Make each session anew in every round: where one lies in memory can cost more than a few layers save.
     """
 
+    of_decoders = "A bench times prefill and decode"
+    instead = "its speed is in the report of `nbl-export verify`"
+
     against: tuple[str, ...] = setting((), CHECKS, metavar="[NAME=]DIR", repeated=True)
     peers: tuple[str, ...] = setting(
         (), CHECKS, one_of(PEERS), metavar="|".join(PEERS), key="peer", repeated=True
@@ -151,14 +149,6 @@ class BenchSettings(Settings):
     device: str = setting("cpu", CHECKS, one_of(DEVICES), metavar="|".join(DEVICES))
     memory: bool = setting(True, MORE)
     anew: bool = setting(False, MORE)
-
-    def resolve(self, task: Task) -> BenchSettings:
-        if not task.causal:
-            raise InputError(
-                f"A bench times prefill and decode; this model is an encoder ({task.name}): its speed is in the report "
-                "of `nbl-export verify`."
-            )
-        return self
 
 
 _FACTOR = at_least(1, "1 or more (1.05 allows 5 % more)")
@@ -208,5 +198,5 @@ class GenerateSettings(Settings):
 
     def check(self) -> None:
         super().check()
-        if self.raw and self.system:
-            raise InputError("--raw uses no chat template, and --system is a part of it: give one of them.")
+        both = "--raw uses no chat template, and --system is a part of it: give one of them."
+        refuse((self.raw and self.system, both))

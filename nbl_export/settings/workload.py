@@ -1,18 +1,18 @@
-"""What a model is used for: prefill=512,decode=128@4096,batch=4."""
+"""Read what a model is used for: prefill=512,decode=128@4096,batch=4."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from nbl_export.settings.definition import Must
+from nbl_export.settings.definition import readable
 
 _NUMBER = r"[1-9]\d{0,8}"
 _PARTS = {
-    "prefill": re.compile(f"({_NUMBER})"),
-    "decode": re.compile(f"({_NUMBER})(?:@({_NUMBER}))?"),
-    "batch": re.compile(f"({_NUMBER})"),
-    "weight": re.compile(r"(\d{1,9}(?:\.\d{1,6})?)"),
+    "prefill": re.compile(_NUMBER),
+    "decode": re.compile(f"{_NUMBER}(@{_NUMBER})?"),
+    "batch": re.compile(_NUMBER),
+    "weight": re.compile(r"\d{1,9}(\.\d{1,6})?"),
 }
 
 
@@ -45,35 +45,19 @@ def workload_of(text: str) -> Workload:
 
     A decode without a context comes after the prefill.
     """
-    found: dict[str, re.Match[str]] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        match = _PARTS[name].fullmatch(value) if name in _PARTS and name not in found else None
-        if match is None:
-            raise ValueError(text)
-        found[name] = match
-    prefill, batch = (
-        int(found[name][1]) if name in found else least for name, least in (("prefill", 0), ("batch", 1))
-    )
-    decode = context = 0
-    if "decode" in found:
-        decode = int(found["decode"][1])
-        context = int(found["decode"][2] or prefill)
-    weight = float(found["weight"][1]) if "weight" in found else 1.0
-    if not (prefill or decode) or (decode and not context) or weight <= 0:
+    parts = [part.strip().partition("=")[::2] for part in text.split(",")]
+    found = dict(parts)
+    if len(found) < len(parts) or not all(n in _PARTS and _PARTS[n].fullmatch(v) for n, v in parts):
         raise ValueError(text)
-    return Workload(prefill, decode, context, batch, weight)
+    prefill, batch = (int(found.get(name, least)) for name, least in (("prefill", 0), ("batch", 1)))
+    decode, _, context = found.get("decode", "").partition("@")
+    after, weight = int(context or prefill) if decode else 0, float(found.get("weight", 1.0))
+    if not (prefill or decode) or (decode and not after) or weight <= 0:
+        raise ValueError(text)
+    return Workload(prefill, int(decode or 0), after, batch, weight)
 
 
-def _is_workload(text: str) -> bool:
-    try:
-        workload_of(text)
-    except ValueError:
-        return False
-    return True
-
-
-WORKLOAD = Must(
-    _is_workload,
-    "is {value!r}; give a prefill, a decode after a context, or both, as prefill=512,decode=128@4096,batch=4",
+WORKLOAD = readable(
+    workload_of,
+    "give a prefill, a decode after a context, or both, as prefill=512,decode=128@4096,batch=4",
 )

@@ -462,7 +462,7 @@ def shown(*words: str) -> str:
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name in TABLES])
 def test_a_command_explains_all_its_options(command: str) -> None:
-    text = shown(command, "-h")
+    text = shown(command, "--help-all")
     for one in settings_of(TABLES[command]):
         assert f"--{one.key}" in text
         assert " ".join(one.help.split()[:3]) in re.sub(r"[│\s]+", " ", text)

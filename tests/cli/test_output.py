@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 
-from nbl_export import ranks
 from nbl_export.blocks import Mlp
-from nbl_export.cli import bars, output, terminal
-from nbl_export.cli.bars import TerminalListener
-from nbl_export.cli.main import _command
+from nbl_export.cli import main, output, terminal
+from nbl_export.cli.output import TerminalListener
 from nbl_export.cli.terminal import show_report, show_tables
 from nbl_export.errors import InputError
 from nbl_export.report.drawing import Table
@@ -68,7 +66,7 @@ def test_an_answer_in_json_is_all_there_is_on_stdout(
 def test_a_log_file_has_all_that_is_said(
     screen: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, as_json: bool, quiet: bool
 ) -> None:
-    monkeypatch.setattr(bars, "_LINES", 0)
+    monkeypatch.setattr(output, "_LINES", 0)
     screen("out")
     screen("err", colours=True)
     path = tmp_path / "a.log"
@@ -106,13 +104,14 @@ def asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["nbl-export", *map(str, words)])
-        code = _command()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = int(str(ended.value.code))
         said = capsys.readouterr()
         return code, said.out, said.err
 
     yield call
-    ranks.end()  # what `main` ends: a test of several processes in this one would find it begun
-    terminal.set_up(False, False, None)
+    output.set_up(False, False, None)
 
 
 def test_each_command_answers_with_one_object(asked: Asked, stories_copy: Path) -> None:
@@ -163,7 +162,7 @@ def test_a_task_of_parts_says_which_it_is_at_within_eighty_columns(screen: Any) 
 
 def test_a_log_gets_lines_where_no_bar_is_drawn(screen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bar would say nothing before it ends, after hours."""
-    monkeypatch.setattr(bars, "_LINES", 0)
+    monkeypatch.setattr(output, "_LINES", 0)
     err, on_terminal = screen("err", width=80), "·"
     with TerminalListener().task("Calibrating layer", 40_000, "tokens") as task:
         task.part(4, 4)
@@ -206,7 +205,7 @@ def test_what_looks_like_markup_or_is_obeyed_is_text_everywhere(screen: Any) -> 
     with listener.task("a[/b]\x1b[2J", 1, "rows") as task:
         task.advance(1)
     listener.note("x[/b]\x07\u202e")
-    terminal.say("y[/b]\x9b2J")
+    output.say("y[/b]\x9b2J")
     evil = replace(THREE, title="[/b]\x1b", columns=("[/c]", "\x07", "d"), note="\x1b]0;t\x07 [/n]")
     show_tables([evil])
     assert "a[/b]�[2J" in err.getvalue() and "x[/b]��" in err.getvalue()

@@ -20,10 +20,12 @@ import pytest
 
 from nbl_export import api
 from nbl_export.cli import process
-from nbl_export.cli.bars import TerminalListener
-from nbl_export.cli.writing import Written, is_typed, prompt_of, typed
+from nbl_export.cli.output import TerminalListener
+from nbl_export.cli.writing import Written, prompts
 from nbl_export.errors import InputError, Interrupted
+from nbl_export.generate.answer import Figures, Generated
 from nbl_export.packages import pip_line
+from nbl_export.progress import Silent
 from tests.command_line import (
     ENVIRONMENT,
     Done,
@@ -150,24 +152,18 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored(source: Source) -
 def test_an_interrupt_that_a_library_swallows_ends_the_work_at_its_next_step(signum: int) -> None:
     reached: list[str] = []
 
-    def work() -> int:
-        with TerminalListener().task("Exporting ONNX", 3, "steps") as task:
+    def work() -> None:
+        with process.signals(), TerminalListener().task("Exporting ONNX", 3, "steps") as task:
             with suppress(KeyboardInterrupt):
                 send(signum)()
             reached.append("behind the library")
             task.advance(1)
             reached.append("the next step")
-        return 0
 
-    usual = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
-    before = signal.signal(signum, usual)
-    try:
-        with pytest.raises(Interrupted) as ended:
-            process.run(work)
-        assert ended.value.exit_code == SIGNALS[signal.Signals(signum)]
-        assert process.run(lambda: process.stop_if_asked() or 0) == 0  # of an earlier command
-    finally:
-        signal.signal(signum, before)
+    with pytest.raises(Interrupted) as ended:
+        work()
+    assert ended.value.exit_code == SIGNALS[signal.Signals(signum)]
+    process.stop_if_asked()  # of an earlier command
     assert reached == ["behind the library"]
 
 
@@ -192,27 +188,13 @@ def test_an_interrupt_that_a_library_makes_an_error_of_is_one(
     monkeypatch.setattr(sys, "argv", ["nbl-export", "export", "out"])
     monkeypatch.setattr(main, "app", library)
     monkeypatch.setattr(main, "words_of", list)
-    usual = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
-    before = signal.signal(signum, usual)
-    try:
-        assert process.run(main._command) == SIGNALS[signal.Signals(signum)]
-    finally:
-        signal.signal(signum, before)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == SIGNALS[signal.Signals(signum)]
     said = capsys.readouterr().err
     assert said.startswith("error: Interrupted; run the same command again") and said.count("\n") == 1
     logging.getLogger("a library").error("of the next command")
     assert [record.message for record in caplog.records] == ["of the next command"]
-
-
-def test_an_interrupt_of_a_line_that_is_typed_asks_for_nothing_else() -> None:
-    def work() -> int:
-        with suppress(KeyboardInterrupt):
-            send(signal.SIGTERM)()
-        process.go_on()
-        process.stop_if_asked()
-        return 5
-
-    assert process.run(work) == 5
 
 
 # writing -------------------------------------------------------------------------------------------
@@ -241,11 +223,11 @@ class Stdin:
 def test_words_a_file_and_the_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "prompt.txt"
     file.write_bytes("\ufeffHé\r\n\n".encode())
-    assert prompt_of(" a\n", None) == " a\n"
-    assert prompt_of(None, file) == "Hé\r\n"  # without the end of the last line
+    assert prompts(" a\n", None, False) == " a\n"
+    assert prompts(None, file, False) == "Hé\r\n"  # without the end of the last line
     for path in (None, Path("-")):
         monkeypatch.setattr(sys, "stdin", Stdin("模型\r\n".encode()))
-        assert prompt_of(None, path) == "模型"
+        assert prompts(None, path, False) == "模型"
 
 
 @pytest.mark.parametrize(
@@ -266,26 +248,24 @@ def test_what_is_no_prompt(
         file = tmp_path / "prompt.txt"
         file.write_bytes(content)
     with pytest.raises(InputError, match=message):
-        prompt_of(words, file)
+        prompts(words, file, False)
     if words is None and content is not None:
         monkeypatch.setattr(sys, "stdin", Stdin(content))
         with pytest.raises(InputError, match=message):
-            prompt_of(None, None)
+            prompts(None, None, True)
 
 
 def test_a_file_that_is_not_there_and_nobody_who_types(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="there is no such file"):
-        prompt_of(None, tmp_path / "x")
-    with pytest.raises(InputError):
-        prompt_of(None, tmp_path)
+    with pytest.raises(InputError, match=r"No such file or directory reading --prompt-file .*x"):
+        prompts(None, tmp_path / "x", False)
     monkeypatch.setattr(sys, "stdin", Stdin(b"", terminal=True))
     with pytest.raises(InputError, match="There is no prompt: give --prompt TEXT, --prompt-file FILE"):
-        prompt_of(None, None)
+        prompts(None, None, True)
 
 
-PIECES = [("base", "a\x1b[2J\tb"), ("base", "\nc"), ("linearized", "d\n"), ("linearized", "e")]
+PIECES = {"base": ("a\x1b[2J\tb", "\nc"), "linearized": ("d\n", "e")}
 
 
 @pytest.mark.parametrize(
@@ -302,16 +282,19 @@ def test_a_pipe_has_the_text_and_a_terminal_what_it_can_show(
 ) -> None:
     stream = Stream(terminal)
     monkeypatch.setattr(sys, "stdout", stream)
-    written = Written(graph)
-    for piece in PIECES[: 4 if graph == "both" else 2]:
-        assert written.piece(*piece)
-    written.end()
+    written = Written(graph, Silent())
+    for name in ("base", "linearized") if graph == "both" else ("base",):
+        for piece in PIECES[name]:
+            assert written.piece(name, piece)
+        written.answered(Generated(name, "", (), "ended", Figures(1, 1.0, 0, 0.0)))
     assert stream.getvalue() == expected
 
 
 def test_what_is_typed_are_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Stdin(b"", terminal=True))
-    assert is_typed(None, None) and not is_typed("a", None) and not is_typed(None, Path("-"))
+    assert prompts("a", None, False) == "a"
+    with pytest.raises(InputError, match="There is no prompt"):
+        prompts(None, Path("-"), False)
     lines = iter(["Hi", "  ", "b\udcff"])
 
     def typed_line(_: str) -> str:
@@ -320,7 +303,7 @@ def test_what_is_typed_are_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         return line
 
     monkeypatch.setattr("builtins.input", typed_line)
-    assert list(typed()) == ["Hi", "b?"]
+    assert list(prompts(None, None, False)) == ["Hi", "b?"]
 
 
 def test_the_command_prints_the_text_and_nothing_else(talking_out: Path, tmp_path: Path) -> None:
