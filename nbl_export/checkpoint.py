@@ -29,7 +29,6 @@ def saving_to(checkpoint: Checkpoint | None, save: Callable[[Path], None]) -> It
     :class:`Interrupted`. The second one stops at once; the last checkpoint remains.
     """
     saved_at = time.monotonic()
-    stop: list[int] = []
 
     def between() -> None:
         nonlocal saved_at
@@ -39,13 +38,25 @@ def saving_to(checkpoint: Checkpoint | None, save: Callable[[Path], None]) -> It
         if stop:
             raise Interrupted(stop[0])
 
+    with deferred_interrupt() as stop:
+        yield between
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM and SIGHUP wait; yields the list of the signal that has come, which is empty before.
+
+    The second one raises :class:`Interrupted` at once.
+    """
+    stop: list[int] = []
+
     def defer(signum: int) -> None:
         if stop:
             raise Interrupted(signum)
         stop.append(signum)
 
     with on_signals(defer):
-        yield between
+        yield stop
 
 
 @contextmanager
