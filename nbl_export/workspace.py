@@ -67,6 +67,7 @@ class Places:
         self.engine = root / "engine" / f"model{ENGINE_SUFFIX}"
         self.base_engine = root / "engine" / f"baseline{ENGINE_SUFFIX}"
         self.report = root / "report"
+        self.drawing = nbl / "report.drawing.json"  # a report that is being drawn
 
     def gguf(self, kind: str) -> Path:
         return self.root / "gguf" / f"model-{kind}.gguf"

@@ -11,6 +11,11 @@ from safetensors.numpy import load_file
 
 from nbl_export import api
 from nbl_export.files import sha256_of_file
+from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.source import same_model
+from nbl_export.progress import Listener, Silent
+from nbl_export.stages.run import Run
+from nbl_export.workspace import Workspace
 
 VERIFY = api.VerifySettings(contexts=(16,), rounds=3)
 # What the finished run was asked for.
@@ -37,3 +42,11 @@ def assert_same(found: Path, expected: Path) -> None:
     a, b = load_file(found), load_file(expected)
     assert a.keys() == b.keys()
     assert all(np.array_equal(a[name], b[name]) for name in a), found.name
+
+
+def resumed(out: Path, listener: Listener | None = None) -> Run:
+    """A run that goes on in ``out``, without its lock."""
+    workspace, heard = Workspace.open(out), listener or Silent()
+    source = same_model(workspace.model_info or {})
+    workspace.found_model(source.as_json())
+    return Run(workspace, LoadedModel(source, heard), heard)

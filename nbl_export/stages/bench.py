@@ -13,9 +13,8 @@ from nbl_export.errors import InputError
 from nbl_export.files import read_sealed, sha256_of_json, write_sealed
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, to_json
-from nbl_export.report.schema import load_report
 from nbl_export.settings import BenchSettings
-from nbl_export.stage_record import StageRecord, key_of
+from nbl_export.stage_record import key_of
 from nbl_export.stages.bench_candidates import (
     PEER_FORMS,
     Against,
@@ -26,8 +25,7 @@ from nbl_export.stages.bench_candidates import (
 )
 from nbl_export.stages.build import current_engines, model_positions, passed_over
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
-from nbl_export.stages.run import Run, opened
-from nbl_export.stages.verify import finish_drawing, redrawn
+from nbl_export.stages.run import Run, opened, update_report
 from nbl_export.verify.speed.values import CellResult, Machine
 from nbl_export.workspace import Workspace
 
@@ -69,23 +67,12 @@ def _bench(run: Run, settings: BenchSettings) -> BenchReport:
             made_of[peer] = sha256_of_json([record.result for record in peer_records(ws, peer).values()])
     key = key_of("bench", asdict(settings), made_of)
 
-    def work(listener: Listener) -> list[Path]:
-        return _measured(run, settings, rewritten.result, against, key, listener)
-
-    run.stage("bench", asdict(settings), made_of, work)
+    with run.stage("bench", asdict(settings), made_of) as work:
+        if work:
+            work.files = _measured(run, settings, rewritten.result, against, key, work)
     value = load_bench(ws.report / "bench.json")
-    _add_to_report(ws, rewritten, value)
+    update_report(ws, bench=value)
     return value
-
-
-def _add_to_report(ws: Workspace, rewritten: StageRecord, value: BenchReport) -> None:
-    """Give the report of the same graphs the bench, if there is one."""
-    finish_drawing(ws)
-    if ws.current("verify") is None:
-        return
-    report, name = load_report(ws.report / "report.json"), str(ws.model.relative_to(ws.root))
-    if report.hashes.get(name) == rewritten.files[name] and report.bench != value:
-        redrawn(ws, replace(report, bench=value))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from nbl_export.engine.build import EngineFile
     from nbl_export.engine.network import Limits
     from nbl_export.models.source import ModelSource
-    from nbl_export.models.tasks import Task
 
 _EXPORT_AGAIN = "run `nbl-export export` again"
 
@@ -39,12 +38,6 @@ def build(
     rehash: bool = False,
 ) -> list[EngineFile]:
     """Build the base and the linearized TensorRT engine; returns them with their manifests."""
-    asked = settings or EngineSettings()
-    with opened(out, asked, listener, rehash=rehash, check=check_engines) as (run, resolved):
-        return _build(run, resolved)
-
-
-def _build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     from nbl_export.batch.names import BASE, LINEARIZED
     from nbl_export.engine.build import EngineFile, Source, Target, build_pair
     from nbl_export.engine.elsewhere import write_for_others
@@ -53,47 +46,46 @@ def _build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     from nbl_export.graph.cache import state_pairs
     from nbl_export.graph.io import load_graph
 
-    ws = run.workspace
-    gpu = find_gpu()
-    library = choose_library(settings.library, gpu)
-    capabilities = check_capabilities(library, settings.sm)
-    rewritten = current_rewrite(ws)
-    if pairs := state_pairs(load_graph(ws.model)):
-        raise _keeps_states(f"{pairs[0].past.name} is an input of {ws.model}")
-    shapes = check_limits(settings, model_positions(ws))
-    recorded = {
-        "library": str(library),
-        "compute_capabilities": list(capabilities),
-        "gpu": None if library.ahead_of_time or gpu is None else asdict(gpu),
-        **asdict(shapes),
-    }
-    ws.require("export")
-    exported = ws.asked("export", _Exported)
+    asked = settings or EngineSettings()
+    with opened(out, asked, listener, rehash=rehash, check=check_engines) as (run, _):
+        ws = run.workspace
+        gpu = find_gpu()
+        library = choose_library(asked.library, gpu)
+        capabilities = check_capabilities(library, asked.sm)
+        rewritten = current_rewrite(ws)
+        if pairs := state_pairs(load_graph(ws.model)):
+            raise _keeps_states(f"{pairs[0].past.name} is an input of {ws.model}")
+        shapes = check_limits(asked, model_positions(ws))
+        recorded = {
+            "library": str(library),
+            "compute_capabilities": list(capabilities),
+            "gpu": None if library.ahead_of_time or gpu is None else asdict(gpu),
+            **asdict(shapes),
+        }
+        ws.require("export")
+        exported = ws.asked("export", _Exported)
+        with run.stage("build", recorded, {"rewrite": rewritten.result}) as work:
+            if work:
+                check_baseline(ws)
+                plan = load_plan(ws.plan)
+                if exported.precision == "fp32":
+                    work.note(
+                        "The graphs are fp32, so the engines are too, without fused attention; for half precision: "
+                        f"nbl-export export {ws.root} --precision fp16 --kv-cache static, then rewrite and build."
+                    )
+                sources = [
+                    Source(BASE, ws.baseline, len(attentions(plan.candidates)), ws.base_engine),
+                    Source(LINEARIZED, ws.model, len(plan.attention_layers), ws.engine),
+                ]
+                target = Target(library, gpu, shapes, tuple(capabilities))
+                engines, files = build_pair(target, sources, plan, sha256_of_file(ws.plan), work)
+                for source, engine in zip(sources, engines, strict=True):
+                    files += write_for_others(source.graph, source.engine, engine.manifest)
+                work.files = files
+        return [EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine)]
 
-    def work(listener: Listener) -> list[Path]:
-        check_baseline(ws)
-        plan = load_plan(ws.plan)
-        if exported.precision == "fp32":
-            listener.note(
-                "The graphs are fp32, so the engines are too, without fused attention; for half precision: "
-                f"nbl-export export {ws.root} --precision fp16 --kv-cache static, then rewrite and build."
-            )
-        sources = [
-            Source(BASE, ws.baseline, len(attentions(plan.candidates)), ws.base_engine),
-            Source(LINEARIZED, ws.model, len(plan.attention_layers), ws.engine),
-        ]
-        plan_hash = sha256_of_file(ws.plan)
-        target = Target(library, gpu, shapes, tuple(capabilities))
-        engines, files = build_pair(target, sources, plan, plan_hash, listener)
-        for source, engine in zip(sources, engines, strict=True):
-            files += write_for_others(source.graph, source.engine, engine.manifest)
-        return files
 
-    run.stage("build", recorded, {"rewrite": rewritten.result}, work)
-    return [EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine)]
-
-
-def check_engines(_source: ModelSource | None, settings: EngineSettings, _task: Task | None = None) -> None:
+def check_engines(_source: ModelSource | None, settings: EngineSettings) -> None:
     """Refuse, before any work, shapes that contradict each other, and a library that is not here.
 
     Raises :class:`InputError` or :class:`MissingDependencyError`.

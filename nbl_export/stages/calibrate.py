@@ -15,7 +15,7 @@ from nbl_export.settings import CalibrateSettings
 from nbl_export.settings.definition import bytes_of
 from nbl_export.stage_record import MODEL, key_of
 from nbl_export.stages.needs import check_disk, disk_to_calibrate, sizes_of_source
-from nbl_export.stages.run import Run, check_machine, started
+from nbl_export.stages.run import Run, opened
 from nbl_export.workspace import check_place
 
 if TYPE_CHECKING:
@@ -38,18 +38,74 @@ def calibrate(
 
     ``out`` is the output folder, or a run of the model.
     """
-    asked = settings or CalibrateSettings()
-    if isinstance(out, Run):
-        _calibrate(out, asked)
-        return out.workspace.moments
-    asked.check()
-    check_machine(asked)
-    check = partial(check_calibration, out=Path(out), settings=asked)
+    import torch
+
+    from nbl_export.calibrate.collect import identity_of, moments_of
+    from nbl_export.calibrate.moments import MomentsFolder
+    from nbl_export.calibrate.text import MEDIA
+    from nbl_export.models.candidates import check_blocks, described
+    from nbl_export.models.dummy_run import check_supported
+    from nbl_export.models.media_tokens import seeing
+    from nbl_export.models.weights import dtype_of
+    from nbl_export.stages.calibration_data import files_of, loader_for
+
+    asked, check = settings or CalibrateSettings(), partial(check_calibration, str(out))
     with together() as ranks:
-        ranks.shared(lambda: check_text(str(model), asked))
-        with started(model, out, check, listener, trust_remote_code, rehash, ranks) as run:
-            _calibrate(run, asked)
-    return run.workspace.moments
+        if not isinstance(out, Run):
+            ranks.shared(lambda: check_text(str(model), asked))
+        with opened(
+            out, asked, listener, trust_remote_code, rehash, check, model, new=True, several=True
+        ) as (run, _):
+            ws, source = run.workspace, run.model.source
+            loader, recorded = loader_for(source), asked.as_json()
+            stamps = ranks.shared(
+                # A changed text changes the key, a new modification time does not.
+                lambda: sha256_of_json([(str(f), ws.digests.of(f)) for f in files_of(source, asked)])
+            )
+            made_of, device = {MODEL: source.model, loader.unit: stamps}, run.on(asked.device)
+            key = key_of("calibrate", recorded, made_of)
+            with run.stage("calibrate", recorded, made_of, device) as work:
+                if not work:
+                    return ws.moments
+                tried, made = run.model.tried, list[torch.nn.Module]()
+                # A graph without a cache can be exported, even if one with a cache cannot.
+                pooled = run.model.pooling is not None
+                check_supported(tried, cached=False, task=run.model.task, pooled=pooled)
+                check_blocks(tried, asked.parts)
+
+                def converted() -> str:
+                    made.append(run.model.in_dtype(asked.dtype))
+                    return dtype_of(made[0])
+
+                dtype = ranks.shared(converted)
+                in_dtype = made[0] if made else run.model.in_dtype(dtype)
+                tokens, seen = ranks.shared(lambda: _prepared(run, asked, loader, key, work))
+                about = {
+                    "model": source.fingerprint,
+                    "tokens": _token_count(tokens, tried),
+                    "dtype": dtype_of(in_dtype),
+                    "identity": identity_of(in_dtype, tokens, key),
+                    **described(tried),
+                }
+                store = MomentsFolder(ws.moments, ws.partial_moments, about)
+                memory = None if asked.memory is None else bytes_of(asked.memory)
+                with seeing(in_dtype, seen):
+                    for block, layer in moments_of(
+                        in_dtype,
+                        tokens,
+                        asked.parts,
+                        work,
+                        known=store.has,
+                        folder=ws.partial_moments,
+                        identity=about["identity"],
+                        ranks=ranks,
+                        memory=memory,
+                    ):
+                        store.put(block, layer)
+                if ranks.first:
+                    beside = [] if seen is None else [loader.path(ws).with_name(MEDIA)]
+                    work.files = [loader.path(ws), *beside, *store.publish(), ws.probe]
+        return ws.moments
 
 
 def check_text(model: str, settings: CalibrateSettings) -> None:
@@ -61,7 +117,7 @@ def check_text(model: str, settings: CalibrateSettings) -> None:
             check_there(source)
 
 
-def check_calibration(source: ModelSource, out: Path, settings: CalibrateSettings) -> Any:
+def check_calibration(out: str | Path, source: ModelSource, settings: CalibrateSettings) -> Any:
     """Refuse, by the model's small files, what no calibration of ``source`` into ``out`` can be asked.
 
     Returns the configuration of the language model; None for a GGUF file, whose own is read with its weights.
@@ -69,98 +125,34 @@ def check_calibration(source: ModelSource, out: Path, settings: CalibrateSetting
     from nbl_export.models.load import check_processor, load_config
     from nbl_export.stages.calibration_data import check_sources
 
-    check_apart(source, out)
-    check_place(out)
+    check_apart(source, Path(out))
+    check_place(Path(out))
     check_sources(source, settings)
     check_processor(source)
     return None if source.gguf_file else load_config(source).get_text_config()
 
 
-def _calibrate(run: Run, settings: CalibrateSettings) -> None:
-    from nbl_export.calibrate.collect import identity_of, moments_of
-    from nbl_export.calibrate.moments import MomentsFolder
+def _prepared(
+    run: Run, settings: CalibrateSettings, loader: CalibrationLoader, key: str, listener: Listener
+) -> tuple[Any, MediaTokens | None]:
+    """The rows of a calibration and what stands in them for images, on the disk; and the probe is there."""
     from nbl_export.calibrate.probe import save_probe
-    from nbl_export.calibrate.text import MEDIA
-    from nbl_export.models.candidates import check_blocks, described
-    from nbl_export.models.dummy_run import check_supported
-    from nbl_export.models.media_tokens import seeing
-    from nbl_export.models.weights import dtype_of
-    from nbl_export.stages.calibration_data import files_of, loader_for
 
-    ws, source = run.workspace, run.model.source
-    loader, ranks = loader_for(source), run.ranks
-    stamps = ranks.shared(
-        # A changed text changes the key, a new modification time does not.
-        lambda: sha256_of_json([(str(f), ws.digests.of(f)) for f in files_of(source, settings)])
-    )
-    made_of = {MODEL: source.model, loader.unit: stamps}
-    device, asked = run.on(settings.device), settings.as_json()
-    key = key_of("calibrate", asked, made_of)
-
-    def work(listener: Listener) -> list[Path]:
-        model = run.model.tried
-        # A graph without a cache can be exported, even if one with a cache cannot.
-        pooled = run.model.pooling is not None
-        check_supported(model, cached=False, task=run.model.task, pooled=pooled)
-        check_blocks(model, settings.parts)
-        made: list[torch.nn.Module] = []
-
-        def converted() -> str:
-            made.append(run.model.in_dtype(settings.dtype))
-            return dtype_of(made[0])
-
-        dtype = ranks.shared(converted)
-        in_dtype = made[0] if made else run.model.in_dtype(dtype)
-        probes: list[Probe] = []
-        media: list[MediaTokens | None] = []
-
-        def prepared() -> Any:
-            check_disk(ws, [disk_to_calibrate(sizes_of_source(run.model.source), settings)])
-            data = _load_saved(loader.path(ws), key, loader)
-            if data is None:
-                data = loader.read(run.model, settings, listener)
-                loader.save(loader.path(ws), data)
-                record = {"key": key, "sha256": sha256_of_file(loader.path(ws))}
-                write_json(loader.path(ws).with_suffix(".json"), record)
-            _check_enough(data.calibration, model, loader.unit)
-            with listener.task("Recording the probe", 1, "probe") as task:
-                probes.append(loader.probe(run.model, data, settings.parts))
-                task.advance(1)
-            media.append(getattr(data, "media", None))
-            if not run.model.task.causal:
-                _check_exports(run, probes[0])
-            return data.calibration, media[0]
-
-        tokens, seen = ranks.shared(prepared)
-        about = {
-            "model": source.fingerprint,
-            "tokens": _token_count(tokens, model),
-            "dtype": dtype_of(in_dtype),
-            "identity": identity_of(in_dtype, tokens, key),
-            **described(model),
-        }
-        store = MomentsFolder(ws.moments, ws.partial_moments, about)
-        memory = None if settings.memory is None else bytes_of(settings.memory)
-        with seeing(in_dtype, seen):
-            for block, layer in moments_of(
-                in_dtype,
-                tokens,
-                settings.parts,
-                listener,
-                known=store.has,
-                folder=ws.partial_moments,
-                identity=about["identity"],
-                ranks=ranks,
-                memory=memory,
-            ):
-                store.put(block, layer)
-        if not ranks.first:
-            return []
-        save_probe(ws.probe, probes[0])
-        beside = [] if seen is None else [loader.path(ws).with_name(MEDIA)]
-        return [loader.path(ws), *beside, *store.publish(), ws.probe]
-
-    run.stage("calibrate", asked, made_of, work, device)
+    model, path = run.model, loader.path(run.workspace)
+    check_disk(run.workspace, [disk_to_calibrate(sizes_of_source(model.source), settings)])
+    data = _load_saved(path, key, loader)
+    if data is None:
+        data = loader.read(model, settings, listener)
+        loader.save(path, data)
+        write_json(path.with_suffix(".json"), {"key": key, "sha256": sha256_of_file(path)})
+    _check_enough(data.calibration, model.model, loader.unit)
+    with listener.task("Recording the probe", 1, "probe") as task:
+        probe = loader.probe(model, data, settings.parts)
+        task.advance(1)
+    if not model.task.causal:
+        _check_exports(run, probe)
+    save_probe(run.workspace.probe, probe)
+    return data.calibration, getattr(data, "media", None)
 
 
 def _check_exports(run: Run, probe: Probe) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,17 +14,16 @@ from nbl_export.packages import part
 from nbl_export.progress import Listener
 from nbl_export.records import Check, to_json
 from nbl_export.report.assemble import conversions_in, kept_conversion, stage_of
-from nbl_export.report.schema import Conversion, load_report
+from nbl_export.report.schema import Conversion
 from nbl_export.settings import VerifySettings
 from nbl_export.settings.graphs import ConvertSettings
 from nbl_export.stage_record import MODEL
 from nbl_export.stages.forms import FORMS, Form
-from nbl_export.stages.run import Run, opened
-from nbl_export.stages.verify import finish_drawing, redrawn
+from nbl_export.stages.run import Run, opened, update_report
 from nbl_export.verify.parity.figures import Parity
 
 if TYPE_CHECKING:
-    from nbl_export.workspace import Workspace
+    pass
 
 
 def convert(
@@ -49,39 +47,28 @@ def _convert(run: Run, settings: ConvertSettings) -> Conversion:
     kept = ws.conversion(settings.to, settings.precision)
     form.check_engine()
 
-    def work(listener: Listener) -> list[Path]:
-        own = load_plan(ws.plan)
-        form.check_held(own)
-        plan = form.adapted(own)
-        files = form.write(form.place, plan, listener)
-        proven, parity = _verified(form, plan, listener)
-        found = Conversion(
-            form.place.relative_to(ws.root).as_posix(),
-            sum(path.stat().st_size for path in files),
-            tuple(map(str, plan.blocks)),
-            (*form.stored(form.place, plan), *proven),
-            parity,
-        )
-        write_json(kept, to_json(found))
-        return [*files, kept]
-
     stage = stage_of(settings.to, settings.precision)
     before = ws.current(stage)
     # Once the engine is here, what was not proven is; what was proven stays so where the engine is no more.
     proven = form.is_here() or (before is not None and bool(before.settings.get("proven")))
-    run.stage(stage, settings.as_json() | {"proven": proven}, made_of, work)
-    _add_to_report(ws)
+    with run.stage(stage, settings.as_json() | {"proven": proven}, made_of) as work:
+        if work:
+            own = load_plan(ws.plan)
+            form.check_held(own)
+            plan = form.adapted(own)
+            files = form.write(form.place, plan, work)
+            checks, parity = _verified(form, plan, work)
+            found = Conversion(
+                form.place.relative_to(ws.root).as_posix(),
+                sum(path.stat().st_size for path in files),
+                tuple(map(str, plan.blocks)),
+                (*form.stored(form.place, plan), *checks),
+                parity,
+            )
+            write_json(kept, to_json(found))
+            work.files = [*files, kept]
+    update_report(ws, forms=conversions_in(ws, current=True))
     return kept_conversion(ws, settings.to, settings.precision)
-
-
-def _add_to_report(ws: Workspace) -> None:
-    """Give the report of the same plan what was found of each form, if there is a report."""
-    finish_drawing(ws)
-    if ws.current("verify") is None:
-        return
-    report = load_report(ws.report / "report.json")
-    if report.forms != (forms := conversions_in(ws, current=True)):
-        redrawn(ws, replace(report, forms=forms))
 
 
 def _verified(form: Form, plan: Plan, listener: Listener) -> tuple[tuple[Check, ...], Parity | None]:

@@ -11,15 +11,15 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nbl_export.blocks import ATTENTION, MLP, SPAN, Block, Mlp, spans_of
 from nbl_export.digests import Unread
 from nbl_export.errors import os_error_in_words
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelSource, find_model
+from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener, Silent
 from nbl_export.report.drawing import Table
 from nbl_export.settings import (
@@ -41,7 +41,7 @@ from nbl_export.stages.needs import Disk, check_disk, disk, lacks_memory, memory
 from nbl_export.stages.rewrite import check_baseline, rewrite
 from nbl_export.stages.run import Run, read_by
 from nbl_export.stages.select.stage import select
-from nbl_export.stages.verify import measure
+from nbl_export.stages.verify import verify
 from nbl_export.workspace import ReadOnly, Workspace, is_workspace, kept_digests
 
 if TYPE_CHECKING:
@@ -134,7 +134,11 @@ def dry_run(
     check_asked(str(model), asked)
     # Whether the model is the same matters only where there is something to keep.
     digests = kept_digests(out, rehash, listener) if is_workspace(out) else Unread()
-    source = find_model(str(model), trust_remote_code, digests, partial(check_source, out=out, asked=asked))
+
+    def early(source: ModelSource) -> None:
+        check_source(out, source, asked.resolve(task_named(source.task)))
+
+    source = find_model(str(model), trust_remote_code, digests, early)
     parents = (out, *out.absolute().parents)
     place = out if is_workspace(out) else next(path for path in parents if path.is_dir())
     if not os.access(place, os.W_OK | os.X_OK):
@@ -207,12 +211,11 @@ class _Rehearsal(Run):
     def stage(
         self,
         name: str,
-        settings: dict[str, Any],
+        settings: Mapping[str, Any],
         made_of: Mapping[str, str],
-        work: Callable[[Listener], list[Path]],
         device: torch.device | None = None,
-    ) -> None:
-        """Raise :class:`_Reached` with why ``work`` would be done."""
+    ) -> NoReturn:
+        """Raise :class:`_Reached` with why its work would be done."""
         done = self.workspace.is_done(name, key_of(name, settings, made_of))
         raise _Reached(None if done else self.workspace.why_again(name, settings, made_of) or _NEW)
 
@@ -228,7 +231,7 @@ def _whys(run: Run, asked: RunSettings) -> dict[str, str | None]:
     }
     if engines := asked.engines:
         stages["build"] = engines, lambda: build(run, engines)
-    stages["verify"] = verification, lambda: measure(run, verification)
+    stages["verify"] = verification, lambda: verify(run, verification)
     order = list(stages)
     if selection.budget or selection.workload:
         order[1:3] = "export", "select"

@@ -13,7 +13,7 @@ from nbl_export import __version__
 from nbl_export.errors import InputError
 from nbl_export.files import read_sealed, sha256_of_json, write_sealed
 from nbl_export.models.source import ModelSource
-from nbl_export.models.tasks import Task
+from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, to_json
 from nbl_export.settings import EvalSettings
@@ -64,8 +64,8 @@ def evaluate(
         return _evaluate(run, resolved)
 
 
-def _check(_source: ModelSource, settings: EvalSettings, task: Task) -> None:
-    if task.causal:
+def _check(source: ModelSource, settings: EvalSettings) -> None:
+    if task_named(source.task).causal:
         from nbl_export.evaluate.tasks import check_tasks
 
         check_tasks(settings.tasks)
@@ -103,37 +103,36 @@ def _evaluate(run: Run, settings: EvalSettings) -> Evaluation:
     where = graphs_setting(device)
     asked = _asked(run, settings, tasks, questions, positions or _UNBOUNDED)
 
-    def work(listener: Listener) -> list[Path]:
-        answers: dict[str, list[Any]] = {}
-        kept = 0
-        with graphs_on(device, listener):
-            for role, path in (("base", ws.baseline), ("linearized", ws.model)):
-                stream: Any = None  # one graph is in memory at a time, and none if nothing is asked of it
-                answers[role] = []
-                for one in asked:
-                    key = {
-                        "graph": hashes[role],
-                        "model": [run.model.source.model, run.model.source.sidecars],
-                        "asked": one.digest,
-                        "version": _ASKED,
-                        "positions": positions,
-                        **where,
-                    }
-                    file = ws.evaluations / f"{sha256_of_json(key)[:32]}.json"
-                    value = _kept(one.kind, file)
-                    kept += value is not None
-                    if value is None:
-                        stream = stream or _opened(path, positions or _UNBOUNDED)
-                        value = one.answer(stream, f"{role}: {one.title}", listener)
-                        write_sealed(file, to_json(value))
-                    answers[role].append(value)
-        if kept:
-            listener.note(f"eval: {kept} of {2 * len(asked)} results kept from before.")
-        pairs = list(zip(answers["base"], answers["linearized"], strict=True))
-        found = _compared(run, hashes, tasks, questions, settings, pairs)
-        return write_evaluation(ws.report, found)
-
-    run.stage("eval", settings.as_json() | where, made_of, work, device)
+    with run.stage("eval", settings.as_json() | where, made_of, device) as work:
+        if work:
+            answers: dict[str, list[Any]] = {}
+            kept = 0
+            with graphs_on(device, work):
+                for role, path in (("base", ws.baseline), ("linearized", ws.model)):
+                    stream: Any = None  # one graph is in memory at a time, and none if nothing is asked of it
+                    answers[role] = []
+                    for one in asked:
+                        key = {
+                            "graph": hashes[role],
+                            "model": [run.model.source.model, run.model.source.sidecars],
+                            "asked": one.digest,
+                            "version": _ASKED,
+                            "positions": positions,
+                            **where,
+                        }
+                        file = ws.evaluations / f"{sha256_of_json(key)[:32]}.json"
+                        value = _kept(one.kind, file)
+                        kept += value is not None
+                        if value is None:
+                            stream = stream or _opened(path, positions or _UNBOUNDED)
+                            value = one.answer(stream, f"{role}: {one.title}", work)
+                            write_sealed(file, to_json(value))
+                        answers[role].append(value)
+            if kept:
+                work.note(f"eval: {kept} of {2 * len(asked)} results kept from before.")
+            pairs = list(zip(answers["base"], answers["linearized"], strict=True))
+            found = _compared(run, hashes, tasks, questions, settings, pairs)
+            work.files = write_evaluation(ws.report, found)
     return load_evaluation(ws.report / "eval.json")
 
 

@@ -13,7 +13,6 @@ from nbl_export.errors import InputError
 from nbl_export.files import TEMPORARY, atomic_path, publish, write_json
 from nbl_export.graph.summary import ExportSummary
 from nbl_export.models.source import ModelSource
-from nbl_export.models.tasks import Task
 from nbl_export.progress import Listener
 from nbl_export.records import to_json
 from nbl_export.settings import ExportSettings
@@ -41,43 +40,38 @@ def export(
 
     Where it was deleted on purpose, it is made again if it has to be ``there``.
     """
-    asked = settings or ExportSettings()
-    with opened(out, asked, listener, trust_remote_code, rehash, _check) as (run, resolved):
-        _export(run, resolved, there)
-    return run.workspace.baseline
-
-
-def _export(run: Run, settings: ExportSettings, there: bool) -> None:
     from nbl_export.export.checks import crossed_on_copy
 
-    task, pooling = run.model.task, run.model.pooling
-    ws = run.workspace
-    # The Python that runs the exporter does not affect the graph.
-    recorded = {name: value for name, value in settings.as_json().items() if name != "python"}
-    if settings.exported_by == "torch":
-        recorded["opset"] = settings.opset or OPSETS[str(settings.kv_cache)]
-    if not task.causal:
-        recorded |= {"task": task.name, "pooling": pooling.as_json() if pooling else None}
-    made_of = {MODEL: run.model.source.model, SIDECARS: run.model.source.sidecars}
-    if settings.reads_calibration(task):
-        made_of["calibrate"] = ws.require("calibrate").result
-
-    def work(listener: Listener) -> list[Path]:
-        copies = check_model(run, settings)
+    with opened(out, settings or ExportSettings(), listener, trust_remote_code, rehash, _check) as (
+        run,
+        asked,
+    ):
+        ws, model, source, task = run.workspace, run.model, run.model.source, run.model.task
+        # The Python that runs the exporter does not affect the graph.
+        recorded = {name: value for name, value in asked.as_json().items() if name != "python"}
+        if asked.exported_by == "torch":
+            recorded["opset"] = asked.opset or OPSETS[str(asked.kv_cache)]
         if not task.causal:
-            copies = crossed_on_copy(run.model.model, _form(run, settings), listener)
-        not_seen = not_given(run.model.model) if settings.embeds else ""
-        for note in filter(None, [left_out(run.model.source), not_seen]):
-            listener.note(note)
-        check_disk(ws, [disk_to_export(sizes_of_source(run.model.source), settings)])
-        exported = _export_torch if settings.exported_by == "torch" else _export_elsewhere
-        files, float32 = exported(run, settings, listener)
-        write_json(ws.export_summary, to_json(ExportSummary(tuple(float32), copies)))
-        return [*files, ws.export_summary, *_save_configs(run, files, settings)]
-
-    if there and (record := ws.record("export")) and record.dropped:
-        ws.forget("export")
-    run.stage("export", recorded, made_of, work)
+            recorded |= {"task": task.name, "pooling": model.pooling.as_json() if model.pooling else None}
+        made_of = {MODEL: source.model, SIDECARS: source.sidecars}
+        if asked.reads_calibration(task):
+            made_of["calibrate"] = ws.require("calibrate").result
+        if there and (record := ws.record("export")) and record.dropped:
+            ws.forget("export")
+        with run.stage("export", recorded, made_of) as work:
+            if work:
+                copies = check_model(run, asked)
+                if not task.causal:
+                    copies = crossed_on_copy(model.model, _form(run, asked), work)
+                not_seen = not_given(model.model) if asked.embeds else ""
+                for note in filter(None, [left_out(source), not_seen]):
+                    work.note(note)
+                check_disk(ws, [disk_to_export(sizes_of_source(source), asked)])
+                exported = _export_torch if asked.exported_by == "torch" else _export_elsewhere
+                files, float32 = exported(run, asked, work)
+                write_json(ws.export_summary, to_json(ExportSummary(tuple(float32), copies)))
+                work.files = [*files, ws.export_summary, *_save_configs(run, files, asked)]
+        return ws.baseline
 
 
 def check_exporter(settings: ExportSettings) -> None:
@@ -88,7 +82,7 @@ def check_exporter(settings: ExportSettings) -> None:
         find_exporter(settings.exported_by, settings.python)
 
 
-def _check(source: ModelSource, settings: ExportSettings, _task: Task) -> None:
+def _check(source: ModelSource, settings: ExportSettings) -> None:
     check_exporter(settings)
     check_export_of(source, settings)
 

@@ -6,11 +6,11 @@ export ─────────────┴→ rewrite → (build →) ver
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from nbl_export.blocks import most_blocks
 from nbl_export.models.source import ModelSource
-from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener
 from nbl_export.ranks import check_alone
 from nbl_export.report.schema import Report
@@ -28,7 +28,7 @@ from nbl_export.stages.calibrate import calibrate, check_calibration, check_text
 from nbl_export.stages.export import check_export_of, check_exporter, check_model, export
 from nbl_export.stages.needs import check_disk, disk, sizes_of_source
 from nbl_export.stages.rewrite import drop_baseline, rewrite
-from nbl_export.stages.run import Run, check_machine, started
+from nbl_export.stages.run import Run, check_machine, opened
 from nbl_export.stages.select.stage import select
 from nbl_export.stages.verify import verify
 
@@ -53,11 +53,8 @@ def run(
     whole = RunSettings.of(selection, calibration, verification, exporting, engines, folder)
     check_asked(str(model), whole)
 
-    def check(source: ModelSource) -> None:
-        check_source(source, Path(out), whole)
-
-    with started(model, out, check, listener, trust_remote_code, rehash) as work:
-        asked = whole.resolve(work.model.task)
+    checked = partial(check_source, Path(out))
+    with opened(out, whole, listener, trust_remote_code, rehash, checked, model, new=True) as (work, asked):
         keeps, chosen = asked.folder.keeps, asked.selection
         if work.workspace.record("calibrate") is None:
             _check_new(work, asked)
@@ -81,14 +78,14 @@ def check_asked(model: str, asked: RunSettings) -> None:
     """Refuse, before the model is looked for, what is refused of any, or what this machine has nothing for."""
     check_alone()
     asked.check()
-    check_machine(*asked.parts)
+    check_machine(asked)
     check_exporter(asked.exporting)
     if asked.engines:
         check_engines(None, asked.engines)
     check_text(model, asked.calibration)
 
 
-def check_source(source: ModelSource, out: Path, asked: RunSettings) -> None:
+def check_source(out: Path, source: ModelSource, asked: RunSettings) -> None:
     """Refuse, by the model's small files, what no run of ``source`` into ``out`` can be asked.
 
     A configuration says how many layers a model has, and not which can become linear: what counts is the most that
@@ -96,12 +93,11 @@ def check_source(source: ModelSource, out: Path, asked: RunSettings) -> None:
     """
     from nbl_export.linearize.scores import check_selection
 
-    resolved = asked.resolve(task_named(source.task))
-    check_export_of(source, resolved.exporting)
-    config = check_calibration(source, out, resolved.calibration)
+    check_export_of(source, asked.exporting)
+    config = check_calibration(out, source, asked.calibration)
     if isinstance(layers := getattr(config, "num_hidden_layers", None), int):
-        most = most_blocks(layers, resolved.calibration.parts)
-        check_selection(resolved.selection, most, getattr(config, "hidden_size", None))
+        most = most_blocks(layers, asked.calibration.parts)
+        check_selection(asked.selection, most, getattr(config, "hidden_size", None))
 
 
 def _check_new(work: Run, asked: RunSettings) -> None:

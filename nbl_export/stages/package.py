@@ -52,7 +52,7 @@ from nbl_export.settings import VerifySettings
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import check_baseline
 from nbl_export.stages.run import check_machine, graphs_on
-from nbl_export.stages.verify import measured
+from nbl_export.stages.verify import case_of
 from nbl_export.workspace import PACKAGE, Places, Workspace, is_package, kept_digests
 
 if TYPE_CHECKING:
@@ -265,6 +265,10 @@ def verify_package(
     Nothing is written. Raises :class:`InputError` for a file that is not as it was packaged, and for another model.
     """
     from nbl_export.models.device import find_device
+    from nbl_export.models.media_tokens import seeing
+    from nbl_export.verify.case import DecoderCase
+    from nbl_export.verify.decoder import measure_decoder
+    from nbl_export.verify.encoder import measure_encoder
 
     settings, listener, root = settings or VerifySettings(), listener or Silent(), Path(package)
     settings.check()
@@ -281,6 +285,11 @@ def verify_package(
     loaded.device = device = find_device(settings.device)
     with graphs_on(device, listener):
         asked, graph = settings.resolve(loaded.task), root / found.graph
-        result = measured(places, graph, None, loaded, plan, asked, listener)
+        case = case_of(places, graph, None, loaded, plan, asked, listener)
+        if isinstance(case, DecoderCase):
+            with seeing(case.model, case.text.media):
+                result = measure_decoder(case)
+        else:
+            result = measure_encoder(case)
     whole = Check("package", "passed", f"all {len(found.files)} files are as they were packaged")
     return Verified(found, result, (whole, *result.checks))

@@ -33,39 +33,33 @@ def rewrite(
     It reads its weights from the baseline's data file, and its own has W and b alone; a ``whole`` graph has all weights
     in its own. None is as it was made before.
     """
-    with opened(out, Settings(), listener, rehash=rehash) as (run, _):
-        _rewrite(run, whole)
-    return run.workspace.model
-
-
-def _rewrite(run: Run, whole: bool | None) -> None:
     from nbl_export.export.sidecars import copy_sidecars, updated_configs
     from nbl_export.graph.io import load_graph, save_beside, save_graph
     from nbl_export.rewrite.replace import kept_layers, rewrite_file, rewrite_record
 
-    ws = run.workspace
-    made_of = {stage: ws.require(stage).result for stage in ("select", "export")}
-    if whole is None:
-        whole = ws.asked("rewrite", _Asked).whole
-    save = save_graph if whole else save_beside
-
-    def work(listener: Listener) -> list[Path]:
-        check_baseline(ws)
-        plan = load_plan(ws.plan)
-        if plan.model != run.model.source.fingerprint:
-            raise InputError(
-                f"{ws.plan} is the plan of another model: run `nbl-export select {ws.root}` again."
-            )
-        folder, graph = ws.baseline.parent, ws.baseline.name
-        beside = [f for f in ws.paths(ws.finished("export")) if folder in f.parents]
-        files = [f for f in beside if not f.name.startswith(graph)]
-        kept = kept_layers(load_graph(ws.baseline), plan)
-        sidecars = updated_configs(files, plan.linear_attention, kept, folder)
-        result = rewrite_file(ws.baseline, plan, ws.model, listener=listener, save=save)
-        write_json(ws.rewrite_summary, to_json(rewrite_record(result)))
-        return [*result.files, ws.rewrite_summary, *copy_sidecars(sidecars, ws.root)]
-
-    run.stage("rewrite", {"whole": True} if whole else {}, made_of, work)
+    with opened(out, Settings(), listener, rehash=rehash) as (run, _):
+        ws = run.workspace
+        made_of = {stage: ws.require(stage).result for stage in ("select", "export")}
+        if whole is None:
+            whole = ws.asked("rewrite", _Asked).whole
+        with run.stage("rewrite", {"whole": True} if whole else {}, made_of) as work:
+            if work:
+                check_baseline(ws)
+                plan = load_plan(ws.plan)
+                if plan.model != run.model.source.fingerprint:
+                    raise InputError(
+                        f"{ws.plan} is the plan of another model: run `nbl-export select {ws.root}` again."
+                    )
+                folder, graph = ws.baseline.parent, ws.baseline.name
+                beside = [f for f in ws.paths(ws.finished("export")) if folder in f.parents]
+                files = [f for f in beside if not f.name.startswith(graph)]
+                kept = kept_layers(load_graph(ws.baseline), plan)
+                sidecars = updated_configs(files, plan.linear_attention, kept, folder)
+                save = save_graph if whole else save_beside
+                result = rewrite_file(ws.baseline, plan, ws.model, listener=work, save=save)
+                write_json(ws.rewrite_summary, to_json(rewrite_record(result)))
+                work.files = [*result.files, ws.rewrite_summary, *copy_sidecars(sidecars, ws.root)]
+        return ws.model
 
 
 def rewrite_onnx(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from nbl_export.digests import Digests
 from nbl_export.errors import InputError, os_error_in_words
+from nbl_export.files import sha256_of_file, write_json
 from nbl_export.models.device import check_device
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelSource, check_apart, find_model, same_model
@@ -18,12 +18,14 @@ from nbl_export.models.tasks import Task, task_named
 from nbl_export.packages import check_system, part
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE, Ranks, check_alone, together
+from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import (
     BenchSettings,
     ConvertSettings,
     EngineSettings,
     EvalSettings,
     ExportSettings,
+    RunSettings,
     SelectSettings,
     Settings,
     VerifySettings,
@@ -37,17 +39,24 @@ if TYPE_CHECKING:
 
     from nbl_export.graph.summary import OnCopy
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound="Settings | RunSettings")
 _GRAPHS = ("select", "export", "rewrite")
+# What must be done before a stage, by its settings; a rewrite has none of its own.
+_READS: dict[type, tuple[str, ...]] = {
+    Settings: _GRAPHS[:2],
+    ConvertSettings: _GRAPHS[:1],
+    **dict.fromkeys((EngineSettings, VerifySettings, EvalSettings, BenchSettings), _GRAPHS),
+}
 
 
-class _Noting:
-    """Forwards everything to a listener and collects the notes for the stage's record."""
+class Work:
+    """A stage at work: its listener, whose notes are recorded, and the ``files`` that it writes."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
-        self.notes: list[str] = []
         self.task = listener.task
+        self.notes: list[str] = []
+        self.files: list[Path] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -68,77 +77,6 @@ class Run:
     ranks: Ranks = ALONE
     checked: tuple[ExportSettings, tuple[OnCopy, ...]] | None = None
 
-    @classmethod
-    def start(
-        cls,
-        source: ModelSource,
-        out: Path,
-        listener: Listener | None = None,
-        ranks: Ranks = ALONE,
-        digests: Digests | None = None,
-    ) -> Run:
-        """Start with a model; an existing output folder must be of the same model.
-
-        ``digests`` are those with which it was found.
-        """
-
-        def found() -> Workspace:
-            check_apart(source, out)
-            workspace = Workspace.create(out, digests)
-            workspace.set_model(source.as_json())
-            return workspace
-
-        return cls._of(ranks.shared(found), source, listener, ranks)
-
-    @classmethod
-    def resume(
-        cls,
-        out: Path,
-        listener: Listener | None = None,
-        trust_remote_code: bool = False,
-        ranks: Ranks = ALONE,
-        rehash: bool = False,
-        early: Callable[[Workspace, ModelSource], object] = lambda _workspace, _found: None,
-        model: str | None = None,
-    ) -> Run:
-        """Continue in an existing output folder with its recorded model; ``rehash`` reads all files again.
-
-        ``model`` is where that is now, which the folder then records.
-
-        ``early`` is told of both before the model's weights are read, and may refuse them.
-
-        Whether code of the model may run is said anew each time; a folder, which may come from elsewhere, does not say.
-        """
-
-        def found() -> tuple[Workspace, ModelSource]:
-            workspace = Workspace.open(out, kept_digests(out, rehash, listener))
-            info = workspace.model_info
-            if info is None:
-                raise InputError(f"{out} records no model: start with `nbl-export calibrate MODEL -o {out}`.")
-            source = same_model(
-                info, trust_remote_code, workspace.digests, lambda found: early(workspace, found), model
-            )
-            if model is None:
-                workspace.found_model(source.as_json())
-            else:
-                check_apart(source, out)
-                workspace.set_model(source.as_json())
-            return workspace, source
-
-        return cls._of(*ranks.shared(found), listener, ranks)
-
-    @classmethod
-    def _of(cls, workspace: Workspace, source: ModelSource, listener: Listener | None, ranks: Ranks) -> Run:
-        heard = listener if listener is not None and ranks.first else Silent()
-        return cls(workspace, LoadedModel(source, heard), heard, ranks)
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other nbl-export processes out of the folder within the block."""
-        with ExitStack() as held:
-            self.ranks.shared(lambda: held.enter_context(self.workspace.lock()))
-            yield
-
     def on(self, asked: str) -> torch.device:
         """The device that a stage was ``asked`` to run on; from now on the model's copies are there.
 
@@ -149,15 +87,15 @@ class Run:
         self.model.device = device = find_device(asked)
         return device
 
+    @contextmanager
     def stage(
         self,
         name: str,
-        settings: dict[str, Any],
+        settings: Mapping[str, Any],
         made_of: Mapping[str, str],
-        work: Callable[[Listener], list[Path]],
         device: torch.device | None = None,
-    ) -> None:
-        """Do ``work`` unless it is already done; its files and notes are recorded when it succeeds.
+    ) -> Iterator[Work | None]:
+        """The work of a stage, None if it is already done; its files and notes are recorded when the block succeeds.
 
         ``made_of`` names everything that it reads but the settings: keys of stages, and digests of other inputs.
         ``device`` is what PyTorch runs on, if it does: float32 is multiplied as such there, and the record says where
@@ -166,39 +104,20 @@ class Run:
         ws, ranks = self.workspace, self.ranks
         if ranks.shared(lambda: ws.is_done(name, key_of(name, settings, made_of))):
             self.listener.note(f"{name}: done already, kept.")
+            yield None
             return
         if why := ranks.shared(lambda: ws.why_again(name, settings, made_of)):
             self.listener.note(f"{name}: done again, since {why}.")
         from nbl_export.models.device import described, exact_float32
 
-        listener = _Noting(self.listener)
-        start = time.perf_counter()
+        work, start = Work(self.listener), time.perf_counter()
         try:
             with nullcontext() if device is None else exact_float32():
-                files = work(listener)
+                yield work
         except OSError as error:
             raise os_error_in_words(error, f"in stage `{name}`") from error
         seconds, where = time.perf_counter() - start, "" if device is None else described(device)
-        ranks.shared(lambda: ws.finish(name, settings, made_of, files, seconds, listener.notes, where))
-
-
-@contextmanager
-def started(
-    model: str | Path,
-    out: str | Path,
-    check: Callable[[ModelSource], object],
-    listener: Listener | None = None,
-    trust_remote_code: bool = False,
-    rehash: bool = False,
-    ranks: Ranks = ALONE,
-) -> Iterator[Run]:
-    """A run of ``model`` into ``out`` with its lock held; ``check`` may refuse it by its small files."""
-    place, heard = Path(out), listener if ranks.first else None
-    digests = kept_digests(place, rehash, heard)
-    source = ranks.shared(lambda: find_model(str(model), trust_remote_code, digests, check))
-    run = Run.start(source, place, listener, ranks, digests)
-    with run.locked():
-        yield run
+        ranks.shared(lambda: ws.finish(name, settings, made_of, work.files, seconds, work.notes, where))
 
 
 @contextmanager
@@ -208,14 +127,17 @@ def opened(
     listener: Listener | None = None,
     trust_remote_code: bool = False,
     rehash: bool = False,
-    check: Callable[[ModelSource, S, Task], object] = lambda _source, _asked, _task: None,
+    check: Callable[[ModelSource, S], object] = lambda _source, _asked: None,
     model: str | Path | None = None,
+    new: bool = False,
     several: bool = False,
 ) -> Iterator[tuple[Run, S]]:
-    """Go on in ``out`` with its lock held, and with what was ``asked`` checked and resolved for its model.
+    """A run in ``out`` with its lock held, and what was ``asked``, checked and resolved for its model.
 
-    A run is used as it is. ``check`` may refuse the model before its weights are read; ``model`` is where it is now;
-    ``several`` processes may share the work.
+    A run is used as it is. A ``new`` one makes the folder, or goes on in one of the same ``model``; any other goes on
+    with the model that the folder records, and ``model`` is where that is now. ``check`` may refuse a model by its
+    small files, before its weights are read. ``several`` processes may share the work. Whether code of the model may
+    run is said anew each time; a folder, which may come from elsewhere, does not say.
     """
     if isinstance(out, Run):
         yield out, asked
@@ -224,42 +146,61 @@ def opened(
     check_machine(asked)
     if not several:
         check_alone()
+    place, at = Path(out), None if model is None else str(model)
 
-    def refuse(ws: Workspace, source: ModelSource) -> None:
-        task = task_named(source.task)
-        resolved = asked.resolve(task)
-        for stage in read_by(resolved, task):
-            ws.finished(stage)
-        check(source, resolved, task)
+    def resolved(source: ModelSource) -> S:
+        return cast("S", asked.resolve(task_named(source.task)))
 
-    place = None if model is None else str(model)
-    with together() as ranks:
-        run = Run.resume(Path(out), listener, trust_remote_code, ranks, rehash, refuse, place)
-        with run.locked():
-            yield run, asked.resolve(run.model.task)
+    def found() -> tuple[Workspace, ModelSource]:
+        digests = kept_digests(place, rehash, listener)
+        if new:
+            source = find_model(str(at), trust_remote_code, digests, lambda one: check(one, resolved(one)))
+            check_apart(source, place)
+            workspace = Workspace.create(place, digests)
+            workspace.set_model(source.as_json())
+            return workspace, source
+        workspace = Workspace.open(place, digests)
+        info = workspace.model_info
+        if info is None:
+            raise InputError(f"{out} records no model: start with `nbl-export calibrate MODEL -o {out}`.")
+
+        def early(one: ModelSource) -> None:
+            for stage in read_by(wanted := resolved(one), task_named(one.task)):
+                workspace.finished(stage)
+            check(one, wanted)
+
+        source = same_model(info, trust_remote_code, workspace.digests, early, at)
+        if at is None:
+            workspace.found_model(source.as_json())
+        else:
+            check_apart(source, place)
+            workspace.set_model(source.as_json())
+        return workspace, source
+
+    with together() as ranks, ExitStack() as held:
+        workspace, source = ranks.shared(found)
+        ranks.shared(lambda: held.enter_context(workspace.lock()))
+        ranks.shared(lambda: finish_drawing(workspace))
+        heard = listener if listener is not None and ranks.first else Silent()
+        run = Run(workspace, LoadedModel(source, heard), heard, ranks)
+        yield run, resolved(source)
 
 
-def check_machine(*asked: Settings) -> None:
+def check_machine(asked: Settings | RunSettings) -> None:
     """Raise :class:`MissingDependencyError` for a system, or for a device that is asked for, that is not here."""
     check_system()
-    for settings in asked:
+    for settings in asked.parts if isinstance(asked, RunSettings) else [asked]:
         if isinstance(settings, OnDevice):
             check_device(settings.device)
 
 
-def read_by(settings: Settings, task: Task) -> Iterator[str]:
-    """The stages that must be done before the one that has these ``settings``; a rewrite has none of its own."""
+def read_by(settings: Settings | RunSettings, task: Task) -> tuple[str, ...]:
+    """The stages that must be done before the one that has these ``settings``."""
     if isinstance(settings, SelectSettings):
-        yield "calibrate"
-        yield from ["export"] * settings.reads_graph
-    elif isinstance(settings, ExportSettings):
-        yield from ["calibrate"] * settings.reads_calibration(task)
-    elif isinstance(settings, ConvertSettings):
-        yield "select"
-    elif isinstance(settings, EngineSettings | VerifySettings | EvalSettings | BenchSettings):
-        yield from _GRAPHS
-    elif type(settings) is Settings:
-        yield from _GRAPHS[:2]
+        return ("calibrate", *["export"] * settings.reads_graph)
+    if isinstance(settings, ExportSettings):
+        return ("calibrate",) * settings.reads_calibration(task)
+    return _READS.get(type(settings), ())
 
 
 def graphs_setting(device: torch.device) -> dict[str, str]:
@@ -280,3 +221,39 @@ def graphs_on(device: torch.device, listener: Listener) -> Iterator[None]:
         listener.note(f"onnxruntime does not run on {device} here{get}: graphs run on the CPU.")
     with running_on(str(device)):
         yield
+
+
+# the report of the graphs ---------------------------------------------------------------------------
+
+
+def update_report(ws: Workspace, **parts: Any) -> None:
+    """Give the report of the folder's graphs other ``parts``, if there is one."""
+    if ws.current("verify") is None:
+        return
+    report = load_report(ws.report / "report.json")
+    if (changed := replace(report, **parts)) != report:
+        redrawn(ws, changed)
+
+
+def redrawn(ws: Workspace, value: Report) -> Report:
+    """Write every file of the report, which the record of the verification then knows.
+
+    What is drawn is written down first: after a kill, :func:`finish_drawing` takes the new ``report.json`` for no edit.
+    """
+    from nbl_export.report.render import write_report
+
+    write_json(ws.drawing, value.as_json())
+    ws.redrew("verify", write_report(ws.report, value))
+    ws.drawing.unlink()
+    return value
+
+
+def finish_drawing(ws: Workspace) -> None:
+    """Go on with a drawing of the report that a kill has stopped after its first file, ``report.json``."""
+    path = ws.report / "report.json"
+    if not ws.drawing.is_file():
+        return
+    if path.is_file() and sha256_of_file(path) == sha256_of_file(ws.drawing):
+        redrawn(ws, load_report(path))
+    else:
+        ws.drawing.unlink()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.errors import InputError
-from nbl_export.files import sha256_of_file, write_json
+from nbl_export.files import sha256_of_file
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Report, load_report
@@ -17,13 +17,12 @@ from nbl_export.settings import VerifySettings
 from nbl_export.stage_record import STAGES, StageRecord
 from nbl_export.stages.build import current_engines, model_positions, passed_over
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
-from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
+from nbl_export.stages.run import Run, finish_drawing, graphs_on, graphs_setting, opened, redrawn
 from nbl_export.workspace import Places, Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.engine.build import EngineFile
     from nbl_export.models.loaded import LoadedModel
-    from nbl_export.verify.measurement import Measurement
+    from nbl_export.verify.case import DecoderCase, EncoderCase
 
 
 def verify(
@@ -40,55 +39,49 @@ def verify(
     With ``again`` nothing is kept of an earlier verification: a folder from somebody else may hold one. ``model`` is
     where the model is now, if it was moved; the folder records it.
     """
+    from nbl_export.calibrate.text import load_text
+    from nbl_export.models.device import as_setting
+    from nbl_export.models.media_tokens import seeing
+    from nbl_export.report.assemble import assemble, keeping
+    from nbl_export.report.render import write_report
+    from nbl_export.verify.case import DecoderCase, fitting_prompts
+    from nbl_export.verify.decoder import measure_decoder
+    from nbl_export.verify.encoder import measure_encoder
+
     asked = settings or VerifySettings()
-    with opened(out, asked, listener, trust_remote_code, rehash, model=model) as (run, resolved):
+    with opened(out, asked, listener, trust_remote_code, rehash, model=model) as (run, asked):
         ws = run.workspace
         if again:
             ws.forget("verify")
-        finish_drawing(ws)
-        measure(run, resolved)
+        # It reads the held-out text too.
+        made_of = {"rewrite": current_rewrite(ws).result, "calibrate": ws.require("calibrate").result}
+        if run.model.task.causal:
+            fitting_prompts(model_positions(ws), len(load_text(ws.text).start), asked.decode_steps)
+        engines = current_engines(ws)
+        if engines and (built := ws.record("build")):
+            made_of["build"] = built.result
+        device = run.on(asked.device)
+        recorded = asked.as_json() | as_setting(device) | graphs_setting(device)
+        with run.stage("verify", recorded, made_of, device) as work:
+            if work:
+                check_baseline(ws)
+                plan, earlier, why = load_plan(ws.plan), _earlier(ws, made_of), passed_over(ws)
+                if why:
+                    work.note(f"Not verified: {why}.")
+                with graphs_on(device, work):
+                    case = case_of(ws, ws.model, ws.baseline, run.model, plan, asked, work)
+                    if isinstance(case, DecoderCase):
+                        with seeing(case.model, case.text.media):
+                            found = measure_decoder(replace(case, engines=engines, passed_over=why))
+                    else:
+                        found = measure_encoder(case)
+                report = assemble(ws, run.model.source, plan, recorded, found, engines)
+                graphs = _files(ws, "calibrate", "select", "export", "rewrite")
+                work.files = write_report(ws.report, keeping(report, earlier, graphs, _files(ws, "build")))
         return load_report(ws.report / "report.json")
 
 
-def measure(run: Run, settings: VerifySettings) -> None:
-    """Parity, method loss and speed, unless they are measured already, and the report of them."""
-    from nbl_export.calibrate.text import load_text
-    from nbl_export.models.device import as_setting
-    from nbl_export.report.assemble import assemble, keeping
-    from nbl_export.report.render import write_report
-    from nbl_export.verify.case import fitting_prompts
-
-    ws = run.workspace
-    rewritten = current_rewrite(ws)
-    calibrated = ws.require("calibrate").result
-    if run.model.task.causal:
-        fitting_prompts(model_positions(ws), len(load_text(ws.text).start), settings.decode_steps)
-    engines = current_engines(ws)
-    # It reads the held-out text too.
-    made_of = {"rewrite": rewritten.result, "calibrate": calibrated}
-    if engines and (built := ws.record("build")):
-        made_of["build"] = built.result
-
-    device = run.on(settings.device)
-    asked = settings.as_json() | as_setting(device) | graphs_setting(device)
-
-    def work(listener: Listener) -> list[Path]:
-        check_baseline(ws)
-        plan, earlier = load_plan(ws.plan), _earlier(ws, made_of)
-        if why := passed_over(ws):
-            listener.note(f"Not verified: {why}.")
-        with graphs_on(device, listener):
-            found = measured(
-                ws, ws.model, ws.baseline, run.model, plan, settings, listener, engines, passed_over(ws)
-            )
-        report = assemble(ws, run.model.source, plan, asked, found, engines)
-        graphs = _files(ws, "calibrate", "select", "export", "rewrite")
-        return write_report(ws.report, keeping(report, earlier, graphs, _files(ws, "build")))
-
-    run.stage("verify", asked, made_of, work, device)
-
-
-def measured(
+def case_of(
     places: Places,
     graph: Path,
     baseline: Path | None,
@@ -96,34 +89,36 @@ def measured(
     plan: Plan,
     settings: VerifySettings,
     listener: Listener,
-    engines: tuple[EngineFile, ...] = (),
-    passed_over: str | None = None,
-) -> Measurement:
-    """What is asked of ``graph``, which was rewritten from ``baseline``, if that is there; ``places`` has its text."""
+) -> DecoderCase | EncoderCase:
+    """What ``graph`` is held against, rewritten from ``baseline``, if that is there; ``places`` has its text."""
     from nbl_export.calibrate.text import frame_of, load_text
-    from nbl_export.models.media_tokens import seeing
     from nbl_export.report.assemble import exported_of
     from nbl_export.stages.calibration_data import loader_for
     from nbl_export.verify.case import DecoderCase, EncoderCase
-    from nbl_export.verify.decoder import measure_decoder
-    from nbl_export.verify.encoder import measure_encoder
 
-    copies, model = exported_of(places).copies, loaded.in_float32
-    if loaded.task.causal:
+    copies, model, task = exported_of(places).copies, loaded.in_float32, loaded.task
+    if task.causal:
         text = load_text(places.text)
-        case = DecoderCase(model, plan, baseline, graph, settings, listener, text, engines)
-        with seeing(model, text.media):
-            return measure_decoder(replace(case, passed_over=passed_over, copies=copies))
+        return DecoderCase(model, plan, baseline, graph, settings, listener, text, copies=copies)
     material = loader_for(loaded.source)
     heldout = material.heldout(material.load(material.path(places)), plan.probe)
-    task, pooling, unit = loaded.task, loaded.pooling, material.unit
-    encoder = EncoderCase(
-        model, plan, baseline, graph, settings, listener, task, pooling, heldout, unit, copies=copies
+    case = EncoderCase(
+        model,
+        plan,
+        baseline,
+        graph,
+        settings,
+        listener,
+        task,
+        loaded.pooling,
+        heldout,
+        material.unit,
+        copies=copies,
     )
-    if loaded.source.reads == TOKENS:
-        frame = frame_of(loaded.tokenizer)
-        encoder = replace(encoder, unit="documents", pad=frame.pad, left=frame.left)
-    return measure_encoder(encoder)
+    if loaded.source.reads != TOKENS:
+        return case
+    frame = frame_of(loaded.tokenizer)
+    return replace(case, unit="documents", pad=frame.pad, left=frame.left)
 
 
 def _files(ws: Workspace, *stages: str) -> list[str]:
@@ -176,31 +171,3 @@ def _report(ws: Workspace) -> Report:
                 f"{ws.root}` and then `nbl-export verify {ws.root}` again."
             )
     return redrawn(ws, load_report(path))
-
-
-def redrawn(ws: Workspace, value: Report) -> Report:
-    """Write every file of the report, which the record of the verification then knows.
-
-    What is drawn is written down first: after a kill, :func:`finish_drawing` takes the new ``report.json`` for no edit.
-    """
-    from nbl_export.report.render import write_report
-
-    write_json(_drawing(ws), value.as_json())
-    ws.redrew("verify", write_report(ws.report, value))
-    _drawing(ws).unlink()
-    return value
-
-
-def finish_drawing(ws: Workspace) -> None:
-    """Go on with a drawing of the report that a kill has stopped after its first file, ``report.json``."""
-    drawing, path = _drawing(ws), ws.report / "report.json"
-    if not drawing.is_file():
-        return
-    if path.is_file() and sha256_of_file(path) == sha256_of_file(drawing):
-        redrawn(ws, load_report(path))
-    else:
-        drawing.unlink()
-
-
-def _drawing(ws: Workspace) -> Path:
-    return ws.nbl / "report.drawing.json"

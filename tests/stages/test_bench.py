@@ -25,10 +25,10 @@ from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.settings import BenchSettings
 from nbl_export.stages.bench_candidates import Against, bench_candidates, graphs_against
 from nbl_export.stages.forms import Gguf
-from nbl_export.stages.run import Run
 from nbl_export.verify.speed.race import Harness
 from nbl_export.verify.speed.values import CellResult
 from tests.converting import needs
+from tests.finished import resumed
 from tests.listening import Notes
 
 
@@ -246,7 +246,7 @@ def test_who_takes_part_in_which_order(stories_out: Path, stories_copy: Path) ->
     settings = BenchSettings(peers=("dropped", "compile", "eager"))
     against = list(graphs_against([f"x={stories_out}"]))
     with ExitStack() as stack:
-        found = bench_candidates(Run.resume(stories_copy), against, settings, stack)
+        found = bench_candidates(resumed(stories_copy), against, settings, stack)
         assert [(c.name, c.base) for c in found] == [
             ("base", None),
             ("linearized", "base"),
@@ -265,7 +265,7 @@ def test_who_takes_part_in_which_order(stories_out: Path, stories_copy: Path) ->
         assert linearized.kv_bytes_per_token * 5 == base.kv_bytes_per_token * 3
         assert linearized.weight_macs - dropped.weight_macs == 2 * 64 * 64
     with ExitStack() as stack:
-        plain = bench_candidates(Run.resume(stories_copy), [], BenchSettings(), stack)
+        plain = bench_candidates(resumed(stories_copy), [], BenchSettings(), stack)
     assert [c.name for c in plain] == ["base", "linearized", "base again"]
 
 

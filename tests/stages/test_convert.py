@@ -27,9 +27,9 @@ from nbl_export.settings.graphs import PRECISIONS
 from nbl_export.stages import forms as stage
 from nbl_export.stages.forms import FORMS, Form
 from nbl_export.stages.inspection import inspect
-from nbl_export.stages.run import Run
 from tests.converting import needs
 from tests.exhaustive import exhaustive
+from tests.finished import resumed
 from tests.listening import Notes
 
 here = needs(stage.Gguf)
@@ -231,7 +231,7 @@ CASES = [(to, precision) for to, precisions in PRECISIONS.items() for precision 
 
 
 def form_of(to: str, precision: str, out: Path) -> Form:
-    return FORMS[to](Run.resume(out), precision)
+    return FORMS[to](resumed(out), precision)
 
 
 def test_no_two_are_in_one_place(stories_out: Path) -> None:

@@ -21,13 +21,12 @@ from nbl_export.errors import InputError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models import load
 from nbl_export.models.source import find_model
-from nbl_export.progress import Listener
 from nbl_export.report.drawing import Table
 from nbl_export.settings import RunSettings
 from nbl_export.stage_record import key_of
 from nbl_export.stages.in_order import check_source
 from nbl_export.stages.inspection import inspect
-from nbl_export.stages.run import Run
+from nbl_export.stages.run import opened
 from nbl_export.workspace import Workspace
 from tests.encoders import text_encoder, vision_encoder
 from tests.families import build
@@ -110,7 +109,7 @@ def test_the_most_that_there_can_be_is_taken(
 ) -> None:
     source = find_model(str(model))
     text = api.CalibrateSettings(blocks=blocks)
-    check_source(source, tmp_path / "out", RunSettings(api.SelectSettings(**selection), text))
+    check_source(tmp_path / "out", source, RunSettings(api.SelectSettings(**selection), text))
 
 
 def test_which_layers_of_a_hybrid_have_attention_is_left_to_the_model(tmp_path: Path) -> None:
@@ -118,9 +117,9 @@ def test_which_layers_of_a_hybrid_have_attention_is_left_to_the_model(tmp_path: 
     source = find_model(str(build("lfm2", tmp_path / "hybrid")))
     layers = tuple(range(4))
     for selection in (api.SelectSettings(k=4), api.SelectSettings(layers=layers)):
-        check_source(source, tmp_path / "out", RunSettings(selection))
+        check_source(tmp_path / "out", source, RunSettings(selection))
     with pytest.raises(InputError, match="--k is 5"):
-        check_source(source, tmp_path / "out", RunSettings(api.SelectSettings(k=5)))
+        check_source(tmp_path / "out", source, RunSettings(api.SelectSettings(k=5)))
 
 
 def test_text_that_is_not_there_or_not_text(model: Path, tmp_path: Path, unread: None) -> None:
@@ -212,10 +211,9 @@ def test_encoders_need_material_and_what_reads_it(tmp_path: Path, unread: None) 
 
 
 def test_a_stage_whose_inputs_are_not_made_yet(tiny_folder: Path, tmp_path: Path) -> None:
-    from nbl_export.stages.run import Run
-
     out = tmp_path / "out"
-    Run.start(find_model(str(tiny_folder)), out)
+    with opened(out, api.CalibrateSettings(), model=tiny_folder, new=True):
+        pass
     before = files_in(out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digests, "sha256_of", lambda *_: pytest.fail("a file was hashed"))
@@ -324,53 +322,44 @@ def test_what_is_none_of_these_is_refused_in_one_sentence(tmp_path: Path, name: 
 # run -----------------------------------------------------------------------------------------------
 
 
-def working(run: Run, text: str, ran: list[str]) -> Any:
-    """Work that writes one file and says so."""
-
-    def work(listener: Listener) -> list[Path]:
-        ran.append(text)
-        with listener.task("Writing", 2, "steps") as task:
-            task.advance(2)
-        listener.note(f"wrote {text}")
-        run.workspace.probe.write_text(text)
-        return [run.workspace.probe]
-
-    return work
-
-
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+def work_on(folder: Path, out: Path, value: int, listener: Notes | None = None) -> bool:
+    """A stage that writes one file and says so; whether it had to."""
+    with opened(out, api.CalibrateSettings(), listener, model=folder, new=True) as (run, _):
+        with run.stage("calibrate", {"a": value}, {}) as work:
+            if work:
+                with work.task("Writing", 2, "steps") as task:
+                    task.advance(2)
+                work.note(f"wrote {value}")
+                run.workspace.probe.write_text(str(value))
+                work.files = [run.workspace.probe]
+        return work is not None
+
+
 def test_a_stage_is_done_once_by_key_also_in_the_next_invocation(tiny_folder: Path, out: Path) -> None:
-    listener, ran = Notes(), []  # type: ignore[var-annotated]
-    run = Run.start(find_model(str(tiny_folder)), out, listener)
-    run.stage("calibrate", {"a": 1}, {}, working(run, "one", ran))
-    run.stage("calibrate", {"a": 1}, {}, working(run, "never", ran))
-    assert listener.notes == ["wrote one", "calibrate: done already, kept."] and listener.kept == [
-        "calibrate"
-    ]
+    listener = Notes()
+    assert work_on(tiny_folder, out, 1, listener) and not work_on(tiny_folder, out, 1, listener)
+    assert listener.notes == ["wrote 1", "calibrate: done already, kept."]
     assert listener.tasks == [("Writing", 2, "steps", 0)] and listener.advanced == [2]
-    again = Run.resume(out)
-    again.stage("calibrate", {"a": 1}, {}, working(again, "never", ran))
-    again.stage("calibrate", {"a": 2}, {}, working(again, "two", ran))
-    assert ran == ["one", "two"]
+    assert work_on(tiny_folder, out, 2)
     record = Workspace.open(out).record("calibrate")
     assert record is not None
-    assert (record.settings, record.notes) == ({"a": 2}, ("wrote two",))
+    assert (record.settings, record.notes) == ({"a": 2}, ("wrote 2",))
     assert list(record.files) == ["nbl/probe.safetensors"] and record.seconds >= 0
     # What is not the file that was written is made again.
-    again.workspace.probe.write_text("changed by hand")
-    last = Run.resume(out)
-    last.stage("calibrate", {"a": 2}, {}, working(last, "three", ran))
-    assert ran == ["one", "two", "three"] and last.workspace.probe.read_text() == "three"
+    probe = Workspace.open(out).probe
+    probe.write_text("changed by hand")
+    assert work_on(tiny_folder, out, 2) and probe.read_text() == "2"
 
 
 @pytest.mark.parametrize(
     ("raised", "told", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), InputError, "in stage `export`"),
+        (OSError(errno.ENOSPC, "No space left on device"), InputError, "in stage `calibrate`"),
         (ValueError("a slip"), ValueError, "a slip"),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
@@ -379,26 +368,22 @@ def test_a_stage_is_done_once_by_key_also_in_the_next_invocation(tiny_folder: Pa
 def test_a_stage_that_fails_is_not_done(
     tiny_folder: Path, out: Path, raised: BaseException, told: type[BaseException], message: str | None
 ) -> None:
-    run = Run.start(find_model(str(tiny_folder)), out)
-
-    def work(_listener: Listener) -> list[Path]:
+    with (
+        pytest.raises(told, match=message),
+        opened(out, api.CalibrateSettings(), model=tiny_folder, new=True) as (run, _),
+        run.stage("calibrate", {"a": 1}, {}),
+    ):
         raise raised
-
-    with pytest.raises(told, match=message):
-        run.stage("export", {}, {}, work)
-    assert Workspace.open(out).record("export") is None
-    ran: list[str] = []
-    run.stage("export", {}, {}, working(run, "now", ran))
-    assert ran == ["now"] and Workspace.open(out).is_done("export", key_of("export", {}, {}))
+    assert Workspace.open(out).record("calibrate") is None
+    assert work_on(tiny_folder, out, 1)
+    assert Workspace.open(out).is_done("calibrate", key_of("calibrate", {"a": 1}, {}))
 
 
-def test_going_on_finds_the_model_of_the_folder(tiny_folder: Path, out: Path) -> None:
-    started = Run.start(find_model(str(tiny_folder)), out)
-    resumed = Run.resume(out)
-    assert resumed.model.source == started.model.source == find_model(str(tiny_folder))
+def test_a_folder_that_records_no_model(tiny_folder: Path, out: Path) -> None:
+    work_on(tiny_folder, out, 1)
     state = json.loads((out / "nbl" / "workspace.json").read_text())
     (out / "nbl" / "workspace.json").write_text(json.dumps({**state, "model": None}))
     with pytest.raises(
         InputError, match=rf"records no model: start with `nbl-export calibrate MODEL -o {out}`"
     ):
-        Run.resume(out)
+        api.export(out)

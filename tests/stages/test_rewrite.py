@@ -18,15 +18,14 @@ from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import load_plan, save_plan
-from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages.export import export, not_given
 from nbl_export.stages.rewrite import current_rewrite, rewrite
-from nbl_export.stages.run import Run
+from nbl_export.stages.run import opened
 from nbl_export.workspace import Workspace
 from tests.families import Calibrated
-from tests.finished import QUICK, TWO, assert_same, state
+from tests.finished import QUICK, TWO, assert_same, resumed, state
 from tests.fixtures_graph import plan_by_hand
 from tests.listening import Notes
 
@@ -44,7 +43,7 @@ def replan(out: Path, layers: tuple[int, ...], **changes: Any) -> None:
 def test_the_graph_is_the_baseline_rewritten_by_the_plan(stories_copy: Path, tmp_path: Path) -> None:
     replan(stories_copy, (1, 3, 4))
     listener = Notes()
-    rewrite(Run.resume(stories_copy, listener))
+    rewrite(resumed(stories_copy, listener))
     assert listener.kept == []
     ws = Workspace.open(stories_copy)
     # The same by the function alone, to the bit; there it has all weights in a file of its own.
@@ -66,14 +65,14 @@ def test_the_graph_is_the_baseline_rewritten_by_the_plan(stories_copy: Path, tmp
     record = ws.record("rewrite")
     assert record is not None and {"model.onnx", "model.onnx.data", "nbl/rewrite.json"} <= set(record.files)
     again = Notes()
-    rewrite(Run.resume(stories_copy, again))
+    rewrite(resumed(stories_copy, again))
     assert again.kept == ["rewrite"]
 
 
 def test_the_disk_has_one_model(stories_copy: Path) -> None:
     """Beside the baseline's data, the linearized graph has W and b alone."""
     replan(stories_copy, (1, 3))
-    rewrite(Run.resume(stories_copy))
+    rewrite(resumed(stories_copy))
     ws = Workspace.open(stories_copy)
     files = external_files(load_graph(ws.model))
     shared = ws.baseline.with_name("model.onnx.data")
@@ -98,7 +97,7 @@ def test_another_export_takes_the_rewritten_graph_away(stories_copy: Path) -> No
 
 def test_files_beside_the_graph_follow_the_plan(stories_copy: Path) -> None:
     replan(stories_copy, (0, 2))
-    rewrite(Run.resume(stories_copy))
+    rewrite(resumed(stories_copy))
     beside = {p.name for p in (stories_copy / "baseline").iterdir() if not p.name.startswith("model.onnx")}
     assert beside <= {p.name for p in stories_copy.iterdir()}
     found = json.loads((stories_copy / "genai_config.json").read_text())["model"]["decoder"]
@@ -115,7 +114,7 @@ def test_a_plan_of_another_model_is_refused_and_the_old_graph_stays(stories_copy
     with pytest.raises(
         InputError, match=rf"is the plan of another model: run `nbl-export select {stories_copy}`"
     ):
-        rewrite(Run.resume(stories_copy))
+        rewrite(resumed(stories_copy))
     assert (stories_copy / "model.onnx").read_bytes() == before
 
 
@@ -186,7 +185,8 @@ CONCAT = api.ExportSettings("fp32", "concat")
 def out(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the tiny model was exported; read only."""
     folder = tmp_path_factory.mktemp("exported") / "out"
-    export(Run.start(find_model(str(tiny_folder)), folder), CONCAT)
+    with opened(folder, CONCAT, model=tiny_folder, new=True) as (run, asked):
+        export(run, asked)
     return folder
 
 
@@ -208,19 +208,17 @@ def test_consumers_find_the_model_and_its_tokenizer_beside_it(out: Path, tiny_fo
 
 def test_an_export_is_kept_whoever_would_run_the_exporter(out: Path) -> None:
     listener = Notes()
-    export(Run.resume(out, listener), CONCAT)
-    export(
-        Run.resume(out, listener), api.ExportSettings("fp32", "concat", python="/usr/bin/python-of-another")
-    )
+    export(resumed(out, listener), CONCAT)
+    export(resumed(out, listener), api.ExportSettings("fp32", "concat", python="/usr/bin/python-of-another"))
     # Without a form, it is the one that suits a decoder.
-    export(Run.resume(out, listener), api.ExportSettings().resolve(task_named("text-generation")))
+    export(resumed(out, listener), api.ExportSettings().resolve(task_named("text-generation")))
     assert listener.kept == ["export"] * 3 and listener.tasks == []
 
 
 def test_another_form_replaces_it_and_what_it_does_not_have_is_gone(out: Path, tmp_path: Path) -> None:
     out, listener = Path(shutil.copytree(out, tmp_path / "out")), Notes()
     assert (out / "baseline" / "genai_config.json").exists()
-    export(Run.resume(out, listener), api.ExportSettings("bf16", "static"))
+    export(resumed(out, listener), api.ExportSettings("bf16", "static"))
     assert listener.kept == []
     # onnxruntime-genai cannot run a static cache; a configuration for it would be of the graph before.
     assert not (out / "baseline" / "genai_config.json").exists()

@@ -15,11 +15,11 @@ from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import sha256_of_file
 from nbl_export.linearize.plan import load_plan
 from nbl_export.report.schema import load_report
-from nbl_export.stages.run import Run
-from nbl_export.stages.verify import redrawn, verify
+from nbl_export.stages.run import Run, redrawn
+from nbl_export.stages.verify import verify
 from nbl_export.verify.parity.figures import DecoderParity, MethodLoss
 from nbl_export.workspace import Workspace
-from tests.finished import QUICK, TWO, VERIFY, state, times
+from tests.finished import QUICK, TWO, VERIFY, resumed, state, times
 from tests.fixtures_graph import perturb, rerecord
 from tests.interruptions import killed_at_change
 from tests.listening import Notes
@@ -79,7 +79,7 @@ def test_steps_beyond_the_positions_are_refused_before_any_work(
 
 def test_its_files_are_recorded_and_it_is_done_once(stories_copy: Path) -> None:
     listener = Notes()
-    run = Run.resume(stories_copy, listener)
+    run = resumed(stories_copy, listener)
     first = verify(run, QUICK)
     assert listener.kept == [] and first == load_report(stories_copy / "report" / "report.json")
     record = Workspace.open(stories_copy).record("verify")
@@ -89,13 +89,13 @@ def test_its_files_are_recorded_and_it_is_done_once(stories_copy: Path) -> None:
     assert all(sha256_of_file(stories_copy / name) == digest for name, digest in record.files.items())
     skipped = {c.name: c.detail.partition(";")[0] for c in first.checks if c.status == "skipped"}
     assert skipped == {"method loss": "--no-quality"}
-    assert verify(Run.resume(stories_copy, listener), QUICK).created == first.created
+    assert verify(resumed(stories_copy, listener), QUICK).created == first.created
     assert listener.kept == ["verify"]
     # Other settings are another verification; so is a file of the report that is gone.
-    verify(Run.resume(stories_copy, listener), api.VerifySettings(3, quality=False, speed=False))
+    verify(resumed(stories_copy, listener), api.VerifySettings(3, quality=False, speed=False))
     assert listener.kept == ["verify"]
     (stories_copy / "report" / "report.md").unlink()
-    verify(Run.resume(stories_copy, listener), api.VerifySettings(3, quality=False, speed=False))
+    verify(resumed(stories_copy, listener), api.VerifySettings(3, quality=False, speed=False))
     assert listener.kept == ["verify"] and (stories_copy / "report" / "report.md").exists()
 
 
@@ -104,7 +104,7 @@ def test_a_graph_that_is_wrong_is_in_the_report_and_no_exception(stories_copy: P
     initializers = onnx.load(str(path), load_external_data=False).graph.initializer
     perturb(path, next(t.name for t in initializers if t.name.endswith("nbl_linear.weight")), 1.5)
     rerecord(stories_copy, "rewrite")
-    found = verify(Run.resume(stories_copy), QUICK)
+    found = verify(resumed(stories_copy), QUICK)
     assert not found.passed and {c.name: c.status for c in found.checks}["parity"] == "failed"
     # The first of both layers that are linear.
     assert found.divergence is not None and "layer 2 " in found.divergence

@@ -31,31 +31,25 @@ def select(
     rehash: bool = False,
 ) -> Plan:
     """Score every layer, choose K of them, and save their W and b with the evidence for the proof; returns the plan."""
-    with opened(out, settings, listener, trust_remote_code, rehash, several=True) as (run, asked):
-        return _select(run, asked)
-
-
-def _select(run: Run, settings: SelectSettings) -> Plan:
     from nbl_export.models.device import exact_float32
     from nbl_export.stages.select.jobs import Jobs
 
-    ws, ranks = run.workspace, run.ranks
-    calibrated = ranks.shared(lambda: ws.require("calibrate"))
-    made_of, device = {"calibrate": calibrated.result}, run.on(settings.device)
-
-    def work(listener: Listener) -> list[Path]:
-        with closing(Jobs(run, calibrated.result, settings, listener)) as jobs:
-            return _made(jobs, settings, listener)
-
-    if not ranks.first:
-        with closing(Jobs(run, calibrated.result, settings, Silent())) as own, exact_float32():
-            ranks.follow(lambda: own.by_name)
+    with opened(out, settings, listener, trust_remote_code, rehash, several=True) as (run, asked):
+        ws, ranks = run.workspace, run.ranks
+        calibrated = ranks.shared(lambda: ws.require("calibrate"))
+        made_of, device = {"calibrate": calibrated.result}, run.on(asked.device)
+        if not ranks.first:
+            with closing(Jobs(run, calibrated.result, asked, Silent())) as own, exact_float32():
+                ranks.follow(lambda: own.by_name)
+            return load_plan(ws.plan)
+        with ranks.leading():
+            if asked.reads_graph:
+                made_of["export"] = ws.require("export").result
+            with replace(run, ranks=ALONE).stage("select", asked.as_json(), made_of, device) as work:
+                if work:
+                    with closing(Jobs(run, calibrated.result, asked, work)) as jobs:
+                        work.files = _made(jobs, asked, work)
         return load_plan(ws.plan)
-    with ranks.leading():
-        if settings.reads_graph:
-            made_of["export"] = ws.require("export").result
-        replace(run, ranks=ALONE).stage("select", settings.as_json(), made_of, work, device)
-    return load_plan(ws.plan)
 
 
 def _made(jobs: Jobs, settings: SelectSettings, listener: Listener) -> list[Path]:
