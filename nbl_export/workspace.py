@@ -31,7 +31,6 @@ _COMMANDS = {"calibrate": "nbl-export calibrate MODEL -o {}", "select": "nbl-exp
 # Names that somebody else's files may have, too.
 _OWN = ("model.onnx", "config.json", "tokenizer.json", "baseline", "engine", "report")
 
-
 ENGINE_SUFFIX = ".engine"
 # Forms of other engines, the first a file; the others are folders, one for each precision.
 FORMS = ("gguf", "mlx", "hf", "openvino", "decilm")
