@@ -11,10 +11,10 @@ from nbl_export.files import read_json, sha256_of_file, sha256_of_json, user_pat
 from nbl_export.models.source import ModelSource, check_apart
 from nbl_export.progress import Listener
 from nbl_export.ranks import together
-from nbl_export.settings import CalibrateSettings
+from nbl_export.settings import CalibrateSettings, RunSettings
 from nbl_export.settings.definition import bytes_of
 from nbl_export.stage_record import MODEL, key_of
-from nbl_export.stages.needs import check_disk, disk_to_calibrate, sizes_of_source
+from nbl_export.stages.needs import check_disk, sizes_of_source
 from nbl_export.stages.run import Run, opened
 from nbl_export.workspace import check_place
 
@@ -139,7 +139,8 @@ def _prepared(
     from nbl_export.calibrate.probe import save_probe
 
     model, path = run.model, loader.path(run.workspace)
-    check_disk(run.workspace, [disk_to_calibrate(sizes_of_source(model.source), settings)])
+    whole = RunSettings.of(calibration=settings)
+    check_disk(run.workspace, sizes_of_source(model.source), whole, ["calibrate"])
     data = _load_saved(path, key, loader)
     if data is None:
         data = loader.read(model, settings, listener)

@@ -15,10 +15,10 @@ from nbl_export.graph.summary import ExportSummary
 from nbl_export.models.source import ModelSource
 from nbl_export.progress import Listener
 from nbl_export.records import to_json
-from nbl_export.settings import ExportSettings
+from nbl_export.settings import ExportSettings, RunSettings
 from nbl_export.settings.choices import OPSETS
 from nbl_export.stage_record import MODEL, SIDECARS
-from nbl_export.stages.needs import check_disk, disk_to_export, sizes_of_source
+from nbl_export.stages.needs import check_disk, sizes_of_source
 from nbl_export.stages.run import Run, opened
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def export(
                 not_seen = not_given(model.model) if asked.embeds else ""
                 for note in filter(None, [left_out(source), not_seen]):
                     work.note(note)
-                check_disk(ws, [disk_to_export(sizes_of_source(source), asked)])
+                check_disk(ws, sizes_of_source(source), RunSettings.of(exporting=asked), ["export"])
                 exported = _export_torch if asked.exported_by == "torch" else _export_elsewhere
                 files, float32 = exported(run, asked, work)
                 write_json(ws.export_summary, to_json(ExportSummary(tuple(float32), copies)))

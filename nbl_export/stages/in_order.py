@@ -26,7 +26,7 @@ from nbl_export.settings import (
 from nbl_export.stages.build import build, check_engines, check_limits, check_states
 from nbl_export.stages.calibrate import calibrate, check_calibration, check_text
 from nbl_export.stages.export import check_export_of, check_exporter, check_model, export
-from nbl_export.stages.needs import check_disk, disk, sizes_of_source
+from nbl_export.stages.needs import check_disk, order, sizes_of_source
 from nbl_export.stages.rewrite import drop_baseline, rewrite
 from nbl_export.stages.run import Run, check_machine, opened
 from nbl_export.stages.select.stage import select
@@ -121,4 +121,4 @@ def _check_new(work: Run, asked: RunSettings) -> None:
         start = len(start_tokens(model.tokenizer))
         fitting_prompts(positions(model.model), start, asked.verification.decode_steps)
     check_model(work, asked.exporting)
-    check_disk(work.workspace, disk(sizes_of_source(model.source), asked))
+    check_disk(work.workspace, sizes_of_source(model.source), asked, order(asked))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nbl_export.blocks import ATTENTION, MLP, SPAN, spans_of
 from nbl_export.calibrate.moments import file_bytes
 from nbl_export.errors import InputError
-from nbl_export.settings import CalibrateSettings, ExportSettings, RunSettings, SelectSettings, choices
+from nbl_export.settings import RunSettings, choices
 from nbl_export.settings.definition import bytes_of
 from nbl_export.workspace import Workspace
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 MIB, GIB = 1 << 20, 1 << 30
 # Bytes of a weight in a graph; quantized ones with their scales. Their embedding stays float32.
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.25, "int4": 0.75}
-_QUANTIZED = ("int8", "int4")
 _F64, _F32 = 8, 4
 # Rows of the probe have about so many tokens in all; each layer has u and y of them, and the residual stream.
 _PROBE_TOKENS = 40
@@ -43,6 +42,7 @@ _KEPT, _NEXT = 2 * GIB, 512 * MIB
 _BATCH, _SAMPLED, _SAMPLE_LENGTH = 1024, 256, 128
 # As many as are decoded across a length by default.
 _STEPS = 8
+_PATCH = 16  # of images, for a model that does not say
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Sizes:
     language-model head, ``largest`` those of the largest matrix, ``inner`` is the widest activation in a block,
     ``cache`` the numbers that a token adds to the KV cache. A weight has ``stored`` bytes in its file, 0 if it is
     dequantized when it is read. ``longest`` is the longest text that crosses a length of the model, ``scores`` the
-    numbers of an attention layer's scores on it. ``image`` are the bytes and the tokens of an image, if it reads these.
+    numbers of an attention layer's scores on it. ``image`` are the numbers and the tokens of an image, if it reads
+    these.
     """
 
     weights: int
@@ -77,18 +78,13 @@ class Sizes:
         of = {ATTENTION: self.layers, MLP: self.mlps, SPAN: spans}
         return sum(of[part] for part in parts)
 
-    def tokens(self, settings: CalibrateSettings) -> int:
-        """Those of the text or the images of a calibration."""
-        return settings.samples * (self.image[1] if self.image else settings.seq_len)
-
-    def held(self, width: int, part: int) -> int:
-        """Bytes of ``part`` of the weights in memory with ``width`` bytes each; none if they are mapped as they are."""
-        return 0 if width == self.stored else width * part
-
     def kept(self, width: int) -> int:
-        """Bytes of the weights where they are used many times: all of a small model, else a block or the head."""
-        whole = width * self.weights <= _KEPT
-        return self.held(width, self.weights if whole else max(self.block, self.head))
+        """Bytes of the weights where they are used many times: all of a small model, else a block or the head.
+
+        None if they are mapped as they are.
+        """
+        used = self.weights if width * self.weights <= _KEPT else max(self.block, self.head)
+        return 0 if width == self.stored else width * used
 
 
 def sizes_of(model: torch.nn.Module, stored: int = 0) -> Sizes:
@@ -108,6 +104,10 @@ def sizes_of(model: torch.nn.Module, stored: int = 0) -> Sizes:
     kv_heads = _configured(model, "num_key_value_heads") or heads
     head_size = _configured(model, "head_dim") or width // max(1, heads)
     longest = max(crossing_prompts(crossed_by(model, _STEPS)), default=0)
+    image = None
+    if images:
+        shape, patch = image_shape(model), _configured(model, "patch_size") or _PATCH
+        image = prod(shape), 1 + prod(side // patch for side in shape[1:])
     return Sizes(
         weights=sum(p.numel() for p in model.parameters()),
         embedding=0 if table is None else table.weight.numel(),
@@ -122,34 +122,15 @@ def sizes_of(model: torch.nn.Module, stored: int = 0) -> Sizes:
         stored=stored,
         longest=longest,
         scores=longest**2 * (heads or 1),
-        image=(_F32 * prod(image_shape(model)), _image_tokens(model, blocks[0])) if images else None,
+        image=image,
     )
 
 
 def _configured(model: torch.nn.Module, key: str) -> int:
-    """A number of the configuration, 0 without one; Gemma 4 refuses attributes that are others in each layer."""
+    """A number of the configuration, 0 without one; in its JSON even where it has others for each layer."""
     config: Any = model.config
-    text = config.get_text_config()
-    try:
-        return getattr(text, key, None) or 0
-    except Exception:  # of transformers' own
-        return text.to_dict().get(key) or 0
-
-
-def _image_tokens(model: torch.nn.Module, block: torch.nn.Module) -> int:
-    """The tokens that the blocks of ``model`` see of an image."""
-    import torch
-
-    from nbl_export.models.layers import image_shape
-
-    seen: list[int] = []
-    hook = block.register_forward_hook(lambda _m, args, _o: seen.append(int(args[0].shape[1])))
-    try:
-        with torch.inference_mode():
-            model(torch.zeros(1, *image_shape(model), device=next(model.parameters()).device))
-    finally:
-        hook.remove()
-    return seen[0]
+    found = config.get_text_config().to_dict().get(key)
+    return found if isinstance(found, int) else 0
 
 
 def sizes_of_source(source: ModelSource, model: torch.nn.Module | None = None) -> Sizes:
@@ -157,85 +138,83 @@ def sizes_of_source(source: ModelSource, model: torch.nn.Module | None = None) -
     from nbl_export.models.load import load_skeleton
     from nbl_export.models.stored import stored_tensors
 
-    dtype = None if source.gguf_file else stored_tensors(Path(source.path)).dtype
-    return sizes_of(
-        model or load_skeleton(source), 0 if source.gguf_file else dtype.itemsize if dtype else _F32
-    )
+    stored = 0
+    if not source.gguf_file:
+        dtype = stored_tensors(Path(source.path)).dtype
+        stored = dtype.itemsize if dtype else _F32
+    return sizes_of(model or load_skeleton(source), stored)
 
 
 # disk ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Disk:
-    """The bytes that a stage leaves in the output folder, and those that it needs beside them while it works."""
-
-    stage: str
-    leaves: int
-    beside: int = 0
-
-
-def disk(sizes: Sizes, asked: RunSettings) -> list[Disk]:
-    """The room of each stage of a run, in order; ``asked`` is resolved. What other stages write is small."""
-    chosen, exporting, parts = asked.selection, asked.exporting, asked.calibration.parts
-    maps, graph = map_weights(sizes, chosen, parts), _graph_bytes(sizes, exporting)
-    repair = 2 * 3 * _F32 * maps if chosen.repair else 0
-    timed = _F32 * maps if chosen.budget.min_speedup is not None else 0
-    select = Disk("select", _F32 * maps + _probe_bytes(sizes, parts, 2), max(repair, timed))
-    made = [select, disk_to_export(sizes, exporting)]
-    w_and_b = int(maps * WEIGHT_BYTES[str(exporting.precision)])
-    return [
-        disk_to_calibrate(sizes, asked.calibration),
-        *(reversed(made) if chosen.budget or chosen.workload else made),
-        Disk("rewrite", w_and_b + (0 if asked.folder.keeps else graph)),
-        *([Disk("build", 2 * graph)] if asked.engines else []),
-    ]
+def order(asked: RunSettings) -> list[str]:
+    """The stages of a run; a budget weighs layers with the speed of the graph."""
+    made = ["select", "export"]
+    if asked.selection.budget or asked.selection.workload:
+        made.reverse()
+    return ["calibrate", *made, "rewrite", *["build"] * (asked.engines is not None), "verify"]
 
 
-def disk_to_calibrate(sizes: Sizes, settings: CalibrateSettings) -> Disk:
-    """Rows, moments and probe; beside them two checkpoints, the new one and the old one: the states of all rows."""
-    rows = settings.samples + settings.heldout_samples + settings.selection_samples
-    row = sizes.image[0] if sizes.image else _F32 * settings.seq_len
-    one = file_bytes(sizes.width)
-    leaves = rows * row + sizes.blocks(settings.parts) * one + _probe_bytes(sizes, settings.parts, 3)
-    return Disk("calibrate", leaves, 2 * (_F32 * sizes.tokens(settings) * sizes.width + 2 * one))
+def disk(sizes: Sizes, asked: RunSettings) -> dict[str, tuple[int, int]]:
+    """The bytes that each stage leaves in the output folder, and those that it needs beside them while it works.
+
+    ``asked`` is resolved. What other stages write is small. Calibration leaves rows, moments and probe; beside them are
+    two checkpoints, the new one and the old one: the states of all rows. To measure ranges for fp16 the weights of a
+    part are there in float32 first.
+    """
+    chosen, exporting, text = asked.selection, asked.exporting, asked.calibration
+    precision = str(exporting.precision)
+    width = WEIGHT_BYTES.get(precision, _F32)
+    maps, moments = _map_weights(sizes, asked), file_bytes(sizes.width)
+    # A span has no tensors of its own.
+    probe = _F32 * _PROBE_TOKENS * sizes.width * sizes.blocks([one for one in text.parts if one != SPAN])
+    rows = text.samples + text.heldout_samples + text.selection_samples
+    row, states = (
+        (sizes.image[0] if sizes.image else text.seq_len),
+        _F32 * _tokens(sizes, asked) * sizes.width,
+    )
+    graph = int(sizes.weights * width) + (_F32 * sizes.embedding if precision in ("int8", "int4") else 0)
+    ranges = exporting.exported_by == "torch" and precision == "fp16"
+    part = ranges * min(_F32 * sizes.weights, max(_F32 * sizes.embedding, _PART))
+    fits = max(6 * bool(chosen.repair), int(chosen.budget.min_speedup is not None))
+    return {
+        "calibrate": (
+            rows * _F32 * row + sizes.blocks(text.parts) * moments + 3 * probe,
+            2 * (states + 2 * moments),
+        ),
+        "select": (_F32 * maps + 2 * probe, _F32 * maps * fits),
+        "export": (graph, max(0, part - graph)),
+        "rewrite": (int(maps * width) + (0 if asked.folder.keeps else graph), 0),
+        "build": (2 * graph, 0),
+        "verify": (0, 0),
+    }
 
 
-def disk_to_export(sizes: Sizes, settings: ExportSettings) -> Disk:
-    """The weights in their precision; to measure ranges for fp16 those of a part are there in float32 first."""
-    leaves = _graph_bytes(sizes, settings)
-    measures = settings.exported_by == "torch" and settings.precision == "fp16"
-    part = min(_F32 * sizes.weights, max(_F32 * sizes.embedding, _PART)) if measures else 0
-    return Disk("export", leaves, max(0, part - leaves))
+def _tokens(sizes: Sizes, asked: RunSettings) -> int:
+    """Those of the text or the images of a calibration."""
+    return asked.calibration.samples * (sizes.image[1] if sizes.image else asked.calibration.seq_len)
 
 
-def _probe_bytes(sizes: Sizes, parts: Sequence[str], arrays: int) -> int:
-    own = [part for part in parts if part != SPAN]  # a span has no tensors of its own
-    return arrays * _F32 * _PROBE_TOKENS * sizes.width * sizes.blocks(own)
-
-
-def _graph_bytes(sizes: Sizes, settings: ExportSettings) -> int:
-    embedding = _F32 * sizes.embedding if settings.precision in _QUANTIZED else 0
-    return int(sizes.weights * WEIGHT_BYTES[str(settings.precision)]) + embedding
-
-
-def map_weights(sizes: Sizes, settings: SelectSettings, parts: Sequence[str]) -> int:
+def _map_weights(sizes: Sizes, asked: RunSettings) -> int:
     """Numbers of W and b of the chosen layers; where K is found out, of half of them."""
-    k = len(settings.layers) if settings.layers is not None else settings.k
-    one = sizes.width * (sizes.width if settings.rank is None else 2 * settings.rank) + sizes.width
-    return one * (-(-sizes.blocks(parts) // 2) if k is None else k)
+    chosen = asked.selection
+    k = len(chosen.layers) if chosen.layers is not None else chosen.k
+    one = sizes.width * (sizes.width if chosen.rank is None else 2 * chosen.rank) + sizes.width
+    return one * (-(-sizes.blocks(asked.calibration.parts) // 2) if k is None else k)
 
 
-def check_disk(ws: Workspace, found: Sequence[Disk]) -> None:
+def check_disk(ws: Workspace, sizes: Sizes, asked: RunSettings, stages: Sequence[str]) -> None:
     """Raise :class:`InputError` if the disk has no room for what these stages write, one after the other."""
-    unfinished = sum(path.stat().st_size for path in ws.partial_moments.glob("*") if path.is_file())
+    there = sum(path.stat().st_size for path in ws.partial_moments.glob("*") if path.is_file())
     free, left, most = shutil.disk_usage(ws.root).free, 0, 0
-    for one in found:
-        there = unfinished if one.stage == "calibrate" else 0
-        most = max(most, left + one.leaves + one.beside - there)
-        left += max(0, one.leaves - there)
+    for stage in stages:
+        leaves, beside = disk(sizes, asked)[stage]
+        unfinished = there if stage == "calibrate" else 0
+        most = max(most, left + leaves + beside - unfinished)
+        left += max(0, leaves - unfinished)
     if most > free:
-        what = f"`{found[0].stage}`" if len(found) == 1 else "this run"
+        what = f"`{stages[0]}`" if len(stages) == 1 else "this run"
         raise InputError(
             f"{ws.root} has {shown(free)} free, and {what} needs about {shown(most)}: free some space, choose another "
             "--output, or ask for a narrower --precision or fewer --samples."
@@ -262,86 +241,92 @@ def memory(sizes: Sizes, asked: RunSettings, width: int, free: int) -> dict[str,
     - An export reads the largest matrix in float32; the ranges that fp16 needs are those of the float32 graph.
     - A rewrite has W as it is planned, in float64, and as it is written.
     - A CPU computes in float32: a half-precision head is converted when it is used, and twice where it is transposed.
+      A small model's reference stays beside the sessions.
     """
     text, chosen, exporting = asked.calibration, asked.selection, str(asked.exporting.precision)
     d, blocks, vocabulary = sizes.width, sizes.blocks(text.parts), sizes.head // sizes.width
-    maps, logits = _F32 * map_weights(sizes, chosen, text.parts), 3 * _F32 * vocabulary
-    long_logits = logits * max(text.seq_len, sizes.longest)
-    states = 2 * width * sizes.tokens(text) * d
+    maps, logits = _F32 * _map_weights(sizes, asked), 3 * _F32 * vocabulary
+    states, rows = 2 * width * _tokens(sizes, asked) * d, text.selection_samples * text.seq_len
     limit = free // 2 if text.memory is None else bytes_of(text.memory)
-    calibrate = {
-        "the program": _PROGRAM,
-        "a block's weights": sizes.held(width, text.longest * sizes.block),
-        "the moments of a layer": 3 * 5 * _F64 * d * d * text.at_once,
-        "states between blocks": states if states <= limit else 0,
-        "a batch": _BATCH * (3 * _F64 * d + 4 * width * sizes.inner),
-    }
-    sample = {
-        "the program": _PROGRAM,
-        "weights": sizes.kept(width),
-        "the KV cache of sampling": _SAMPLED * _SAMPLE_LENGTH * sizes.cache * width,
-        "logits of sampling": logits * _SAMPLED,
-    }
-    fit = {
-        "the program": _TORCH,
-        "the moments of a layer": 5 * _F64 * d * d,
-        "the fit of a layer": 9 * _F64 * d * d,
-        "W and b of the chosen layers": maps,
-    }
-    versions = width * text.selection_samples * text.seq_len * d * blocks
-    small = width * sizes.weights <= _KEPT
-    again = 2 * versions if chosen.criterion == "greedy" and small and 2 * versions <= _NEXT else 0
-    measure = {
-        "the program": _PROGRAM,
-        "weights": sizes.kept(width),
-        "W and b of every layer": _F32 * blocks * d * d,
-        "the original's predictions": 2 * text.selection_samples * text.seq_len * vocabulary,
-        "logits of a row": logits * text.seq_len,
-        "states of every version": versions + again,
-    }
-    repair = {
-        "the program": _PROGRAM,
-        "weights": sizes.kept(_F32),
-        "activations of a step": 16 * _F32 * _BATCH * sizes.inner,
-        "logits of a step": 4 * _F32 * _BATCH * vocabulary,
-        "W and b, and their optimizer": 3 * maps,
-    }
-    precision = WEIGHT_BYTES[exporting]
-    narrowed = precision * sizes.largest if precision < _F32 else 0
-    ranges = {
-        "the program": _PROGRAM_ONNX,
-        "the largest weight": _F32 * sizes.largest,
-        "logits of a row": long_logits,
-        "scores beyond a length": _F32 * sizes.scores,
-    }
-    write = {"the program": _PROGRAM_ONNX, "the largest weight": sizes.held(_F32, sizes.largest) + narrowed}
-    rewrite = {
-        "the program": _PROGRAM_ONNX,
-        "W of a layer": (_F64 + 2 * _F32) * d * d,
-        "a weight of the graph": _F32 * sizes.inner * d,
-    }
-    half = exporting in ("fp16", "bf16")
-    # A small model's reference stays beside the sessions.
-    verify = {
-        "the program": _PROGRAM_ONNX,
-        "logits of a row": long_logits,
-        "scores beyond a length": 2 * _F32 * sizes.scores,
-    }
+    versions = width * rows * d * blocks
+    again = chosen.criterion == "greedy" and width * sizes.weights <= _KEPT and 2 * versions <= _NEXT
+    long: Mapping[str, float] = {"logits of a row": logits * max(text.seq_len, sizes.longest)}
+    precision, small = WEIGHT_BYTES[exporting], _F32 * sizes.weights <= _KEPT
     reference = {"the reference's weights": sizes.kept(_F32)}
-    beside = reference if _F32 * sizes.weights <= _KEPT else {}
-    session = {"the head in float32": 2 * _F32 * sizes.head if half else 0}
-    measured = bool(choices.CRITERIA[str(chosen.criterion)])
-    return {
-        "calibrate": _most(calibrate, *[sample] * (text.sources == (choices.SELF,))),
-        "select": _most(fit, *[measure] * measured, *[repair] * bool(chosen.repair)),
-        "export": _most(write, *[ranges] * (exporting == "fp16")),
-        "rewrite": rewrite,
-        "verify": _most(verify | reference, verify | beside | session),
+    program, kept = {"the program": _PROGRAM}, {"weights": sizes.kept(width)}
+    onnx: Mapping[str, float] = {"the program": _PROGRAM_ONNX}
+    scores = _F32 * sizes.scores
+    verify = {**onnx, **long, "scores beyond a length": 2 * scores}
+    phases: dict[str, Sequence[Mapping[str, float]]] = {
+        "calibrate": [
+            {
+                **program,
+                "a block's weights": 0 if width == sizes.stored else width * text.longest * sizes.block,
+                "the moments of a layer": 3 * 5 * _F64 * d * d * text.at_once,
+                "states between blocks": states if states <= limit else 0,
+                "a batch": _BATCH * (3 * _F64 * d + 4 * width * sizes.inner),
+            },
+            {
+                **program,
+                **kept,
+                "the KV cache of sampling": _SAMPLED * _SAMPLE_LENGTH * sizes.cache * width,
+                "logits of sampling": logits * _SAMPLED,
+            },
+        ][: 1 + (text.sources == (choices.SELF,))],
+        "select": [
+            {
+                "the program": _TORCH,
+                "the moments of a layer": 5 * _F64 * d * d,
+                "the fit of a layer": 9 * _F64 * d * d,
+                "W and b of the chosen layers": maps,
+            },
+            *[
+                {
+                    **program,
+                    **kept,
+                    "W and b of every layer": _F32 * blocks * d * d,
+                    "the original's predictions": 2 * rows * vocabulary,
+                    "logits of a row": logits * text.seq_len,
+                    "states of every version": versions * (3 if again else 1),
+                }
+            ]
+            * bool(choices.CRITERIA[str(chosen.criterion)]),
+            *[
+                {
+                    **program,
+                    "weights": sizes.kept(_F32),
+                    "activations of a step": 16 * _F32 * _BATCH * sizes.inner,
+                    "logits of a step": 4 * _F32 * _BATCH * vocabulary,
+                    "W and b, and their optimizer": 3 * maps,
+                }
+            ]
+            * bool(chosen.repair),
+        ],
+        "export": [
+            {
+                **onnx,
+                "the largest weight": (0 if sizes.stored == _F32 else _F32 * sizes.largest)
+                + (precision * sizes.largest if precision < _F32 else 0),
+            },
+            {**onnx, "the largest weight": _F32 * sizes.largest, **long, "scores beyond a length": scores},
+        ][: 1 + (exporting == "fp16")],
+        "rewrite": [
+            {
+                **onnx,
+                "W of a layer": (_F64 + 2 * _F32) * d * d,
+                "a weight of the graph": _F32 * sizes.inner * d,
+            }
+        ],
+        "verify": [
+            {**verify, **reference},
+            {
+                **verify,
+                **(reference if small else {}),
+                "the head in float32": 2 * _F32 * sizes.head if exporting in ("fp16", "bf16") else 0,
+            },
+        ],
     }
-
-
-def _most(*phases: Mapping[str, float]) -> Mapping[str, float]:
-    return max(phases, key=lambda phase: sum(phase.values()))
+    return {stage: max(found, key=lambda one: sum(one.values())) for stage, found in phases.items()}
 
 
 def lacks_memory(stage: str, taken: Mapping[str, float], free: int) -> str:

@@ -19,8 +19,8 @@ from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import in_precision, load_model
 from nbl_export.models.source import find_model
 from nbl_export.ranks import ALONE, LostRankError, Ranks
-from nbl_export.settings import CalibrateSettings
-from nbl_export.stages.needs import disk_to_calibrate, sizes_of
+from nbl_export.settings import CalibrateSettings, RunSettings
+from nbl_export.stages.needs import disk, sizes_of
 from tests.calibrate.conftest import BLOCKS, LENGTH, ROWS
 from tests.interruptions import Recorder, crash, send
 from tests.several import forked
@@ -278,9 +278,9 @@ def test_the_room_that_is_asked_for_before_the_work_is_enough(
 
     Place(tmp_path).collect(model, tokens, Looking(), memory=memory, every_seconds=0.0)
     text = CalibrateSettings(samples=ROWS, seq_len=LENGTH, heldout_samples=1, selection_samples=1)
-    room = disk_to_calibrate(sizes_of(model), text)
+    room = disk(sizes_of(model), RunSettings.of(calibration=text))["calibrate"]
     headers = 32 * 1024  # of the files, which the formula does not count
-    assert 3 * BATCH < max(used) <= room.leaves + room.beside + headers
+    assert 3 * BATCH < max(used) <= sum(room) + headers
 
 
 # several processes --------------------------------------------------------------------------------
