@@ -14,9 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.graph.cache import LAYERS_KEY, kv_pairs
-from nbl_export.graph.io import load_graph
+from nbl_export.graph.io import follow_links, load_graph
 from nbl_export.graph.operators import infer_types
-from nbl_export.graph.tensors import follow_links
 from nbl_export.linearize.plan import LinearLayer, Plan, linear_output_name
 from nbl_export.rewrite.confirm import linear_part
 

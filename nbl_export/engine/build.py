@@ -36,10 +36,9 @@ from nbl_export.engine.network import (
 from nbl_export.errors import BuildError
 from nbl_export.files import atomic_path, sha256_of_file
 from nbl_export.graph.cache import is_static, kv_layers
-from nbl_export.graph.io import load_graph, scratch_copy
+from nbl_export.graph.io import external_files, load_graph, scratch_copy
 from nbl_export.graph.operators import fused_op
 from nbl_export.graph.precision import graph_precision
-from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Listener
 

@@ -33,8 +33,8 @@ from onnx_ir.passes import common as passes
 from nbl_export.batch.names import EMBEDDINGS, MASK, POSITIONS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KVPair, kv_pairs
+from nbl_export.graph.io import int64_initializer
 from nbl_export.graph.operators import MICROSOFT, int_attribute, is_constant
-from nbl_export.graph.tensors import int64_initializer
 from nbl_export.runtime.intermediates import compute_tensors
 
 _I32, _I64 = ir.DataType.INT32, ir.DataType.INT64

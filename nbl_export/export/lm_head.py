@@ -20,9 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.batch.names import ALL_LOGITS, NUM_LOGITS_TO_KEEP
-from nbl_export.graph.io import load_graph, save_again, save_graph
+from nbl_export.graph.io import external_files, int64_initializer, load_graph, save_again, save_graph
 from nbl_export.graph.operators import is_constant, linear_op
-from nbl_export.graph.tensors import external_files, int64_initializer
 from nbl_export.runtime.session import check_like
 
 _DIMENSION = "num_logits"

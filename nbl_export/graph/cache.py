@@ -10,7 +10,6 @@ by the softmax: keys are multiplied before it, values after it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -48,8 +47,6 @@ def kv_layers(model: ir.Model) -> tuple[int, ...]:
             f"The graph's metadata {KV_LAYERS_KEY} names {len(layers)} layers with a KV cache, the graph has "
             f"{len(pairs)}: export the model again."
         )
-    if len(set(layers)) < len(layers) or min(layers, default=0) < 0:
-        raise InputError(_not_ours(KV_LAYERS_KEY))
     return layers
 
 
@@ -62,11 +59,9 @@ def metadata_list(model: ir.Model, key: str, kind: type[T]) -> tuple[T, ...]:
         found = parse_json(model.metadata_props.get(key, "[]"))
         return tuple(from_json(tuple[kind, ...], found, key, "remove it"))  # type: ignore[valid-type]
     except (ValueError, InputError):
-        raise InputError(_not_ours(key)) from None
-
-
-def _not_ours(key: str) -> str:
-    return f"The graph's metadata {key} was not written by nbl-export: remove that entry."
+        raise InputError(
+            f"The graph's metadata {key} was not written by nbl-export: remove that entry."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -115,29 +110,22 @@ def _head_size(attention: ir.Node) -> int:
 
 def kv_pairs(model: ir.Model) -> tuple[KVPair, ...]:
     """The KV pairs of a graph in layer order; raises :class:`InputError` for an incomplete pair."""
-    past = _by_index(model.graph.inputs, PAST)
-    present = _by_index(model.graph.outputs, PRESENT)
+    past, present = (
+        {(int(m[1]), m[2]): v for v in values if (m := pattern.match(v.name or ""))}
+        for values, pattern in ((model.graph.inputs, PAST), (model.graph.outputs, PRESENT))
+    )
     if not past or not present:
         return _pairs_by_structure(model)
-    pairs = []
-    for index in sorted(past.keys() | present.keys()):
-        sides = past.get(index, {}), present.get(index, {})
-        if any(set(s) != set(SIDES) for s in sides):
+    pairs, (key, value) = [], SIDES
+    for index in sorted({index for index, _ in past.keys() | present.keys()}):
+        if any((index, side) not in found for side in SIDES for found in (past, present)):
             raise InputError(
                 f"The graph's KV cache {index} is incomplete: past and present key and value are needed; export the "
                 "model again."
             )
-        (pk, pv), (qk, qv) = ([s[side] for side in SIDES] for s in sides)
-        pairs.append(KVPair(index, (pk, pv), (qk, qv)))
+        old, new = ((found[index, key], found[index, value]) for found in (past, present))
+        pairs.append(KVPair(index, old, new))
     return tuple(pairs)
-
-
-def _by_index(values: Sequence[ir.Value], pattern: re.Pattern[str]) -> dict[int, dict[str, ir.Value]]:
-    found: dict[int, dict[str, ir.Value]] = {}
-    for value in values:
-        if match := pattern.match(value.name or ""):
-            found.setdefault(int(match[1]), {})[match[2]] = value
-    return found
 
 
 def _pairs_by_structure(model: ir.Model) -> tuple[KVPair, ...]:
@@ -216,20 +204,15 @@ def _side(present: ir.Value) -> tuple[int, ir.Node]:
     source = present
     while (node := source.producer()) is not None and _is_view_or_transpose(node):
         source = node.inputs[0]  # type: ignore[assignment]
-    stack: list[ir.Value] = [source]
-    seen: set[ir.Node] = set()
-    while stack:
-        value = stack.pop()
+    stack = [source]
+    for value in stack:  # which grows
         for node in readers(value):
-            if node in seen:
-                continue
-            seen.add(node)
             op = fused_op(node)
             if op:
                 return (1 if value is node.inputs[op.new[1]] else 0), node
             if node.op_type in PRODUCTS:
                 return (1 if any(after_softmax(v) for v in node.inputs) else 0), node
-            stack.extend(node.outputs)
+            stack += [v for v in node.outputs if v not in stack]
     raise InputError(f"{present.name} is not a KV cache: no product reads it; rename this output.")
 
 
@@ -251,13 +234,10 @@ def kv_bytes_per_token(model: ir.Model) -> int:
 
 def pair_bytes_per_token(pair: KVPair) -> int:
     """Bytes that one more token of context adds to the ``pair`` at batch size 1."""
-    total = 0
-    for side, value in enumerate(pair.past):
-        heads, size = pair.geometry(side)
-        if value.dtype is None or value.dtype == ir.DataType.STRING:
-            raise InputError(f"The cache {value.name} is not a numeric tensor: export the model again.")
-        total += int(heads * size * value.dtype.itemsize)
-    return total
+    sizes = zip(map(pair.geometry, (0, 1)), pair.past, strict=True)
+    return sum(
+        int(heads * size * (past.dtype or ir.DataType.FLOAT).itemsize) for (heads, size), past in sizes
+    )
 
 
 @dataclass(frozen=True)
@@ -276,16 +256,13 @@ class StatePair:
 def state_pairs(model: ir.Model) -> tuple[StatePair, ...]:
     """The states of a graph in the order of its inputs: past and present have the same name but for this word."""
     outputs = {value.name: value for value in model.graph.outputs}
-    pairs = (
+    pairs = [
         StatePair(value, outputs[name])
         for value in model.graph.inputs
         if not PAST.match(value.name or "")
         and (name := (value.name or "").replace("past", "present", 1)) in outputs
+    ]
+    # Only the batch of a state is open.
+    return tuple(
+        p for p in pairs if p.past is not p.present and 0 < len(p.shape) == len(p.past.shape or ()) - 1
     )
-    return tuple(pair for pair in pairs if pair.past is not pair.present and _fixed(pair.past))
-
-
-def _fixed(value: ir.Value) -> bool:
-    """Whether only the batch of ``value`` is open."""
-    shape = value.shape
-    return shape is not None and len(shape) > 1 and all(isinstance(d, int) for d in shape[1:])

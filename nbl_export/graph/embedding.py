@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from nbl_export.batch.arrays import F32, I64
 from nbl_export.batch.names import EMBEDDINGS, TOKENS
 from nbl_export.errors import InputError
-from nbl_export.graph.io import load_graph, save_again
-from nbl_export.graph.tensors import FOLDER, int64_initializer
+from nbl_export.graph.io import FOLDER, int64_initializer, load_graph, save_again
 
 NAME = "embedding.onnx"
 # What may happen to ids and rows: other ids are looked up, rows are scaled, in their precision, and cut by layers.
@@ -23,6 +21,7 @@ _BESIDE = {"Mul", "Cast", "Reshape", "Shape", "Gather", "Concat", "Unsqueeze", "
 _BESIDE |= {"Where", "And", "Or", "Not", "Less", "GreaterOrEqual", "Equal", "Identity", "Constant", "Expand"}
 FEATURES = {"image": "image_features", "audio": "audio_features"}
 _TOKENS_OF = "num_{}_tokens"
+_OWN = "nbl_export"  # the domain of an operator that is run here alone
 
 
 def _first_lookup(value: ir.Value) -> ir.Node | None:
@@ -91,102 +90,61 @@ def _of_text(value: ir.Value) -> ir.Value:
     return value
 
 
-def _lookups(model: ir.Model) -> list[ir.Node]:
-    """The nodes that choose rows of a table, each that leads to one of the outputs."""
-    return [
-        node
-        for node in model.graph
-        if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].const_value is not None
-    ]
-
-
 class Embedding:
     """Computes the embeddings of token ids by the graph at ``path``; rows of its tables are read when needed."""
 
     def __init__(self, path: Path) -> None:
-        self._names = [str(value.name) for value in load_graph(path).graph.outputs]
-        model = self._of_ids(path)
-        lookups = _lookups(model)
-        others = {node.op_type for node in model.graph if node not in lookups}
-        if len(lookups) != len(self._names) or not others <= _BESIDE:
-            raise InputError(f"{path} is no embedding of nbl-export: export the model again.")
-        self._tables: list[Any] = [n.inputs[0].const_value for n in lookups if n.inputs[0] is not None]
-        self._indices, self._rest = self._of_indices(path), self._of_rows(path)
+        from onnx.reference import ReferenceEvaluator
 
-    @staticmethod
-    def _of_ids(path: Path) -> ir.Model:
-        """The graph without what is put in the places of images and sounds."""
         model = load_graph(path)
         graph = model.graph
+        self._names = [str(value.name) for value in graph.outputs]
+        # Without what is put in the places of images and sounds.
         ids = graph.inputs[0]
         graph.outputs[:] = [_of_text(value) for value in graph.outputs]
         graph.inputs[:] = [ids]
-        if graph.outputs and (first := _first_lookup(graph.outputs[0])) is not None:
+        if first := _first_lookup(graph.outputs[0]):
             first.replace_input_with(1, ids)
         passes.RemoveUnusedNodesPass()(model)
-        return model
-
-    def _of_indices(self, path: Path) -> Any:
-        """Computes the rows that are looked up in each table."""
-        from onnx.reference import ReferenceEvaluator
-
-        model = self._of_ids(path)
-        found = [node.inputs[1] for node in _lookups(model)]
-        model.graph.outputs[:] = []
-        for number, value in enumerate(found):
-            same = ir.node("Identity", [value], name=f"rows.{number}")
-            same.outputs[0].name = f"rows.{number}"
-            model.graph.append(same)
-            model.graph.outputs.append(same.outputs[0])
+        tables = {n: t for n in graph if n.op_type == "Gather" and (t := n.inputs[0].const_value) is not None}  # type: ignore[union-attr]
+        if len(tables) != len(self._names) or not {n.op_type for n in graph if n not in tables} <= _BESIDE:
+            raise InputError(f"{path} is no embedding of nbl-export: export the model again.")
+        for number, node in enumerate(tables):
+            rows = ir.node("Rows", [node.inputs[1]], {"table": number}, domain=_OWN)
+            node.append(rows)
+            ir.convenience.replace_all_uses_with(node.outputs[0], rows.outputs[0], replace_graph_outputs=True)
         passes.RemoveUnusedNodesPass()(model)
-        return ReferenceEvaluator(ir.to_proto(model))
-
-    def _of_rows(self, path: Path) -> Any:
-        """Computes the outputs of the rows."""
-        from onnx.reference import ReferenceEvaluator
-
-        model = self._of_ids(path)
-        graph = model.graph
-        for number, node in enumerate(_lookups(model)):
-            table = node.inputs[0]
-            assert table is not None and table.dtype is not None
-            rows = ir.Value(
-                name=f"rows.{number}", type=ir.TensorType(table.dtype), shape=ir.Shape(["b", "s", "d"])
-            )
-            graph.inputs.append(rows)
-            same = ir.node("Identity", [rows])
-            node.append(same)
-            ir.convenience.replace_all_uses_with(node.outputs[0], same.outputs[0], replace_graph_outputs=True)
-            graph.remove(node, safe=True)
-            graph.initializers.pop(str(table.name), None)
-        passes.RemoveUnusedNodesPass()(model)
-        return ReferenceEvaluator(ir.to_proto(model))
+        model.opset_imports[_OWN] = 1
+        self._run = ReferenceEvaluator(ir.to_proto(model), new_ops=[_rows_of(list(tables.values()))]).run
 
     def __call__(self, ids: I64) -> dict[str, F32]:
         """The outputs of the graph by name: inputs_embeds [batch, seq, d], and per_layer_inputs where it has such."""
-        ids = np.asarray(ids)
-        rows: dict[str, NDArray[Any]] = {}
-        for number, index in enumerate(self._indices.run(None, {TOKENS: ids})):
-            table = self._tables[number].numpy()
-            if index.size and not 0 <= int(index.min()) <= int(index.max()) < len(table):
-                raise InputError(
-                    f"{NAME} has {len(table):,} tokens, and none with the id {int(index.max()):,}."
-                )
-            rows[f"rows.{number}"] = np.asarray(table[index])
-        found = self._rest.run(None, {TOKENS: ids, **rows})
-        return {
-            name: np.ascontiguousarray(value, dtype=np.float32)
-            for name, value in zip(self._names, found, strict=True)
-        }
+        found = self._run(None, {TOKENS: np.asarray(ids)})
+        return {n: np.ascontiguousarray(a, np.float32) for n, a in zip(self._names, found, strict=True)}
+
+
+def _rows_of(tables: Sequence[Any]) -> Any:
+    """The operator that looks rows up in one of ``tables``, which stay on the disk."""
+    from onnx.reference.op_run import OpRun
+
+    class Rows(OpRun):  # type: ignore[misc]
+        op_domain = _OWN
+
+        def _run(self, ids: I64, table: int) -> tuple[Any]:
+            rows = tables[table].numpy()
+            if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < len(rows):
+                raise InputError(f"{NAME} has {len(rows):,} tokens, and none with the id {int(ids.max()):,}.")
+            return (np.asarray(rows[ids]),)
+
+    return Rows
 
 
 def embedding_of(model: ir.Model) -> Embedding:
     """The embedding of a graph that reads embeddings; raises :class:`InputError` if there is none."""
     folder = model.meta.get(FOLDER)
-    places = [folder / NAME, folder.parent / NAME] if folder is not None else []
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise InputError(
-            f"The graph reads {EMBEDDINGS}, and {NAME}, which makes them of token ids, is not beside it: put it there."
-        )
-    return Embedding(path)
+    for place in (folder / NAME, folder.parent / NAME) if folder is not None else ():
+        if place.is_file():
+            return Embedding(place)
+    raise InputError(
+        f"The graph reads {EMBEDDINGS}, and {NAME}, which makes them of token ids, is not beside it: put it there."
+    )

@@ -10,9 +10,8 @@ import onnx_ir as ir
 
 from nbl_export.blocks import grouped
 from nbl_export.graph.cache import LAYERS_KEY, kv_bytes_per_token, kv_layers, kv_pairs, metadata_list
-from nbl_export.graph.io import load_graph
+from nbl_export.graph.io import external_files, external_tensors, load_graph
 from nbl_export.graph.summary import DescribedLayer, GraphFacts, GraphSummary, Stored
-from nbl_export.graph.tensors import external_files, external_tensors
 
 # By what everybody else calls them; the other dtypes have one name.
 _DTYPES = {"FLOAT": "float32", "DOUBLE": "float64"}

@@ -5,7 +5,7 @@ Only this module knows what each input means, and its value for one row without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,12 +28,12 @@ from nbl_export.batch.names import (
 from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KVPair, StatePair, kv_layers, kv_pairs, state_pairs
-from nbl_export.graph.cores import visible_cores
+from nbl_export.graph.cores import roles, visible_cores
 from nbl_export.graph.embedding import embedding_of, reads_embeddings
 from nbl_export.graph.operators import fused_op
-from nbl_export.graph.roles import roles
 
 T = TypeVar("T")
+_TEXT = (TOKENS, MASK, POSITIONS, TOKEN_TYPES)
 # Scalar inputs that some exporters add, and their default value.
 SCALARS = {NUM_LOGITS_TO_KEEP: ALL_LOGITS}
 
@@ -154,58 +154,50 @@ def interface_of(model: ir.Model) -> Interface:
 
     Raises :class:`InputError` for an unknown input: such a graph can be rewritten but not run.
     """
-    pairs, states = kv_pairs(model), state_pairs(model)
-    past = [*(str(v.name) for p in pairs for v in p.past), *(str(s.past.name) for s in states)]
-    embeds = reads_embeddings(model)
-    known = {
-        TOKENS,
-        *[EMBEDDINGS, PER_LAYER] * embeds,
-        PIXELS,
-        MASK,
-        POSITIONS,
-        TOKEN_TYPES,
-        WRITE_INDICES,
-        *SCALARS,
-        *past,
-    }
+    graph, pairs, states, embeds = model.graph, kv_pairs(model), state_pairs(model), reads_embeddings(model)
     found = roles(model)
-    usual = {str(v.name): name for name, v in found.items()}
-    names = [usual.get(str(v.name), str(v.name)) for v in model.graph.inputs]
+    usual = {value: name for name, value in found.items()}
+    names = [usual.get(v, str(v.name)) for v in graph.inputs]
+    known = {*_TEXT, PIXELS, WRITE_INDICES, *SCALARS, *[EMBEDDINGS, PER_LAYER] * embeds}
+    known |= {str(v.name) for v in (*(v for p in pairs for v in p.past), *(s.past for s in states))}
     if unknown := [name for name in names if name not in known]:
         raise InputError(
             f"The graph has an input {unknown[0]!r} that nbl-export does not know: export the model with "
-            f"{TOKENS}, {MASK}, {POSITIONS}, {TOKEN_TYPES}, {PIXELS} and a KV cache only."
+            f"{', '.join(_TEXT)}, {PIXELS} and a KV cache only."
         )
-    outputs = _outputs(model, {v for p in pairs for v in p.present} | {s.present for s in states})
+    present = {*(v for p in pairs for v in p.present), *(s.present for s in states)}
+    outputs = tuple(str(v.name) for v in graph.outputs if v not in present)
+    if not outputs:
+        raise InputError(
+            "The graph is not a decoder: it has no output but its KV cache; export it with logits."
+        )
+    # A mask that is as long as the tokens stays where all attention of a graph without a cache is linear, and other
+    # layers still mix tokens.
+    shapes = (found[name].shape for name in (TOKENS, MASK) if name in found)
+    lengths = [shape[1] for shape in shapes if shape is not None and len(shape) == 2]
+    whole = len(lengths) == 2 and lengths[0] == lengths[1] and lengths[0] is not None
+    places = next((v.shape for v in graph.inputs if v.name == POSITIONS), None)
+    rows = places[0] if places is not None and len(places) == 3 else None
     return Interface(
         frozenset(names),
         "logits" if "logits" in outputs else outputs[0],
-        tuple(_entry(pair) for pair in pairs),
+        tuple(map(_entry, pairs)),
         kv_layers(model),
-        any((op := fused_op(node)) and op.ragged for node in model.graph),
-        not pairs and not states and (bool(visible_cores(model)) or _takes_whole_texts(model)),
+        any((op := fused_op(node)) and op.ragged for node in graph),
+        not pairs and not states and (bool(visible_cores(model)) or whole),
         {name: value for name, value in SCALARS.items() if name in names},
         outputs,
         embedding_of(model) if embeds else None,
-        _position_rows(model),
-        tuple(_state(pair) for pair in states),
+        rows if isinstance(rows, int) else None,
+        tuple(map(_state, states)),
         {name: str(v.name) for name, v in found.items() if v.name != name},
     )
 
 
-def _position_rows(model: ir.Model) -> int | None:
-    """The rows of the positions [rows, batch, sequence]; None for [batch, sequence]."""
-    found = next((v.shape for v in model.graph.inputs if v.name == POSITIONS), None)
-    return int(found[0]) if found is not None and len(found) == 3 and isinstance(found[0], int) else None
-
-
-def _takes_whole_texts(model: ir.Model) -> bool:
-    """Whether the mask is as long as the tokens: so it stays where all attention of a graph without a cache is linear,
-    and other layers still mix tokens.
-    """
-    shapes = {name: v.shape for name, v in roles(model).items() if name in (TOKENS, MASK)}
-    lengths = [shape[1] for shape in shapes.values() if shape is not None and len(shape) == 2]
-    return len(lengths) == 2 and lengths[0] == lengths[1] and lengths[0] is not None
+def _entry(pair: KVPair) -> CacheEntry:
+    (heads, key_size), (_, value_size) = (pair.geometry(side) for side in (0, 1))
+    past, present = ((str(k.name), str(v.name)) for k, v in (pair.past, pair.present))
+    return CacheEntry(past, present, heads, (key_size, value_size))
 
 
 def _state(pair: StatePair) -> StateEntry:
@@ -213,18 +205,3 @@ def _state(pair: StatePair) -> StateEntry:
     dtype = pair.past.dtype
     known = None if dtype in (None, ir.DataType.BFLOAT16) else dtype.numpy()
     return StateEntry(str(pair.past.name), str(pair.present.name), pair.shape, known)
-
-
-def _outputs(model: ir.Model, present: Collection[ir.Value]) -> tuple[str, ...]:
-    names = tuple(str(v.name) for v in model.graph.outputs if v not in present)
-    if not names:
-        raise InputError(
-            "The graph is not a decoder: it has no output but its KV cache; export it with logits."
-        )
-    return names
-
-
-def _entry(pair: KVPair) -> CacheEntry:
-    (heads, key_size), (_, value_size) = (pair.geometry(side) for side in (0, 1))
-    past, present = ((str(k.name), str(v.name)) for k, v in (pair.past, pair.present))
-    return CacheEntry(past, present, heads, (key_size, value_size))

@@ -4,9 +4,7 @@
                                             ▲│                                       ▲
                               past key/value┘└► present key/value             h ─────┘
 
-1. The core is the node where tokens are mixed. With a KV cache it is the first node on every path from the
-   layer's past key and past value to the logits. Without one it is a fused attention, or a product with a
-   softmax.
+1. The core is the node where tokens are mixed (:mod:`.cores`).
 2. y is the output of the first linear operator (:data:`~.operators.LINEAR`) after the core. Its bias may be
    added by that node, by the next, or inside a fused residual norm, with views in between. Each of these
    tensors is a candidate.
@@ -22,17 +20,15 @@ candidate is the right one, if any, is then proven numerically (:mod:`nbl_export
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import onnx_ir as ir
 
-from nbl_export.blocks import Block, Mlp, described
+from nbl_export.blocks import Block, described
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs
 from nbl_export.graph.cores import Core, NotFound, Search, core_of, cores_of, visible_cores
 from nbl_export.graph.operators import (
     INTEGER_PRODUCTS,
-    OTHER_INTEGER_PRODUCTS,
     PRODUCTS,
     QUANTIZE,
     SKIP_NORMS,
@@ -44,7 +40,6 @@ from nbl_export.graph.operators import (
     readers,
 )
 
-B = TypeVar("B", bound=Block)
 _MAX_STEPS = 12
 _MAX_ADDS = 3
 _MAX_STAGES = 6  # queries, keys and values through two projections each
@@ -63,15 +58,15 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Region(Generic[B]):
+class Region:
     """One attention or MLP in a graph: the candidates for x, h and y, most likely first.
 
-    ``core`` is the operator that mixes tokens, ``projection`` the output projection, which writes y;
-    ``linear_nodes`` are all linear operators from x to y; ``ops`` counts the nodes in between. ``pair`` is the number
-    of its own KV pair, None without one; ``lent`` are keys and values of another layer that it attends to.
+    ``projection`` is the output projection, which writes y; ``linear_nodes`` are all linear operators from x to y;
+    ``core`` is the operator that mixes tokens, or the first of an MLP; ``ops`` counts the nodes in between. ``pair`` is
+    the number of its own KV pair, None without one; ``lent`` are keys and values of another layer that it attends to.
     """
 
-    layer: B
+    layer: Block
     inputs: tuple[ir.Value, ...]
     streams: tuple[ir.Value, ...]
     outputs: tuple[Output, ...]
@@ -87,33 +82,12 @@ class Region(Generic[B]):
         """How the exporter wrote it: the name of a fused operator, or "decomposed"."""
         return "decomposed" if self.core in PRODUCTS else self.core
 
-    @property
-    def x(self) -> ir.Value:
-        return self.inputs[0]
-
-    @property
-    def y(self) -> ir.Value:
-        return self.outputs[0].value
-
-    @property
-    def h(self) -> ir.Value | None:
-        """The most likely residual stream; None if there is none."""
-        return self.streams[0] if self.streams else None
-
-
-class AttentionRegion(Region[int]):
-    """One layer's attention in a graph."""
-
-
-class MlpRegion(Region[Mlp]):
-    """One layer's MLP in a graph; its ``core`` is the operator that follows u."""
-
 
 @dataclass(frozen=True)
-class Refusal(Generic[B]):
+class Refusal:
     """Why no rewritable attention or MLP was found for a layer; ``core`` mixes its tokens, where that is known."""
 
-    layer: B
+    layer: Block
     check: str
     found: str
     pair: int | None = None
@@ -123,20 +97,20 @@ class Refusal(Generic[B]):
         return f"{described(self.layer)}: {self.check} (found: {self.found})"
 
 
-def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal[int]]:
+def find_regions(model: ir.Model) -> list[Region | Refusal]:
     """One entry for each attention layer of the graph, in order.
 
     Raises :class:`InputError` for a graph whose layers lie in the branches of an If or the body of a loop.
     """
-    pairs = kv_pairs(model)
-    visible = visible_cores(model)
-    cores = cores_of(model, pairs, visible)
+    pairs, visible = kv_pairs(model), visible_cores(model)
+    cores = cores_of(pairs, visible)
     if not visible and KV_LAYERS_KEY not in model.metadata_props:  # otherwise all layers are linear already
         _refuse_control_flow(model)
-    search = search_of(model)
-    found: list[AttentionRegion | Refusal[int]] = []
+    search = Search(model)
+    found: list[Region | Refusal] = []
     for number, core in enumerate(cores):
         layer = core.pair if core.pair is not None and len(cores) == len(pairs) else number
+        known = core.node if isinstance(core.node, ir.Node) else None
         try:
             if core.read_by:
                 readers = ", ".join(map(str, core.read_by))
@@ -144,34 +118,26 @@ def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal[int]]:
             node = core.node if isinstance(core.node, ir.Node) else core_of(search, core.node)
             found.append(_region(layer, core, node, search))
         except NotFound as reason:
-            known = core.node if isinstance(core.node, ir.Node) else None
             found.append(Refusal(layer, reason.check, reason.found, core.pair, known))
     return found
 
 
-def search_of(model: ir.Model) -> Search:
-    """What a search needs of ``model``, whose first output beside the cache are the logits."""
-    cache = {v for pair in kv_pairs(model) for v in pair.present}
-    return Search(model, next((v.producer() for v in model.graph.outputs if v not in cache), None))
-
-
 def _refuse_control_flow(model: ir.Model) -> None:
     for node in model.graph:
-        for attribute in node.attributes.values():
-            if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
-                raise InputError(
-                    f"The graph's layers are inside a {node.op_type} ({node.name}), as in a merged decoder: "
-                    "rewrite the decoder without branches instead."
-                )
+        if any(not a.is_ref() and a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
+            raise InputError(
+                f"The graph's layers are inside a {node.op_type} ({node.name}), as in a merged decoder: "
+                "rewrite the decoder without branches instead."
+            )
 
 
-def _region(layer: int, core: Core, node: ir.Node, search: Search) -> AttentionRegion:
+def _region(layer: int, core: Core, node: ir.Node, search: Search) -> Region:
+    activations = search.activations - set(core.lent)
     last, outputs = _outputs(node)
-    inputs, linear_nodes, ops = _inputs(node, last, search, core.lent)
-    streams = _streams(outputs, inputs, search.activations)
-    nodes = (*linear_nodes, last)
-    return AttentionRegion(
-        layer, inputs, streams, outputs, last, nodes, node.op_type, ops, core.pair, core.lent
+    inputs, linear, ops = _inputs(node, last, search, activations)
+    streams = _streams(outputs[0].value, inputs, search.activations)
+    return Region(
+        layer, inputs, streams, outputs, last, (*linear, last), node.op_type, ops, core.pair, core.lent
     )
 
 
@@ -190,11 +156,6 @@ def _outputs(core: ir.Node) -> tuple[ir.Node, tuple[Output, ...]]:
         node = following[0]
         if linear_op(node):
             return node, _candidates(_scaled(node) if node.op_type in INTEGER_PRODUCTS else node.outputs[0])
-        if node.op_type in OTHER_INTEGER_PRODUCTS:
-            raise NotFound(
-                "the output projection multiplies floating-point values by weights of a known format",
-                f"a {node.op_type}, of dynamic quantization: quantize with MatMulNBits or DequantizeLinear instead",
-            )
         if node.op_type == "Add" and not any(is_constant(v) for v in node.inputs):
             raise NotFound(
                 "an output projection comes before the residual addition", "an Add of two activations"
@@ -206,29 +167,25 @@ def _scaled(product: ir.Node) -> ir.Value:
     """The dequantized result of an integer product: cast, and multiplied by the scales of both factors."""
     value = product.outputs[0]
     for op in ("Cast", "Mul"):
-        following = readers(value)
-        if len(following) != 1 or following[0].op_type != op:
-            found = ", ".join(n.op_type for n in following) or "nothing"
-            raise NotFound("an integer product is cast and scaled", found)
-        value = following[0].outputs[0]
+        found = [node.op_type for node in readers(value)]
+        if found != [op]:
+            raise NotFound("an integer product is cast and scaled", ", ".join(found) or "nothing")
+        value = readers(value)[0].outputs[0]
     return value
 
 
 def _candidates(value: ir.Value) -> tuple[Output, ...]:
-    found = [Output(value)]
-    biases = 0
+    found, biases = [Output(value)], 0
     while len(following := readers(value)) == 1:
         node = following[0]
-        bias = later_bias(node)
-        if bias is not None:
+        if (bias := later_bias(node)) is not None:
             found.append(Output(value, bias, biases + 1))
         if not (_adds_constant(node, value) or node.op_type in VIEWS):
             break
         biases += node.op_type not in VIEWS
         value = node.outputs[0]
-        if (
-            node.op_type != "Cast"
-        ):  # the Cast to float32 of a half-precision graph is not the attention's output
+        # The Cast to float32 of a half-precision graph is not the attention's output.
+        if node.op_type != "Cast":
             found.append(Output(value, biases=biases))
     # Without its bias the tensor is not y, and 4-bit weights may be too inaccurate to show it.
     biased = [n for n in following if len(following) > 1 and (_adds_constant(n, value) or later_bias(n))]
@@ -255,71 +212,56 @@ def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
 
 
 def _inputs(
-    core: ir.Node, projection: ir.Node, search: Search, lent: tuple[ir.Value, ...]
+    core: ir.Node, projection: ir.Node, search: Search, activations: set[ir.Value]
 ) -> tuple[tuple[ir.Value, ...], list[ir.Node], int]:
-    """The candidates for x, the linear operators that read it, and the number of nodes from there on.
-
-    The keys and values ``lent`` are another layer's.
-    """
-    activations = search.activations - set(lent) if lent else search.activations
+    """The candidates for x, the linear operators that read it, and the number of nodes from there on."""
     seen: set[ir.Node] = {projection}
-    assert projection.inputs[0] is not None
     linear_nodes: list[ir.Node] = []
+
+    def before(value: ir.Value) -> set[ir.Value]:
+        """The inputs of the nearest linear operators (and quantizations) that ``value`` is computed from."""
+        direct: set[ir.Value] = set()
+        passed: set[ir.Node] = set()
+        stack: list[ir.Value | None] = [value]
+        while stack:
+            current = stack.pop()
+            node = current.producer() if current is not None and current in activations else None
+            if node is None or node in passed:
+                continue
+            passed.add(node)
+            op = fused_op(node) if node is core else None
+            if linear_op(node) or node.op_type == QUANTIZE or (op and op.weights is not None):
+                assert node.inputs[0] is not None
+                direct.add(node.inputs[0])
+                if node.op_type != QUANTIZE and node not in linear_nodes:
+                    linear_nodes.append(node)
+            else:
+                stack.extend(node.inputs)
+        seen.update(passed)
+        return direct
+
+    assert projection.inputs[0] is not None
     # The projection's own input may be quantized; any other quantization node reads x.
-    direct = first = _projection_inputs(_origin(projection.inputs[0]), core, activations, seen, linear_nodes)
+    direct = first = before(_origin(projection.inputs[0]))
     for _ in range(_MAX_STAGES):
         origins = {_origin(v) for v in direct}
         if len(origins) < 2:
             break
         # x precedes everything computed from it, so the last of them is not x but an intermediate projection.
-        last = max(origins, key=lambda v: search.made_at(v))
-        before = _projection_inputs(last, core, activations, seen, linear_nodes)
-        if not before:
+        last = max(origins, key=search.made_at)
+        if not (earlier := before(last)):
             break
-        direct = {v for v in direct if _origin(v) is not last} | before
+        direct = {v for v in direct if _origin(v) is not last} | earlier
     if len(origins) != 1:
         names = ", ".join(sorted(str(v.name) for v in first)) or "none"
         raise NotFound("all projections of the layer read one tensor", names)
     # Quantized values are not activations: a candidate is the tensor before quantization.
-    plain = {v for v in direct if (maker := v.producer()) is None or maker.op_type != QUANTIZE}
-    candidates = dict.fromkeys([*origins, *(plain if len(plain) == 1 else ())])
+    plain = [v for v in direct if (maker := v.producer()) is None or maker.op_type != QUANTIZE]
+    candidates = [*origins, *(plain if len(plain) == 1 else ())]
     # In a half-precision graph a float32 norm is read through a Cast, whose output has the projections' dtype.
-    only = next(iter(plain or origins))
-    node = only.producer()
-    if len(plain) == 1 and node is not None and node.op_type == "Cast":
-        candidates = dict.fromkeys([only, *candidates])
-    return tuple(candidates), linear_nodes, len(seen)
-
-
-def _projection_inputs(
-    value: ir.Value,
-    core: ir.Node,
-    activations: set[ir.Value],
-    seen: set[ir.Node],
-    linear_nodes: list[ir.Node],
-) -> set[ir.Value]:
-    """The inputs of the nearest linear operators (and quantizations) that ``value`` is computed from.
-
-    All visited nodes are added to ``seen``, linear operators also to ``linear_nodes``.
-    """
-    direct: set[ir.Value] = set()
-    passed: set[ir.Node] = set()
-    stack: list[ir.Value | None] = [value]
-    while stack:
-        current = stack.pop()
-        node = current.producer() if current is not None else None
-        if current is None or node is None or node in passed or current not in activations:
-            continue
-        passed.add(node)
-        op = fused_op(node) if node is core else None
-        if linear_op(node) or node.op_type == QUANTIZE or (op and op.weights is not None):
-            assert node.inputs[0] is not None
-            direct.add(node.inputs[0])
-            linear_nodes += [node] if node.op_type != QUANTIZE and node not in linear_nodes else []
-        else:
-            stack.extend(node.inputs)
-    seen |= passed
-    return direct
+    if len(plain) == 1 and (node := plain[0].producer()) is not None and node.op_type == "Cast":
+        candidates.reverse()
+    return tuple(dict.fromkeys(candidates)), linear_nodes, len(seen)
 
 
 def _origin(value: ir.Value) -> ir.Value:
@@ -334,36 +276,35 @@ def _origin(value: ir.Value) -> ir.Value:
 # 4 -----------------------------------------------------------------------------------------------
 
 
-def _streams(
-    outputs: tuple[Output, ...], inputs: tuple[ir.Value, ...], activations: set[ir.Value]
-) -> tuple[ir.Value, ...]:
+def _streams(y: ir.Value, inputs: tuple[ir.Value, ...], activations: set[ir.Value]) -> tuple[ir.Value, ...]:
     found: dict[ir.Value, None] = {}
-    value: ir.Value | None = outputs[0].value
+    value: ir.Value | None = y
     for _ in range(_MAX_ADDS):
         while value is not None and len(following := readers(value)) == 1 and following[0].op_type in VIEWS:
             value = following[0].outputs[0]
         following = readers(value) if value is not None else []
-        adds = [n for n in following if n.op_type == "Add" or key(n) in SKIP_NORMS]
-        if value is None or len(adds) != 1 or len(following) != 1:
+        if value is None or len(following) != 1:
             break
-        other = _other(adds[0], value)
+        add = following[0]
+        if add.op_type != "Add" and key(add) not in SKIP_NORMS:
+            break
+        other = _other(add, value)
         if other is not None and other in activations:
             found[other] = None
-        value = adds[0].outputs[0] if adds[0].op_type == "Add" else None
-    for value in inputs:
-        found |= dict.fromkeys(_before_norm(value, activations))
+        value = add.outputs[0] if add.op_type == "Add" else None
+    for x in inputs:
+        found |= _before_norm(x, activations)
     return tuple(found)
 
 
-def _before_norm(x: ir.Value, activations: set[ir.Value]) -> list[ir.Value]:
+def _before_norm(x: ir.Value, activations: set[ir.Value]) -> dict[ir.Value, None]:
     """Possible inputs of the norm that writes x: a few steps back, not past a linear operator; x itself last."""
     found: dict[ir.Value, None] = {}
     level = [x]
     for _ in range(_MAX_STEPS):
-        producers = [v.producer() for v in level]
-        nodes = [n for n in producers if n is not None and not linear_op(n)]
+        nodes = [n for v in level if (n := v.producer()) is not None and not linear_op(n)]
         level = [v for n in nodes for v in n.inputs if v is not None and v in activations and v not in found]
         found |= dict.fromkeys(level)
         # A fused residual norm returns the sum as its last output.
         found |= dict.fromkeys(n.outputs[-1] for n in nodes if key(n) in SKIP_NORMS and len(n.outputs) > 1)
-    return [*found, x]
+    return found | {x: None}

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.errors import BuildError
-from nbl_export.graph.tensors import Slot, slots
+from nbl_export.graph.io import Slot, slots
 from nbl_export.linearize.adapters import Adapter, digest_of, is_transposed
 
 

@@ -27,9 +27,8 @@ from nbl_export.files import (
     sync,
     write_json,
 )
-from nbl_export.graph.io import load_graph
+from nbl_export.graph.io import external_files, load_graph
 from nbl_export.graph.summary import ForeignSummary
-from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener, Silent
 from nbl_export.records import from_json, to_json

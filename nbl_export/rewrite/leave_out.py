@@ -21,9 +21,9 @@ from nbl_export.batch.names import EMBEDDINGS, MASK, SIDES, TOKENS
 from nbl_export.blocks import Block, described
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import KVPair, state_pairs
+from nbl_export.graph.cores import roles
+from nbl_export.graph.io import int64_initializer
 from nbl_export.graph.operators import MICROSOFT, SKIP_NORMS, is_constant, key, readers
-from nbl_export.graph.roles import roles
-from nbl_export.graph.tensors import int64_initializer
 
 # Operators whose output is zeros where their first input is.
 _ZEROS_STAY = frozenset(

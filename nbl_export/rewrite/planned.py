@@ -14,7 +14,7 @@ from nbl_export.blocks import attentions
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.branches import mlp_regions
 from nbl_export.graph.operators import SKIP_NORMS, key, linear_op
-from nbl_export.graph.regions import AttentionRegion, MlpRegion, Refusal
+from nbl_export.graph.regions import Refusal, Region
 from nbl_export.linearize.plan import Plan, linear_name
 
 # The bits of an exponent that is all ones: infinity, or with other bits NaN.
@@ -46,8 +46,8 @@ def check_finite(model: ir.Model, where: str) -> None:
 
 
 def planned_attentions(
-    model: ir.Model, found: Sequence[AttentionRegion | Refusal[int]], plan: Plan
-) -> list[AttentionRegion | Refusal[int]]:
+    model: ir.Model, found: Sequence[Region | Refusal], plan: Plan
+) -> list[Region | Refusal]:
     """What was ``found`` in the graph, with the layer indices of the plan."""
     if any(value.name == PIXELS for value in model.graph.inputs):
         found = found[: plan.layer_count]  # an attention after the last layer pools the image
@@ -70,21 +70,19 @@ def planned_attentions(
             raise InputError(
                 f"The graph already has a tensor {name}, a name that the rewrite needs: rename it."
             )
-    entries: list[AttentionRegion | Refusal[int]]
+    entries: list[Region | Refusal]
     entries = [replace(other, layer=layer) for layer, other in zip(layers, found, strict=True)]  # type: ignore[arg-type]
     _check(entries, plan)
     return entries
 
 
-def planned_mlps(
-    model: ir.Model, planned: Sequence[AttentionRegion | Refusal[int]], plan: Plan
-) -> list[MlpRegion]:
+def planned_mlps(model: ir.Model, planned: Sequence[Region | Refusal], plan: Plan) -> list[Region]:
     """The MLPs of the graph, if the plan replaces any."""
     if len(plan.linear_attention) == len(plan.chosen):
         return []
     entries = mlp_regions(model, planned, plan.candidates, plan.layer_count)
     _check(entries, plan)
-    return [entry for entry in entries if isinstance(entry, MlpRegion)]
+    return [entry for entry in entries if isinstance(entry, Region)]
 
 
 def _check(entries: Iterable[Any], plan: Plan) -> None:

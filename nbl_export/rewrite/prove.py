@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -111,7 +111,7 @@ class Proof:
 def prove(
     path: Path,
     model: ir.Model,
-    regions: Sequence[Region[Any]],
+    regions: Sequence[Region],
     plan: Plan,
     progress: Callable[[int], object] = lambda _bytes: None,
 ) -> dict[Block, Proof]:
@@ -169,7 +169,7 @@ class _Proving:
     def __init__(
         self,
         path: Path,
-        regions: Sequence[Region[Any]],
+        regions: Sequence[Region],
         plan: Plan,
         precision: Precision,
         progress: Callable[[int], object],
@@ -206,10 +206,10 @@ class _Proving:
             return proofs
         return self._with_allowed(proofs)
 
-    def _inputs(self, region: Region[Any]) -> tuple[ir.Value, ...]:
+    def _inputs(self, region: Region) -> tuple[ir.Value, ...]:
         return region.inputs if self.plan.fit_input == "normed" else region.streams
 
-    def _input_errors(self, region: Region[Any]) -> dict[ir.Value, float]:
+    def _input_errors(self, region: Region) -> dict[ir.Value, float]:
         expected = self.plan.probe_u[region.layer]
         return {v: self.runner.error(self._rows(self.own, v), expected) for v in self._inputs(region)}
 
@@ -272,7 +272,7 @@ class _Proving:
 
     def _best(
         self,
-        region: Region[Any],
+        region: Region,
         candidates: Sequence[ir.Value],
         computed: Mapping[tuple[Block, ir.Value], Found],
     ) -> tuple[ir.Value, Output, float] | None:

@@ -37,12 +37,12 @@ from nbl_export.graph.cache import (
     kv_pairs,
     metadata_list,
 )
+from nbl_export.graph.cores import remember_roles
 from nbl_export.graph.facts import summarize
-from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.graph.io import follow_links, load_graph, save_graph
 from nbl_export.graph.operators import infer_types, weight_bits
 from nbl_export.graph.precision import graph_precision
-from nbl_export.graph.regions import AttentionRegion, Region, find_regions
-from nbl_export.graph.roles import remember_roles
+from nbl_export.graph.regions import Region, find_regions
 from nbl_export.graph.summary import (
     DescribedLayer,
     GraphSummary,
@@ -51,7 +51,6 @@ from nbl_export.graph.summary import (
     RewriteSummary,
     StoredError,
 )
-from nbl_export.graph.tensors import follow_links
 from nbl_export.linearize.plan import LinearLayer, Plan, linear_name, linear_output_name
 from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.rewrite.adapt import merge_adapters
@@ -174,9 +173,9 @@ class ProvenGraph:
     model: ir.Model
     before: GraphSummary
     attention: int
-    regions: list[Region[Any]]
+    regions: list[Region]
     proofs: dict[Block, Proof]
-    cached: tuple[int, ...] = ()
+    cached: tuple[Block, ...] = ()
 
 
 def proven_regions(source: Path, plan: Plan, listener: Listener | None = None) -> ProvenGraph:
@@ -189,7 +188,7 @@ def proven_regions(source: Path, plan: Plan, listener: Listener | None = None) -
     RemoveUnusedNodesPass()(model)  # dead nodes of the exporter would disturb the search
     found = find_regions(model)
     planned = planned_attentions(model, found, plan)
-    regions: list[Region[Any]] = [entry for entry in planned if isinstance(entry, AttentionRegion)]
+    regions: list[Region] = [entry for entry in planned if isinstance(entry, Region)]
     regions = sorted([*regions, *planned_mlps(model, planned, plan)], key=lambda region: region.layer)
     with bytes_task(listener or Silent(), "Proving the regions", before.file_bytes) as done:
         proofs = prove(source, model, regions, plan, done)
@@ -323,7 +322,7 @@ def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer, quantized: boo
     return dtype
 
 
-def _describe(model: ir.Model, proofs: list[Proof], plan: Plan, cached: list[int]) -> None:
+def _describe(model: ir.Model, proofs: list[Proof], plan: Plan, cached: list[Block]) -> None:
     from nbl_export import __version__
 
     rows, gone = [], set(plan.dropped)

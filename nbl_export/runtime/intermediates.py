@@ -30,10 +30,9 @@ from nbl_export.batch.rows import (
 )
 from nbl_export.errors import InputError
 from nbl_export.graph.interface import Interface, interface_of
-from nbl_export.graph.io import INLINE_BYTES, DataFile, load_graph
+from nbl_export.graph.io import INLINE_BYTES, DataFile, external_files, follow_links, load_graph
 from nbl_export.graph.operators import captured
 from nbl_export.graph.rounding import HALF, compute_in_float32, float32_name, needs_emulation
-from nbl_export.graph.tensors import external_files, follow_links
 from nbl_export.runtime.session import (
     data_folder,
     frugal,
@@ -240,7 +239,7 @@ def _weights(partition: _Partition, scratch: Path | None) -> Iterator[dict[str, 
     path = scratch / "weights.data"
     try:
         with path.open("wb", buffering=0) as file:
-            out = DataFile(file.fileno(), path, None)
+            out = DataFile(file, path, None)
             for name, tensor in weights.items():
                 if tensor.nbytes >= INLINE_BYTES and tensor.dtype != ir.DataType.STRING:
                     weights[name] = out.add(name, tensor)

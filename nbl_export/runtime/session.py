@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import BuildError, InputError, MissingDependencyError, first_line
 from nbl_export.graph import operators
-from nbl_export.graph.io import check_file, load_graph, passes_checker
+from nbl_export.graph.io import check_file, external_files, follow_links, load_graph, passes_checker
 from nbl_export.graph.rounding import compute_in_float32, needs_emulation
-from nbl_export.graph.tensors import external_files, follow_links
 from nbl_export.machine import cores, free_memory
 from nbl_export.packages import part
 

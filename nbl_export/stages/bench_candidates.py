@@ -90,8 +90,7 @@ def _named_folder(given: str, own: Container[str]) -> tuple[str, Path]:
 
 def digest_of_graph(path: Path) -> str:
     """SHA-256 over an ONNX file and its external data."""
-    from nbl_export.graph.io import load_graph
-    from nbl_export.graph.tensors import external_files
+    from nbl_export.graph.io import external_files, load_graph
 
     return sha256_of_json([sha256_of_file(f) for f in (path, *external_files(load_graph(path)))])
 

@@ -149,8 +149,8 @@ def _export_torch(
     from nbl_export.export.ranges import save_in_precision
     from nbl_export.export.torch import trace
     from nbl_export.graph.embedding import add_features
+    from nbl_export.graph.io import set_folder
     from nbl_export.graph.precision import precision_of
-    from nbl_export.graph.tensors import set_folder
     from nbl_export.models.multimodal import placeholders
     from nbl_export.stages.calibration_data import loader_for
 

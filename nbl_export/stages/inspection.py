@@ -107,7 +107,7 @@ def _regions(model: ir.Model) -> Table:
     """The attention layers of a graph, and those that were linearized."""
     from nbl_export.graph.cache import LAYERS_KEY, kv_layers, kv_pairs, metadata_list
     from nbl_export.graph.operators import weight_format
-    from nbl_export.graph.regions import AttentionRegion, find_regions
+    from nbl_export.graph.regions import Region, find_regions
     from nbl_export.graph.summary import DescribedLayer
 
     described = metadata_list(model, LAYERS_KEY, DescribedLayer)
@@ -119,13 +119,13 @@ def _regions(model: ir.Model) -> Table:
     found = find_regions(model)
     # Without a cache, and where layers attend to another's, the retained attention layers are numbered from 0.
     left = (i for i in range(len(found) + len(rows)) if i not in rows)
-    cached = dict(zip(pairs, kv_layers(model), strict=True))
-    layers = cached if len(pairs) == len(found) > 0 else dict(enumerate(left))
+    every = len(pairs) == len(found) > 0
+    layers: dict[Block, Block] = dict(zip(pairs, kv_layers(model), strict=True) if every else enumerate(left))
     for region in found:
         layer = layers.get(region.layer, region.layer)
         pair = pairs.get(region.pair) if region.pair is not None else None
         cache = str(pair.past[0].name) if pair else "none"
-        if isinstance(region, AttentionRegion):
+        if isinstance(region, Region):
             how, stored = f"{region.style}, {region.ops} nodes", weight_format(region.projection)
             facts = (how, stored, cache, "yes")
         else:

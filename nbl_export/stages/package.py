@@ -232,7 +232,7 @@ def _write_graph(
     size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
     to.parent.mkdir(parents=True, exist_ok=True)
     with listener.task("Writing the graph", size, "bytes") as task:
-        save_graph(graph, to, check_like(source), task.advance, data_name=data)
+        save_graph(graph, to, check_like(source), task.advance, data=data)
 
 
 def _write_heldout(ws: Workspace, places: Places, source: ModelIdentity) -> None:

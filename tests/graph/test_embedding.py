@@ -16,9 +16,8 @@ from nbl_export.export.embeds import embedding_form
 from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import trace
 from nbl_export.graph.embedding import NAME, Embedding, add_features, embedding_of, reads_embeddings
-from nbl_export.graph.io import load_graph
+from nbl_export.graph.io import load_graph, set_folder
 from nbl_export.graph.precision import precision_of
-from nbl_export.graph.tensors import set_folder
 from tests.families import Calibrated
 
 OFF = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2}

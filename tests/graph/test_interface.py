@@ -14,10 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import kv_pairs, state_pairs
+from nbl_export.graph.cores import INPUTS_KEY, remember_roles, roles
 from nbl_export.graph.facts import facts_of, summarize
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.roles import INPUTS_KEY, remember_roles, roles
 from nbl_export.graph.summary import Stored
 from nbl_export.rewrite.leave_out import remove_pairs
 from tests.sessions import cpu_session

@@ -5,7 +5,6 @@ What was written is read by onnx's own loader or by NumPy from the file, never b
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import subprocess
@@ -27,11 +26,12 @@ from nbl_export.errors import BuildError, InputError
 from nbl_export.graph import io
 from nbl_export.graph.io import (
     check_file,
+    external_files,
+    int64_initializer,
     load_graph,
     save_beside,
     save_graph,
 )
-from nbl_export.graph.tensors import external_files, int64_initializer
 from tests.graph.external_data import (
     DATA,
     external,
@@ -171,8 +171,7 @@ def test_types_from_memory(tmp_path: Path, name: str, monkeypatch: pytest.Monkey
     tensor, expected = in_memory()[name]
     model = load_graph(save(graph_of([helper.make_tensor("w", 1, [1], [0.0])]), tmp_path / "in.onnx"))
     model.graph.initializers["w"].const_value = tensor
-    real = os.pwrite  # a short write is gone on with
-    monkeypatch.setattr(os, "pwrite", lambda fd, content, at: real(fd, bytes(content)[:500], at))
+    monkeypatch.setattr(io, "_BLOCK", 500)
     out = tmp_path / "model.onnx"
     save_graph(model, out, unchecked)
     assert places(out)["w"] == (DATA, 0, len(expected))
@@ -353,22 +352,3 @@ def test_equal_numbers_share_an_initializer() -> None:
     others = [int64_initializer(graph, "n", number) for number in (1, [2], 1)]
     assert [v.name for v in others] == ["n.1", "n.2", "n.1"] and others[0] is others[2]
     assert others[1].const_value is not None and others[1].const_value.numpy().tolist() == [2]
-
-
-@pytest.mark.parametrize("how", ["other file systems", "absent", "short"])
-def test_other_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    two_files = two_file_graph(tmp_path / "source")
-    real = os.copy_file_range
-
-    def refuse(*_: object) -> int:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    if how == "absent":
-        monkeypatch.delattr(os, "copy_file_range")
-    elif how == "short":
-        monkeypatch.setattr(os, "copy_file_range", lambda s, t, n, a, b: real(s, t, min(n, 777), a, b))
-    else:
-        monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr(io, "_BLOCK", 1000)
-    save_graph(load_graph(two_files), tmp_path / "model.onnx")
-    assert resolved(tmp_path / "model.onnx") == resolved(two_files)

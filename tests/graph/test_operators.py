@@ -255,8 +255,7 @@ def graph_of(edges: dict[str, list[str]], last: str) -> tuple[ir.Model, dict[str
 
 def core(edges: dict[str, list[str]], last: str) -> str:
     model, values = graph_of(edges, last)
-    search = Search(model, values[last].producer())
-    return str(core_of(search, (values["k"], values["v"])).name)
+    return str(core_of(Search(model), (values["k"], values["v"])).name)
 
 
 def by_definition(edges: dict[str, list[str]], last: str) -> str | None:

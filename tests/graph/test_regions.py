@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from nbl_export.blocks import Block, Mlp
 from nbl_export.graph.branches import find_branches, mlp_regions
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.regions import AttentionRegion, MlpRegion, Refusal, find_regions
+from nbl_export.graph.regions import Refusal, Region, find_regions
 from nbl_export.runtime.intermediates import intermediate_tensors
 from tests.fixtures_graph import pad_left, ragged_rows
 from tests.variants import Variant
@@ -55,10 +55,14 @@ def assert_regions_are_the_attention(path: Path, model: Any, layers: int, core: 
     regions = find_regions(load_graph(path))
     assert [r.layer for r in regions] == list(range(layers))
     for region, wanted in zip(regions, expected, strict=True):
-        assert isinstance(region, AttentionRegion), str(region)
+        assert isinstance(region, Region), str(region)
         assert region.core == core
-        assert region.h is not None
-        names = {"h": str(region.h.name), "x": str(region.x.name), "y": str(region.y.name)}
+        assert region.streams
+        names = {
+            "h": str(region.streams[0].name),
+            "x": str(region.inputs[0].name),
+            "y": str(region.outputs[0].value.name),
+        }
         assert len(set(names.values())) == 3
         found = intermediate_tensors(path, list(names.values()), inputs)
         for what, name in names.items():
@@ -75,8 +79,8 @@ def test_variants(variant: Variant) -> None:
     assert_regions_are_the_attention(variant.path, variant.model, 2, variant.core)
     model = load_graph(variant.path)
     for region in find_regions(model):
-        assert isinstance(region, AttentionRegion)
-        producer = region.y.producer()
+        assert isinstance(region, Region)
+        producer = region.outputs[0].value.producer()
         assert producer is not None and producer.op_type == variant.writer
     ops = {node.op_type for node in model.graph}
     assert ("Attention" in ops) != ("Softmax" in ops)
@@ -255,8 +259,8 @@ def test_u_y_and_h_of_every_mlp_are_among_the_candidates(variant: Variant) -> No
     real = mask.astype(bool)
     expected = activations(variant.model, inputs, "post_attention_layernorm", "mlp")
     for region, wanted in zip(regions, expected, strict=True):
-        assert isinstance(region, MlpRegion), str(region)
-        assert region.h is not None and len(region.linear_nodes) == 3
+        assert isinstance(region, Region), str(region)
+        assert region.streams and len(region.linear_nodes) == 3
         assert region.projection is region.linear_nodes[-1]
         values = {"h": region.streams, "x": region.inputs, "y": [o.value for o in region.outputs]}
         names = [str(v.name) for found in values.values() for v in found]
@@ -272,7 +276,11 @@ def test_u_y_and_h_of_every_mlp_are_among_the_candidates(variant: Variant) -> No
 
 def test_a_gated_mlp() -> None:
     (region,) = found_in({})
-    assert (region.x.name, region.y.name, region.h.name) == ("x2", "y2", "out")
+    assert (region.inputs[0].name, region.outputs[0].value.name, region.streams[0].name) == (
+        "x2",
+        "y2",
+        "out",
+    )
     assert [node.name for node in region.linear_nodes] == ["gate", "up", "down"]
     assert region.style == "decomposed" and region.pair is None
 
@@ -289,7 +297,7 @@ def test_beside_the_attention() -> None:
                 "add2": ("Add", ["both", "h"], ["out2"]),
             }
         )
-        assert (region.x.name, region.y.name) == ("x", "y2")
+        assert (region.inputs[0].name, region.outputs[0].value.name) == ("x", "y2")
     (region,) = found_in(
         {
             "norm2": None,
@@ -298,7 +306,7 @@ def test_beside_the_attention() -> None:
             "add2": ("Add", ["out", "y2"], ["out2"]),
         }
     )
-    assert (region.x.name, region.y.name) == ("x", "y2")
+    assert (region.inputs[0].name, region.outputs[0].value.name) == ("x", "y2")
 
 
 def test_experts_and_a_shared_one_are_one_mlp() -> None:
@@ -311,7 +319,7 @@ def test_experts_and_a_shared_one_are_one_mlp() -> None:
             "add2": ("Add", ["out", "y3"], ["out2"]),
         }
     )
-    assert region.x.name == "x2"
+    assert region.inputs[0].name == "x2"
     assert "y3" in {o.value.name for o in region.outputs}
 
 
@@ -335,11 +343,11 @@ def test_other_mixers_of_tokens_are_told_from_mlps_by_their_place() -> None:
         }
     )
     (attention,) = find_regions(model)
-    assert isinstance(attention, AttentionRegion)
-    moved = AttentionRegion(**{**vars(attention), "layer": 1})
-    assert [branch.attention for branch in find_branches(model, [moved])] == [None, None, 1, None]
+    assert isinstance(attention, Region)
+    moved = Region(**{**vars(attention), "layer": 1})
+    assert [b if isinstance(b, int) else None for b in find_branches(model, [moved])] == [None, None, 1, None]
     found = mlp_regions(model, [moved], (1, Mlp(0), Mlp(1)), 2)
-    assert [(r.layer, r.y.name) for r in found if isinstance(r, MlpRegion)] == [
+    assert [(r.layer, r.outputs[0].value.name) for r in found if isinstance(r, Region)] == [
         (Mlp(0), "ff1"),
         (Mlp(1), "y2"),
     ]

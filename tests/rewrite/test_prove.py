@@ -17,7 +17,7 @@ import torch
 from nbl_export.calibrate.probe import probe_inputs
 from nbl_export.errors import BuildError
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.regions import AttentionRegion, find_regions
+from nbl_export.graph.regions import Region, find_regions
 from nbl_export.graph.summary import ProofErrors
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite import replace as module
@@ -38,11 +38,11 @@ def graph(stories_out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def regions(graph: Path) -> list[AttentionRegion]:
-    return [r for r in find_regions(load_graph(graph)) if isinstance(r, AttentionRegion)]
+def regions(graph: Path) -> list[Region]:
+    return [r for r in find_regions(load_graph(graph)) if isinstance(r, Region)]
 
 
-def prove_all(graph: Path, regions: list[AttentionRegion], plan: Plan) -> dict[int, Proof]:
+def prove_all(graph: Path, regions: list[Region], plan: Plan) -> dict[int, Proof]:
     return prove(graph, load_graph(graph), regions, plan)
 
 
@@ -53,7 +53,7 @@ def plan(stories_out: Path) -> Plan:
 
 @pytest.mark.parametrize("fit_input", ["normed", "residual"])
 def test_every_layer_of_the_right_model_is_proven(
-    stories_out: Path, graph: Path, regions: list[AttentionRegion], fit_input: Any
+    stories_out: Path, graph: Path, regions: list[Region], fit_input: Any
 ) -> None:
     proofs = prove_all(graph, regions, plan_by_hand(stories_out, (1, 3), fit_input))
     assert sorted(proofs) == [0, 1, 2, 3, 4]
@@ -81,7 +81,7 @@ def test_every_layer_of_the_right_model_is_proven(
     ],
 )
 def test_wrong_activations_are_refused(
-    graph: Path, regions: list[AttentionRegion], plan: Plan, which: str, wrong: Any
+    graph: Path, regions: list[Region], plan: Plan, which: str, wrong: Any
 ) -> None:
     probes = dict(getattr(plan, which))
     probes[3] = wrong(probes[3])
@@ -90,9 +90,7 @@ def test_wrong_activations_are_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_layer_that_stays_need_not_be_proven(
-    graph: Path, regions: list[AttentionRegion], plan: Plan
-) -> None:
+def test_a_layer_that_stays_need_not_be_proven(graph: Path, regions: list[Region], plan: Plan) -> None:
     probes = dict(plan.probe_y)
     probes[2] = -probes[2]
     proofs = prove_all(graph, regions, replace(plan, probe_y=probes))
@@ -151,7 +149,7 @@ def test_the_stream_of_the_next_layer_is_not_this_ones(
     """Also if its values were the same in every digit: y does not come out of what is fed there."""
     path, plan = baseline_in(name), plan_by_hand(stories_out, (2,), "residual")
     model = load_graph(path)
-    regions = [r for r in find_regions(model) if isinstance(r, AttentionRegion)]
+    regions = [r for r in find_regions(model) if isinstance(r, Region)]
     other = [replace(r, streams=regions[2 + step].streams[:1]) if r.layer == 2 else r for r in regions]
     assert prove(path, model, regions, plan)[2].u is regions[2].streams[0]
     with pytest.raises(BuildError, match="Layer 2 is not proven"):
@@ -221,7 +219,7 @@ def fresh(path: Path, proven: module.ProvenGraph) -> dict[str, Any]:
     """The proofs of before for the graph read again: a rewrite changes it."""
     model = load_graph(path)
     values = {v.name: v for node in model.graph for v in node.outputs}
-    regions = [r for r in module.find_regions(model) if isinstance(r, module.AttentionRegion)]
+    regions = [r for r in module.find_regions(model) if isinstance(r, module.Region)]
     outputs = {r.layer: {o.value.name: o for o in r.outputs} for r in regions}
     proofs = {
         i: replace(p, u=values[p.u.name], y=outputs[i][p.y.value.name])  # type: ignore[union-attr]
@@ -308,9 +306,9 @@ def test_a_graph_without_the_layers_is_refused(baseline_in: Callable[[str], Path
 REAL = np.array([[3.0, 4.0], [0.0, 1.0], [2.0, 2.0]], dtype=np.float32)
 
 
-def layer(path: Path, index: int) -> AttentionRegion:
+def layer(path: Path, index: int) -> Region:
     region = find_regions(load_graph(path))[index]
-    assert isinstance(region, AttentionRegion)
+    assert isinstance(region, Region)
     return region
 
 
@@ -318,7 +316,7 @@ def test_what_is_fed_replaces_all_that_comes_before(stories_out: Path, plan: Pla
     path = stories_out / "baseline" / "model.onnx"
     region = layer(path, 2)
     runner = ProbeRunner(path, plan)
-    u, y = str(region.x.name), str(region.y.name)
+    u, y = str(region.inputs[0].name), str(region.outputs[0].value.name)
     (own, *_), rows = runner.run([u, y], {}), runner.run([u], {})
     given = {u: runner.split(plan.probe_u[2], [row[u].shape for row in rows])}
     fed = [runner.run([y], given, other_tokens=other) for other in (False, True)]
@@ -331,7 +329,7 @@ def test_what_is_fed_replaces_all_that_comes_before(stories_out: Path, plan: Pla
 
 def test_moved_weights_give_other_tensors(baseline_in: Callable[[str], Path], plan: Plan) -> None:
     path = baseline_in("int4")
-    y = str(layer(path, 2).y.name)
+    y = str(layer(path, 2).outputs[0].value.name)
     runner = ProbeRunner(path, plan)
     once, again = runner.run([y], {}), runner.run([y], {}, nudged=0)
     moved = runner.error([row[y] for row in again], runner.joined([row[y] for row in once]))

@@ -378,7 +378,7 @@ def test_a_map_whose_result_is_kept_in_float32_is_computed_in_float32(
     """Where attention writes more than float16 holds, so does the map that stands for it."""
     model = load_graph(baseline(stories_out))
     regions = {r.layer: r for r in find_regions(model)}
-    to_precision(model, PRECISIONS["fp16"], {str(regions[1].y.name): 1e5})
+    to_precision(model, PRECISIONS["fp16"], {str(regions[1].outputs[0].value.name): 1e5})
     source = tmp_path / "wide" / "model.onnx"
     save_graph(model, source)
     plan = plan_by_hand(stories_out, (1,))

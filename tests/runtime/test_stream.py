@@ -23,7 +23,7 @@ from nbl_export.export.forms import encoder_form
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
-from nbl_export.graph.regions import AttentionRegion, find_regions
+from nbl_export.graph.regions import Region, find_regions
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.forward import encoder_of
 from nbl_export.models.load import load_model
@@ -300,7 +300,7 @@ def whole(path: Path, names: list[str], feeds: dict[str, Any]) -> list[Any]:
 @pytest.mark.parametrize("limit", [1, 20_000, 1 << 30])
 def test_any_cut_gives_the_same_tensors(tiny_graph: Path, sizes: list[list[str]], limit: int) -> None:
     model = load_graph(tiny_graph)
-    regions = [r for r in find_regions(model) if isinstance(r, AttentionRegion)]
+    regions = [r for r in find_regions(model) if isinstance(r, Region)]
     names = [str(v.name) for r in regions for v in (r.x, r.y)] + ["logits", "present.3.value"]
     rows = prefill_rows(model, ragged_rows((9, 4), 260))
     found = compute_tensors(load_graph(tiny_graph), names, rows, limit)
@@ -316,19 +316,23 @@ def test_any_cut_gives_the_same_tensors(tiny_graph: Path, sizes: list[list[str]]
 def test_a_tensor_that_is_given_cuts_what_lies_before_it(tiny_graph: Path, sizes: list[list[str]]) -> None:
     model = load_graph(tiny_graph)
     region = find_regions(model)[2]
-    assert isinstance(region, AttentionRegion)
+    assert isinstance(region, Region)
     rows = prefill_rows(model, ragged_rows((6,), 260))
     x = np.random.default_rng(0).standard_normal((1, 6, 32)).astype(np.float32)
     (found,) = compute_tensors(
-        load_graph(tiny_graph), [str(region.y.name)], [{**rows[0], str(region.x.name): x}]
+        load_graph(tiny_graph),
+        [str(region.outputs[0].value.name)],
+        [{**rows[0], str(region.inputs[0].name): x}],
     )
     weights = {name for piece in sizes for name in piece}
     assert weights and all("layers.2.self_attn" in n or "layers" not in n for n in weights)
     (other,) = compute_tensors(
-        load_graph(tiny_graph), [str(region.y.name)], [{**rows[0], str(region.x.name): 2 * x}]
+        load_graph(tiny_graph),
+        [str(region.outputs[0].value.name)],
+        [{**rows[0], str(region.inputs[0].name): 2 * x}],
     )
-    assert found[str(region.y.name)].shape == (1, 6, 32)
-    assert not np.allclose(found[str(region.y.name)], other[str(region.y.name)])
+    assert found[str(region.outputs[0].value.name)].shape == (1, 6, 32)
+    assert not np.allclose(found[str(region.outputs[0].value.name)], other[str(region.outputs[0].value.name)])
 
 
 def test_unknown_tensors_and_graphs_that_do_not_run_are_refused(tiny_graph: Path) -> None:

@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from nbl_export import api
 from nbl_export.errors import InputError
-from nbl_export.graph.io import load_graph
-from nbl_export.graph.tensors import external_files
+from nbl_export.graph.io import external_files, load_graph
 from nbl_export.linearize.plan import load_plan, save_plan
 from nbl_export.models.tasks import task_named
 from nbl_export.rewrite.replace import rewrite_file

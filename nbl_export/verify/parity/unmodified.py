@@ -29,10 +29,9 @@ from nbl_export.batch.rows import real_positions
 from nbl_export.blocks import Block, attentions, described
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import LAYERS_KEY, metadata_list
-from nbl_export.graph.io import load_graph, scratch
+from nbl_export.graph.io import follow_links, load_graph, scratch
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.summary import DescribedLayer
-from nbl_export.graph.tensors import follow_links
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.candidates import blocks_of

@@ -19,7 +19,7 @@ from nbl_export.export.lm_head import sliced_lm_head
 from nbl_export.graph.cache import kv_bytes_per_token
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import weight_shape
-from nbl_export.graph.regions import AttentionRegion, find_regions
+from nbl_export.graph.regions import Region, find_regions
 from nbl_export.verify.speed.values import GraphCost, Roofline
 
 
@@ -45,7 +45,7 @@ def graph_cost(path: Path) -> GraphCost:
             if node is head:
                 last_macs, last_bytes = shape[0] * shape[1], size
     # Both products of an attention have the width of what its output projection reads.
-    widths = [weight_shape(r.projection) for r in find_regions(model) if isinstance(r, AttentionRegion)]
+    widths = [weight_shape(r.projection) for r in find_regions(model) if isinstance(r, Region)]
     attention = sum(2 * width[0] for width in widths if width is not None)
     return GraphCost(macs, attention, read, kv_bytes_per_token(model), last_macs, last_bytes)
 

@@ -16,7 +16,7 @@ from nbl_export.blocks import Block, parts_in
 from nbl_export.graph.branches import mlp_regions
 from nbl_export.graph.cache import kv_pairs, pair_bytes_per_token
 from nbl_export.graph.operators import weight_shape
-from nbl_export.graph.regions import AttentionRegion, MlpRegion, find_regions
+from nbl_export.graph.regions import Region, find_regions
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite.planned import planned_attentions
 from nbl_export.settings.workload import Workload
@@ -98,7 +98,7 @@ def block_savings(model: ir.Model, plan: Plan, rank: int | None = None) -> dict[
     regions = [*found, *mlp_regions(model, found, plan.candidates, plan.layer_count)]
     saved: dict[Block, GraphCost] = dict.fromkeys(plan.candidates, GraphCost(0, 0, 0, 0))
     for region in regions:
-        if not isinstance(region, (AttentionRegion, MlpRegion)):
+        if not isinstance(region, Region):
             continue
         nodes = dict.fromkeys((*region.linear_nodes, region.projection))
         shapes = {node: shape for node in nodes if (shape := weight_shape(node)) is not None}
@@ -108,7 +108,7 @@ def block_savings(model: ir.Model, plan: Plan, rank: int | None = None) -> dict[
         # W is stored as the block's last matrix is.
         of_w = weight_bytes(region.projection, 2) / (last[0] * last[1]) * w if last else 0.0
         products = cache = 0
-        if isinstance(region, AttentionRegion):
+        if isinstance(region.layer, int):
             products = 2 * last[0] if last else 0
             cache = pair_bytes_per_token(pairs[region.pair]) if region.pair is not None else 0
         saved[region.layer] = GraphCost(macs - w, products, round(size - of_w), cache)
