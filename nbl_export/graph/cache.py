@@ -18,7 +18,7 @@ import onnx_ir as ir
 from nbl_export.batch.names import SIDES, WRITE_INDICES
 from nbl_export.errors import InputError
 from nbl_export.files import parse_json
-from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, weight_shape
+from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, upstream, weight_shape
 from nbl_export.records import from_json
 
 T = TypeVar("T")
@@ -96,15 +96,12 @@ def _head_size(attention: ir.Node) -> int:
     queries, keys = (attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
     packed = len(attention.inputs) < 2 or attention.inputs[1] is None
     heads = queries + 2 * keys if packed else queries
-    value = attention.inputs[0]
-    while value is not None:
+    for value in upstream(attention.inputs[0]):
         last = value.shape[-1] if value.shape is not None and len(value.shape) else None
-        node = value.producer()
         if isinstance(last, int):
             return last // heads
-        if node is not None and (known := weight_shape(node)):
+        if (node := value.producer()) is not None and (known := weight_shape(node)):
             return known[1] // heads
-        value = node.inputs[0] if node is not None and node.inputs else None
     raise InputError(f"The head_dim of {attention.name} is unknown: run shape inference on the graph.")
 
 

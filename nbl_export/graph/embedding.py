@@ -14,6 +14,7 @@ from nbl_export.batch.arrays import F32, I64
 from nbl_export.batch.names import EMBEDDINGS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.graph.io import FOLDER, int64_initializer, load_graph, save_again
+from nbl_export.graph.operators import upstream
 
 NAME = "embedding.onnx"
 # What may happen to ids and rows: other ids are looked up, rows are scaled, in their precision, and cut by layers.
@@ -26,11 +27,8 @@ _OWN = "nbl_export"  # the domain of an operator that is run here alone
 
 def _first_lookup(value: ir.Value) -> ir.Node | None:
     """The node that chooses the rows of a table that ``value`` is made of, which may be scaled."""
-    while (node := value.producer()) is not None and node.op_type != "Gather":
-        if node.inputs[0] is None:
-            return None
-        value = node.inputs[0]
-    return node
+    makers = (value.producer() for value in upstream(value))
+    return next((node for node in makers if node is not None and node.op_type == "Gather"), None)
 
 
 def reads_embeddings(model: ir.Model) -> bool:
@@ -83,11 +81,8 @@ def add_features(path: Path, placeholders: Mapping[str, int]) -> list[Path]:
 
 def _of_text(value: ir.Value) -> ir.Value:
     """What the embedding computes of token ids, before anything is put among it."""
-    while (
-        (node := value.producer()) is not None and node.op_type == "ScatterND" and node.inputs[0] is not None
-    ):
-        value = node.inputs[0]
-    return value
+    text = (v for v in upstream(value) if (node := v.producer()) is None or node.op_type != "ScatterND")
+    return next(text)
 
 
 class Embedding:

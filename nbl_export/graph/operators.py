@@ -7,6 +7,7 @@ onnx.ai/onnx/operators and onnxruntime's docs/ContribOperators.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,8 +51,6 @@ LINEAR = {
 }
 # Integer matrix products: x is quantized at run time (DynamicQuantizeLinear), and a Mul rescales the result.
 INTEGER_PRODUCTS = frozenset({"MatMulInteger"})
-# Other integer matrix products; their weights are neither read nor written.
-OTHER_INTEGER_PRODUCTS = frozenset({"QLinearMatMul", "MatMulIntegerToFloat"})
 FUSED = {
     ("", "Attention"): FusedOp(past=(4, 5)),
     (MICROSOFT, "GroupQueryAttention"): FusedOp(past=(3, 4), ragged=True),
@@ -110,6 +109,14 @@ def linear_op(node: ir.Node) -> LinearOp | None:
     return op if op and len(node.inputs) > op.weight and is_constant(node.inputs[op.weight]) else None
 
 
+def upstream(value: ir.Value | None) -> Iterator[ir.Value]:
+    """``value``, what it is made of, and so on: always by the first input."""
+    while value is not None:
+        yield value
+        node = value.producer()
+        value = node.inputs[0] if node is not None and node.inputs else None
+
+
 def weight_shape(node: ir.Node) -> tuple[int, int] | None:
     """[inputs, outputs] of the linear operator ``node``; None if it is unknown."""
     op = linear_op(node)
@@ -117,16 +124,13 @@ def weight_shape(node: ir.Node) -> tuple[int, int] | None:
         return None
     if "K" in node.attributes and "N" in node.attributes:  # packed weights have another shape
         return node.attributes["K"].as_int(), node.attributes["N"].as_int()
-    value, turned = node.inputs[op.weight], False
-    while value is not None:
-        shape = value.shape
+    turned = bool(int_attribute(node, "transB"))
+    for value in upstream(node.inputs[op.weight]):
+        shape, maker = value.shape, value.producer()
         if shape is not None and len(shape) == 2 and all(isinstance(d, int) for d in shape):
             rows, columns = int(shape[0]), int(shape[1])  # type: ignore[arg-type]
-            flipped = turned != bool("transB" in node.attributes and node.attributes["transB"].as_int())
-            return (columns, rows) if flipped else (rows, columns)
-        producer = value.producer()
-        turned ^= producer is not None and producer.op_type == "Transpose"
-        value = producer.inputs[0] if producer is not None and producer.inputs else None
+            return (columns, rows) if turned else (rows, columns)
+        turned ^= maker is not None and maker.op_type == "Transpose"
     return None
 
 
@@ -157,11 +161,9 @@ def is_constant(value: ir.Value | None) -> bool:
 
 def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
     """The tensor of an initializer or of a Constant node; None for what is computed, and for no numbers."""
-    if value.const_value is not None:
-        return value.const_value
     producer = value.producer()
-    if producer is None or producer.op_type != "Constant":
-        return None
+    if value.const_value is not None or producer is None or producer.op_type != "Constant":
+        return value.const_value
     for attribute in producer.attributes.values():
         if attribute.type == ir.AttributeType.TENSOR:
             return attribute.as_tensor()
@@ -192,10 +194,8 @@ def captured(node: ir.Node) -> list[ir.Value]:
 
 def weight_bits(node: ir.Node) -> int:
     """Bits per weight of the linear operator ``node``; 0 if it is not quantized."""
-    if key(node) == (MICROSOFT, "MatMulNBits"):
+    if node.op_type in ("MatMulNBits", "MatMulBnb4"):
         return int_attribute(node, "bits", 4)
-    if node.op_type == "MatMulBnb4":
-        return 4
     if node.op_type in DYNAMIC:
         return 8
     dequantize = dequantizer(node)
@@ -205,25 +205,19 @@ def weight_bits(node: ir.Node) -> int:
 
 def weight_format(node: ir.Node) -> str:
     """The weight format of the linear operator ``node``, for display: ``fp32``, ``int4 in blocks of 32``."""
-    bits = weight_bits(node)
-    if not bits:
-        value = node.inputs[1]
-        while value is not None and value.dtype is None and (made := value.producer()) is not None:
-            value = made.inputs[0] if made.inputs else None
-        return str(value.dtype).lower() if value is not None and value.dtype is not None else "unknown"
-    maker = dequantizer(node) or node
-    block = int_attribute(maker, "block_size")
-    return f"int{bits}" + (f" in blocks of {block}" if block else "")
+    if bits := weight_bits(node):
+        block = int_attribute(dequantizer(node) or node, "block_size")
+        return f"int{bits}" + (f" in blocks of {block}" if block else "")
+    known = (value.dtype for value in upstream(node.inputs[1]) if value.dtype is not None)
+    return str(next(known, "unknown")).lower()
 
 
-def dequantizer(neighbour: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear that produces the neighbour's weight, or None if there is none."""
-    value = neighbour.inputs[1]
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type == "DequantizeLinear":
-            return node
-        value = node.inputs[0] if node.inputs else None
-    return None
+def dequantizer(node: ir.Node) -> ir.Node | None:
+    """The DequantizeLinear that produces the weight of ``node``, or None if there is none."""
+    makers = (value.producer() for value in upstream(node.inputs[1]))
+    return next(
+        (maker for maker in makers if maker is not None and maker.op_type == "DequantizeLinear"), None
+    )
 
 
 def infer_types(model: ir.Model) -> None:

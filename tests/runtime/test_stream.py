@@ -301,7 +301,10 @@ def whole(path: Path, names: list[str], feeds: dict[str, Any]) -> list[Any]:
 def test_any_cut_gives_the_same_tensors(tiny_graph: Path, sizes: list[list[str]], limit: int) -> None:
     model = load_graph(tiny_graph)
     regions = [r for r in find_regions(model) if isinstance(r, Region)]
-    names = [str(v.name) for r in regions for v in (r.x, r.y)] + ["logits", "present.3.value"]
+    names = [str(v.name) for r in regions for v in (r.inputs[0], r.outputs[0].value)] + [
+        "logits",
+        "present.3.value",
+    ]
     rows = prefill_rows(model, ragged_rows((9, 4), 260))
     found = compute_tensors(load_graph(tiny_graph), names, rows, limit)
     for row, tensors in zip(rows, found, strict=True):
