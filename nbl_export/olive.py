@@ -18,7 +18,7 @@ from typing import Any
 from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.files import TEMPORARY, write_json
 from nbl_export.packages import missing
-from nbl_export.report.card import CARD
+from nbl_export.report.render import CARD
 from nbl_export.workspace import PACKAGE
 
 try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
@@ -34,24 +34,6 @@ if TYPE_CHECKING:
     from nbl_export.verify.measurement import Measurement
 
 
-@dataclass(frozen=True)
-class _Calibration:
-    """What a report says of the calibration that was asked for."""
-
-    sources: tuple[str, ...] = ()
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class _Export:
-    """What a report says of the export that was asked for."""
-
-    precision: str
-    kv_cache: str
-    opset: int | None = None
-    task: str | None = None
-
-
 def assemble(
     ws: Workspace,
     source: ModelSource,
@@ -64,16 +46,11 @@ def assemble(
     stages = ("calibrate", "select", "export", "rewrite", *(["build"] if engines else []))
     records = {name: r for name in stages if (r := ws.record(name))}
     rewritten = rewrite_of(ws)
+    exported: Any = records["export"].settings
     gone = rewritten.before.kv_pairs - rewritten.after.kv_pairs
-    own = len(plan.linear_attention)
-    pairs = " and KV pairs" if gone == own == len(plan.blocks) else f" and {gone} KV pairs"
-    pairs = pairs if rewritten.before.kv_pairs else ""
-    rewriting = Check(
-        "graph rewrite",
-        "passed",
-        f"{counted(plan.blocks)}{pairs} gone, every region proven, ONNX checker passed",
-        records["rewrite"].seconds,
-    )
+    every = gone == len(plan.linear_attention) == len(plan.blocks)
+    pairs = f" and {'' if every else f'{gone} '}KV pairs" if rewritten.before.kv_pairs else ""
+    proven = f"{counted(plan.blocks)}{pairs} gone, every region proven, ONNX checker passed"
     return Report(
         created=created(),
         tool_version=__version__,
@@ -86,7 +63,14 @@ def assemble(
         },
         stage_seconds={name: r.seconds for name, r in records.items()},
         selection=selection_of(ws, plan),
-        graph=Graph(**vars(rewritten), **vars(exported_of(ws)), **vars(ws.asked("export", _Export))),
+        graph=Graph(
+            **vars(rewritten),
+            **vars(exported_of(ws)),
+            precision=exported["precision"],
+            kv_cache=exported["kv_cache"],
+            opset=exported.get("opset"),
+            task=exported.get("task"),
+        ),
         parity=measured.parity,
         divergence=measured.divergence,
         method_loss=measured.method_loss,
@@ -96,7 +80,7 @@ def assemble(
         engine_speed=measured.engine_speed,
         bench=_bench_of(ws, records["rewrite"].result),
         forms=conversions_in(ws, current=True),
-        checks=(rewriting, *measured.checks),
+        checks=(Check("graph rewrite", "passed", proven, records["rewrite"].seconds), *measured.checks),
         notes=(*(note for r in records.values() for note in r.notes), *measured.notes),
     )
 
@@ -121,6 +105,7 @@ def exported_of(ws: Places) -> ExportSummary:
 def selection_of(ws: Workspace, plan: Plan) -> Selection:
     """How the layers of ``plan`` were chosen, by what the output folder keeps."""
     what, remedy = "The file of the layers' scores", "run `nbl-export select` again"
+    asked = record.settings if (record := ws.record("calibrate")) else {}
     scores = from_json(Scores, read_json(ws.candidates, what, remedy), what, remedy)
     return Selection(
         **vars(scores),
@@ -132,7 +117,8 @@ def selection_of(ws: Workspace, plan: Plan) -> Selection:
         rank=plan.rank,
         calibration_tokens=plan.calibration_tokens,
         layers=plan.blocks,
-        **vars(ws.asked("calibrate", _Calibration)),
+        sources=tuple(asked.get("sources", ())),
+        seed=asked.get("seed", 0),
     )
 
 
@@ -173,20 +159,13 @@ def conversions_in(ws: Workspace, current: bool = False) -> dict[str, Conversion
 # what an earlier verification measured -----------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Section:
-    """One that a verification can leave out: its ``checks``, and the check that says that it was ``left_out``."""
-
-    checks: frozenset[str]
-    left_out: str
-    of_engines: bool = False
-
-
-SECTIONS: Mapping[str, _Section] = {
-    "method_loss": _Section(frozenset({"method loss", "KL bound", "perplexity bound"}), "method loss"),
-    "speed": _Section(frozenset({"speed"}), "speed"),
-    "engine_parity": _Section(frozenset({"engine parity", "base engine parity"}), "engine run", True),
-    "engine_speed": _Section(frozenset(), "engine run", True),
+# Of each section that a verification can leave out: the checks of it, the one that says that it was left out, and
+# whether it is of engines.
+SECTIONS: Mapping[str, tuple[set[str], str, bool]] = {
+    "method_loss": ({"method loss", "KL bound", "perplexity bound"}, "method loss", False),
+    "speed": ({"speed"}, "speed", False),
+    "engine_parity": ({"engine parity", "base engine parity"}, "engine run", True),
+    "engine_speed": (set(), "engine run", True),
 }
 
 
@@ -199,10 +178,10 @@ def keeping(report: Report, earlier: Report | None, graphs: Sequence[str], engin
     if earlier is None or not _same(report, earlier, graphs):
         return report
     failed = {check.name for check in report.checks if check.status == "failed"}
-    engines_run = not failed & {"engine run", *SECTIONS["engine_parity"].checks}
-    for name, section in SECTIONS.items():
+    engines_run = not failed & {"engine run", *SECTIONS["engine_parity"][0]}
+    for name, (checks, left_out, of_engines) in SECTIONS.items():
         found = getattr(earlier, name)
-        same = not section.of_engines or (engines_run and _same(report, earlier, engines))
+        same = not of_engines or (engines_run and _same(report, earlier, engines))
         if found is None or getattr(report, name) is not None or not same:
             continue
         origin = earlier.kept.get(name) or Kept(
@@ -214,11 +193,11 @@ def keeping(report: Report, earlier: Report | None, graphs: Sequence[str], engin
             tuple(
                 c
                 for c in earlier.checks
-                if c.name in section.checks and (c.name, c.status) != ("method loss", "skipped")
+                if c.name in checks and (c.name, c.status) != ("method loss", "skipped")
             ),
         )
         more: dict[str, Any] = {name: found, "kept": {**report.kept, name: origin}}
-        report = replace(report, **more, checks=_checks(report, section, origin))
+        report = replace(report, **more, checks=_checks(report, left_out, origin))
     return report
 
 
@@ -227,13 +206,13 @@ def _same(report: Report, earlier: Report, names: Sequence[str]) -> bool:
     return bool(digests) and all(a is not None and a == b for a, b in digests)
 
 
-def _checks(report: Report, section: _Section, origin: Kept) -> tuple[Check, ...]:
+def _checks(report: Report, left_out: str, origin: Kept) -> tuple[Check, ...]:
     """Those of the report, with the earlier verdicts and their date where there is none of today."""
     measured = f"measured {origin.created}"
     kept = {c.name: c for c in origin.checks}
     found: list[Check] = []
     for check in report.checks:
-        if check.name != section.left_out:
+        if check.name != left_out:
             found.append(check)
         elif own := kept.pop(check.name, None):
             found.append(replace(own, detail=f"{own.detail} ({measured}, now {check.detail})"))

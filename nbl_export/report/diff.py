@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Literal
 
 from nbl_export.errors import InputError
-from nbl_export.files import open_data, write_text
+from nbl_export.files import write_text
 from nbl_export.records import Check
 from nbl_export.report.diff_facts import (
     BENCH,
     ENGINE_SPEED,
     LOSS,
-    SECTIONS,
     SPEED,
     Better,
     Fact,
+    Facts,
     Figure,
     Kind,
     Opened,
     opened,
+    sections_of,
 )
 from nbl_export.report.diff_gates import Unlike, gates, races_of, same_text, unlike
 from nbl_export.report.drawing import Table, figure, mebibytes, number
@@ -140,19 +141,19 @@ def compare(a: Path, b: Path, bounds: DiffBounds) -> Diff:
     if one.kind != other.kind:
         kinds = f"A ({a}) is {_KINDS[one.kind]} and B ({b}) is {_KINDS[other.kind]}"
         raise InputError(f"{kinds}: give two of one kind.")
-    sections = tuple(part for title in SECTIONS if (part := _section(title, one, other)))
+    own, others = sections_of(one), sections_of(other)
+    sections = tuple(
+        _section(title, one, other, own[title], others[title]) for title in own if own[title] or others[title]
+    )
     effects = {change.effect for section in sections for change in section.changes}
     checks = gates(one, other, bounds)
     failed = any(check.status == "failed" for check in checks)
+    noise = effects <= {"same", "within noise"}
     return Diff(
         kind=one.kind,
         a=_side(one),
         b=_side(other),
-        difference="none"
-        if effects <= {"same"}
-        else "noise"
-        if effects <= {"same", "within noise"}
-        else "changed",
+        difference="none" if effects <= {"same"} else "noise" if noise else "changed",
         verdict="failed" if failed else "passed" if checks else "no gate",
         checks=checks,
         sections=sections,
@@ -167,20 +168,15 @@ def _side(side: Opened) -> Side:
     return Side(str(side.path), own.model.source, own.created, own.tool_version, own.verdict)
 
 
-def _section(title: str, a: Opened, b: Opened) -> Section | None:
-    own, other = SECTIONS[title](a), SECTIONS[title](b)
-    if not own and not other:
-        return None
+def _section(title: str, a: Opened, b: Opened, own: Facts, other: Facts) -> Section:
     why: Unlike | None = None
     notes: tuple[str, ...] = ()
     if not own or not other:
         name, side = ("A", a) if other else ("B", b)
-        skipped = [
-            c.detail
-            for c in (side.header.checks if side.header else ())
-            if c.status != "passed" and c.name == _SKIPPED.get(title)
-        ]
-        notes = (f"{name} has none{f' ({skipped[0]})' if skipped else ''}.",)
+        checks = side.header.checks if side.header else ()
+        skipped = (c.detail for c in checks if c.status != "passed" and c.name == _SKIPPED.get(title))
+        reason = next(skipped, "")
+        notes = (f"{name} has none{f' ({reason})' if reason else ''}.",)
     elif title in (SPEED, ENGINE_SPEED, BENCH):
         why, notes = unlike(races_of(a).get(title), races_of(b).get(title))
     elif title == LOSS and a.report and b.report and not same_text(a.report, b.report):
@@ -196,21 +192,20 @@ def change(what: str, a: Fact | None, b: Fact | None, unlike: Unlike | None = No
     """What became of one fact; one of both sides is there. ``unlike``: why neither is better."""
     known = b or a
     assert known is not None, "a fact of neither side"
+    one, other = (fact.figure if fact else None for fact in (a, b))
     if a is None or b is None:
         effect: Effect = "only in B" if a is None else "only in A"
-        note = known.detail
-    else:
-        effect = _effect(a.figure, b.figure, known.better)
-        moved = (
-            ("added", [m for m in b.members if m not in a.members]),
-            ("removed", [m for m in a.members if m not in b.members]),
-        )
-        note = "; ".join(f"{word} {', '.join(members)}" for word, members in moved if members)
-        effect = "changed" if effect == "same" and note else effect
-        effect = unlike if unlike and effect != "same" else effect
-        details = a.detail if a.detail == b.detail else f"{a.detail or 'none'} → {b.detail or 'none'}"
-        note = note or details
-    one, other = (fact.figure if fact else None for fact in (a, b))
+        return Change(what, one, other, effect, known.unit, known.headline, known.detail)
+    moved = {
+        "added": [m for m in b.members if m not in a.members],
+        "removed": [m for m in a.members if m not in b.members],
+    }
+    note = "; ".join(f"{word} {', '.join(members)}" for word, members in moved.items() if members)
+    effect = _effect(a.figure, b.figure, known.better)
+    if effect == "same":
+        effect = "changed" if note else "same"
+    effect = unlike if unlike and effect != "same" else effect
+    note = note or (a.detail if a.detail == b.detail else f"{a.detail or 'none'} → {b.detail or 'none'}")
     return Change(what, one, other, effect, known.unit, known.headline, note)
 
 
@@ -235,16 +230,13 @@ def _noise(a: Figure, b: Figure, difference: float) -> Effect | None:
     """Whether the difference is noise, or whether that is not known; None where it is more, or exact."""
     if a.se is not None and b.se is not None:
         error = math.hypot(a.se, b.se)
-        if not math.isfinite(error):
-            return "of unknown noise"
-        return "within noise" if difference <= _ERRORS * error else None
-    bounds = [bound for bound in (a.least, a.most, b.least, b.most) if bound is not None]
-    if len(bounds) < 4:
-        return None
-    if not all(map(math.isfinite, bounds)):
-        return "of unknown noise"
-    least_a, most_a, least_b, most_b = bounds
-    return "within noise" if least_a <= most_b and least_b <= most_a else None
+        known, noise = math.isfinite(error), difference <= _ERRORS * error
+    else:
+        bounds = [bound for bound in (a.least, a.most, b.least, b.most) if bound is not None]
+        if len(bounds) < 4:
+            return None
+        known, noise = all(map(math.isfinite, bounds)), bounds[0] <= bounds[3] and bounds[2] <= bounds[1]
+    return "of unknown noise" if not known else "within noise" if noise else None
 
 
 # drawing -----------------------------------------------------------------------------------------
@@ -271,10 +263,8 @@ def verdict_line(diff: Diff) -> str:
     failed = [check.name for check in diff.checks if check.status == "failed"]
     decided = failed or [check.name for check in diff.checks]
     said = f"({', '.join(decided)}); " if decided else ""
-    if diff.difference == "none":
-        return f"{said}no difference"
-    if diff.difference == "noise":
-        return f"{said}no difference beyond noise"
+    if diff.difference != "changed":
+        return f"{said}no difference{' beyond noise' * (diff.difference == 'noise')}"
     found: Counter[str] = Counter(change.effect for change in diff.changes if change.effect not in _PLAIN)
     count = sum(found.values())
     ordered = [*(e for e in _COUNTED if e in found), *(e for e in found if e not in _COUNTED)]
@@ -291,11 +281,10 @@ def tables(diff: Diff, brief: bool = False) -> list[Table]:
     """The sections in which something differs; ``brief`` leaves out what differs by noise alone."""
     found = []
     for section in diff.sections:
-        left_out = _PLAIN if brief else ("same",)
-        rows = [change for change in section.changes if change.effect not in left_out]
-        noise = sum(change.effect == "within noise" for change in section.changes) if brief else 0
-        notes = [*section.notes, *([f"{noise} more within noise."] if noise else [])]
+        noise = [change for change in section.changes if brief and change.effect == "within noise"]
+        rows = [change for change in section.changes if change.effect != "same" and change not in noise]
         if rows or section.notes:
+            notes = [*section.notes, *([f"{len(noise)} more within noise."] if noise else [])]
             found.append(_table(section.title, rows, brief, " ".join(notes)))
     return found
 
@@ -353,14 +342,11 @@ def write_markdown(path: Path, diff: Diff) -> None:
     """
     if not path.parent.is_dir() or path.is_dir():
         raise InputError(f"--markdown {path}: name a file in a folder that is there.")
-    if path.exists():
-        with open_data(path) as file:
-            begins = file.read(len(_TITLE))
-        if begins not in (b"", _TITLE):
-            raise InputError(
-                f"--markdown {path} is there already and is no comparison of nbl-export: name another file (to append "
-                "to a page: --markdown - >> FILE)."
-            )
+    if path.exists() and path.read_bytes()[: len(_TITLE)] not in (b"", _TITLE):
+        raise InputError(
+            f"--markdown {path} is there already and is no comparison of nbl-export: name another file (to append "
+            "to a page: --markdown - >> FILE)."
+        )
     write_text(path, markdown(diff))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,9 @@ from nbl_export.evaluate.results import Estimate
 from nbl_export.files import read_json, sha256_of_file
 from nbl_export.graph.summary import GraphFacts, GraphSummary
 from nbl_export.records import Check, to_json
-from nbl_export.report.drawing import listed
+from nbl_export.report.drawing import listed, milliseconds
 from nbl_export.report.evaluation import NAMES, Evaluation, load_evaluation
 from nbl_export.report.schema import BenchReport, Header, Report, load_bench, load_report
-from nbl_export.report.speed import milliseconds
 from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, Likeness, MethodLoss, Parity
 from nbl_export.verify.speed.values import Ratio, Speed
 from nbl_export.workspace import Workspace, is_workspace
@@ -24,6 +24,7 @@ from nbl_export.workspace import Workspace, is_workspace
 Kind = Literal["report", "bench", "eval", "graph"]
 # Which way a figure is better; of a check: when it has passed.
 Better = Literal["", "lower", "higher", "passed"]
+LOSS, SPEED, ENGINE_SPEED, BENCH = "Method loss", "Speed", "Engine speed", "Bench"
 _TAKEN = "name an output folder, a report.json, bench.json or eval.json, or an ONNX graph"
 
 
@@ -90,12 +91,10 @@ class Opened:
     def checks(self) -> dict[str, Check]:
         """Those of its reports by name; a name that is there twice has a number."""
         found: dict[str, Check] = {}
-        for judged in (self.report, self.bench, self.evaluation):
-            for check in judged.checks if judged else ():
-                number = 1
-                while (name := check.name if number == 1 else f"{check.name} ({number})") in found:
-                    number += 1
-                found[name] = check
+        times: Counter[str] = Counter()
+        for check in (c for one in (self.report, self.bench, self.evaluation) if one for c in one.checks):
+            times[check.name] += 1
+            found[check.name + f" ({times[check.name]})" * (times[check.name] > 1)] = check
         return found
 
 
@@ -133,27 +132,45 @@ def _folder(path: Path) -> Opened:
     file, again = ws.report / "report.json", f"run `nbl-export verify {path}`"
     if not file.is_file():
         raise InputError(f"{path} has no report: {again} first, or name its graph ({ws.model}).")
-    record = ws.record("verify")
-    written = record.files.get(file.relative_to(ws.root).as_posix()) if record else None
-    if written is not None and written != sha256_of_file(file):
+    record, name = ws.record("verify"), file.relative_to(ws.root).as_posix()
+    if record and record.files.get(name, "") not in ("", sha256_of_file(file)):
         raise InputError(f"{file} was changed after `verify` wrote it: {again} again.")
     report, graph, evaluation, notes = load_report(file), None, None, []
     if ws.model.is_file():
-        if report.hashes.get(ws.model.relative_to(ws.root).as_posix()) not in (
-            None,
-            sha256_of_file(ws.model),
-        ):
+        known = report.hashes.get(ws.model.relative_to(ws.root).as_posix())
+        if known not in (None, sha256_of_file(ws.model)):
             raise InputError(f"{ws.model} is not the graph that {file} is about: {again} again.")
         graph = facts_of(ws.model)
-    if (scored := ws.report / NAMES[0]).is_file():
-        if ws.current("eval"):
-            evaluation = load_evaluation(scored)
-        else:
-            notes.append(f"{scored} is of other graphs, or was changed, and is left out.")
+    scored = ws.report / NAMES[0]
+    if ws.current("eval"):
+        evaluation = load_evaluation(scored)
+    elif scored.is_file():
+        notes.append(f"{scored} is of other graphs, or was changed, and is left out.")
     return Opened(path, "report", report, report.bench, evaluation, graph, tuple(notes))
 
 
 # facts -------------------------------------------------------------------------------------------
+
+
+def sections_of(side: Opened) -> dict[str, Facts]:
+    """What each section has of a side, in reading order; races are headlines of a report and of a bench alone."""
+    report = side.report
+    parts: Mapping[str, tuple[Callable[[Any], Facts], Any]] = {
+        "Model and settings": (_model, side.header),
+        LOSS: (_loss, report and report.method_loss),
+        SPEED: (_speed, report and report.speed),
+        ENGINE_SPEED: (_speed, report and report.engine_speed),
+        BENCH: (lambda s: _speed(s, side.kind == "bench"), side.bench and side.bench.speed),
+        "Tasks and retrieval": (_tasks, side.evaluation),
+        "Checks": (lambda s: {n: Fact(Figure(c.status), "passed") for n, c in s.checks().items()}, side),
+        "Parity": (_parity, report and report.parity),
+        "Engines": (_engines, report),
+        "Graph": (_summary, side.summary),
+        "Graph file": (lambda g: _file(g, side.kind == "graph"), side.graph),
+        "Unmodified graph": (lambda g: _summary(g, False), report and report.graph.before),
+        "Environment": (_environment, side.header),
+    }
+    return {title: facts(value) if value is not None else {} for title, (facts, value) in parts.items()}
 
 
 def _said(value: float | str, unit: str = "") -> Fact:
@@ -165,10 +182,8 @@ def _measured(value: float, se: float, documents: int) -> Figure:
     return Figure(value, se if documents > 1 else math.nan)
 
 
-def model_facts(judged: Header | None) -> Facts:
+def _model(judged: Header) -> Facts:
     """The model, of a report its linear layers, and everything that was asked for."""
-    if judged is None:
-        return {}
     found = {
         "model": _said(judged.model.source),
         "model's fingerprint": _said(judged.model.fingerprint[:16]),
@@ -199,11 +214,10 @@ def _asked(settings: Mapping[str, Any], before: str = "") -> Facts:
     return found
 
 
-def summary_facts(graph: GraphSummary | None, headline: bool = True) -> Facts:
+def _summary(graph: GraphSummary, headline: bool = True) -> Facts:
     """The counts of a graph, and its nodes by operator."""
-    if graph is None:
-        return {}
-    found = {
+    bytes_ = Figure(graph.kv_bytes_per_token)
+    return {
         "size on disk": Fact(Figure(graph.file_bytes), "lower", "bytes", headline),
         "parameters": _said(graph.parameters),
         "KV pairs (layers with a cache)": _said(graph.kv_pairs),
@@ -212,17 +226,12 @@ def summary_facts(graph: GraphSummary | None, headline: bool = True) -> Facts:
         "initializers": _said(graph.initializers),
         "nodes": _said(graph.nodes),
         **{f"nodes: {op}": _said(count) for op, count in sorted(graph.ops.items())},
+        **({"KV cache, bytes per token": Fact(bytes_, "lower", "", headline)} if bytes_.value else {}),
     }
-    if graph.kv_bytes_per_token:
-        figure = Figure(graph.kv_bytes_per_token)
-        found["KV cache, bytes per token"] = Fact(figure, "lower", "", headline)
-    return found
 
 
-def file_facts(graph: GraphFacts | None, headline: bool) -> Facts:
+def _file(graph: GraphFacts, headline: bool) -> Facts:
     """What a graph file says beside its counts."""
-    if graph is None:
-        return {}
     linear = Figure(listed(graph.linear) or "none")
     found = {
         "linear layers in the graph": Fact(linear, headline=headline, members=tuple(map(str, graph.linear))),
@@ -238,10 +247,8 @@ def file_facts(graph: GraphFacts | None, headline: bool) -> Facts:
     return found
 
 
-def loss_facts(loss: MethodLoss | Likeness | None) -> Facts:
+def _loss(loss: MethodLoss | Likeness) -> Facts:
     """What linearizing costs, with standard errors over documents."""
-    if loss is None:
-        return {}
     if isinstance(loss, Likeness):
         return {
             m.what: Fact(
@@ -263,47 +270,42 @@ def loss_facts(loss: MethodLoss | Likeness | None) -> Facts:
     }
 
 
-def parity_facts(parity: DecoderParity | EncoderParity | Parity | None) -> Facts:
+def _parity(parity: DecoderParity | EncoderParity | Parity) -> Facts:
     """The largest differences to PyTorch, which have gates of their own: less is not better."""
-    if parity is None:
-        return {}
     if isinstance(parity, EncoderParity):
         return {f"max relative difference of {o.output}": _said(o.max_rel, "error") for o in parity.outputs}
-    steps = parity.steps
 
     def worst(values: Iterable[float]) -> Fact:
         """The largest; what is no number is worse than any."""
         return _said(max(values, key=lambda v: (v != v, v)), "error")
 
     return {
-        "max |Δlogit|": worst(s.max_abs for s in steps),
+        "max |Δlogit|": worst(s.max_abs for s in parity.steps),
         "mean |Δlogit|": _said(parity.mean_abs, "error"),
-        "max KL": worst(s.max_kl for s in steps),
-        "KV relative error": worst(s.kv_max_rel for s in steps),
-        "steps": _said(len(steps)),
+        "max KL": worst(s.max_kl for s in parity.steps),
+        "KV relative error": worst(s.kv_max_rel for s in parity.steps),
+        "steps": _said(len(parity.steps)),
     }
 
 
-def engine_facts(report: Report | None) -> Facts:
+def _engines(report: Report) -> Facts:
     """What was built, and the parity of both engines."""
     found: Facts = {}
-    for m in (report.engines if report else None) or ():
+    for m in report.engines or ():
         found[f"{m.role} engine: library"] = _said(f"{m.library} {m.library_version}")
         found[f"{m.role} engine: size"] = Fact(Figure(m.size), "lower", "bytes")
-    if report and (parity := report.engine_parity):
-        for name, own in (("linearized engine", parity.linearized), ("base engine", parity.base)):
-            found |= {f"{name}: {what}": fact for what, fact in parity_facts(own).items()}
+    for name in ("linearized", "base"):
+        if own := report.engine_parity and getattr(report.engine_parity, name):
+            found |= {f"{name} engine: {what}": fact for what, fact in _parity(own).items()}
     return found
 
 
-def speed_facts(speed: Speed | None, headline: bool = False) -> Facts:
+def _speed(speed: Speed, headline: bool = True) -> Facts:
     """Every speedup, over its own base or of the linearized candidate over another, with the time beside it.
 
     ``headline``: the linearized candidate's of each phase at its longest context is one.
     """
     found: Facts = {}
-    if speed is None:
-        return found
 
     def add(name: str, ratio: Ratio, detail: str = "", first: bool = False) -> None:
         figure = Figure(ratio.value, least=ratio.least, most=ratio.most)
@@ -323,10 +325,8 @@ def speed_facts(speed: Speed | None, headline: bool = False) -> Facts:
     return found
 
 
-def task_facts(evaluation: Evaluation | None) -> Facts:
+def _tasks(evaluation: Evaluation) -> Facts:
     """Scores of the linearized graph and their recovery, by task and by context length; then their means."""
-    if evaluation is None:
-        return {}
     found: Facts = {}
 
     def add(name: str, estimate: Estimate | None, documents: int, headline: bool = False) -> None:
@@ -336,29 +336,21 @@ def task_facts(evaluation: Evaluation | None) -> Facts:
 
     scored = [(f"{t.name}, {t.scored}", t.headline, t.documents) for t in evaluation.tasks]
     for one in evaluation.retrieval:
-        where = f"retrieval, {one.context:,} tokens"
-        scored += [
-            (f"{where}, choice", one.choice, one.questions),
-            (f"{where}, exact", one.exact, one.questions),
-        ]
-    for name, compared, documents in scored:
-        if compared is not None:
-            add(f"{name}: base", compared.base, documents)
-            add(f"{name}: linearized", compared.linearized, documents)
-            add(f"{name}: recovery", compared.recovery, documents)
-    for task in evaluation.tasks:
-        for name, both in task.figures.items():
-            if name not in task.metrics:  # perplexities, without an error
-                found[f"{task.name}, {name}"] = _said(both.linearized, "loss")
+        for way, compared in (("choice", one.choice), ("exact", one.exact)):
+            scored.append((f"retrieval, {one.context:,} tokens, {way}", compared, one.questions))
+    for name, found_of, documents in scored:
+        for what in ("base", "linearized", "recovery") if found_of else ():
+            add(f"{name}: {what}", getattr(found_of, what), documents)
+    for task in evaluation.tasks:  # perplexities, without an error
+        plain = {name: both for name, both in task.figures.items() if name not in task.metrics}
+        found |= {f"{task.name}, {name}": _said(both.linearized, "loss") for name, both in plain.items()}
     for name, mean in (("tasks", evaluation.mean.tasks), ("retrieval", evaluation.mean.retrieval)):
         add(f"mean recovery of {name}", mean.recovery if mean else None, 2, headline=True)
     return found
 
 
-def environment_facts(judged: Header | None) -> Facts:
+def _environment(judged: Header) -> Facts:
     """The machine, the versions of packages, and that of nbl-export."""
-    if judged is None:
-        return {}
     environment = judged.environment
     said = {
         "processor": environment.processor,
@@ -370,22 +362,3 @@ def environment_facts(judged: Header | None) -> Facts:
         **environment.packages,
     }
     return {name: _said(value) for name, value in said.items()}
-
-
-LOSS, SPEED, ENGINE_SPEED, BENCH = "Method loss", "Speed", "Engine speed", "Bench"
-# What a section has of a side, in reading order; races are headlines of a report and of a bench alone.
-SECTIONS: Mapping[str, Callable[[Opened], Facts]] = {
-    "Model and settings": lambda s: model_facts(s.header),
-    LOSS: lambda s: loss_facts(s.report.method_loss if s.report else None),
-    SPEED: lambda s: speed_facts(s.report.speed if s.report else None, headline=True),
-    ENGINE_SPEED: lambda s: speed_facts(s.report.engine_speed if s.report else None, headline=True),
-    BENCH: lambda s: speed_facts(s.bench.speed if s.bench else None, headline=s.kind == "bench"),
-    "Tasks and retrieval": lambda s: task_facts(s.evaluation),
-    "Checks": lambda s: {name: Fact(Figure(c.status), "passed") for name, c in s.checks().items()},
-    "Parity": lambda s: parity_facts(s.report.parity if s.report else None),
-    "Engines": lambda s: engine_facts(s.report),
-    "Graph": lambda s: summary_facts(s.summary),
-    "Graph file": lambda s: file_facts(s.graph, headline=s.kind == "graph"),
-    "Unmodified graph": lambda s: summary_facts(s.report.graph.before if s.report else None, headline=False),
-    "Environment": lambda s: environment_facts(s.header),
-}

@@ -8,7 +8,6 @@ for and cannot be judged has failed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from nbl_export.verify.parity.figures import MethodLoss
 from nbl_export.verify.speed.values import LEAST_ROUNDS, Ratio, Result, Speed
 
 Unlike = Literal["on other text", "on another machine", "over another base"]
+Judged = tuple[bool, str]
 # Half a 95 % interval that compares two medians, in interquartile ranges over √rounds (McGill, Tukey, Larsen 1978).
 _NOTCH = 1.57
 # The files that held-out text or images come from, and how near two perplexities of one text are.
@@ -67,24 +67,23 @@ class Race:
 
 def races_of(side: Opened) -> dict[str, Race]:
     """The races of one side by the titles of their sections."""
-    found: dict[str, Race] = {}
-    report, bench = side.report, side.bench
-    graph: Any = None
-
-    def add(title: str, speed: Speed, environment: Environment) -> None:
-        cost = next((c.cost for c in speed.candidates if c.name == speed.base), None)
-        found[title] = Race(speed, environment, (graph, cost))
-
+    report, bench, graph = side.report, side.bench, None
+    timed: dict[str, tuple[Speed | None, Environment]] = {}
     if report:
         # Names of tensors are part of the file's size, and of nothing that takes time.
         before = replace(report.graph.before, file_bytes=0)
         graph = (before, report.graph.precision, report.graph.kv_cache)
         for name, title in (("speed", SPEED), ("engine_speed", ENGINE_SPEED)):
-            if speed := getattr(report, name):
-                add(title, speed, report.kept.get(name, report).environment)
+            timed[title] = getattr(report, name), report.kept.get(name, report).environment
     if bench:
-        add(BENCH, bench.speed, bench.environment)
-    return found
+        timed[BENCH] = bench.speed, bench.environment
+    return {
+        title: Race(
+            speed, where, (graph, next((c.cost for c in speed.candidates if c.name == speed.base), None))
+        )
+        for title, (speed, where) in timed.items()
+        if speed
+    }
 
 
 def unlike(a: Race | None, b: Race | None) -> tuple[Unlike | None, tuple[str, ...]]:
@@ -101,46 +100,30 @@ def unlike(a: Race | None, b: Race | None) -> tuple[Unlike | None, tuple[str, ..
         if own.get(name) != other.get(name)
     ]
     notes = (f"Other versions, of which a difference may come: {', '.join(versions)}.",) if versions else ()
-    if a.base != b.base:
-        why = "The unmodified graphs differ, so that speedups over them do not compare; the times beside them do."
-        return "over another base", (why, *notes)
-    return None, notes
+    if a.base == b.base:
+        return None, notes
+    why = "The unmodified graphs differ, so that speedups over them do not compare; the times beside them do."
+    return "over another base", (why, *notes)
 
 
-@dataclass(frozen=True)
-class Slowdown:
-    """How many times as long B takes in a ``cell``, and its 95 % interval; all are nan where that is not known."""
+def _times_as_long(a: Race, b: Race, cell: str) -> tuple[float, float, float] | None:
+    """How many times as long B takes in a cell, and its 95 % interval: by speedups over the same base, or by times."""
 
-    cell: str
-    value: float
-    least: float
-    most: float
+    def time(result: Result) -> tuple[float, float, float]:
+        """The median in milliseconds, and how far two of them may be apart by chance."""
+        timing, known = result.timing, result.rounds >= LEAST_ROUNDS
+        half = _NOTCH * (timing.high_ms - timing.low_ms) / math.sqrt(result.rounds) if known else math.nan
+        return timing.median_ms, timing.median_ms - half, timing.median_ms + half
 
-
-def slowdowns(a: Race, b: Race) -> Iterator[Slowdown]:
-    """Of every cell that both have, by speedups over the same base, or by times."""
-    for name, (result, over) in a.cells.items():
-        if name not in b.cells:
-            continue
-        result_b, over_b = b.cells[name]
-        # A speedup that falls is a time that rises.
-        if a.base == b.base:
-            one, other = ((r.value, r.least, r.most) for r in (over, over_b))
-        else:
-            one, other = _time(result_b), _time(result)
-        if all(0 < number < math.inf for number in (*one, *other)):
-            yield Slowdown(name, one[0] / other[0], one[1] / other[2], one[2] / other[1])
-        else:
-            yield Slowdown(name, math.nan, math.nan, math.nan)
-
-
-def _time(result: Result) -> tuple[float, float, float]:
-    """The median in milliseconds, and how far two of them may be apart by chance."""
-    timing, rounds = result.timing, result.rounds
-    half = (
-        _NOTCH * (timing.high_ms - timing.low_ms) / math.sqrt(rounds) if rounds >= LEAST_ROUNDS else math.nan
-    )
-    return timing.median_ms, timing.median_ms - half, timing.median_ms + half
+    (result, over), (result_b, over_b) = a.cells[cell], b.cells[cell]
+    # A speedup that falls is a time that rises.
+    if a.base == b.base:
+        one, other = ((r.value, r.least, r.most) for r in (over, over_b))
+    else:
+        one, other = time(result_b), time(result)
+    if not all(0 < number < math.inf for number in (*one, *other)):
+        return None
+    return one[0] / other[0], one[1] / other[2], one[2] / other[1]
 
 
 # gates -------------------------------------------------------------------------------------------
@@ -148,39 +131,37 @@ def _time(result: Result) -> tuple[float, float, float]:
 
 def gates(a: Opened, b: Opened, bounds: DiffBounds) -> tuple[Check, ...]:
     """One verdict on the checks of reports, and one for each bound that there is."""
-    found = _checks(a, b)
-    for name, bound, judge in (
-        ("perplexity increase", bounds.max_ppl_increase, _perplexity),
-        ("slowdown", bounds.max_slowdown, _slowdown),
-        ("size increase", bounds.max_size_increase, _size),
-    ):
-        if bound is not None:
-            within, said = judge(a, b, bound)
-            found.append(Check(name, "passed" if within else "failed", said))
-    return tuple(found)
+    found = {"checks": _checks(a, b)}
+    if bounds.max_ppl_increase is not None:
+        found["perplexity increase"] = _perplexity(a, b, bounds.max_ppl_increase)
+    if bounds.max_slowdown is not None:
+        found["slowdown"] = _slowdown(a, b, bounds.max_slowdown)
+    if bounds.max_size_increase is not None:
+        found["size increase"] = _size(a, b, bounds.max_size_increase)
+    return tuple(Check(name, "passed" if one[0] else "failed", one[1]) for name, one in found.items() if one)
 
 
-def _checks(a: Opened, b: Opened) -> list[Check]:
+def _checks(a: Opened, b: Opened) -> Judged | None:
     """Fails for a check of B that has failed and had not in A, whether it was there or not; none without checks."""
-    own, other = a.checks(), b.checks()
-    if not own and not other:
-        return []
-    before, after = ({name: check.status for name, check in judged.items()} for judged in (own, other))
+    judged = b.checks()
+    before, after = ({n: c.status for n, c in side.items()} for side in (a.checks(), judged))
+    if not before and not after:
+        return None
     failed = [
-        f"{name} failed in B and was {before.get(name, 'not there')} in A ({check.detail})"
-        for name, check in other.items()
-        if check.status == "failed" and before.get(name) != "failed"
+        f"{name} failed in B and was {before.get(name, 'not there')} in A ({judged[name].detail})"
+        for name, status in after.items()
+        if status == "failed" != before.get(name)
     ]
-    still = sum(status == "failed" and before.get(name) == "failed" for name, status in after.items())
+    still = sum(status == "failed" == before.get(name) for name, status in after.items())
     open_ = [n for n, status in before.items() if status == "passed" and after.get(n, "skipped") == "skipped"]
     said = failed or ["none failed in B that had not in A"]
     said += [f"{still} failed in both"] if still else []
     said += [f"passed in A and not judged in B: {_listed(open_)}"] if open_ else []
-    return [Check("checks", "failed" if failed else "passed", "; ".join(said))]
+    return not failed, "; ".join(said)
 
 
-def _perplexity(a: Opened, b: Opened, bound: float) -> tuple[bool, str]:
-    losses = [side.report.method_loss if side.report else None for side in (a, b)]
+def _perplexity(a: Opened, b: Opened, bound: float) -> Judged:
+    losses = [side.report and side.report.method_loss for side in (a, b)]
     one, other = (loss if isinstance(loss, MethodLoss) else None for loss in losses)
     if not (one and other and a.report and b.report):
         return _unjudged(f"there is no perplexity ratio in {_lacking(one, other)}")
@@ -192,14 +173,14 @@ def _perplexity(a: Opened, b: Opened, bound: float) -> tuple[bool, str]:
     return _held(after, before, bound, f"perplexity ratio {before:.4f} in A, {after:.4f} in B")
 
 
-def _size(a: Opened, b: Opened, bound: float) -> tuple[bool, str]:
+def _size(a: Opened, b: Opened, bound: float) -> Judged:
     before, after = (side.summary.file_bytes if side.summary else 0 for side in (a, b))
     if not before or not after:
         return _unjudged(f"no size of a graph is known in {_lacking(before, after)}")
     return _held(after, before, bound, f"{mebibytes(before)} in A, {mebibytes(after)} in B")
 
 
-def _slowdown(a: Opened, b: Opened, bound: float) -> tuple[bool, str]:
+def _slowdown(a: Opened, b: Opened, bound: float) -> Judged:
     own, other = races_of(a), races_of(b)
     unknown, slower, found = [], [], []
     for title in {**own, **other}:
@@ -212,29 +193,30 @@ def _slowdown(a: Opened, b: Opened, bound: float) -> tuple[bool, str]:
             unknown.append(f"{title.lower()}: {notes[0]}".rstrip("."))
             continue
         unknown += [f"{cell} is on one side alone" for cell in sorted(one.cells.keys() ^ two.cells.keys())]
-        for cell in slowdowns(one, two):
-            if math.isnan(cell.value):
-                unknown.append(f"{cell.cell} has no 95 % interval: measure at least six rounds")
-            elif _above(cell.least, bound):
-                slower.append(f"{cell.cell} takes {cell.value:.2f} times as long, {cell.least:.2f} at least")
+        for cell in (name for name in one.cells if name in two.cells):
+            times = _times_as_long(one, two, cell)
+            if times is None:
+                unknown.append(f"{cell} has no 95 % interval: measure at least six rounds")
+            elif _above(times[1], bound):
+                slower.append(f"{cell} takes {times[0]:.2f} times as long, {times[1]:.2f} at least")
             else:
-                found.append(cell)
+                found.append((cell, *times))
     if not (found or slower or unknown):
         return _unjudged("nothing was timed beside its base")
     said = [f"{_listed(slower)}: above the {bound:g} asked for"] if slower else []
     said += [f"cannot be judged: {_listed(unknown)}"] if unknown else []
     if said:
         return False, "; ".join(said)
-    worst = max(found, key=lambda cell: cell.most)
-    sure = sum(not _above(cell.most, bound) for cell in found)
+    name, value, _, most = max(found, key=lambda one: one[3])
+    sure = sum(not _above(one[3], bound) for one in found)
     rest = f", {len(found) - sure} may be by noise" if sure < len(found) else ""
     return True, (
         f"no cell surely takes more than the {bound:g} asked for; {sure} of {len(found)} surely do not{rest} "
-        f"({worst.cell}: {worst.value:.2f} times as long, {worst.most:.2f} at most)"
+        f"({name}: {value:.2f} times as long, {most:.2f} at most)"
     )
 
 
-def _held(after: float, before: float, bound: float, said: str) -> tuple[bool, str]:
+def _held(after: float, before: float, bound: float, said: str) -> Judged:
     """Whether ``after`` is at most ``bound`` times ``before``."""
     times = after / before if before else math.nan
     above = _above(times, bound)
@@ -246,7 +228,7 @@ def _above(factor: float, bound: float) -> bool:
     return not factor <= bound * (1 + _ROUNDING)
 
 
-def _unjudged(why: str) -> tuple[bool, str]:
+def _unjudged(why: str) -> Judged:
     return False, f"cannot be judged: {why}"
 
 

@@ -48,6 +48,15 @@ def percent(value: Any) -> str:
     return number(value, ".1%").replace(".0%", "%")
 
 
+def milliseconds(value: float) -> str:
+    """With the more decimals the shorter."""
+    return number(value, f".{decimals(value)}f")
+
+
+def decimals(value: float) -> int:
+    return 1 if value >= 10 else 2 if value >= 1 else 3
+
+
 def finite(value: Any) -> float | None:
     """``value`` if it is a number that can be drawn; a report writes nan and inf as text."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

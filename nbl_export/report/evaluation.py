@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from nbl_export.evaluate.results import Compared, Estimate, MeanRecovery, Means, RetrievalResult, TaskResult
-from nbl_export.files import write_json, write_text
 from nbl_export.report.drawing import Table, number
-from nbl_export.report.render import markdown_page, write_junit
+from nbl_export.report.render import write_judged, write_junit
 from nbl_export.report.schema import Header, load_judged
-from nbl_export.report.summary import measured_on
-from nbl_export.report.tables import verdicts_table
 from nbl_export.settings import EvalSettings
 
 
@@ -56,11 +53,12 @@ NAMES = ("eval.json", "eval.md", "eval-junit.xml")
 
 def write_evaluation(folder: Path, value: Evaluation) -> list[Path]:
     """Write the evaluation into ``folder``, each file atomically; JUnit only where there are checks."""
-    paths = [folder / name for name in NAMES[: 3 if value.checks else 2]]
-    write_json(paths[0], value.as_json())
-    write_text(paths[1], markdown(value))
-    for path in paths[2:]:
-        write_junit(path, "nbl-export eval", value)
+    asked = value.settings
+    said = f"; seed {asked.seed}, {asked.few_shot or 'no'} few-shot examples, {asked.limit or 'all'} rows of each task"
+    paths = write_judged(folder, "eval", "evaluation", value, evaluation_tables(value), said)
+    if value.checks:
+        paths.append(folder / NAMES[2])
+        write_junit(paths[-1], "nbl-export eval", value)
     return paths
 
 
@@ -156,17 +154,3 @@ def _figures(figures: Compared, brief: bool) -> tuple[str, ...]:
 
 def _percent(estimate: Estimate | None, sign: str = "") -> str:
     return f"{100 * estimate.value:{sign}.1f} ± {100 * estimate.se:.1f}" if estimate else ""
-
-
-def markdown(value: Evaluation) -> str:
-    """The evaluation as GitHub-flavoured Markdown."""
-    tables = evaluation_tables(value)
-    if value.checks:
-        tables.insert(0, verdicts_table(value.checks))
-    settings = value.settings
-    making = [
-        f"Made {value.created} with nbl-export {value.tool_version}; seed {settings.seed}, "
-        f"{settings.few_shot or 'no'} few-shot examples, {settings.limit or 'all'} rows of each task.",
-        measured_on(value.environment),
-    ]
-    return markdown_page(f"nbl-export evaluation: {value.model.source}", tables, making, value.notes)

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from nbl_export.batch.names import LINEARIZED
 from nbl_export.blocks import Block, Mlp, Span, layer_of
 from nbl_export.files import printable
-from nbl_export.linearize.selection import Curve
+from nbl_export.linearize.selection import Candidate, Curve
 from nbl_export.report.drawing import finite, listed, number
-from nbl_export.report.schema import Report, Selection
-from nbl_export.report.selection import BUDGETS, scored_by, speedups_of
+from nbl_export.report.schema import Report
+from nbl_export.report.selection import BUDGETS, Score, scored_by, speedups_of
 from nbl_export.report.speed import BENCH, ENGINES, VERIFIED
-from nbl_export.verify.speed.values import CellResult, Speed
+from nbl_export.verify.speed.values import Speed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,16 +78,15 @@ class Plot:
 
 def report_plots(report: Report) -> dict[str, Plot]:
     """The plots that there are figures for, by name."""
-    plots = []
-    selection = report.selection
+    plots, selection = [], report.selection
     if selection.curve and selection.curve.points:
-        plots.append(_curve(selection.curve))
+        plots.append(_curve_plot(selection.curve))
     score = scored_by(selection.criterion, selection.candidates)
     scored = [c for c in selection.candidates if finite(score.of(c)) is not None]
     if 0 < len(scored) <= _MOST_LAYERS:
         text = f"{score.name} of {len(scored)} layers, lower is better; replaced: "
         text += f"{listed(selection.layers) or 'none'}."
-        plots.append(Plot("layers", text, partial(_draw_layers, selection)))
+        plots.append(Plot("layers", text, partial(_draw_layers, score, scored, set(selection.layers))))
     bench = report.bench.speed if report.bench else None
     races = {VERIFIED: report.speed, ENGINES: report.engine_speed, BENCH: bench}
     plots += [speed_plot(race, speed) for race, speed in races.items() if speed and speed.cells]
@@ -99,6 +98,16 @@ def _panels(count: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
 
     figure = Figure(figsize=(10.0, 2.9 * rows), layout="constrained")
     return figure, list(figure.subplots(rows, count // rows, squeeze=False).flat)
+
+
+def _draw(panel: Axes, points: Sequence[tuple[float, Any, Any, Any]], **look: Any) -> None:
+    """Points of x, y and the ends of their whiskers; a point or an end that is no number is left out."""
+    y = [_drawable(value) for _, value, _, _ in points]
+    ends = [
+        [max(0.0, sign * (_drawable(point[side]) - value)) for point, value in zip(points, y, strict=True)]
+        for sign, side in ((-1, 2), (1, 3))
+    ]
+    panel.errorbar([x for x, _, _, _ in points], y, yerr=ends, **look)
 
 
 def _drawable(value: Any) -> float:
@@ -123,19 +132,15 @@ def _log_if_wide(panel: Axes, values: Sequence[Any]) -> bool:
     return wide
 
 
-# the K curve -------------------------------------------------------------------------------------
-
-
-def _curve(curve: Curve) -> Plot:
+def _curve_plot(curve: Curve) -> Plot:
     points, gains = curve.by_k, speedups_of(curve)
     text = f"Perplexity ratio, KL{' and speedup' if gains else ''} for {len(points)} values of K, {points[0].k} to "
     text += f"{points[-1].k}; whiskers: standard errors over documents; dashed: the budget."
-    for p in points:
-        if p.k == curve.chosen:
-            ratio, kl = number(p.perplexity_ratio, ".3f"), number(p.kl, ".3f")
-            text += f" Chosen: K = {p.k}, perplexity ratio {ratio}, KL {kl}"
-            found = {name: finite(getattr(p, of)) for name, of in gains.items()}
-            text += "".join(f", {name} {gain:.2f}×" for name, gain in found.items() if gain is not None) + "."
+    for p in (p for p in points if p.k == curve.chosen):
+        ratio, kl = number(p.perplexity_ratio, ".3f"), number(p.kl, ".3f")
+        found = {name: finite(getattr(p, of)) for name, of in gains.items()}
+        fast = (f", {name} {gain:.2f}×" for name, gain in found.items() if gain is not None)
+        text += f" Chosen: K = {p.k}, perplexity ratio {ratio}, KL {kl}{''.join(fast)}."
     return Plot("k-curve", text, partial(_draw_curve, curve))
 
 
@@ -143,59 +148,45 @@ def _draw_curve(curve: Curve) -> Figure:
     """Perplexity ratio, KL and speedup against K: standard errors, the budget, and the chosen K."""
     points, gains = curve.by_k, speedups_of(curve)
     figure, axes = _panels(3 if gains else 2)
-    panels = [
-        ("Perplexity ratio", "perplexity_ratio", {"perplexity_ratio": ""}),
-        ("KL to the original, nats per token", "kl", {"kl": ""}),
+    panels: list[tuple[str, str, dict[str, str | None]]] = [
+        ("Perplexity ratio", "perplexity_ratio", {"perplexity_ratio": None}),
+        ("KL to the original, nats per token", "kl", {"kl": None}),
         ("Times as fast as the original", "speedup", {of: name for name, of in gains.items()}),
     ]
     for panel, (title, bounded, series) in zip(axes, panels, strict=False):
         panel.set_title(title)
         panel.set_xlabel("K, layers replaced")
         _whole_numbers(panel)
-        colours = zip(series.items(), (_BLUE, _ORANGE, _GREY, _INK), _MARKERS, strict=False)
-        for (of, label), colour, marker in colours:
-            panel.errorbar(
-                [p.k for p in points],
-                [_drawable(getattr(p, of)) for p in points],
-                yerr=[finite(getattr(p, f"{of}_se", None)) or 0.0 for p in points],
-                color=colour,
-                marker=marker,
-                label=label or None,
-            )
+        for of, color, marker in zip(series, (_BLUE, _ORANGE, _GREY, _INK), _MARKERS, strict=False):
+            y = [_drawable(getattr(p, of)) for p in points]
+            errors = [finite(getattr(p, f"{of}_se", None)) or 0.0 for p in points]
+            panel.errorbar([p.k for p in points], y, errors, color=color, marker=marker, label=series[of])
         _log_if_wide(panel, [getattr(p, of) for p in points for of in series])
         for bound in BUDGETS:
             if bound.figure == bounded and (limit := finite(bound.of(curve.budget))) is not None:
-                panel.axhline(
-                    limit, color=_INK, linewidth=1.1, linestyle="--", label=bound.text.format(limit)
-                )
+                said = bound.text.format(limit)
+                panel.axhline(limit, color=_INK, linewidth=1.1, linestyle="--", label=said)
         if curve.chosen is not None:
-            panel.axvline(
-                curve.chosen, color=_GREY, linewidth=0.8, linestyle=":", label=f"K = {curve.chosen}"
-            )
+            said = f"K = {curve.chosen}"
+            panel.axvline(curve.chosen, color=_GREY, linewidth=0.8, linestyle=":", label=said)
         if panel.get_legend_handles_labels()[1]:
             panel.legend()
     return figure
 
 
-# layers ------------------------------------------------------------------------------------------
-
-
-def _draw_layers(selection: Selection) -> Figure:
+def _draw_layers(score: Score, scored: Sequence[Candidate], chosen: set[Block]) -> Figure:
     """Each layer's score by the criterion, chosen layers in colour; points instead of bars on a log axis."""
-    score = scored_by(selection.criterion, selection.candidates)
-    scored = [c for c in selection.candidates if finite(score.of(c)) is not None]
     figure, (panel,) = _panels(1)
     dots = _log_if_wide(panel, [score.of(c) for c in scored])
     width = 0.36 if any(isinstance(c.layer, Mlp) for c in scored) else 0.72
-    chosen = set(selection.layers)
-    for name, colour, marker, replaced in (("replaced", _BLUE, "o", True), ("kept", _GREY, "D", False)):
+    for name, color, marker, replaced in (("replaced", _BLUE, "o", True), ("kept", _GREY, "D", False)):
         group = [c for c in scored if (c.layer in chosen) is replaced]
         x, y = [_place(c.layer) for c in group], [_drawable(score.of(c)) for c in group]
         errors = [finite(score.se(c)) or 0.0 for c in group]
         if dots:
-            panel.errorbar(x, y, yerr=errors, fmt=marker, color=colour, label=name)
+            panel.errorbar(x, y, yerr=errors, fmt=marker, color=color, label=name)
         else:
-            panel.bar(x, y, width=width, color=colour, yerr=errors if any(errors) else None, label=name)
+            panel.bar(x, y, width=width, color=color, yerr=errors if any(errors) else None, label=name)
     panel.set_xlabel("layer")
     panel.set_ylabel(score.name)
     _whole_numbers(panel)
@@ -208,9 +199,6 @@ def _place(block: Block) -> float:
     if isinstance(block, Span):
         return (block.layer + block.last) / 2 + 0.25
     return layer_of(block) + 0.5 * isinstance(block, Mlp)
-
-
-# speed -------------------------------------------------------------------------------------------
 
 
 def speed_plot(race: str, speed: Speed) -> Plot:
@@ -226,24 +214,42 @@ def speed_plot(race: str, speed: Speed) -> Plot:
 
 
 def _draw_speed(speed: Speed) -> Figure:
-    """Milliseconds of everybody by cell, a panel for each phase; then how many times as fast as the base."""
-    phases = speed.phases
+    """Milliseconds of everybody by cell, a panel for each phase; then how many times as fast as the base.
+
+    The linearized one over its base has its 95 % interval, is hollow where not resolved, and has its ceiling.
+    """
+    phases, base = speed.phases, speed.base or LINEARIZED
     # One phase: both panels beside each other.
     figure, axes = _panels(2 * len(phases), rows=2 if len(phases) > 1 else 1)
-    timed = [c for c in speed.candidates if any(cell.of(c.name) for cell in speed.cells)]
+    timed = [c.name for c in speed.candidates if any(cell.of(c.name) for cell in speed.cells)]
     for index, phase in enumerate(phases):
         cells = [c for c in speed.cells if c.phase == phase]
         above, below = axes[index], axes[len(phases) + index]
         above.set_title(f"{phase.capitalize()}, ms" + " per token" * (phase == "decode"))
-        below.set_title(f"{phase.capitalize()}, times as fast as the {printable(speed.base or LINEARIZED)}")
+        below.set_title(f"{phase.capitalize()}, times as fast as the {printable(base)}")
         below.axhline(1, color=_GREY, linewidth=0.8)
-        for number_, candidate in enumerate(timed):
-            name = candidate.name
-            colour = _BLUE if name == speed.linearized else _ORANGE if LINEARIZED in name else _GREY
-            look = {"color": colour, "marker": _MARKERS[number_ % len(_MARKERS)], "linestyle": "none"}
-            shift = min(0.2, 0.76 / len(timed)) * (number_ - (len(timed) - 1) / 2)
-            _milliseconds(above, cells, name, shift, look)
-            _speedups(below, cells, name, shift, look, speed)
+        for place, name in enumerate(timed):
+            color = _BLUE if name == speed.linearized else _ORANGE if LINEARIZED in name else _GREY
+            look: dict[str, Any] = {
+                "color": color,
+                "marker": _MARKERS[place % len(_MARKERS)],
+                "linestyle": "none",
+            }
+            shift = min(0.2, 0.76 / len(timed)) * (place - (len(timed) - 1) / 2)
+            known = [(x + shift, cell.of(base), r) for x, cell in enumerate(cells) if (r := cell.of(name))]
+            times = [
+                (x, t.median_ms, t.low_ms, t.high_ms if t.p99_ms is None else t.p99_ms)
+                for x, t in ((x, r.timing) for x, _, r in known)
+            ]
+            _draw(above, times, label=printable(name), **look)
+            for x, reference, result in known:
+                if name == speed.linearized and (over := result.over_base):
+                    face = color if over.resolved else "white"
+                    _draw(below, [(x, over.value, over.least, over.most)], markerfacecolor=face, **look)
+                    if result.ceiling is not None:
+                        below.plot(x, _drawable(result.ceiling), "_", color=_INK, markersize=15)
+                elif reference and result is not reference:
+                    below.plot(x, _drawable(reference.timing.median_ms / result.timing.median_ms), **look)
         if not _log_if_wide(above, [r.timing.median_ms for cell in cells for r in cell.results]):
             above.set_ylim(bottom=0)
         for panel in (above, below):
@@ -253,30 +259,3 @@ def _draw_speed(speed: Speed) -> Figure:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(labels)))
     return figure
-
-
-def _milliseconds(panel: Axes, cells: Sequence[CellResult], name: str, shift: float, look: Any) -> None:
-    """Medians with whiskers from the lower quartile to the upper or, where it is known, the 99th percentile."""
-    known = [(x + shift, r.timing) for x, cell in enumerate(cells) if (r := cell.of(name))]
-    middle = [_drawable(t.median_ms) for _, t in known]
-    low = [max(0.0, t.median_ms - _drawable(t.low_ms)) for _, t in known]
-    ends = [_drawable(t.high_ms if t.p99_ms is None else t.p99_ms) for _, t in known]
-    high = [max(0.0, end - m) for m, end in zip(middle, ends, strict=True)]
-    panel.errorbar([x for x, _ in known], middle, yerr=[low, high], label=printable(name), **look)
-
-
-def _speedups(
-    panel: Axes, cells: Sequence[CellResult], name: str, shift: float, look: Any, speed: Speed
-) -> None:
-    """Over the base; the linearized one with its 95 % interval, hollow where it is not resolved, and its ceiling."""
-    for x, cell in enumerate(cells):
-        result, reference = cell.of(name), cell.of(speed.base or LINEARIZED)
-        if result and name == speed.linearized and (over := result.over_base):
-            ends = (finite(over.least), finite(over.most))
-            whiskers = [[0.0 if end is None else abs(end - over.value)] for end in ends]
-            face = look["color"] if over.resolved else "white"
-            panel.errorbar([x + shift], [_drawable(over.value)], yerr=whiskers, markerfacecolor=face, **look)
-            if result.ceiling is not None:
-                panel.plot(x + shift, _drawable(result.ceiling), "_", color=_INK, markersize=15)
-        elif result and reference and result is not reference:
-            panel.plot(x + shift, _drawable(reference.timing.median_ms / result.timing.median_ms), **look)

@@ -1,4 +1,4 @@
-"""Write a report: ``report.json`` as it is, ``report.md`` and ``report.html`` for people, ``junit.xml`` for CI.
+"""Write a report: its JSON, Markdown and HTML for people, JUnit for CI, and the model card of a package.
 
 Texts in it come from models, graphs and paths that somebody else may have named: each form escapes them where it is
 written, and nowhere else.
@@ -7,12 +7,15 @@ written, and nowhere else.
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
 from nbl_export.files import atomic_path, printable, write_json, write_text
+from nbl_export.models.source import ModelIdentity
 from nbl_export.report.drawing import Table, finite
 from nbl_export.report.plots import PLOTS, Plot, report_plots, speed_plot
 from nbl_export.report.schema import BenchReport, Header, Report
@@ -20,6 +23,8 @@ from nbl_export.report.speed import BENCH, speed_table
 from nbl_export.report.summary import headlines, making, measured_on, model_name, replaced_line, verdict_line
 from nbl_export.report.tables import report_tables, verdicts_table
 
+M = TypeVar("M", bound=ModelIdentity)
+CARD = "README.md"
 TEMPLATES = Path(__file__).parent / "templates"
 _FIGURE = re.compile(r"[-+±]? ?(?:\d[^ ]*|inf|nan)( ± .*| MiB| not resolved)?$|=?$")
 
@@ -29,30 +34,51 @@ def write_report(folder: Path, report: Report) -> list[Path]:
 
     The verdict comes first; a plot of an earlier report that this one has no figures for is removed.
     """
-    json, junit, markdown_file, html = (
-        folder / name for name in ("report.json", "junit.xml", "report.md", "report.html")
-    )
     plots = report_plots(report)
-    write_json(json, report.as_json())
-    write_junit(junit, "nbl-export", report)
+    write_json(folder / "report.json", report.as_json())
+    write_junit(folder / "junit.xml", "nbl-export", report)
     for name in set(PLOTS) - set(plots):
         (folder / "plots" / f"{name}.png").unlink(missing_ok=True)
     pictures = [write_plot(folder / "plots", plot) for plot in plots.values()]
-    write_text(markdown_file, markdown(report, plots))
-    write_text(html, page(report, plots))
-    return [json, markdown_file, html, junit, *pictures]
+    write_text(folder / "report.md", markdown(report, plots))
+    write_text(folder / "report.html", page(report, plots))
+    return [*(folder / name for name in ("report.json", "report.md", "report.html", "junit.xml")), *pictures]
 
 
 def write_bench(folder: Path, value: BenchReport) -> list[Path]:
     """Write ``bench.json``, ``bench.md`` and ``plots/bench.png`` into ``folder``, each atomically."""
     plot = speed_plot(BENCH, value.speed)
-    write_json(folder / "bench.json", value.as_json())
-    made = f"Made {value.created} with nbl-export {value.tool_version}."
-    title = f"nbl-export bench: {value.model.source}"
-    tables = [verdicts_table(value.checks), speed_table(BENCH, value.speed)]
-    text = markdown_page(title, tables, [made, measured_on(value.environment)], value.notes, {BENCH: plot})
-    write_text(folder / "bench.md", text)
-    return [folder / "bench.json", folder / "bench.md", write_plot(folder / "plots", plot)]
+    return write_judged(
+        folder, "bench", "bench", value, [speed_table(BENCH, value.speed)], plots={BENCH: plot}
+    )
+
+
+def write_judged(
+    folder: Path,
+    stem: str,
+    what: str,
+    value: Header,
+    tables: Sequence[Table],
+    asked: str = "",
+    plots: Mapping[str, Plot] | None = None,
+) -> list[Path]:
+    """Write ``value`` as ``stem``.json, its ``tables`` as ``stem``.md, and their ``plots``, each atomically."""
+    files, drawn = [folder / f"{stem}.json", folder / f"{stem}.md"], plots or {}
+    verdicts = [verdicts_table(value.checks)] if value.checks else []
+    text = filled(
+        "page.md.j2",
+        title=f"nbl-export {what}: {value.model.source}",
+        tables=[*verdicts, *tables],
+        making=[
+            f"Made {value.created} with nbl-export {value.tool_version}{asked}.",
+            measured_on(value.environment),
+        ],
+        notes=value.notes,
+        plots=drawn,
+    )
+    write_json(files[0], value.as_json())
+    write_text(files[1], text)
+    return [*files, *(write_plot(folder / "plots", plot) for plot in drawn.values())]
 
 
 def write_plot(folder: Path, plot: Plot) -> Path:
@@ -90,17 +116,6 @@ def page(report: Report, plots: Mapping[str, Plot]) -> str:
     style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
     drawings = {name: base64.b64encode(plot.file("svg")).decode() for name, plot in plots.items()}
     return filled("report.html.j2", **_values(report, plots), style=style, drawings=drawings)
-
-
-def markdown_page(
-    title: str,
-    tables: Sequence[Table],
-    making: Sequence[str],
-    notes: Sequence[str] = (),
-    plots: Mapping[str, Plot] | None = None,
-) -> str:
-    """Tables as GitHub-flavoured Markdown, with links to those of their ``plots`` that were drawn."""
-    return filled("page.md.j2", title=title, tables=tables, making=making, notes=notes, plots=plots or {})
 
 
 def filled(template: str, **values: object) -> str:
@@ -166,3 +181,79 @@ def write_junit(path: Path, suite_name: str, report: Header) -> None:
     xml.update_statistics()
     with atomic_path(path) as temporary:
         xml.write(str(temporary), pretty=True)
+
+
+# the model card ----------------------------------------------------------------------------------
+
+
+def without_paths(report: Report) -> Report:
+    """``report`` with the names of files and folders in the place of their paths, which are a machine's own."""
+    chosen, bench = report.selection, report.bench
+    return replace(
+        report,
+        model=_public(report.model),
+        selection=replace(chosen, sources=tuple(map(_named, chosen.sources))),
+        settings=_named(report.settings),
+        kept={name: replace(kept, settings=_named(kept.settings)) for name, kept in report.kept.items()},
+        bench=bench and replace(bench, settings=_named(bench.settings), model=_public(bench.model)),
+        forms={},  # their files are not in the package
+    )
+
+
+def _public(model: M) -> M:
+    """``model`` as it is called elsewhere: by its Hub id, or the name of its folder or file."""
+    return model if model.kind == "hub" else replace(model, source=model_name(model))
+
+
+def _named(asked: Any) -> Any:
+    """Settings, with the last part of every path with folders in its place."""
+    if isinstance(asked, Mapping):
+        return {name: _named(value) for name, value in asked.items()}
+    if isinstance(asked, (list, tuple)):
+        return [_named(value) for value in asked]
+    path = isinstance(asked, str) and (PurePath(asked).is_absolute() or asked.startswith(("~", "..")))
+    return PurePath(asked).name if path else asked
+
+
+def license_of(model: Path, gguf_file: str | None = None) -> str | None:
+    """The license that the files of a model name: a field of its GGUF file, or the front matter of its card."""
+    from yaml import YAMLError
+
+    named = None
+    try:
+        if gguf_file is not None:
+            from gguf import GGUFReader
+
+            field = GGUFReader(model / gguf_file).get_field("general.license")
+            named = field.contents() if field else None
+        elif (model / CARD).is_file():
+            from huggingface_hub import ModelCard
+
+            named = ModelCard.load(model / CARD).data.to_dict().get("license")
+    except (ValueError, OSError, YAMLError):  # no such file, no front matter, or none that is one
+        return None
+    return named if isinstance(named, str) else None
+
+
+def model_card(report: Report, license: str | None = None, layout: str = "folder") -> str:
+    """The card in Markdown with its front matter; ``report`` names no paths (:func:`without_paths`)."""
+    # A report may come from somebody else: what is no Hub id makes no link.
+    hub = report.model.kind == "hub" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", report.model.source) is not None
+    task = report.graph.task or "text-generation"
+    header: dict[str, object] = {
+        **({"license": license} if license else {}),
+        **({"base_model": report.model.source} if hub else {}),
+        "library_name": "transformers.js" if layout == "web" else "onnx",
+        "pipeline_tag": task,
+        "tags": ["onnx", "neural-block-linearization", "nbl-export"],
+    }
+    return filled(
+        "card.md.j2",
+        header={name: json.dumps(value) for name, value in header.items()},
+        base=report.model.source,
+        link=f"https://huggingface.co/{report.model.source}" if hub else "",
+        layout=layout,
+        task=task,
+        license=license,
+        **_values(report, report_plots(report)),
+    )

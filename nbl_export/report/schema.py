@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,21 +70,18 @@ def environment() -> Environment:
     """This machine."""
     import psutil
 
+    packages = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
     return Environment(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         processor=processor(),
         cores=os.cpu_count(),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
-        packages={name: found for name in _PACKAGES if (found := _version(name))},
+        packages=packages,
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def processor() -> str:

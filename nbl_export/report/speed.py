@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nbl_export.report.drawing import Table, finite, number
+from nbl_export.report.drawing import Table, decimals, finite, milliseconds, number
 from nbl_export.verify.speed.values import DECODE, ENCODE, PREFILL, Ratio, Result, Roofline, Speed, Timing
 
 # The three races of a report, by the names of their plots.
@@ -125,16 +125,7 @@ def spread(timing: Timing) -> str:
     """The median and half the interquartile range, in milliseconds; the median alone where quartiles are not known."""
     half = finite((timing.high_ms - timing.low_ms) / 2)
     shown = milliseconds(timing.median_ms)
-    return shown if half is None else f"{shown} ± {half:.{_decimals(timing.median_ms)}f}"
-
-
-def milliseconds(value: float) -> str:
-    """With the more decimals the shorter."""
-    return number(value, f".{_decimals(value)}f")
-
-
-def _decimals(value: float) -> int:
-    return 1 if value >= 10 else 2 if value >= 1 else 3
+    return shown if half is None else f"{shown} ± {half:.{decimals(timing.median_ms)}f}"
 
 
 def _ratio(found: Ratio | None, noise: str) -> str:

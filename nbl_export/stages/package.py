@@ -45,8 +45,7 @@ from nbl_export.models.source import ModelIdentity, expected, find_model
 from nbl_export.progress import Listener, Silent
 from nbl_export.records import Check, from_json, part_from_json, to_json
 from nbl_export.report.assemble import created
-from nbl_export.report.card import CARD, license_of, model_card, without_paths
-from nbl_export.report.render import write_report
+from nbl_export.report.render import CARD, license_of, model_card, without_paths, write_report
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.stages.build import current_engines

@@ -24,8 +24,7 @@ from nbl_export.report.assemble import (
     assemble,
     keeping,
 )
-from nbl_export.report.card import license_of, model_card, without_paths
-from nbl_export.report.render import write_bench
+from nbl_export.report.render import license_of, model_card, without_paths, write_bench
 from nbl_export.report.schema import BenchReport, Report, environment, load_bench, load_report
 from nbl_export.report.summary import headlines, model_name
 from nbl_export.settings import BenchSettings
