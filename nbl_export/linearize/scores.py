@@ -20,7 +20,7 @@ from nbl_export.blocks import (
     layer_of,
     part_of,
 )
-from nbl_export.calibrate.moments import Moments
+from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.errors import CalibrationError, InputError
 from nbl_export.linearize.lmmse import UnusableMoments, cca_bound, fit_lmmse
 from nbl_export.linearize.selection import Candidate, Loss, per_saving
@@ -87,12 +87,11 @@ def score_layers(
     return tuple(candidates)
 
 
-def score_layer(moments: Moments, layer: Block, fit_input: FitInput, ridge: float) -> Candidate:
+def score_layer(moments: LayerMoments, layer: Block, fit_input: FitInput, ridge: float) -> Candidate:
     """Fit and score one layer; raises :class:`CalibrationError` naming it if it cannot be fitted."""
     with naming(layer):
-        own = moments.layers[layer]  # once: it is read from a file
-        fit = fit_lmmse(own, fit_input, ridge)
-        cca, cca_ridge = cca_bound(own, ridge)
+        fit = fit_lmmse(moments, fit_input, ridge)
+        cca, cca_ridge = cca_bound(moments, ridge)
     return Candidate(layer, fit.nmse, _finite(cca, layer, "CCA bound"), fit.ridge, cca_ridge)
 
 

@@ -43,32 +43,8 @@ GREEDY_TRIES = 8
 _ROUGH = 1.25
 
 
-class LossCache:
-    """Losses by name: ``known`` are the stored ones, ``record`` stores them all."""
-
-    def __init__(
-        self,
-        known: Mapping[str, Mapping[str, float]],
-        record: Callable[[Mapping[str, Mapping[str, float]]], None],
-    ) -> None:
-        # JSON has no NaN or infinity, so such a loss is stored as text.
-        self._known = {n: Loss(**{key: float(x) for key, x in value.items()}) for n, value in known.items()}
-        self._record = record
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._known
-
-    def __getitem__(self, name: str) -> Loss:
-        return self._known[name]
-
-    def put(self, losses: Mapping[str, Loss]) -> None:
-        """Store ``losses`` that were measured."""
-        self._known |= losses
-        self._record({key: value.as_json() for key, value in self._known.items()})
-
-
 class MeasuredSets:
-    """The losses of sets of linear layers, from a ``cache`` or measured.
+    """The losses of sets of linear layers, ``known`` by name or measured.
 
     The ``meter`` is created at the first measurement. ``measure`` is :func:`measured_losses`, of which several
     processes may each do a share: ``at_once`` sets are measured in the time of one.
@@ -78,12 +54,12 @@ class MeasuredSets:
         self,
         meter: Callable[[], LossMeter],
         candidates: Iterable[Block],
-        cache: LossCache,
+        known: dict[str, Loss],
         measure: Callable[[Sequence[Sequence[Block]], frozenset[Block], bool], Sequence[Loss]],
         at_once: int = 1,
     ) -> None:
         self.candidates = tuple(sorted(candidates))
-        self._meter, self._cache, self._measure, self._at_once = meter, cache, measure, at_once
+        self._meter, self._known, self._measure, self._at_once = meter, known, measure, at_once
         self._settled: frozenset[Block] = frozenset()
         self._announced: list[list[Block]] = []
 
@@ -97,8 +73,8 @@ class MeasuredSets:
         On all rows of a short text, and where sets are measured together: reading the weights takes the time then.
         """
         wanted = sorted(set(layers))
-        if (name := _name(wanted, True)) not in self._cache and self._meter().rough is self._meter():
-            self._cache.put({name: self._loss(wanted, False, frozenset())})
+        if (name := _name(wanted, True)) not in self._known and self._meter().rough is self._meter():
+            self._known.update({name: self._loss(wanted, False, frozenset())})
         return self._loss(wanted, True, frozenset())
 
     def announce(self, sets: Iterable[Iterable[Block]]) -> None:
@@ -110,14 +86,14 @@ class MeasuredSets:
         self._settled = frozenset(layers)
 
     def _loss(self, layers: list[Block], rough: bool, settled: frozenset[Block]) -> Loss:
-        if (name := _name(layers, rough)) not in self._cache:
-            unknown = [w for w in self._announced if w != layers and _name(w, rough) not in self._cache]
+        if (name := _name(layers, rough)) not in self._known:
+            unknown = [w for w in self._announced if w != layers and _name(w, rough) not in self._known]
             sets = [layers, *unknown]
             if not self._meter().together:
                 sets = sets[: self._at_once]
             losses = self._measure(sets, settled, rough)
-            self._cache.put({_name(w, rough): usable(x, w) for w, x in zip(sets, losses, strict=True)})
-        return usable(self._cache[name], layers)
+            self._known.update({_name(w, rough): usable(x, w) for w, x in zip(sets, losses, strict=True)})
+        return usable(self._known[name], layers)
 
 
 def _name(layers: Sequence[Block], rough: bool) -> str:

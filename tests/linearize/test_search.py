@@ -18,7 +18,6 @@ from nbl_export.errors import CalibrationError
 from nbl_export.linearize import search
 from nbl_export.linearize.plan import DROPPED, LinearLayer
 from nbl_export.linearize.search import (
-    LossCache,
     MeasuredSets,
     Prefixes,
     capped,
@@ -96,10 +95,9 @@ class Table:
         self.swept.append(self.asked[before:])
         return losses
 
-    def sets(self, cache: LossCache | None = None) -> MeasuredSets:
-        known = cache or LossCache({}, lambda _: None)
+    def sets(self, known: dict[str, Loss] | None = None) -> MeasuredSets:
         measure: Any = partial(measured_losses, self, self.maps)
-        return MeasuredSets(lambda: self, self.maps, known, measure)  # type: ignore[arg-type, return-value]
+        return MeasuredSets(lambda: self, self.maps, {} if known is None else known, measure)  # type: ignore[arg-type, return-value]
 
 
 def exhaustive(cost: Cost, count: int, k: int) -> list[int]:
@@ -156,8 +154,7 @@ def test_lazy_search_measures_less_and_each_set_once() -> None:
         return float(sum(own[i] for i in chosen)) * (1 + 0.001 * len(list(chosen)))
 
     table, count = Table(cost, 24), 24
-    cache = LossCache({}, lambda _: None)
-    sets = table.sets(cache)
+    sets = table.sets()
     assert (
         greedy_order(sets, single_layer_losses(sets), 24)
         == exhaustive(cost, 24, 24)
@@ -206,8 +203,8 @@ def test_a_set_is_the_same_in_any_order_and_a_meter_is_made_only_for_what_is_new
     def none() -> Any:
         pytest.fail("everything is known")
 
-    known = {"0,2": of_kl(9.0).as_json(), "": of_kl(0.0).as_json()}
-    sets = MeasuredSets(none, table.maps, LossCache(known, lambda _: None), none)
+    known = {"0,2": of_kl(9.0), "": of_kl(0.0)}
+    sets = MeasuredSets(none, table.maps, known, none)
     assert sets.loss([2, 0]) == of_kl(9.0) and sets.loss([]) == of_kl(0.0)
 
 
@@ -218,16 +215,16 @@ def test_a_set_is_the_same_in_any_order_and_a_meter_is_made_only_for_what_is_new
 def test_a_loss_that_is_no_number_is_refused_by_the_layers_it_was_measured_with(bad: float) -> None:
     """NaN is below everything: min() took it for the best."""
     for broken in (frozenset([2]), frozenset([0, 1])):
-        recorded: list[Any] = []
+        known: dict[str, Loss] = {}
         table = Table(lambda chosen, b=broken: bad if chosen == b else float(sum(i + 1 for i in chosen)), 4)  # type: ignore[misc]
         named = "layer 2" if len(broken) == 1 else "layers 0, 1"
         with pytest.raises(
             CalibrationError, match=rf"^With {named} replaced, the model's loss .* not a number"
         ):
-            sets = table.sets(LossCache({}, recorded.append))
+            sets = table.sets(known)
             greedy_order(sets, single_layer_losses(sets), 3)
         # It is not kept, either.
-        assert all(",".join(map(str, sorted(broken))) not in losses for losses in recorded)
+        assert known and ",".join(map(str, sorted(broken))) not in known
 
 
 # together ----------------------------------------------------------------------------------------
@@ -307,7 +304,7 @@ def spanned(costs: Mapping[Block, float]) -> MeasuredSets:
     return MeasuredSets(
         lambda: Table(lambda _: 0.0, 1),  # type: ignore[arg-type, return-value]
         dict.fromkeys(costs, DROPPED),
-        LossCache({}, lambda _: None),
+        {},
         lambda sets, _settled, _roughly: [loss(blocks) for blocks in sets],
     )
 
@@ -411,7 +408,7 @@ def test_longer_spans_are_measured_where_they_may_be_best() -> None:
     sets = MeasuredSets(
         lambda: Table(lambda _: 0.0, 1),  # type: ignore[arg-type, return-value]
         dict.fromkeys(costs, DROPPED),
-        LossCache({}, lambda _: None),
+        {},
         losses,
     )
     singles = single_layer_losses(sets, filter(measured_alone, costs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -26,14 +26,11 @@ from nbl_export.linearize.search import (
     single_layer_losses,
 )
 from nbl_export.linearize.selection import Candidate, Curve, CurvePoint, Loss, keeps, per_saving
-from nbl_export.progress import Listener
-from nbl_export.settings import Budget, SelectSettings
+from nbl_export.settings import Budget
 from nbl_export.settings.definition import bytes_of
-
-if TYPE_CHECKING:
-    from nbl_export.stages.select.jobs import Jobs
-    from nbl_export.stages.select.speeds import SpeedMeter
-    from nbl_export.verify.speed.savings import Savings
+from nbl_export.stages.select.measure import Measuring
+from nbl_export.stages.select.speeds import SpeedMeter
+from nbl_export.verify.speed.savings import Savings
 
 T = TypeVar("T")
 # The best blocks that replace at most K attentions and MLPs, for any K.
@@ -48,20 +45,16 @@ class Shipped(Generic[T]):
     loss: Loss | None
 
 
-class Choosing:
-    """Ranks the layers of a model by a criterion, and for a workload by that for what they save."""
+Ship = Callable[[Sequence[Block]], Shipped[T]]
 
-    def __init__(
-        self,
-        settings: SelectSettings,
-        jobs: Jobs,
-        listener: Listener,
-        savings: Savings | None = None,
-    ) -> None:
-        assert settings.criterion is not None
-        self._settings, self._listener, self._jobs = settings, listener, jobs
-        self._savings, self._used = savings, savings if settings.workload else None
-        self._criterion = CRITERIA[settings.criterion]
+
+class Choosing:
+    """Ranks the layers of a model by a criterion, and for a workload by that for what they save; takes the best."""
+
+    def __init__(self, measuring: Measuring, savings: Savings | None = None) -> None:
+        self._measuring, self._settings, self._listener = measuring, measuring.settings, measuring.listener
+        self._budget, self._criterion = self._settings.budget, CRITERIA[str(self._settings.criterion)]
+        self._savings, self._used = savings, savings if self._settings.workload else None
 
     @cached_property
     def sets(self) -> MeasuredSets:
@@ -69,7 +62,7 @@ class Choosing:
         # A sequential fit depends on the set, so layers are chosen by the LMMSE fit.
         fit = "lmmse" if self._settings.fit == "sequential" else self._settings.fit
         ridge = None if fit == "drop" else self._settings.ridge
-        return self._jobs.sets("for_choosing", fit=fit, ridge=ridge)
+        return self._measuring.sets("for_choosing", fit=fit, ridge=ridge)
 
     def scored(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         """``candidates`` with the scores that the criterion measures for each single layer, and what each saves."""
@@ -79,11 +72,10 @@ class Choosing:
         if measures is None:
             return tuple(candidates)
         # A search tries longer spans where they may be best.
-        wanted = [c for c in candidates if not self.searched or measured_alone(c.layer)]
-        layers = [c.layer for c in wanted]
+        wanted = [c for c in candidates if not self._criterion.searched or measured_alone(c.layer)]
         found: dict[Block, Candidate] = {}
         with self._listener.task("Measuring layers", len(wanted), "layers") as task:
-            for candidate, loss in zip(wanted, self._singly(layers), strict=True):
+            for candidate, loss in zip(wanted, self._singly([c.layer for c in wanted]), strict=True):
                 found[candidate.layer] = measures(candidate, loss)
                 task.advance(1)
         return tuple(found.get(c.layer, c) for c in candidates)
@@ -91,33 +83,23 @@ class Choosing:
     def _singly(self, layers: Sequence[Block]) -> Iterator[Loss]:
         """What the criterion measures of each of ``layers`` alone."""
         if self._settings.criterion == "linearity":
-            yield from self._jobs.sensitivities(layers)
+            yield from self._measuring.sensitivities(layers)
             return
         dropped = self._settings.criterion == "drop"
-        sets = self._jobs.sets("dropped", fit="drop", ridge=None) if dropped else self.sets
+        sets = self._measuring.sets("dropped", fit="drop", ridge=None) if dropped else self.sets
         sets.announce([layer] for layer in layers)
         for layer in layers:
-            yield (sets.rough_loss if self.searched else sets.loss)([layer])
-
-    @property
-    def searched(self) -> bool:
-        """Whether the order is found by measuring sets of layers, which also gives the K curve."""
-        return self._criterion.searched
+            yield (sets.rough_loss if self._criterion.searched else sets.loss)([layer])
 
     @property
     def kl_tokens(self) -> int:
         """The predictions that the KL of a single layer is a mean of."""
-        meter = self._jobs.meter
-        return (meter.rough if self.searched else meter).tokens
-
-    @property
-    def least_speedup(self) -> float | None:
-        """How many times as fast the workload has to be."""
-        return self._settings.budget.min_speedup
+        meter = self._measuring.meter
+        return (meter.rough if self._criterion.searched else meter).tokens
 
     def order(self, candidates: Sequence[Candidate]) -> Prefixes:
         """The best of the scored ``candidates`` for every K."""
-        used, least = self._used, self.least_speedup
+        used, least = self._used, self._budget.min_speedup
 
         def saves(blocks: Sequence[Block]) -> float:
             return used.ms() - used.ms(blocks) if used else count_blocks(blocks)
@@ -126,7 +108,7 @@ class Choosing:
         blocks = [c.layer for c in candidates]
 
         def path() -> Iterator[tuple[Block, ...]]:
-            if not self.searched:
+            if not self._criterion.searched:
                 best = ranking(candidates, str(self._settings.criterion), lambda block: saved([block]))
                 yield from ranked_path(c.layer for c in best)
                 return
@@ -136,21 +118,67 @@ class Choosing:
 
         return Prefixes(path(), any(isinstance(block, Span) for block in blocks))
 
-    def least_k(self, prefix: Prefix, most: int) -> int:
+    def choose(
+        self, candidates: Sequence[Candidate], speeds: Callable[[Prefix], SpeedMeter], ship: Ship[T]
+    ) -> tuple[T, Curve | None]:
+        """What ``ship`` makes of the layers to linearize, ascending, and the K curve, if one was measured.
+
+        Layers are chosen by the fits that the curve is of. Where what ships is something else, its own loss is weighed,
+        too, and fewer layers are taken until it is within the budget.
+
+        Raises :class:`BudgetError` for a budget that no K meets.
+        """
+        budget, blocks = self._budget, [candidate.layer for candidate in candidates]
+        prefix: Prefix = self.order(candidates)
+        if self._settings.k is not None:
+            points = self.measure_curve(prefix, self._settings.k) if self._criterion.searched else []
+            best = sorted(prefix(self._settings.k))
+            if self._settings.k and not best:
+                raise InputError(
+                    f"--k {self._settings.k} is less than the best block replaces, which is a span of layers: ask for "
+                    "a larger K, or calibrate without spans (--blocks both)."
+                )
+            return ship(best).made, self._curve(points, len(all_parts(best)))
+        count, meter = len(all_parts(blocks)), speeds(prefix)
+        why, least = meter.missing, self._least_k(prefix, count)
+        if budget.min_speedup is not None:
+            if why:
+                raise InputError(f"--min-speedup cannot be measured: {why}.")
+            least = max(least, meter.least_k(budget.min_speedup, count))
+        points = self.measure_curve(prefix, count if budget.bounds_loss else least)
+        if budget.bounds_loss and not least and self._settings.workload:
+            prefix, points = self.fill(prefix, points, blocks)
+            meter = speeds(prefix)
+        most = largest_within(points, budget) if budget.bounds_loss else least
+        if most < max(least, 1):
+            raise BudgetError(_why_no_k(points, budget, most, least))
+        ks = [k for k in range(most, max(least, 1) - 1, -1) if len(all_parts(prefix(k))) == k]
+        made, k = self._first_within(ks, prefix, meter, ship)
+        if why:
+            self._listener.note(f"The K curve has no speeds: {why}.")
+            return made, self._curve(points, k)
+        # A workload may take minutes: only what ships is timed.
+        for at in [k] if self._settings.workload else _timed_ks([point.k for point in points], k):
+            meter(at)
+        timed = [
+            replace(p, prefill_speedup=s.prefill, decode_speedup=s.decode, timed_speedup=s.workload)
+            if (s := meter.found.get(p.k))
+            else p
+            for p in points
+        ]
+        return made, self._curve(timed, k, meter.context)
+
+    def _least_k(self, prefix: Prefix, most: int) -> int:
         """The smallest K whose weights and KV cache are within the budget; 0 where it does not bound them.
 
         Raises :class:`BudgetError` if not even ``most`` are enough, and :class:`InputError` if none are needed.
         """
-        budget, savings, least = self._settings.budget, self._savings, 0
-        if savings is None:
-            return 0
-        bounds = (
-            ("--max-weight-bytes", budget.max_weight_bytes, savings.weight_bytes),
-            ("--max-kv-bytes", budget.max_kv_bytes, savings.kv_bytes),
-        )
-        for option, limit, size in bounds:
+        least = 0
+        for what in ("weight_bytes", "kv_bytes"):
+            limit, option = getattr(self._budget, f"max_{what}"), f"--max-{what.replace('_', '-')}"
             if limit is None:
                 continue
+            size: Callable[..., int] = getattr(self._savings, what)
             if size() <= bytes_of(limit):
                 raise InputError(
                     f"{option} {limit} asks for nothing: without a linear layer there are {size():,} bytes: ask for "
@@ -165,8 +193,8 @@ class Choosing:
             least = max(least, found)
         return least
 
-    def measure_curve(self, prefix: Prefix, most: int, budget: Budget) -> list[CurvePoint]:
-        """The losses of K = 1, 2 …, up to ``most`` or until the ``budget`` is exceeded."""
+    def measure_curve(self, prefix: Prefix, most: int) -> list[CurvePoint]:
+        """The losses of K = 1, 2 …, up to ``most`` or until the budget is exceeded."""
         with self._listener.task("Measuring the K curve", most, "layers") as task:
             done = 0
 
@@ -177,27 +205,27 @@ class Choosing:
                 done = len(all_parts(layers))
                 return found
 
-            return list(map(self._gaining, loss_curve(prefix, loss, most, budget)))
+            return list(map(self._gaining, loss_curve(prefix, loss, most, self._budget)))
 
     def fill(
-        self, prefix: Prefix, points: Sequence[CurvePoint], budget: Budget, blocks: Sequence[Block]
+        self, prefix: Prefix, points: list[CurvePoint], blocks: Sequence[Block]
     ) -> tuple[Prefix, list[CurvePoint]]:
-        """The order with those of ``blocks`` that the ``budget`` of loss has room for beyond its largest K.
+        """The order with those of ``blocks`` that the budget of loss has room for beyond its largest K.
 
         Blocks are unequal for a workload: the next one may be too much where a smaller one is not.
         """
-        k = largest_within(points, budget)
+        k = largest_within(points, self._budget)
         kept, base = [p for p in points if p.k <= k], next((p.kl for p in points if p.k == k), 0.0)
         filled = [tuple(prefix(k))]
         with self._listener.task("Filling the budget", GREEDY_TRIES, "sets") as task:
-            while larger := self._one_more(blocks, filled[-1], base, budget, task.advance):
+            while larger := self._one_more(blocks, filled[-1], base, task.advance):
                 filled.append(larger)
                 point = self._gaining(CurvePoint.of(larger, self.sets.loss(larger)))
                 # A span may take the place of all its parts, which are as many.
                 kept = [*(other for other in kept if other.k < point.k), point]
                 base = point.kl
         if len(filled) == 1:
-            return prefix, list(points)
+            return prefix, points
         before = dict.fromkeys(tuple(prefix(count)) for count in range(1, k + 1))
         return Prefixes((found for found in (*before, *filled[1:]) if found), spans=True), kept
 
@@ -206,7 +234,6 @@ class Choosing:
         blocks: Sequence[Block],
         chosen: tuple[Block, ...],
         base: float,
-        budget: Budget,
         advance: Callable[[int], None],
     ) -> tuple[Block, ...] | None:
         """``chosen`` with the block that still fits and loses least for what it saves; None if none does."""
@@ -226,7 +253,7 @@ class Choosing:
             loss = self.sets.loss(larger[block])
             advance(1)
             saved = self._used.ms(chosen) - self._used.ms(larger[block])
-            if keeps(budget, loss) and saved > 0:
+            if keeps(self._budget, loss) and saved > 0:
                 rates[block] = per_saving(loss.kl - base, saved)
         return larger[min(rates, key=lambda b: (rates[b], b))] if rates else None
 
@@ -234,99 +261,35 @@ class Choosing:
         """``point`` with what the workload gains."""
         return replace(point, workload_speedup=self._used.speedup(point.layers)) if self._used else point
 
-    def curve_of(self, points: Sequence[CurvePoint], chosen: int, context: int | None = None) -> Curve | None:
+    def _first_within(
+        self, ks: Sequence[int], prefix: Prefix, meter: SpeedMeter, ship: Ship[T]
+    ) -> tuple[T, int]:
+        """What ships of the first of ``ks`` that is within the budget as it ships, and that K."""
+        cost, least = "", self._budget.min_speedup
+        for k in ks:
+            # The last is the least that is fast enough, which was timed to find it.
+            if k != ks[-1] and least is not None and meter(k).least < least:
+                self._listener.note(
+                    f"K = {k} is {meter(k).least:.2f} times as fast, less than --min-speedup asks for."
+                )
+                continue
+            shipped = ship(sorted(prefix(k)))
+            if shipped.loss is None or keeps(self._budget, shipped.loss):
+                return shipped.made, k
+            cost = f"K = {k} costs {_cost(shipped.loss)} as it ships"
+            self._listener.note(f"{cost}, more than the budget.")
+        raise BudgetError(
+            f"No K meets the budget with the fit, the repair or the rank asked for: {cost}: allow more loss, or ask "
+            "for a larger --rank or another --fit."
+        )
+
+    def _curve(self, points: Sequence[CurvePoint], chosen: int, context: int | None = None) -> Curve | None:
         """The ``points`` as they are kept, with the size of the text that they are measured on."""
         if not points:
             return None
-        owners = self._jobs.text.selection_document[:, 1:]
+        owners = self._measuring.text.selection_document[:, 1:]
         counted = owners[owners >= 0]  # not the tokens of images
-        documents = len(np.unique(counted))
-        return Curve(tuple(points), chosen, self._settings.budget, context, int(counted.size), documents)
-
-
-def choose(
-    choosing: Choosing,
-    candidates: Sequence[Candidate],
-    settings: SelectSettings,
-    speeds: Callable[[Prefix], SpeedMeter],
-    ship: Callable[[Sequence[Block]], Shipped[T]],
-    listener: Listener,
-) -> tuple[T, Curve | None]:
-    """What ``ship`` makes of the layers to linearize, ascending, and the K curve, if one was measured.
-
-    Layers are chosen by the fits that the curve is of. Where what ships is something else, its own loss is weighed,
-    too, and fewer layers are taken until it is within the budget.
-
-    Raises :class:`BudgetError` for a budget that no K meets.
-    """
-    budget, blocks = settings.budget, [candidate.layer for candidate in candidates]
-    prefix: Prefix = choosing.order(candidates)
-    points: Sequence[CurvePoint] = []
-    if settings.k is not None:
-        if choosing.searched:
-            points = choosing.measure_curve(prefix, settings.k, budget)
-        best = sorted(prefix(settings.k))
-        if settings.k and not best:
-            raise InputError(
-                f"--k {settings.k} is less than the best block replaces, which is a span of layers: ask for a larger "
-                "K, or calibrate without spans (--blocks both)."
-            )
-        return ship(best).made, choosing.curve_of(points, len(all_parts(best)))
-    count = len(all_parts(blocks))
-    meter = speeds(prefix)
-    why, least = meter.missing, choosing.least_k(prefix, count)
-    if budget.min_speedup is not None:
-        if why:
-            raise InputError(f"--min-speedup cannot be measured: {why}.")
-        least = max(least, meter.least_k(budget.min_speedup, count))
-    points = choosing.measure_curve(prefix, count if budget.bounds_loss else least, budget)
-    if budget.bounds_loss and not least and settings.workload:
-        prefix, points = choosing.fill(prefix, points, budget, blocks)
-        meter = speeds(prefix)
-    most = largest_within(points, budget) if budget.bounds_loss else least
-    if most < max(least, 1):
-        raise BudgetError(_why_no_k(points, budget, most, least))
-    ks = [k for k in range(most, max(least, 1) - 1, -1) if len(all_parts(prefix(k))) == k]
-    made, k = _first_within(budget, ks, prefix, meter, ship, listener)
-    if why:
-        listener.note(f"The K curve has no speeds: {why}.")
-        return made, choosing.curve_of(points, k)
-    # A workload may take minutes: only what ships is timed.
-    for at in [k] if settings.workload else _timed_ks([point.k for point in points], k):
-        meter(at)
-    timed = [
-        replace(p, prefill_speedup=s.prefill, decode_speedup=s.decode, timed_speedup=s.workload)
-        if (s := meter.found.get(p.k))
-        else p
-        for p in points
-    ]
-    return made, choosing.curve_of(timed, k, meter.context)
-
-
-def _first_within(
-    budget: Budget,
-    ks: Sequence[int],
-    prefix: Prefix,
-    meter: SpeedMeter,
-    ship: Callable[[Sequence[Block]], Shipped[T]],
-    listener: Listener,
-) -> tuple[T, int]:
-    """What ships of the first of ``ks`` that is within the budget as it ships, and that K."""
-    cost = ""
-    for k in ks:
-        # The last is the least that is fast enough, which was timed to find it.
-        if k != ks[-1] and budget.min_speedup is not None and meter(k).least < budget.min_speedup:
-            listener.note(f"K = {k} is {meter(k).least:.2f} times as fast, less than --min-speedup asks for.")
-            continue
-        shipped = ship(sorted(prefix(k)))
-        if shipped.loss is None or keeps(budget, shipped.loss):
-            return shipped.made, k
-        cost = f"K = {k} costs {_cost(shipped.loss)} as it ships"
-        listener.note(f"{cost}, more than the budget.")
-    raise BudgetError(
-        f"No K meets the budget with the fit, the repair or the rank asked for: {cost}: allow more loss, or ask for a "
-        "larger --rank or another --fit."
-    )
+        return Curve(tuple(points), chosen, self._budget, context, int(counted.size), len(np.unique(counted)))
 
 
 def _cost(loss: Loss | CurvePoint) -> str:
@@ -339,9 +302,9 @@ def _why_no_k(points: Sequence[CurvePoint], budget: Budget, k: int, least: int) 
     cost = f"K = {points[0].k} costs {_cost(points[0])}"
     if least <= 1:
         return f"No K meets the budget, since {cost}: allow more loss, or give --k."
-    speedup = budget.min_speedup
+    speedup = None if budget.min_speedup is None else f"{budget.min_speedup:g}"
     asked = {
-        "--min-speedup": None if speedup is None else f"{speedup:g}",
+        "--min-speedup": speedup,
         "--max-weight-bytes": budget.max_weight_bytes,
         "--max-kv-bytes": budget.max_kv_bytes,
     }

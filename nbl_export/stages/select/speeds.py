@@ -7,18 +7,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.blocks import Block
 from nbl_export.errors import BudgetError
 from nbl_export.files import TEMPORARY
+from nbl_export.graph.io import load_graph, save_beside
+from nbl_export.graph.rounding import UNTIMED, needs_emulation
+from nbl_export.linearize.plan import Plan, Replacement, ranks_of
 from nbl_export.progress import Listener
+from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.settings.workload import Workload
-
-if TYPE_CHECKING:
-    from nbl_export.linearize.plan import Plan, Replacement
-    from nbl_export.workspace import Workspace
+from nbl_export.verify.speed import pair
+from nbl_export.workspace import Workspace
 
 # The prompt that K curves are timed with, and the rounds of base and linearized in turn.
 CONTEXT, ROUNDS = 512, 5
@@ -63,30 +64,24 @@ class SpeedMeter:
     @property
     def missing(self) -> str | None:
         """Why nothing can be timed; None if it can."""
-        from nbl_export.graph.io import load_graph
-        from nbl_export.graph.rounding import UNTIMED, needs_emulation
-        from nbl_export.verify.speed.pair import anew_or_why_not
-
         exported = self._ws.current("export")
         if exported is None or exported.dropped:
             return f"the model is not exported yet (nbl-export export {self._ws.root})"
         if needs_emulation(load_graph(self._ws.baseline)):
             return UNTIMED
-        why = anew_or_why_not(self._ws.baseline, self._ws.baseline)
+        why = pair.anew_or_why_not(self._ws.baseline, self._ws.baseline)
         return why if isinstance(why, str) else None
 
     def __call__(self, k: int) -> Speedups:
-        from nbl_export.verify.speed.pair import Pair, anew_or_why_not, measure_speed, workload_ms
-
         if k not in self.found:
             base, listener = self._ws.baseline, self._listener
             with self._rewritten(k) as graph:
-                anew = anew_or_why_not(base, graph) is not False
+                anew = pair.anew_or_why_not(base, graph) is not False
                 if self.context is None:
-                    took = workload_ms(base, {LINEARIZED: graph}, self._workloads, listener, anew)
+                    took = pair.workload_ms(base, {LINEARIZED: graph}, self._workloads, listener, anew)
                     self.found[k] = Speedups(None, None, took[BASE] / took[LINEARIZED])
                 else:
-                    speed = measure_speed(Pair(base, graph), [self.context], ROUNDS, listener, anew)
+                    speed = pair.measure_speed(pair.Pair(base, graph), [self.context], ROUNDS, listener, anew)
                     by_phase = {cell.phase: over.value for cell, _, over in speed.speedups()}
                     self.found[k] = Speedups(by_phase["prefill"], by_phase.get("decode"))
         return self.found[k]
@@ -94,10 +89,6 @@ class SpeedMeter:
     @contextmanager
     def _rewritten(self, k: int) -> Iterator[Path]:
         """The exported graph with K layers replaced, gone afterwards; it reads other weights of the unmodified one."""
-        from nbl_export.graph.io import save_beside
-        from nbl_export.linearize.plan import ranks_of
-        from nbl_export.rewrite.replace import rewrite_file
-
         graph, data = (self._ws.root / f"k{k}.{what}{TEMPORARY}" for what in ("onnx", "data"))
         try:
             write = partial(save_beside, data=data.name)

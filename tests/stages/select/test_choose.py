@@ -29,14 +29,14 @@ from nbl_export.files import TEMPORARY
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import Plan
-from nbl_export.linearize.search import LossCache, MeasuredSets, Prefixes
+from nbl_export.linearize.search import MeasuredSets, Prefixes
 from nbl_export.linearize.selection import CurvePoint, Loss, per_saving
 from nbl_export.progress import Silent
 from nbl_export.ranks import LostRankError, Ranks
 from nbl_export.settings import Budget, SelectSettings
 from nbl_export.settings.definition import AUTO
 from nbl_export.stages.select import choose, speeds
-from nbl_export.stages.select import jobs as module
+from nbl_export.stages.select import measure as module
 from nbl_export.stages.select.choose import Choosing
 from nbl_export.stages.select.speeds import SpeedMeter, Speedups
 from nbl_export.verify.speed import pair as pair_module
@@ -139,10 +139,11 @@ def choosing_of(settings: SelectSettings, ms: Mapping[Block, float] = MS) -> Cho
         for blocks in combinations(sorted(KL), count):
             total = sum(KL[b] for b in blocks)
             name = ",".join(map(str, blocks))
-            known |= dict.fromkeys((name, f"{name} roughly"), Loss(total, 0.0, total, 0.0).as_json())
-    found = Choosing(settings, None, Silent(), Saved(ms))  # type: ignore[arg-type]
+            known |= dict.fromkeys((name, f"{name} roughly"), Loss(total, 0.0, total, 0.0))
+    measuring: Any = SimpleNamespace(settings=settings, listener=Silent())
+    found = Choosing(measuring, Saved(ms))  # type: ignore[arg-type]
     nobody: Any = lambda *_: pytest.fail("measured")  # noqa: E731
-    found.__dict__["sets"] = MeasuredSets(nobody, KL, LossCache(known, lambda _: None), nobody)
+    found.__dict__["sets"] = MeasuredSets(nobody, KL, known, nobody)
     return found
 
 
@@ -150,9 +151,10 @@ def filled(
     order: Sequence[Block], budget: Budget, ms: Mapping[Block, float] = MS
 ) -> tuple[list[Block], list[CurvePoint]]:
     """What an ``order`` becomes: what ships, and the points of its curve."""
-    choosing = choosing_of(SelectSettings(k=1, criterion="greedy", workload=("prefill=1",)), ms)
+    settings = SelectSettings(criterion="greedy", workload=("prefill=1",), budget=budget)
+    choosing = choosing_of(settings, ms)
     path = Prefixes(iter([tuple(order[:k]) for k in range(1, len(order) + 1)]))
-    prefix, points = choosing.fill(path, choosing.measure_curve(path, len(order), budget), budget, sorted(KL))
+    prefix, points = choosing.fill(path, choosing.measure_curve(path, len(order)), sorted(KL))
     return list(prefix(len(points))), points
 
 
