@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nbl_export.errors import InputError
 from nbl_export.files import open_data, read_json, sha256_of, write_json
@@ -29,13 +30,11 @@ class Digests:
     def __init__(
         self, kept: Path | None = None, rehash: bool = False, listener: Listener | None = None
     ) -> None:
-        self._path, self._listener = kept, listener or Silent()
+        self._path, self._listener, self._saved = kept, listener or Silent(), True
         self._known: dict[str, list[Any]] = {}
-        self._saved = True
         if kept and not rehash:
-            with suppress(InputError):  # there is none, or it is damaged
-                found = read_json(kept, "The digests", "they are computed anew")
-                self._known = found if isinstance(found, dict) else {}
+            with suppress(InputError, TypeError, ValueError):  # there is none, or it is damaged
+                self._known = dict(read_json(kept, "The digests", "they are computed anew"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Digests, (self._path,)  # another process may be on another machine
@@ -47,24 +46,25 @@ class Digests:
     def of_all(self, paths: Iterable[Path], title: str) -> dict[Path, str]:
         """The SHA-256 of each file; a task with the ``title`` shows how far it is if there is much to read."""
         found: dict[Path, str] = {}
-        missing = []
+        missing: dict[Path, int] = {}
         for path in paths:
-            # A server tells an opened file's facts as they are now, a closed one's as they were a while ago.
             with open_data(path) as file:
-                known = self._known.get(os.path.realpath(path))
-                if isinstance(known, list) and known[:-1] == _facts(file):
-                    found[path] = known[-1]
-                else:
-                    missing.append(path)
-        size = sum(path.stat().st_size for path in missing)
+                facts, known = _facts(file), self._known.get(os.path.realpath(path), [""])
+            if known[:-1] == facts:
+                found[path] = known[-1]
+            else:
+                missing[path] = facts[0]
+        size = sum(missing.values())
         with bytes_task(self._listener, title, size) if size >= _LONG else nullcontext() as done:
-            for path in missing:
+            for path, length in missing.items():
                 with open_data(path) as file:
                     facts = _facts(file)
-                    found[path] = sha256_of(file, done)
+                    found[path] = sha256_of(file)
                     if _facts(file) == facts:  # otherwise it is being written
                         self._known[os.path.realpath(path)] = [*facts, found[path]]
                         self._saved = False
+                if done:
+                    done(length)
         return found
 
     def save(self) -> None:
@@ -84,6 +84,7 @@ class Unread(Digests):
         return dict.fromkeys(paths, "")
 
 
-def _facts(file: BinaryIO) -> list[int]:
+def _facts(file: BufferedReader) -> list[int]:
+    # A server tells an opened file's facts as they are now, a closed one's as they were a while ago.
     s = os.fstat(file.fileno())
     return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev]

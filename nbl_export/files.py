@@ -1,7 +1,7 @@
-"""Files on disk: atomic and durable writes, hashes, JSON, and checks that a path stays inside its folder.
+"""Read and write files: atomic and durable writes, hashes, JSON, and names that stay inside their folder.
 
-What is read here may come from somebody else. A file is read only if it is a regular one (a FIFO would hang), JSON only
-up to :data:`JSON_LIMIT`, and a name that a file gives is turned into a path by :func:`member` and nowhere else.
+What is read here may come from somebody else. JSON is read only up to :data:`JSON_LIMIT`, and a name that a file gives
+is turned into a path by :func:`member` and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
-import stat
-import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
@@ -32,20 +31,16 @@ JSON_LIMIT = 1 << 26
 TomlError = tomllib.TOMLDecodeError
 _TOML_LIMIT = 1 << 20  # bytes of a file of settings
 _SEAL = "sha256"
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def open_data(path: Path) -> BinaryIO:
+def open_data(path: Path) -> BufferedReader:
     """Open a regular file to read bytes; anything else (a FIFO, a device) is an :class:`InputError`.
 
     Raises ``OSError`` as ``open`` does.
     """
-    # Without O_NONBLOCK, opening a FIFO waits for somebody to write to it.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
+    if path.exists() and not path.is_file():
         raise InputError(f"{path} is not a regular file: give a file.")
-    return os.fdopen(handle, "rb")
+    return path.open("rb")
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -65,14 +60,9 @@ def sha256_of_file(path: Path) -> str:
         return sha256_of(file)
 
 
-def sha256_of(file: BinaryIO, done: Callable[[int], None] | None = None) -> str:
-    """Hex SHA-256 of the rest of a file, streamed; ``done`` is told how many bytes of it were read."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
-        if done:
-            done(len(block))
-    return digest.hexdigest()
+def sha256_of(file: BufferedReader) -> str:
+    """Hex SHA-256 of the rest of a file, streamed."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_json(value: Any) -> str:
@@ -89,15 +79,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     # One folder, and not those above it: an output folder that was deleted meanwhile is not made anew.
     path.parent.mkdir(exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    # mkstemp creates private files; these are ordinary outputs and follow the umask.
-    umask = os.umask(0)
-    os.umask(umask)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}{TEMPORARY}")
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~umask)
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -112,10 +97,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on the disk."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # a folder cannot be opened on Windows
-        return
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
@@ -127,43 +109,22 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, busy: str) -> Iterator[int]:
-    """Hold the lock file ``path``, made if needed and never written to, within the block; yields its handle.
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file ``path``, made if needed and never written to, within the block; a link is none.
 
-    Raises :class:`InputError`, with the sentence ``busy`` if another process holds it, and for a link or anything that
-    is not a regular file. The holder may delete the file before it leaves the block.
+    Raises :class:`InputError` with the sentence ``busy`` if another process holds it. Who holds it may delete it.
     """
     check_system()
     import fcntl
 
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    while True:
-        try:
-            handle = os.open(path, flags, 0o666)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise InputError(f"{path} is not a regular file: delete it.") from None
-            raise
-        try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise InputError(f"{path} is not a regular file: delete it.")
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(busy) from None
-            # An earlier holder may have deleted it between the two calls: then it keeps nobody out.
-            if _is_at(path, os.fstat(handle)):
-                yield handle
-                return
-        finally:
-            os.close(handle)
-
-
-def _is_at(path: Path, status: os.stat_result) -> bool:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        return os.path.samestat(path.lstat(), status)
-    except FileNotFoundError:
-        return False
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(busy) from None
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -193,14 +154,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
-def read_json(path: Path, what: str, remedy: str, finite: bool = False) -> Any:
+def read_json(path: Path, what: str, remedy: str) -> Any:
     """Read a JSON file of at most :data:`JSON_LIMIT` bytes; an unreadable one is an :class:`InputError`.
 
-    The sentence names ``what`` and the ``remedy``. NaN and infinity, which are not JSON, are read unless ``finite``:
-    configurations of models have them.
+    The sentence names ``what`` and the ``remedy``.
     """
     try:
-        return parse_json(read_bytes(path, JSON_LIMIT), finite)
+        return parse_json(read_bytes(path, JSON_LIMIT))
     except FileNotFoundError:
         raise InputError(f"{what} is missing ({path}): {remedy}.") from None
     except (OSError, ValueError) as error:
@@ -220,54 +180,20 @@ def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
     return value
 
 
-def parse_json(content: bytes | str, finite: bool = False) -> Any:
-    """The value of a JSON text in UTF-8; raises ``ValueError`` for anything else.
-
-    That includes numbers of thousands of digits, texts nested too deep, and strings that are no Unicode text (one half
-    of a surrogate pair), which could not be written again. With ``finite``, it includes NaN and infinity.
-    """
-    text = content if isinstance(content, str) else content.decode("utf-8")
-    numbers: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text in UTF-8; raises ``ValueError`` for anything else."""
     try:
-        value = json.loads(text, **numbers)
-    except _NotFinite:
-        raise
+        return json.loads(content if isinstance(content, str) else content.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deep") from None
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # Python says how to allow as many digits
-        raise ValueError("a number of too many digits") from None
-    if _SURROGATE.search(text):
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # a UnicodeEncodeError is a ValueError
-    return value
-
-
-class _NotFinite(ValueError):
-    """A number of a JSON text that JSON does not have."""
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    if not math.isfinite(value):
-        raise _NotFinite(f"the number {number[:20]}")
-    return value
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; raises :data:`TomlError` for one that is not TOML.
-
-    That includes numbers of thousands of digits and texts nested too deep.
-    """
-    text = read_bytes(path, _TOML_LIMIT).decode("utf-8")
+    """The tables of a TOML file; raises :data:`TomlError` for one that is not TOML."""
     try:
-        return tomllib.loads(text)
-    except TomlError:
-        raise
-    except RecursionError:
-        raise TomlError("nested too deep") from None
-    except ValueError:  # Python says how to allow as many digits
-        raise TomlError("a number of too many digits") from None
+        return tomllib.loads(read_bytes(path, _TOML_LIMIT).decode("utf-8"))
+    except (RecursionError, ValueError) as error:
+        raise TomlError(str(error)) from None
 
 
 def printable(text: str) -> str:
@@ -288,20 +214,13 @@ def member(folder: Path, name: object, what: str) -> Path:
     Raises :class:`InputError`, which calls the name ``what``, for anything that is not a relative path below the
     folder: an absolute path, ``..``, an empty name, a name that no system takes, or a link that leaves the folder.
     """
-    refused = f"{what} is {name!r}, which is not the name of a file in {folder}: get this folder again."
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
-        raise InputError(refused)
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or PureWindowsPath(name).drive or ".." in relative.parts or not relative.parts:
-        raise InputError(refused)
-    path = folder / relative
-    try:
-        inside = stays_in(folder.resolve(), path.resolve())
-    except (OSError, RuntimeError, ValueError):
-        inside = False
-    if not inside:
-        raise InputError(refused)
-    return path
+    if isinstance(name, str) and Path(name).parts and not {"\0", "\\", ":"} & set(name):
+        path = folder / name
+        if ".." not in path.parts[len(folder.parts) :] and stays_in(folder.resolve(), path.resolve()):
+            return path
+    raise InputError(
+        f"{what} is {name!r}, which is not the name of a file in {folder}: get this folder again."
+    )
 
 
 def user_path(text: str, what: str) -> Path:
@@ -309,11 +228,7 @@ def user_path(text: str, what: str) -> Path:
 
     Raises :class:`InputError`, which begins with ``what``, for a path that cannot be recorded: one that is not UTF-8.
     """
-    written = Path(text)
-    try:
-        path = written.expanduser()
-    except RuntimeError:  # no user of that name
-        path = written
+    path = Path(os.path.expanduser(text))  # noqa: PTH111, since Path's own refuses an unknown user
     try:
         str(Path.cwd() / path).encode("utf-8")
     except UnicodeEncodeError:
@@ -342,15 +257,7 @@ def overlap(one: Path, other: Path) -> str | None:
 
 def stays_in(folder: Path, target: Path) -> bool:
     """Whether the resolved path ``target`` is inside the resolved ``folder`` or its Hugging Face cache blobs."""
-    return any(target.is_relative_to(root) for root in (folder, *_hub_blobs(folder)))
-
-
-def _hub_blobs(folder: Path) -> list[Path]:
-    """The folder to which the Hugging Face cache links the entries of ``folder``.
-
-    models--OWNER--NAME/snapshots/REVISION/… contains links to models--OWNER--NAME/blobs.
-    """
-    for parent in folder.parents:
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            return [parent.parent / "blobs"]
-    return []
+    # The Hugging Face cache links models--OWNER--NAME/snapshots/REVISION/… to models--OWNER--NAME/blobs.
+    snapshots = [p for p in folder.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
+    blobs = [snapshots[0].parent / "blobs"] if snapshots else []
+    return any(target.is_relative_to(root) for root in (folder, *blobs))

@@ -1,4 +1,4 @@
-"""What a finished stage was made of, and the key that says so.
+"""Record what a finished stage was made of, and the key that says so.
 
 A stage's key is the hash of all its inputs: its settings, the results of the stages it reads, digests of other inputs,
 and its own version. A stage's result is the hash of its key and of the files it wrote.
@@ -75,12 +75,9 @@ class StageRecord:
             return "it was made by another version of nbl-export"
         if key_of(stage, self.settings, self.made_of) != self.key:
             return "its record was changed"
-        changed = sorted(k for k in {*self.made_of, *made_of} if self.made_of.get(k) != made_of.get(k))
-        if changed:
-            return _input_in_words(changed[0])
-        asked = sorted(
-            k for k in {*self.settings, *settings} if _as_read(self.settings, k) != _as_read(settings, k)
-        )
+        if changed := _others(self.made_of, made_of):
+            return input_in_words(changed[0])
+        asked = _others(self.settings, settings)
         return f"it was made with another {asked[0]}" if asked else None
 
 
@@ -96,32 +93,13 @@ def key_of(stage: str, settings: Mapping[str, Any], made_of: Mapping[str, str]) 
     )
 
 
-def _input_in_words(name: str) -> str:
+def input_in_words(name: str) -> str:
+    """That the input ``name`` of a stage is another one."""
     if name in STAGES:
         return f"`{name}` was done again"
     return _INPUTS.get(name, f"its {name} changed")
 
 
-def _as_read(settings: Mapping[str, Any], name: str) -> str:
-    # A tuple comes back from JSON as a list.
-    return sha256_of_json(settings.get(name))
-
-
-def stale(stages: Mapping[str, StageRecord], stage: str, inputs: Mapping[str, str]) -> str | None:
-    """Why what ``stage`` made is not of what there is now, in words; None if it is.
-
-    ``stages`` are the records there are, ``inputs`` the digests of :data:`MODEL` and :data:`SIDECARS` where they are
-    known.
-    """
-    record = stages[stage]
-    above = [name for name in record.made_of if name in STAGES]
-    if gone := [name for name in above if name not in stages]:
-        return _input_in_words(gone[0])
-    known = {name: digest for name, digest in inputs.items() if name in record.made_of}
-    now = {**record.made_of, **known, **{name: stages[name].result for name in above}}
-    if why := record.other_inputs(stage, record.settings, now):
-        return why
-    for name in above:
-        if why := stale(stages, name, inputs):
-            return f"of `{name}`, {why}"
-    return None
+def _others(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ; a tuple comes back from JSON as a list."""
+    return sorted(k for k in {*one, *other} if sha256_of_json(one.get(k)) != sha256_of_json(other.get(k)))

@@ -1,4 +1,4 @@
-"""Named arrays on disk: safetensors files, written atomically and verified when read.
+"""Keep named arrays on disk: safetensors files, written atomically and verified when read.
 
 Each file carries a SHA-256 of its content, so that a changed bit is an error and not a wrong result.
 """
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nbl_export.errors import InputError
-from nbl_export.files import atomic_path, open_data, parse_json
+from nbl_export.files import atomic_path
 
 _KEY = "nbl_export"
 _FORMAT = "format"
@@ -71,22 +71,29 @@ def open_tensors(path: Path, fmt: str, remedy: str) -> tuple[StoredTensors, dict
 
     Raises :class:`InputError` with the ``remedy`` if the file is missing, damaged or has another format.
     """
+    tensors, metadata = _opened(path, remedy)
+    if metadata.get(_FORMAT) != fmt:
+        found = metadata.get(_FORMAT, "no mark of nbl-export")
+        raise InputError(f"{path} is of another format ({found}, expected {fmt}): {remedy}.")
+    if metadata.pop(_DIGEST, None) != _digest(tensors, metadata):
+        raise InputError(f"{path} was changed after it was written: {remedy}.")
+    return tensors, metadata
+
+
+def format_of(path: Path) -> str:
+    """The format of a safetensors file, "" if it was not written by nbl-export; :class:`InputError` if unreadable."""
+    return _opened(path, "it is no readable safetensors file")[1].get(_FORMAT, "")
+
+
+def _opened(path: Path, remedy: str) -> tuple[StoredTensors, dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        open_data(path).close()  # a FIFO would hang the library
         with safe_open(path, framework="numpy") as file:
-            metadata = _metadata(file)
-            tensors = StoredTensors(path, sorted(file.keys()))
-        if metadata.get(_FORMAT) != fmt:
-            found = metadata.get(_FORMAT, "no mark of nbl-export")
-            raise InputError(f"{path} is of another format ({found}, expected {fmt}): {remedy}.")
-        if metadata.pop(_DIGEST, None) != _digest(tensors, metadata):
-            raise InputError(f"{path} was changed after it was written: {remedy}.")
-    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-        # Beside its own error the library raises NumPy's, of a dtype that NumPy does not have.
+            metadata = dict(json.loads((file.metadata() or {}).get(_KEY, "{}")))
+            return StoredTensors(path, sorted(file.keys())), metadata
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): {remedy}.") from None
-    return tensors, metadata
 
 
 def load_tensors(path: Path, fmt: str, remedy: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -104,15 +111,6 @@ def load_as(kind: type[_T], path: Path, fmt: str, remedy: str) -> _T:
         raise InputError(f"{path} is damaged ({error}): {remedy}.") from None
 
 
-def _metadata(file: Any) -> dict[str, str]:
-    try:
-        metadata = parse_json((file.metadata() or {}).get(_KEY, "{}"))
-    except ValueError:
-        return {}
-    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
-    return metadata if texts else {}
-
-
 def _digest(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -120,15 +118,3 @@ def _digest(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
         digest.update(f"{name}:{array.dtype}:{array.shape};".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def format_of(path: Path) -> str:
-    """The format of a safetensors file, "" if it was not written by nbl-export; :class:`InputError` if unreadable."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        open_data(path).close()
-        with safe_open(path, framework="numpy") as file:
-            return _metadata(file).get(_FORMAT, "")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a readable safetensors file ({error}).") from None

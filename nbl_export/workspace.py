@@ -1,29 +1,29 @@
-"""The output folder: its file names, its lock, and the record of finished stages.
+"""Keep the output folder: its file names, its lock, and the record of finished stages.
 
 A stage is done when ``nbl/workspace.json`` has a record of it with the requested key and its files are
 unchanged, byte for byte. The key is a hash of all inputs of the stage (:mod:`nbl_export.stage_record`), so changing
 ``--k`` repeats selection and the stages after it, never calibration.
 
-It may come from somebody else: every name that a record gives passes :func:`nbl_export.files.member`, folders in it are
-no links, and nothing in it makes code run.
+It may come from somebody else: every name that a record gives passes :func:`nbl_export.files.member` when the record is
+read, folders in it are no links, and nothing in it makes code run.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, replace
-from os.path import samestat
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nbl_export.digests import Digests
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.files import atomic_path, locked, member, read_json, sweep, write_json
+from nbl_export.files import locked, member, read_json, sweep, write_json
 from nbl_export.progress import Listener
 from nbl_export.records import T, from_json, part_from_json
-from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of, kind_of, stale
+from nbl_export.stage_record import STAGES, StageRecord, input_in_words, key_of, kind_of
 
 STATE_VERSION = 1
 # The command that makes each stage, where it is not `nbl-export STAGE OUT`.
@@ -116,6 +116,15 @@ def check_place(root: Path) -> None:
         )
 
 
+@dataclass
+class _State:
+    """The record of an output folder. ``model`` is what is known of it: source, kind, fingerprint and digests."""
+
+    version: int = STATE_VERSION
+    model: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+
+
 class Workspace(Places):
     """The output folder of one model.
 
@@ -125,14 +134,8 @@ class Workspace(Places):
     def __init__(self, root: Path, digests: Digests | None = None) -> None:
         super().__init__(root)
         self.digests = digests or kept_digests(root)
-        self._state: dict[str, Any] = {}
+        self._state, self._locked = _State(), False
         self._found: dict[str, Any] | None = None
-        self._lock: int | None = None
-        self._check_folders()
-        if self.state_path.exists():
-            self._state = self._read_state()
-
-    def _check_folders(self) -> None:
         # What is written through a link lands in somebody's other folder.
         for folder in self.folders[1:]:
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -140,6 +143,7 @@ class Workspace(Places):
                     f"{folder} is not a folder of its own (a link or a file): an output folder holds its own files; "
                     "remove it or choose another --output."
                 )
+        self._read_state()
 
     @classmethod
     def create(cls, root: Path, digests: Digests | None = None) -> Workspace:
@@ -147,9 +151,7 @@ class Workspace(Places):
         try:
             check_place(root)
             (root / "nbl").mkdir(parents=True, exist_ok=True)
-            with atomic_path(root / "nbl" / "write-test"):
-                pass
-            (root / "nbl" / "write-test").unlink(missing_ok=True)
+            tempfile.TemporaryFile(dir=root / "nbl").close()
         except OSError as error:
             raise os_error_in_words(error, f"while preparing the output folder {root}") from error
         return cls(root, digests)
@@ -168,80 +170,55 @@ class Workspace(Places):
     def lock(self) -> Iterator[None]:
         """Keep other nbl-export processes out of this folder within the block."""
         busy = f"Another nbl-export is running in {self.root}: wait for it or choose another --output."
-        with locked(self.nbl / ".lock", busy) as handle:
-            self._lock = handle
+        with locked(self.nbl / ".lock", busy):
             for folder in self.folders:
                 sweep(folder)
-            # Another process may have finished stages between opening the folder and taking the lock.
-            if self.state_path.exists():
-                self._state = self._read_state()
+            self._read_state()  # another process may have finished stages since the folder was opened
             self.digests.save()  # those of the model, before the long work
+            self._locked = True
             try:
                 yield
             finally:
-                if self._is_still_there():
-                    self.digests.save()
-                self._lock = None
+                self._locked = False
+                self.digests.save()
 
-    def _is_still_there(self) -> bool:
-        """Whether the folder of the held lock is the one of its name."""
-        with suppress(OSError):
-            return self._lock is not None and samestat(os.fstat(self._lock), (self.nbl / ".lock").lstat())
-        return False
-
-    def _check_still_there(self) -> None:
-        """Refuse to write into a folder that was moved or deleted meanwhile, or into another one of its name."""
-        if self._lock is not None and not self._is_still_there():
-            raise InputError(
-                f"{self.root} was moved or deleted while it was worked in: run the same command again, on the folder "
-                "where it is now."
-            )
-
-    def _read_state(self) -> dict[str, Any]:
-        remedy = f"delete {self.root} and start again"
-        state = read_json(self.state_path, "The record of this output folder", remedy, finite=True)
-        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-            raise InputError(f"{self.state_path} is not a record of this nbl-export: use another --output.")
-        if not isinstance(state.get("stages"), dict):
-            raise InputError(f"{self.state_path} is damaged: {remedy}.")
-        return state
+    def _read_state(self) -> None:
+        if self.state_path.exists():
+            what, remedy = "The record of this output folder", f"delete {self.root} and start again"
+            raw = read_json(self.state_path, what, remedy)
+            if not isinstance(raw, dict) or raw.get("version") != STATE_VERSION:
+                raise InputError(
+                    f"{self.state_path} is not a record of this nbl-export: use another --output."
+                )
+            self._state = from_json(_State, raw, f"{what}, {self.state_path},", remedy)
+            for record in self._state.stages.values():
+                self.paths(record)
 
     def _write_state(self) -> None:
-        write_json(self.state_path, {"version": STATE_VERSION, **self._state})
+        write_json(self.state_path, asdict(self._state))
 
     @property
     def model_info(self) -> dict[str, Any] | None:
         """The recorded model: source, kind, fingerprint; None for a new folder."""
-        info = self._state.get("model")
-        if info and not isinstance(info, dict):
-            raise InputError(
-                f"{self.state_path} has a damaged record of the model: delete {self.root} and start again."
-            )
-        return dict(info) if info else None
+        return dict(self._state.model) or None
 
     def set_model(self, info: Mapping[str, Any]) -> None:
         """Bind the folder to a model; raises :class:`InputError` if another model is recorded.
 
         What is recorded is written with the lock held, so that no stage that another process records is lost.
         """
-        self._check_same(info)
-        self.found_model(info)
-        if self.model_info == dict(info):
-            return
-        with nullcontext() if self._lock is not None else self.lock():
-            self._check_same(info)
-            self._state["model"] = dict(info)
-            self._state.setdefault("stages", {})
-            self._write_state()
-
-    def _check_same(self, info: Mapping[str, Any]) -> None:
-        known = self.model_info
-        if known and known.get("fingerprint") != info["fingerprint"]:
-            raise InputError(
-                f"{self.root} belongs to another model ({known.get('source')}, fingerprint "
-                f"{str(known.get('fingerprint'))[:12]}), not to {info['source']} ({info['fingerprint'][:12]}): "
-                "choose another --output or delete that folder."
-            )
+        with nullcontext() if self._locked else self.lock():
+            known = self._state.model
+            if known and known.get("fingerprint") != info["fingerprint"]:
+                raise InputError(
+                    f"{self.root} belongs to another model ({known.get('source')}, fingerprint "
+                    f"{str(known.get('fingerprint'))[:12]}), not to {info['source']} ({info['fingerprint'][:12]}): "
+                    "choose another --output or delete that folder."
+                )
+            self.found_model(info)
+            if known != dict(info):
+                self._state.model = dict(info)
+                self._write_state()
 
     def found_model(self, info: Mapping[str, Any]) -> None:
         """Hold the stages to the model as it is now on this machine."""
@@ -249,14 +226,7 @@ class Workspace(Places):
 
     def record(self, stage: str) -> StageRecord | None:
         """The record of a finished stage, or None; its names are files of this folder."""
-        raw = self._state.get("stages", {}).get(stage)
-        if raw is None:
-            return None
-        what = f"The record of stage {stage} in {self.state_path}"
-        record = from_json(StageRecord, raw, what, f"delete {self.root} and start again")
-        for name in record.files:
-            member(self.root, name, f"A file of stage {stage} in {self.state_path}")
-        return record
+        return self._state.stages.get(stage)
 
     def asked(self, stage: str, kind: type[T]) -> T:
         """Of what was asked of a stage, the settings that the dataclass ``kind`` has, or its defaults."""
@@ -268,21 +238,28 @@ class Workspace(Places):
 
     def paths(self, record: StageRecord) -> list[Path]:
         """The files of a record."""
-        return [member(self.root, name, "A recorded file") for name in record.files]
+        return [member(self.root, name, f"A file in {self.state_path}") for name in record.files]
 
     @property
     def stages(self) -> tuple[str, ...]:
         """Every stage in order, done or not; of `convert` the forms that there are, if there are some."""
-        forms = sorted(name for name in self._state.get("stages", {}) if kind_of(name) != name)
+        forms = sorted(name for name in self._state.stages if kind_of(name) != name)
         kinds = [[own for own in forms if kind_of(own) == kind] or [kind] for kind in STAGES]
         return tuple(name for names in kinds for name in names)
 
     def stale(self, stage: str) -> str | None:
         """Why a finished stage is not of what there is now, in words; None if it is."""
-        records = {name: r for name in self.stages if (r := self.record(name))}
-        found = self._found or self.model_info or {}
-        inputs = {name: str(found[name]) for name in (MODEL, SIDECARS) if name in found}
-        return stale(records, stage, inputs)
+        record = self._state.stages[stage]
+        inputs = self._found or self._state.model
+        now = {name: str(inputs.get(name, digest)) for name, digest in record.made_of.items()}
+        above = {name: self.record(name) for name in record.made_of if name in STAGES}
+        for name, made in above.items():
+            if made is None:
+                return input_in_words(name)
+            now[name] = made.result
+        own = record.other_inputs(stage, record.settings, now)
+        of_above = (f"of `{name}`, {why}" for name in above if (why := self.stale(name)))
+        return own or next(of_above, None)
 
     def finished(self, stage: str) -> StageRecord:
         """The record of a stage that must have been done; raises :class:`InputError` with the command for it."""
@@ -355,10 +332,18 @@ class Workspace(Places):
         device: str = "",
     ) -> None:
         """Record that ``stage`` is done; files that only an earlier run of it wrote are deleted."""
-        key, written, read = key_of(stage, settings, made_of), self._digests_of(files), dict(made_of)
-        version, took = STAGES[kind_of(stage)], round(seconds, 3)
         self._keep(
-            stage, StageRecord(key, dict(settings), written, took, tuple(notes), read, version, device)
+            stage,
+            StageRecord(
+                key_of(stage, settings, made_of),
+                dict(settings),
+                self._digests_of(files),
+                round(seconds, 3),
+                tuple(notes),
+                dict(made_of),
+                STAGES[kind_of(stage)],
+                device,
+            ),
         )
 
     def drop(self, stage: str, files: Sequence[Path]) -> None:
@@ -371,20 +356,18 @@ class Workspace(Places):
 
     def forget(self, stage: str) -> None:
         """Drop the record of ``stage``; its files stay until it is done again."""
-        self._check_still_there()
-        if self._state.get("stages", {}).pop(stage, None) is not None:
+        if self._state.stages.pop(stage, None) is not None:
             self._write_state()
 
     def _digests_of(self, files: list[Path]) -> dict[str, str]:
         return {p.relative_to(self.root).as_posix(): self.digests.of(p) for p in files}
 
     def _keep(self, stage: str, record: StageRecord) -> None:
-        self._check_still_there()
         before = self.record(stage)
-        for name, path in zip(before.files, self.paths(before), strict=True) if before else ():
+        for name in before.files if before else ():
             if name not in record.files:
-                path.unlink(missing_ok=True)
-        self._state.setdefault("stages", {})[stage] = asdict(record)
+                (self.root / name).unlink(missing_ok=True)
+        self._state.stages[stage] = record
         self._write_state()
         self.digests.save()
 

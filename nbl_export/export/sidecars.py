@@ -60,9 +60,7 @@ def updated_configs(
 def _updated(source: Path, linear: list[int], cached: list[int]) -> Sidecar:
     if source.name not in (GENAI, CONFIG):
         return Sidecar(source)
-    # Models have infinity in their configuration, which transformers reads; onnxruntime-genai reads plain JSON.
-    is_json = source.name == GENAI
-    config = read_json(source, "The configuration of the graph", "export the model again", finite=is_json)
+    config = read_json(source, "The configuration of the graph", "export the model again")
     try:
         return Sidecar(
             source, _genai(config, cached) if source.name == GENAI else _hugging_face(config, linear, cached)
@@ -79,7 +77,7 @@ def copy_sidecars(files: Iterable[Sidecar], folder: Path) -> list[Path]:
 
 
 def _text(config: dict[str, Any]) -> str:
-    return json_text(config, finite=False)
+    return json_text(config, finite=False)  # models have infinity in their configuration
 
 
 def _copy(file: Sidecar, target: Path) -> Path:
