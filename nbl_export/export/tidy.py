@@ -1,6 +1,6 @@
 """Make a graph of torch.onnx readable: public names and dimensions, weights stored once and read when it is written.
 
-A model is traced with tensors that stand for its weights (:func:`nbl_export.models.stand_ins.standing_in`). What the
+A model is traced with tensors that stand for its weights (:func:`nbl_export.models.weights.standing_in`). What the
 exporter makes of one, as a transposed matrix or one of a stack, is a view of it: the place in memory says of which
 weight, offset and strides say of what part. So the graph gets a tensor that makes the same view of the weight itself.
 """
@@ -34,7 +34,7 @@ from nbl_export.export.recurrence import SYMBOLIC_DOMAIN
 from nbl_export.export.scans import make_scans
 from nbl_export.graph.operators import int_attribute
 from nbl_export.models.caches import BlockCache
-from nbl_export.models.stand_ins import StandIn
+from nbl_export.models.weights import Weight
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 Named = tuple[str, Mapping[int, str]]
@@ -43,8 +43,8 @@ Named = tuple[str, Mapping[int, str]]
 class StandIns:
     """The tensors that stand for weights in a graph that is being made."""
 
-    def __init__(self, stand_ins: Sequence[StandIn]) -> None:
-        self._all = [(stand_in.tensor.data_ptr(), stand_in) for stand_in in stand_ins]
+    def __init__(self, stand_ins: Sequence[Weight]) -> None:
+        self._all = [(one.tensor.data_ptr(), one) for one in stand_ins if one.tensor is not None]
 
     def attach(self, graph: ir.Graph, used: Collection[str]) -> bool:
         """Give the initializers of ``graph`` the weights; whether all that are ``used`` are there.
@@ -65,23 +65,23 @@ class StandIns:
             return np.array_equal(a, b)
         if ours is None or theirs is None or (ours[1], a.shape, a.strides) != (theirs[1], b.shape, b.strides):
             return False
-        return ours[0] is theirs[0] or torch.equal(ours[0].stored(), theirs[0].stored())
+        return ours[0] is theirs[0] or torch.equal(ours[0].read(), theirs[0].read())
 
-    def _part(self, array: NDArray[Any]) -> tuple[StandIn, int] | None:
+    def _part(self, array: NDArray[Any]) -> tuple[Weight, int] | None:
         """The stand-in that ``array`` is a view of, and the offset in bytes; None for any other array."""
         address = array.__array_interface__["data"][0]
         for start, stand_in in self._all:
-            if start <= address < start + stand_in.tensor.nbytes:
+            if start <= address < start + stand_in.empty.nbytes:
                 return stand_in, address - start
         return None
 
 
-def _view(stand_in: StandIn, offset: int, tensor: ir.TensorProtocol) -> ir.LazyTensor:
+def _view(stand_in: Weight, offset: int, tensor: ir.TensorProtocol) -> ir.LazyTensor:
     array = tensor.numpy()
     shape, strides, name = array.shape, array.strides, tensor.name
 
     def make() -> ir.TensorProtocol:
-        whole = stand_in.read().contiguous().cpu().numpy()
+        whole = stand_in.value().contiguous().cpu().numpy()
         flat = whole.reshape(-1).view(np.uint8)[offset:].view(whole.dtype)
         return ir.tensor(np.lib.stride_tricks.as_strided(flat, shape, strides), name=name)
 

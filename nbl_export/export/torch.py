@@ -32,9 +32,8 @@ from nbl_export.graph.io import save_graph
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import layer_count, positions
 from nbl_export.models.libraries import quiet, replaced
-from nbl_export.models.stand_ins import standing_in
 from nbl_export.models.walk import one_of_each_kind
-from nbl_export.models.weights import resident
+from nbl_export.models.weights import resident, standing_in
 from nbl_export.progress import Listener, Silent, Task
 
 # The maximum number of tokens for a model whose configuration has no limit.

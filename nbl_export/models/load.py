@@ -12,21 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import PIXELS
 from nbl_export.errors import InputError, first_line
-from nbl_export.files import parse_json
 from nbl_export.models.attention import count_positions
 from nbl_export.models.folder import PREPROCESSOR, has_vocabulary, readable
 from nbl_export.models.libraries import quiet
 from nbl_export.models.multimodal import as_decoder, text_only
 from nbl_export.models.source import ModelSource, check_config
-from nbl_export.models.stored import (
-    Merged,
-    gguf_parsed_once,
-    gguf_readers,
-    put_off,
-    same_weights,
-    stored_tensors,
-    take_buffers,
-)
+from nbl_export.models.stored import Merged, as_stored, gguf_parsed_once, gguf_readers, stored_dtype
 from nbl_export.models.tasks import task_named
 from nbl_export.models.weights import (
     Read,
@@ -34,9 +25,6 @@ from nbl_export.models.weights import (
     by_identity,
     check_finite,
     convert_buffers,
-    device_of,
-    reader,
-    stored_of,
     streamed,
     streaming_of,
 )
@@ -55,50 +43,39 @@ def load_model(source: ModelSource, done: Callable[[int], None] = lambda _bytes:
     import torch
 
     stored = load_stored(source, done)
-    return stored.model if stored.is_plain(torch.float32) else streamed(stored, torch.float32)
+    exact = all(p.dtype == torch.float32 for p in stored.model.parameters() if p.is_floating_point())
+    return stored.model if exact and not stored.read else streamed(stored, torch.float32)
 
 
 def load_stored(source: ModelSource, done: Callable[[int], None] = lambda _bytes: None) -> Stored:
-    """The model as its files store it, mapped or dequantized when it is read.
+    """The model as its files store it, mapped or dequantized when it is read; buffers are in float32.
 
-    What cannot be mapped, because transformers converts it, is in memory in float32. Raises :class:`InputError` if
-    transformers cannot read the model.
+    Raises :class:`InputError` if transformers cannot read the model, or for a weight that is NaN or infinite.
     """
     import torch
 
+    made: dict[str, Merged] = {}
     with _files(source) as (path, options):
         if source.gguf_file:
             with _reading(source), gguf_parsed_once():
                 skeleton = _skeleton(source, path, options)
-                dequantized = gguf_readers(options["gguf_file"], skeleton)
-            if dequantized is not None:
-                return _finished(source, skeleton, dequantized, computed=True)
-            return _in_memory(source, _from_files(source, path, {**options, "dtype": torch.float32})[0])
-        with _reading(source):
-            tensors = stored_tensors(Path(source.path))
-        dtype = tensors.dtype or torch.float32
-        # In float32 the experts that transformers merges are in memory, like everything that it converts.
-        nothing: AbstractContextManager[dict[str, Merged]] = contextlib.nullcontext({})
-        with put_off() if dtype != torch.float32 else nothing as merged:
-            model, unused = _from_files(source, path, {"dtype": dtype})
-        if dtype == torch.float32 and not tensors.others:
-            return _in_memory(source, model)
-        with _reading(source):
-            skeleton = _skeleton(source, path, {})
-            mapped = tensors.put_others(model, unused) and same_weights(skeleton, model)
-        if not mapped:
-            return _in_memory(source, _from_files(source, path, {"dtype": torch.float32})[0])
-    take_buffers(skeleton, model)
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    for name, weight in weights.items():
-        made_of = merged[name].sources.values() if name in merged else [[weight]]
-        for tensor in (tensor for group in made_of for tensor in group):
+                read = gguf_readers(options["gguf_file"], skeleton)
+            if read is not None:
+                return _finished(source, skeleton, read, computed=True)
+            model = _from_files(source, path, options)
+        else:
+            with _reading(source):
+                # In float32 the experts that transformers merges are in memory.
+                put_off = stored_dtype(Path(source.path)) not in (None, torch.float32)
+            with as_stored(put_off) as made:
+                model = _from_files(source, path, {"use_safetensors": True})
+    for name, weight in model.named_parameters():
+        merged = made[name].sources.values() if name in made else [[weight]]
+        for tensor in (tensor for group in merged for tensor in group):
             check_finite(source.source, name, tensor)
             done(tensor.nbytes)
-    made: dict[int, Read] = {id(weights[name]): read for name, read in merged.items()}
-    if hasattr(model, "generation_config"):
-        skeleton.generation_config = model.generation_config
-    return _finished(source, skeleton, {n: made.get(id(w)) or reader(w) for n, w in weights.items()})
+    convert_buffers(model, torch.float32, torch.device("cpu"))
+    return _finished(source, model, {id(model.get_parameter(name)): read for name, read in made.items()})
 
 
 @contextmanager
@@ -124,76 +101,46 @@ def _reading(source: ModelSource, what: str = "transformers cannot load") -> Ite
         raise refused(f"{what} {source.source}", error, source) from error
 
 
-def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
-    """The model by transformers' own loading, and the tensors of its files that it does not use."""
-    import transformers
+def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> Any:
+    """The model by transformers' own loading."""
+    import torch
 
-    task = task_named(source.task)
-    if not source.gguf_file:
-        options = {**options, "use_safetensors": True}
     with _reading(source):
         model, info = _class(source).from_pretrained(
-            path, output_loading_info=True, **_trusted(source), **options
+            path, output_loading_info=True, dtype=torch.float32, **_trusted(source), **options
         )
     missing_keys = sorted(info["missing_keys"])
-    if not task.causal and missing_keys and all(key.startswith("pooler.") for key in missing_keys):
+    if (
+        missing_keys
+        and not task_named(source.task).causal
+        and {k.split(".")[0] for k in missing_keys} == {"pooler"}
+    ):
         model.pooler, missing_keys = None, []  # saved without one, as sentence-transformers often does
     check_config(source.source, model.config.to_dict())
-    saved = (getattr(model.config, "architectures", None) or [""])[0]
-    if missing_keys and saved != type(model).__name__ and hasattr(transformers, saved):
-        raise InputError(
-            f"{source.source} is saved as {saved}, and {task.loads} of transformers makes a {type(model).__name__} of "
-            f"it, which needs more weights (as {missing_keys[0]}): this architecture is not supported yet."
-        )
     if missing_keys:
         raise InputError(
-            f"{source.source} has no weights for {missing_keys[0]} and {len(missing_keys) - 1} more: download the "
-            "model again."
+            f"{source.source} has no weights for {missing_keys[0]} and {len(missing_keys) - 1} more, which "
+            f"{type(model).__name__} needs: download it again, or correct the `architectures` in its config.json."
         )
-    return model, set(info["unexpected_keys"])
+    return model
 
 
 def _class(source: ModelSource) -> Any:
-    """What loads the model: the class of its task, or that of a multimodal model without its towers.
-
-    transformers' own class where its class of the task does not list it, as Mistral4ForCausalLM.
-    """
+    """What loads the model: the class of its task, or that of a multimodal model without its towers."""
     import transformers
 
     if source.wrapper:
         return text_only(source.wrapper)
-    auto = getattr(transformers, task_named(source.task).loads)
-    if source.gguf_file:
-        return auto
-    raw = parse_json((Path(source.path) / "config.json").read_text(encoding="utf-8"))
-    named: Any = getattr(transformers, (raw.get("architectures") or [""])[0], None)
-    of_type = getattr(named, "config_class", None)
-    alone = getattr(of_type, "model_type", "") == raw.get("model_type") and of_type not in auto._model_mapping
-    return named if alone and "auto_map" not in raw else auto
+    return getattr(transformers, task_named(source.task).loads)
 
 
 def _trusted(source: ModelSource) -> dict[str, bool]:
     return {} if source.wrapper else {"trust_remote_code": source.trust_remote_code}
 
 
-def _in_memory(source: ModelSource, model: Any) -> Stored:
-    for name, weight in model.named_parameters():
-        check_finite(source.source, name, weight)
-    return _finished(source, model, {})
-
-
-def _finished(source: ModelSource, model: Any, read: Mapping[str, Read], computed: bool = False) -> Stored:
+def _finished(source: ModelSource, model: Any, read: Mapping[int, Read], computed: bool = False) -> Stored:
     if source.wrapper:
-        before = by_identity(model)
         model = as_decoder(model)
-        after = by_identity(model)
-        read = {
-            new: read[n]
-            for k, (_, names) in before.items()
-            for n in names
-            if n in read
-            for new in after[k][1]
-        }
     model.config.name_or_path = source.path
     # A dequantized model is an ordinary model, but this attribute would prevent saving it.
     if hasattr(model.config, "quantization_config"):
@@ -233,14 +180,7 @@ def load_config(source: ModelSource) -> Any:
     import transformers
 
     with _files(source) as (path, _), _reading(source):
-        try:
-            return transformers.AutoConfig.from_pretrained(path, **_trusted(source))
-        except Exception:
-            # What no class of the task lists has a configuration that AutoConfig may not know, too.
-            kind = None if source.wrapper else _class(source)
-            if kind is None or hasattr(kind, "from_config"):
-                raise
-            return kind.config_class.from_pretrained(path)
+        return transformers.AutoConfig.from_pretrained(path, **_trusted(source))
 
 
 def load_skeleton(source: ModelSource) -> torch.nn.Module:
@@ -260,11 +200,9 @@ def _skeleton(source: ModelSource, path: str, options: dict[str, Any]) -> Any:
     if options:
         check_config(source.source, config.to_dict())
     kind = _class(source)
+    make = kind._from_config if source.wrapper else kind.from_config
     with init_empty_weights(include_buffers=False):
-        if hasattr(kind, "from_config"):
-            model = kind.from_config(config, dtype=torch.float32, **_trusted(source))
-        else:
-            model = kind._from_config(config, dtype=torch.float32)
+        model = make(config, dtype=torch.float32, **_trusted(source))
     model.tie_weights()
     return model
 
@@ -340,8 +278,8 @@ def in_precision(
     """
     import torch
 
-    device = device_of(model) if device is None else device
-    return streamed(stored_of(model), getattr(torch, dtype), device)
+    streaming = streaming_of(model)
+    return streamed(streaming.stored, getattr(torch, dtype), streaming.device if device is None else device)
 
 
 def in_memory(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
@@ -349,10 +287,10 @@ def in_memory(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Mo
     import torch
 
     streaming = streaming_of(model)
-    if streaming is None:
+    if streaming.stored.model is model:
         return model.to(device)
     memo: dict[int, Any] = {
-        key: torch.nn.Parameter(streaming.value(streaming.weights[names[0]]).to(device), requires_grad=False)
+        key: torch.nn.Parameter(streaming.weights[names[0]].value().to(device), requires_grad=False)
         for key, (_, names) in by_identity(streaming.stored.model).items()
     }
     made: torch.nn.Module = copy.deepcopy(streaming.stored.model, memo)

@@ -14,11 +14,13 @@ whose weights are in memory is used in the same way: for it both do nothing.
 from __future__ import annotations
 
 import copy
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -30,100 +32,104 @@ from nbl_export.ranks import on_this_machine
 
 Read = Callable[[], torch.Tensor]
 _KEPT = 2 << 30
+# Bytes of a weight that is worth a stand-in. Exporters compare what is much smaller by its numbers.
+_LARGE = 1 << 16
 
 
 @dataclass(frozen=True)
 class Stored:
     """A model as its checkpoint stores it.
 
-    ``read`` gives a weight by name, as stored, where it is not in ``model`` already: there it is on the meta device.
+    ``read`` gives a weight by its ``id``, as stored, where it is not in ``model`` already: there it has no bytes.
     With ``computed``, that is work, and not only a view of mapped bytes.
     """
 
     model: torch.nn.Module
-    read: Mapping[str, Read] = field(default_factory=dict)
+    read: Mapping[int, Read] = field(default_factory=dict)
     source: str = ""
     computed: bool = False
 
-    def is_plain(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
-        """Whether ``model`` itself is the model in ``dtype`` on ``device``."""
-        device = torch.device(device)
-        return not self.read and all(t.dtype == dtype and t.device == device for _, t in floating(self.model))
 
-
-@dataclass
+@dataclass(eq=False)
 class Weight:
     """One weight and the places that have it; tied weights have several.
 
-    ``absent`` are what the places have while it is not read. The places do not keep the model alive, which has them.
+    ``read`` gives it as it is stored. ``empty`` has its shape and dtype, ``places`` the modules, the names there, and
+    what these have while it is not read: they do not keep the model alive, which has them. ``tensor`` is what they have
+    else. ``unchecked`` is the model of a weight that nobody has looked at yet.
     """
 
-    places: list[tuple[weakref.ref[torch.nn.Module], str]]
-    absent: list[torch.nn.Parameter]
-    read: Read
     name: str
-    shape: torch.Size
-    bytes: int
+    read: Read
+    empty: torch.nn.Parameter
+    device: torch.device
+    unchecked: str = ""
+    places: list[tuple[weakref.ref[torch.nn.Module], str, torch.nn.Parameter]] = field(default_factory=list)
+    tensor: torch.Tensor | None = None
     users: int = 0
 
+    def value(self) -> torch.Tensor:
+        """The weight in the model's dtype, on its device."""
+        # A parameter made in inference mode could not be used with gradients later.
+        with torch.inference_mode(False):
+            tensor = self.read()
+            # What is mapped was looked at when it was loaded. Rounding may make infinity of a large number.
+            if self.unchecked:
+                check_finite(self.unchecked, self.name, tensor)
+                self.unchecked = ""
+            return tensor.to(device=self.device, dtype=self.empty.dtype)
 
+    @contextmanager
+    def there(self, make: Read | None = None) -> Iterator[None]:
+        """Within the block, the places have the weight, or what ``make`` gives."""
+        if not self.users:
+            self._put((make or self.value)())
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+            if not self.users:
+                self._put(None)
+
+    def _put(self, tensor: torch.Tensor | None) -> None:
+        self.tensor = tensor
+        with torch.inference_mode(False):
+            parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+        for place, name, absent in self.places:
+            if (module := place()) is not None:
+                module._parameters[name] = absent if parameter is None else parameter
+
+
+@dataclass(frozen=True)
 class Streaming:
-    """What a model made by :func:`streamed` reads, by its units."""
+    """What a model computes in and on, and what it reads, by name and by units; an ordinary model reads nothing.
 
-    def __init__(self, stored: Stored, dtype: torch.dtype, device: torch.device) -> None:
-        self.stored, self.dtype, self.device = stored, dtype, device
-        self.weights: dict[str, Weight] = {}
-        self.units: dict[str, list[Weight]] = {}
-        self.backbone = ""
-        self.beside: set[str] = set()
-        self._finite: set[str] = set()
+    ``body`` is what the backbone has beside its blocks, ``head`` what lies beside the backbone.
+    """
+
+    stored: Stored
+    dtype: torch.dtype
+    device: torch.device
+    weights: dict[str, Weight] = field(default_factory=dict)
+    units: list[list[Weight]] = field(default_factory=list)
+    body: list[Weight] = field(default_factory=list)
+    head: list[Weight] = field(default_factory=list)
 
     def every(self) -> list[Weight]:
         """All weights, also those of embeddings, which are looked up where they are stored."""
-        return list({id(weight): weight for weight in self.weights.values()}.values())
-
-    def acquire(self, weights: Iterable[Weight]) -> None:
-        for weight in weights:
-            if not weight.users:
-                self.put(weight, self.value(weight))
-            weight.users += 1
-
-    def release(self, weights: Iterable[Weight]) -> None:
-        for weight in weights:
-            weight.users -= 1
-            if not weight.users:
-                self._set(weight, weight.absent)
-
-    def value(self, weight: Weight) -> torch.Tensor:
-        """The ``weight`` in the model's dtype, on its device."""
-        # A parameter made in inference mode could not be used with gradients later.
-        with torch.inference_mode(False):
-            tensor = weight.read()
-            # What is mapped was looked at when it was loaded. Rounding may make infinity of a large number.
-            if self.stored.computed and weight.name not in self._finite:
-                check_finite(self.stored.source, weight.name, tensor)
-                self._finite.add(weight.name)
-            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-            return tensor.to(device=self.device, dtype=dtype)
-
-    def put(self, weight: Weight, tensor: torch.Tensor) -> None:
-        """Give the places of ``weight`` the ``tensor``."""
-        with torch.inference_mode(False):
-            parameter = torch.nn.Parameter(tensor, requires_grad=False)
-        self._set(weight, [parameter] * len(weight.places))
-
-    def _set(self, weight: Weight, values: Iterable[torch.nn.Parameter]) -> None:
-        for (place, name), value in zip(weight.places, values, strict=True):
-            if (module := place()) is not None:
-                module._parameters[name] = value
+        return list(dict.fromkeys(self.weights.values()))
 
 
 _STREAMED: weakref.WeakKeyDictionary[torch.nn.Module, Streaming] = weakref.WeakKeyDictionary()
 
 
-def floating(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The weights of ``model`` with a floating dtype, by name; tied ones once."""
-    return [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
+def streaming_of(model: torch.nn.Module) -> Streaming:
+    """What ``model`` reads: nothing, if its weights are in memory."""
+    if (found := _STREAMED.get(model)) is not None:
+        return found
+    first = next(model.parameters())
+    return Streaming(Stored(model), first.dtype, first.device)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -138,28 +144,20 @@ def check_finite(source: str, name: str, weight: torch.Tensor) -> None:
         raise InputError(f"{source}: the weight {name} is NaN or infinite: download the model again.")
 
 
-def reader(weight: torch.Tensor) -> Read:
-    """What gives the ``weight`` that is in memory or mapped, also after the parameter has got another."""
-    data = weight.data
-    return lambda: data
-
-
 def device_of(model: torch.nn.Module) -> torch.device:
     """The device that ``model`` computes on."""
-    streaming = _STREAMED.get(model)
-    return streaming.device if streaming else next(model.parameters()).device
+    return streaming_of(model).device
 
 
 def weights_like(model: torch.nn.Module) -> torch.Tensor:
     """An empty tensor of the dtype and device that ``model`` computes in and on."""
-    streaming = _STREAMED.get(model)
-    dtype = streaming.dtype if streaming else next(model.parameters()).dtype
-    return torch.empty(0, dtype=dtype, device=device_of(model))
+    streaming = streaming_of(model)
+    return torch.empty(0, dtype=streaming.dtype, device=streaming.device)
 
 
 def dtype_of(model: torch.nn.Module) -> str:
     """The name of the dtype that ``model`` computes in, as ``bfloat16``."""
-    return str(weights_like(model).dtype).removeprefix("torch.")
+    return str(streaming_of(model).dtype).removeprefix("torch.")
 
 
 def origin(model: torch.nn.Module) -> torch.nn.Module:
@@ -168,43 +166,38 @@ def origin(model: torch.nn.Module) -> torch.nn.Module:
     return streaming.stored.model if streaming else model
 
 
-def stored_of(model: torch.nn.Module) -> Stored:
-    """The checkpoint of ``model``; an ordinary model is one that is in memory."""
-    streaming = _STREAMED.get(model)
-    return streaming.stored if streaming else Stored(model)
-
-
 def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.nn.Module:
     """The model of ``stored`` in ``dtype`` on ``device``; its weights are read unit by unit.
 
     Buffers that are not part of a checkpoint (rotary frequencies) stay in their precision.
     """
-    device = torch.device(device)
-    weights = by_identity(stored.model)
-    absent: dict[int, torch.nn.Parameter] = {}
-    for key, (parameter, _) in weights.items():
+    streaming = Streaming(stored, dtype, torch.device(device))
+    found: dict[int, Weight] = {}
+    for key, (parameter, names) in by_identity(stored.model).items():
         kept = dtype if parameter.is_floating_point() else parameter.dtype
-        empty = torch.empty(parameter.shape, dtype=kept, device="meta")
-        absent[key] = torch.nn.Parameter(empty, requires_grad=False)
+        empty = torch.nn.Parameter(
+            torch.empty_like(parameter, dtype=kept, device="meta"), requires_grad=False
+        )
+        read = stored.read.get(key) or parameter.data.detach
+        unchecked = stored.source if stored.computed else ""
+        found[key] = Weight(names[0], read, empty, streaming.device, unchecked)
+        streaming.weights.update(dict.fromkeys(names, found[key]))
     # The copy shares nothing with the original but what is in this table: the places of its weights.
-    memo: dict[int, Any] = dict(absent)
+    memo: dict[int, Any] = {key: weight.empty for key, weight in found.items()}
     model: torch.nn.Module = copy.deepcopy(stored.model, memo)
-    convert_buffers(model, dtype, device)
-    streaming = Streaming(stored, dtype, device)
+    convert_buffers(model, dtype, streaming.device)
     _STREAMED[model] = _STREAMED[backbone(model)] = streaming
-    for key, (parameter, names) in weights.items():
-        places, without = [], []
-        read = next((stored.read[n] for n in names if n in stored.read), reader(parameter))
-        for name in names:
-            owner, _, attribute = name.rpartition(".")
-            module = model.get_submodule(owner)
-            places.append((weakref.ref(module), attribute))
-            mapped = None if stored.computed else read
-            without.append(_in_place(module, mapped, absent[key], device))
-            module._parameters[attribute] = without[-1]
-        size = absent[key].numel() * absent[key].element_size()
-        weight = Weight(places, without, read, names[0], parameter.shape, size)
-        streaming.weights |= dict.fromkeys(names, weight)
+    for name, weight in streaming.weights.items():
+        owner, _, attribute = name.rpartition(".")
+        module, absent = model.get_submodule(owner), weight.empty
+        # An embedding looks up rows of the stored table.
+        if type(module) is torch.nn.Embedding and module.max_norm is None and not stored.computed:
+            table = weight.read()
+            if table.device == streaming.device:
+                module.register_forward_hook(lambda _module, _args, rows: rows.to(dtype))
+                absent = torch.nn.Parameter(table, requires_grad=False)
+        weight.places.append((weakref.ref(module), attribute, absent))
+        module._parameters[attribute] = absent
     _make_units(model, streaming)
     return model
 
@@ -215,24 +208,6 @@ def by_identity(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Parameter, l
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), (parameter, []))[1].append(name)
     return found
-
-
-def _in_place(
-    module: torch.nn.Module, read: Read | None, absent: torch.nn.Parameter, device: torch.device
-) -> torch.nn.Parameter:
-    """What ``module`` has while the weight is not read: an embedding looks up rows of the stored table."""
-    if read is None or type(module) is not torch.nn.Embedding or module.max_norm is not None:
-        return absent
-    table = read()
-    if table.device != device:
-        return absent
-    module.register_forward_hook(partial(_rounded, dtype=absent.dtype))
-    return torch.nn.Parameter(table, requires_grad=False)
-
-
-def _rounded(_module: Any, _args: Any, output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The rows of a stored table as those of a table in ``dtype``."""
-    return output.to(dtype)
 
 
 def convert_buffers(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -247,110 +222,81 @@ def convert_buffers(model: torch.nn.Module, dtype: torch.dtype, device: torch.de
 def _make_units(model: torch.nn.Module, streaming: Streaming) -> None:
     """Each block is a unit, and what the backbone has beside them, and each module beside the backbone, as the head."""
     inner = backbone(model)
-    streaming.backbone = next(name for name, module in model.named_modules() if module is inner)
+    body = next(name for name, module in model.named_modules() if module is inner)
+    children = [name for name, module in model.named_children() if body and module is not inner]
     taken: set[str] = set()
-    children = [name for name, module in model.named_children() if streaming.backbone and module is not inner]
-    streaming.beside = {*children, ""} if streaming.backbone else set()
     blocks: list[str] = []
     with suppress(InputError):  # its structure is not supported, which is said where it is asked for
         stack, modules = block_stack(model)
         blocks = [f"{stack}.{index}" for index in range(len(list(modules.children())))]
-    for path in dict.fromkeys((*blocks, streaming.backbone, *children, "")):
+    for path in dict.fromkeys((*blocks, body, *children, "")):
         prefix = f"{path}." if path else ""
         own = [n for n in streaming.weights if n.startswith(prefix) and n not in taken]
         taken.update(own)
         # An embedding that is looked up in the stored table needs no weight of its own.
-        absent = [streaming.weights[n] for n in own if model.get_parameter(n).is_meta]
-        unit = list({id(weight): weight for weight in absent}.values())
-        if unit:
-            streaming.units[path] = unit
-            _read_in_forward(model.get_submodule(path), streaming, unit)
-            if path == streaming.backbone and path:  # some models run the parts of their backbone themselves
-                _read_in_forward(model, streaming, unit)
+        unit = list(dict.fromkeys(streaming.weights[n] for n in own if model.get_parameter(n).is_meta))
+        streaming.units.append(unit)
+        _read_in_forward(model.get_submodule(path), unit)
+        if path == body:
+            streaming.body.extend(unit)
+            if path:  # some models run the parts of their backbone themselves
+                _read_in_forward(model, unit)
+        elif path not in blocks:
+            streaming.head.extend(unit)
 
 
-def _read_in_forward(module: torch.nn.Module, streaming: Streaming, unit: list[Weight]) -> None:
-    running: list[None] = []
+def _read_in_forward(module: torch.nn.Module, unit: list[Weight]) -> None:
+    running: list[ExitStack] = []
 
     def before(*_: Any) -> None:
-        streaming.acquire(unit)
-        running.append(None)
+        running.append(ExitStack())
+        running[-1].enter_context(acquired(unit))
 
     def after(*_: Any) -> None:
         # A hook that ends the run before the module does is called without the one before.
         if running:
-            running.pop()
-            streaming.release(unit)
+            running.pop().close()
 
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after, always_call=True)
+    if unit:
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after, always_call=True)
 
 
 @contextmanager
-def held(model: torch.nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Within the block, the weights of ``model`` with these ``names``, or under these modules, are in memory."""
-    streaming = _STREAMED.get(model)
-    wanted = tuple(names)
-    found = {
-        id(weight): weight
-        for name, weight in (streaming.weights.items() if streaming else ())
-        if any(name == w or name.startswith(f"{w}.") for w in wanted)
-    }
-    with acquired(streaming, found.values()):
+def acquired(weights: Iterable[Weight]) -> Iterator[None]:
+    """Within the block, these ``weights`` are in memory."""
+    with ExitStack() as within:
+        for weight in weights:
+            within.enter_context(weight.there())
         yield
 
 
-@contextmanager
-def outside_blocks(model: torch.nn.Module, head: bool = False) -> Iterator[None]:
+def held(model: torch.nn.Module, names: Iterable[str]) -> AbstractContextManager[None]:
+    """Within the block, the weights of ``model`` with these ``names``, or under these modules, are in memory."""
+    wanted, weights = tuple(names), streaming_of(model).weights
+    return acquired(
+        {weight for n, weight in weights.items() if any(n == w or n.startswith(f"{w}.") for w in wanted)}
+    )
+
+
+def outside_blocks(model: torch.nn.Module, head: bool = False) -> AbstractContextManager[None]:
     """Within the block, what the backbone of ``model`` has beside its blocks is in memory, such as its embedding.
 
     With ``head``, so is what lies beside the backbone.
     """
-    streaming = _STREAMED.get(model)
-    units = streaming.units.items() if streaming else ()
-    paths = [
-        path
-        for path, _ in units
-        if streaming and (path == streaming.backbone or (head and path in streaming.beside))
-    ]
-    with acquired(streaming, [weight for path, unit in units if path in paths for weight in unit]):
-        yield
-
-
-@contextmanager
-def acquired(streaming: Streaming | None, weights: Iterable[Weight]) -> Iterator[None]:
-    """Within the block, these ``weights`` are in memory."""
-    if streaming is None:
-        yield
-        return
-    found = list(weights)
-    streaming.acquire(found)
-    try:
-        yield
-    finally:
-        streaming.release(found)
-
-
-def streaming_of(model: torch.nn.Module) -> Streaming | None:
-    """What ``model`` reads; None for one whose weights are in memory."""
-    return _STREAMED.get(model)
+    streaming = streaming_of(model)
+    return acquired([*streaming.body, *(streaming.head if head else ())])
 
 
 def streams(model: torch.nn.Module) -> bool:
     """Whether a forward pass of ``model`` reads weights: those that do not stay in memory are read at every pass."""
-    streaming = _STREAMED.get(model)
-    units = streaming.units.values() if streaming else ()
-    return any(not weight.users for unit in units for weight in unit)
+    return any(not weight.users for unit in streaming_of(model).units for weight in unit)
 
 
 def size(model: torch.nn.Module) -> int:
     """Bytes that all weights of ``model`` take in the dtype in which it computes."""
-    streaming = _STREAMED.get(model)
-    return (
-        sum(one.bytes for one in streaming.every())
-        if streaming
-        else sum(p.nbytes for p in model.parameters())
-    )
+    read = sum(weight.empty.nbytes for weight in streaming_of(model).every())
+    return read or sum(p.nbytes for p in model.parameters())
 
 
 def room(model: torch.nn.Module | None = None) -> float:
@@ -371,14 +317,34 @@ def half_free(model: torch.nn.Module | None = None) -> float:
     return float(free / 2)
 
 
-@contextmanager
-def resident(model: torch.nn.Module, budget: float = float("inf")) -> Iterator[None]:
+def resident(model: torch.nn.Module, budget: float = float("inf")) -> AbstractContextManager[None]:
     """Within the block, all weights of ``model`` stay in memory, unless that takes more than ``budget`` bytes.
 
     A part of them would save little: a pass reads the others anyway.
     """
-    streaming = _STREAMED.get(model)
-    weights = streaming.every() if streaming else []
-    fits = sum(weight.bytes for weight in weights if not weight.users) <= budget
-    with acquired(streaming if fits else None, weights):
-        yield
+    weights = streaming_of(model).every()
+    fits = sum(weight.empty.nbytes for weight in weights if not weight.users) <= budget
+    return acquired(weights if fits else ())
+
+
+@contextmanager
+def standing_in(model: torch.nn.Module) -> Iterator[list[Weight]]:
+    """Within the block, the weights of ``model`` are there for whatever does not look at their numbers: a trace of it.
+
+    Matrices are tensors over a file without content, which takes neither memory nor disk: the value has these weights.
+    What is small is real, and an ordinary model is not changed.
+    """
+    weights = streaming_of(model).every()
+    large = [w for w in weights if w.empty.nbytes >= _LARGE and w.empty.ndim > 1 and not w.users]
+    with ExitStack() as within:
+        folder = Path(within.enter_context(tempfile.TemporaryDirectory(prefix="nbl-export.")))
+        within.enter_context(acquired(weight for weight in weights if weight not in large))
+        for number, weight in enumerate(large):
+            within.enter_context(weight.there(partial(_without_bytes, weight.empty, folder / str(number))))
+        yield large
+
+
+def _without_bytes(like: torch.Tensor, path: Path) -> torch.Tensor:
+    with path.open("wb") as file:
+        file.truncate(like.nbytes)
+    return torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)

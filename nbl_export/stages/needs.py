@@ -136,11 +136,11 @@ def _configured(model: torch.nn.Module, key: str) -> int:
 def sizes_of_source(source: ModelSource, model: torch.nn.Module | None = None) -> Sizes:
     """The sizes of a model by its configuration and the headers of its files; ``model`` is it without weights."""
     from nbl_export.models.load import load_skeleton
-    from nbl_export.models.stored import stored_tensors
+    from nbl_export.models.stored import stored_dtype
 
     stored = 0
     if not source.gguf_file:
-        dtype = stored_tensors(Path(source.path)).dtype
+        dtype = stored_dtype(Path(source.path))
         stored = dtype.itemsize if dtype else _F32
     return sizes_of(model or load_skeleton(source), stored)
 

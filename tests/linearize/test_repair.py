@@ -221,16 +221,16 @@ def test_the_backward_pass_has_the_weights_of_one_block(model: Any, monkeypatch:
     dummy_run(low)
     alive: list[weakref.ref[Any]] = []
     most: dict[bool, int] = {}
-    plain = weights.Streaming.value
+    plain = weights.Weight.value
 
-    def value(self: Any, weight: Any) -> Any:
-        tensor = plain(self, weight)
+    def value(self: Any) -> Any:
+        tensor = plain(self)
         alive.append(weakref.ref(tensor.untyped_storage()))
         held = sum(storage.nbytes() for ref in alive if (storage := ref()) is not None)
         most[limited] = max(most.get(limited, 0), held)
         return tensor
 
-    monkeypatch.setattr(weights.Streaming, "value", value)
+    monkeypatch.setattr(weights.Weight, "value", value)
     for limited in (False, True):
         if limited:
             monkeypatch.setattr(module, "room", lambda *_: 0)

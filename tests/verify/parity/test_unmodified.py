@@ -311,9 +311,7 @@ def test_by_blocks_as_step_by_step(streaming: Any, plan: Plan, cached: bool, pla
 
 
 def _read_once(model: Any) -> list[Any]:
-    streaming = streaming_of(model)
-    assert streaming is not None
-    return [weight for unit in streaming.units.values() for weight in unit]
+    return [weight for unit in streaming_of(model).units for weight in unit]
 
 
 @pytest.mark.parametrize(
