@@ -5,7 +5,7 @@ padding into a convolution. The configuration does not show this; the logits of 
 begins at a length (a window, a rope switch) is seen too, a short text crosses each of them.
 
 A window of 4,096 tokens of a large model is beyond what such a run can cross. What begins there is in the model's code
-and the numbers of its configuration, not in its weights: so a copy in which it is small (:mod:`.small_copy`) is traced
+and the numbers of its configuration, not in its weights: so a copy in which it is small (:func:`.small_copy`) is traced
 and run in onnxruntime beyond it, in a prefill and by decoding, and must be PyTorch's. Of an encoder all lengths are
 crossed so: that it is refused is then said before it is calibrated.
 """
@@ -34,9 +34,17 @@ from nbl_export.models.dummy_run import check_supported, dummy_run
 from nbl_export.models.forward import Encoder, run_uncached
 from nbl_export.models.layers import backbone, vocabulary
 from nbl_export.models.layers import positions as positions_of
-from nbl_export.models.lengths import BEYOND, REHEARSAL, Length, Room, crossed_by, crossing_prompts
+from nbl_export.models.lengths import (
+    BEYOND,
+    REHEARSAL,
+    Length,
+    Room,
+    crossed_by,
+    crossing_prompts,
+    small_copy,
+    small_lengths,
+)
 from nbl_export.models.libraries import quiet
-from nbl_export.models.small_copy import small_copy, small_lengths
 from nbl_export.models.weights import resident, room
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.ort import OrtEncoder, ort_stream
@@ -211,7 +219,6 @@ def _run(decoder: Any, form: Form, texts: list[NDArray[Any]], steps: int = _NEXT
 # Tokens that are decoded across a length, from this many before it on.
 _STEPS, _BEFORE = 6, 3
 _DRAWS = 2  # of weights: where a token is sent to another expert by rounding, other weights do without
-_UNSAID = "no key of the configuration says it, so no copy has it smaller"
 _DONE: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, tuple[OnCopy, ...]]] = weakref.WeakKeyDictionary()
 
 
@@ -235,28 +242,26 @@ def crossed_on_copy(
 def _crossed(
     model: torch.nn.Module, form: Form, lengths: Sequence[Length], listener: Listener
 ) -> tuple[OnCopy, ...]:
-    unsaid = tuple(OnCopy(one.key, one.tokens, why=_UNSAID) for one in lengths if not one.configured)
-    said = [one for one in lengths if one.configured]
-    if not said:
-        return unsaid
-    small = small_lengths(said)
+    if not lengths:
+        return ()
+    small = small_lengths(lengths)
     error, measure = float("inf"), _error_of_encoder if form.name == ENCODER else _error_of_copy
     try:
         with listener.task("Running a small copy", _DRAWS, "copies") as task:
             for seed in range(_DRAWS):
-                error = min(error, measure(small_copy(model, said, seed), form, said, small))
+                error = min(error, measure(small_copy(model, lengths, seed), form, lengths, small))
                 task.advance(1)
                 if error <= _TOLERANCE:
-                    return (*unsaid, *(OnCopy(one.key, one.tokens, small[one.tokens]) for one in said))
+                    return tuple(OnCopy(one.key, one.tokens, small[one.tokens]) for one in lengths)
     except Exception as failed:  # a model's own code may raise anything
         why = first_line(failed)[:300].rstrip(".")
-        return (*unsaid, *(OnCopy(one.key, one.tokens, why=why) for one in said))
+        return tuple(OnCopy(one.key, one.tokens, why=why) for one in lengths)
     who = f"The graph of {type(model).__name__}"
     what, remedy = "outputs", "this architecture is not supported yet"
     if form.name != ENCODER:
         who, what = f"{type(model).__name__} with --kv-cache {form.name}", "logits"
         remedy = "use another --kv-cache, or another --exporter"
-    names = " or ".join(one.name for one in said)
+    names = " or ".join(one.name for one in lengths)
     raise InputError(
         f"{who} computes other {what} than PyTorch beyond {names} (error {error:.1g} of "
         f"their standard deviation on a small copy of it, where that is {' or '.join(map(str, small.values()))}): "

@@ -1,13 +1,12 @@
 """Find the lengths from which on a model computes something else: windows, chunks, rope switches, kept tokens …
 
 A text that is shorter than such a length says nothing about what begins there. They are read from the configuration by
-``lengths.toml``, and from the numbers that the modules keep, or their functions take, by their names, so a family that
-has no row there is found too. What crosses them: :func:`crossed_by`, as far as memory and time allow.
+``lengths.toml``; a key of a family that has no row there is found by its name. What crosses them: :func:`crossed_by`,
+as far as memory and time allow, and beyond that :func:`small_copy`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import PIXELS
+from nbl_export.errors import InputError, first_line
 from nbl_export.files import read_table
 from nbl_export.models.layers import (
     block_stack,
@@ -27,6 +27,7 @@ from nbl_export.models.layers import (
     text_config,
     vocabulary,
 )
+from nbl_export.models.libraries import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -36,21 +37,23 @@ _BYTES = 1 << 30
 # How far the row of a prefill goes beyond a length.
 BEYOND = 8
 _LARGEST = 1 << 31
+# Of a copy: its weights, two gigabytes in float32, and its blocks.
+_WEIGHTS, _BLOCKS = 1 << 29, 8
+# Its smallest length, and how far each is from the next: each begins apart from the others.
+_FIRST, _APART = 16, 6
 
 
 @dataclass(frozen=True)
 class Length:
     """A text longer than ``tokens`` is computed in another way in ``layers``; ``key`` of the configuration says so.
 
-    With ``batch`` the longest row decides for all rows of a batch. A number of a module, which no key says, has the
-    module's class before its name: such a length cannot be made smaller by a configuration.
+    With ``batch`` the longest row decides for all rows of a batch.
     """
 
     key: str
     tokens: int
     layers: tuple[int, ...]
     batch: bool = False
-    configured: bool = True
 
     @property
     def name(self) -> str:
@@ -95,13 +98,6 @@ def lengths(model: torch.nn.Module) -> tuple[Length, ...]:
         for tokens in {value} if isinstance(value, int) else set(value):
             if 1 < tokens < _LARGEST:
                 found.setdefault((tokens, key), Length(key, tokens, layers or every, row.batch))
-    known = {tokens for tokens, _ in found}
-    for name, tokens in _of_modules(model):
-        # What the configuration says too is known, or idle; so is what it derives from a longer one, as a radius.
-        short = name.rpartition(".")[2]
-        derived = getattr(text, short, None) in (tokens, tokens - 1) and any(tokens <= t + 1 for t in known)
-        if tokens not in known and (short, tokens) not in entries and not derived:
-            found.setdefault((tokens, name), Length(name, tokens, every, configured=False))
     return tuple(sorted(found.values(), key=lambda length: (length.tokens, length.key)))
 
 
@@ -140,32 +136,6 @@ def _row(key: str, entries: Sequence[tuple[str, Any]]) -> _Row | None:
 def _caught(key: str) -> bool:
     net, name = _table()[0], key.lower()
     return any(w in name for w in net["words"]) and not any(w in name for w in net["but"])
-
-
-def _of_modules(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
-    """Numbers that modules keep, or their functions take, under names that the net catches, for lengths that no
-    configuration says.
-    """
-    path, stack = block_stack(model)
-    above = [model.get_submodule(path[:end]) for end in (0, *(i for i, c in enumerate(path) if c == "."))]
-    for module in (*above, *stack.modules()):
-        kind: Any = type(module)
-        for name, value in (*vars(module).items(), *_defaults(kind)):
-            short = name.rpartition(".")[2]
-            if not short.startswith("_") and _is_number(value) and 1 < value < _LARGEST and _caught(short):
-                yield f"{kind.__name__}.{name}", value
-
-
-@cache
-def _defaults(kind: type) -> tuple[tuple[str, Any], ...]:
-    """What the functions of a class of a model's code take if they are given nothing else."""
-    found: list[tuple[str, Any]] = []
-    for name, function in vars(kind).items() if not kind.__module__.startswith("torch.") else ():
-        plain = getattr(function, "__func__", function)
-        if inspect.isfunction(plain) and name != "__init__":  # which keeps what it takes
-            given = inspect.signature(plain).parameters.values()
-            found += [(f"{name}.{p.name}", p.default) for p in given if _is_number(p.default)]
-    return tuple(found)
 
 
 # what crosses them -------------------------------------------------------------------------------
@@ -249,3 +219,121 @@ def crossed_by(
 def crossing_prompts(crossed: Sequence[Crossed]) -> list[int]:
     """The prompts of all of them, each once, in ascending order."""
     return sorted({prompt for one in crossed for prompt in one.prompts})
+
+
+# a small copy -------------------------------------------------------------------------------------
+
+
+def small_lengths(lengths: Sequence[Length]) -> dict[int, int]:
+    """What each number of tokens of ``lengths`` is in the copy, in the same order."""
+    every = sorted({length.tokens for length in lengths})
+    return {tokens: min(tokens, _FIRST + _APART * i) for i, tokens in enumerate(every)}
+
+
+def small_copy(model: torch.nn.Module, lengths: Sequence[Length], seed: int = 0) -> torch.nn.Module:
+    """A copy of ``model`` with random weights and small ``lengths``, as :func:`small_lengths` says.
+
+    Of each kind of block there is one (of a single kind two), and what only makes a model large is small
+    (``small.toml``). A list with an entry for each block keeps those of the blocks that stay, and a list of blocks has
+    them by their new places. Raises :class:`InputError` if its code does not build it, or the copy is still large.
+    """
+    changes = {(length.key, length.tokens): small_lengths(lengths)[length.tokens] for length in lengths}
+    chosen = _kinds(model)
+    text = text_config(model)
+    original: dict[str, Any] = text.to_dict()
+    failures: list[Exception] = []
+    sizes, experts = _small()["sizes"], _small()["experts"]
+    for attempt in ({**sizes, **experts}, sizes, {}):
+        raw = _changed(original, changes, layer_count(model), chosen, attempt)
+        try:
+            return _built(getattr(model, "of_config", type(model)), type(text), raw, seed)
+        except Exception as error:  # a model's own code may raise anything
+            failures.append(error)
+    said = first_line(failures[0])[:200]
+    raise InputError(f"{type(model).__name__} cannot be made smaller ({said}).") from failures[0]
+
+
+def _built(kind: Any, config: Any, raw: Mapping[str, Any], seed: int) -> torch.nn.Module:
+    """Each module matters, and none overflows: matrices have gain 1.5, and biases are not all zero."""
+    import torch
+
+    with quiet():
+        with torch.device("meta"):
+            size = sum(p.numel() for p in kind(config.from_dict(dict(raw))).parameters())
+        if size > _WEIGHTS:
+            raise InputError(f"a copy has {size:,} weights")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: torch.nn.Module = kind(config.from_dict(dict(raw))).float().eval().requires_grad_(False)
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    scale = float(parameter.float().std()) or 1.0
+                    parameter.mul_(1.5 / (scale * parameter.shape[-1] ** 0.5))
+                elif parameter.numel() > 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    block_stack(model)  # which must be found in the copy too
+    return model
+
+
+def _kinds(model: torch.nn.Module) -> list[int]:
+    """The blocks that stay: the first of each kind by the configuration's lists and by its modules, at least two."""
+    count = layer_count(model)
+    lists = [v for v in text_config(model).to_dict().values() if _by_layer(v, count)]
+    kinds: dict[Any, int] = {}
+    for index, block in enumerate(block_stack(model)[1].children()):
+        modules = tuple(sorted({type(m).__name__ for m in block.modules()}))
+        kinds.setdefault((modules, *(repr(values[index]) for values in lists)), index)
+    chosen = sorted(kinds.values())[:_BLOCKS]
+    if len(chosen) == 1 and count > 1:
+        chosen.append(next(i for i in range(count) if i not in chosen))
+    return sorted(chosen)
+
+
+def _by_layer(value: Any, count: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == count > 1
+
+
+def _of_blocks(key: str, value: Any, count: int) -> bool:
+    """Whether a list names blocks by their places, as ``attn_layer_indices``."""
+    if "token" in key or not any(word in key for word in ("layer", "idx", "indices")):
+        return False
+    places = [v for v in value if isinstance(v, int) and not isinstance(v, bool) and 0 <= v < count]
+    return bool(value) and list(value) == sorted(set(places))
+
+
+def _changed(
+    raw: Mapping[str, Any],
+    changes: Mapping[tuple[str, int], int],
+    count: int,
+    chosen: Sequence[int],
+    sizes: Mapping[str, int],
+) -> dict[str, Any]:
+    def one(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if value and all(str(k).isdigit() for k in value):  # by layer
+                own = {int(k): v for k, v in value.items()}
+                return {new: one(key, own[old]) for new, old in enumerate(chosen) if old in own}
+            return {k: one(str(k), v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            if _of_blocks(key, value, count):
+                return [new for new, old in enumerate(chosen) if old in value]
+            kept = [value[i] for i in chosen] if _by_layer(value, count) else list(value)
+            return [one(key, v) for v in kept]
+        if isinstance(value, int) and not isinstance(value, bool):
+            if key in _small()["layers"]["keys"] and value == count:
+                return len(chosen)
+            most = sizes.get(key, value)
+            return changes.get((key, value), min(value, most) if value > 0 else value)
+        return value
+
+    made = {key: one(str(key), value) for key, value in raw.items()}
+    if sizes:
+        made |= {k: min(v, 1) for k, v in made.items() if str(k).endswith("_token_id") and isinstance(v, int)}
+    return made
+
+
+@cache
+def _small() -> dict[str, Any]:
+    return read_table(Path(__file__).parent / "small.toml")

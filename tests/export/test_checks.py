@@ -216,10 +216,6 @@ def test_a_graph_without_it_is_refused_before_any_work(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("no_room")
 def test_what_a_copy_cannot_show_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    model.model.layers[0].self_attn.frob_window = 100
-    assert crossed_on_copy(model, CONCAT) == (OnCopy("LlamaAttention.frob_window", 100, why=module._UNSAID),)
-
     def refuse(*_: Any) -> Any:
         raise ValueError("It cannot be made smaller.\nAnd more")
 

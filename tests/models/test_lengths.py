@@ -1,4 +1,4 @@
-"""The lengths that configurations and modules say, and what crosses them."""
+"""The lengths that configurations say, and what crosses them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nbl_export.models.lengths import (
     crossed_by,
     crossing_prompts,
     lengths,
+    small_copy,
 )
-from nbl_export.models.small_copy import small_copy
 from tests.beyond import BEYOND, ENCODERS
 from tests.tiny_types import tiny_model
 
@@ -65,27 +65,17 @@ def test_a_key_that_nobody_has_named_is_caught_at_any_depth() -> None:
     ]
 
 
-def test_a_number_of_a_module_counts_and_one_that_is_idle_by_the_configuration_does_not() -> None:
-    model = tiny_model("llama")
-    attention = model.model.layers[1].self_attn
-    attention.frob_window, attention.other = 77, 78
-    (one,) = lengths(model)
-    assert (one.key, one.tokens, one.configured) == ("LlamaAttention.frob_window", 77, False)
-    assert names(BEYOND["llama4"].model(floor_scale=90)) == ["attention_chunk_size 100"]
-
-
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        # The radius, which its modules keep, is of the same window.
-        ("modernbert", [("local_attention", 200, (0,), True)]),
-        ("gemma3", [("sliding_window", 100, (0,), True)]),
-        ("deberta", [("max_relative_positions", 100, (0, 1), True)]),
+        ("modernbert", [("local_attention", 200, (0,))]),
+        ("gemma3", [("sliding_window", 100, (0,))]),
+        ("deberta", [("max_relative_positions", 100, (0, 1))]),
     ],
 )
 def test_lengths_of_encoders(name: str, found: Any) -> None:
     model = ENCODERS[name].model()
-    assert [(one.key, one.tokens, one.layers, one.configured) for one in lengths(model)] == found
+    assert [(one.key, one.tokens, one.layers) for one in lengths(model)] == found
     (one,) = crossed_by(model, 0, (64,))
     assert one.prompts == (found[0][1] + 8,)  # nothing is decoded
     (one,) = crossed_by(model, 0, (found[0][1] + 2,))
