@@ -15,7 +15,8 @@ from nbl_export.linearize.adapters import adapted
 from nbl_export.linearize.plan import Dropped, Plan, Replacement
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import hidden_size, hidden_states, layer_count, plain_attributes
+from nbl_export.models.hooks import hidden_states, plain_attributes
+from nbl_export.models.layers import hidden_size, layer_count
 from nbl_export.models.weights import weights_like
 from nbl_export.settings.choices import FitInput
 

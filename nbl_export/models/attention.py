@@ -3,22 +3,19 @@
 *Sharing*: a layer may attend to the keys and values of another one. It borrows: it has queries of its own, and no entry
 in the KV cache. Gemma 3n and Gemma 4 have such layers.
 
-*Positions*: Llama 4 scales the queries of some layers by ``arange(tokens) + cache.get_seq_length(layer)``: one number
-for all rows of a batch, which is a row's position only where no row is padded and the cache grows. Here what is added
-to the places gives the positions that the model itself is given, so that every row is computed as it would be alone.
-Where attention reads the length of the cache is found in its source; other models are left as they are.
+*Positions*: Llama 4 scales the queries of its layers without a rotary embedding by the place of a token in the cache:
+one number for all rows of a batch, which is a row's position only where no row is padded and the cache grows. Here the
+positions that the model is given scale them, so that every row is computed as it would be alone.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-from nbl_export.models.libraries import CACHE_ARGUMENTS
 
 if TYPE_CHECKING:
     from nbl_export.models.layers import AttentionModules
@@ -121,87 +118,28 @@ def shared_keys(model: Any, layers: Sequence[AttentionModules], run: Callable[[]
 
 
 def count_positions(model: torch.nn.Module) -> None:
-    """Have the attention of ``model`` count each row's positions wherever it would count places in the cache."""
-    kinds = {kind for kind in {type(module) for module in model.modules()} if _counts_places(kind)}
-    for block in model.modules() if kinds else ():
-        counting = any(type(child) in kinds for child in block.children())
-        if counting and _with_positions not in block._forward_pre_hooks.values():
-            block.register_forward_pre_hook(_with_positions, with_kwargs=True)
+    """Have the attention of ``model`` scale its queries by each row's positions, not by places in the cache."""
+    for block in list(model.modules()):
+        for attention in block.children():
+            if getattr(attention, "attn_temperature_tuning", False) and not getattr(
+                attention, "use_rope", True
+            ):
+                attention.attn_temperature_tuning = False  # type: ignore[assignment]
+                positions: list[torch.Tensor] = []
+                keep, scale = (
+                    partial(_keep_positions, positions),
+                    partial(_scale_queries, attention, positions),
+                )
+                block.register_forward_pre_hook(keep, with_kwargs=True)
+                attention.q_proj.register_forward_hook(scale)  # type: ignore[operator, union-attr]
 
 
-def _counts_places(kind: Any) -> bool:
-    if "attention" not in kind.__name__.lower():
-        return False
-    try:
-        source = inspect.getsource(inspect.unwrap(kind.forward))
-    except (OSError, TypeError):  # code without a file
-        return False
-    return "get_seq_length" in source and "arange" in source
+def _keep_positions(positions: list[torch.Tensor], _block: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+    positions[:] = [kwargs["position_ids"]]
 
 
-def _with_positions(_block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    positions = kwargs.get("position_ids")
-    name = next((name for name in CACHE_ARGUMENTS if name in kwargs), None)
-    if name is None or not isinstance(positions, torch.Tensor):
-        return None
-    return args, {**kwargs, name: _Counting(kwargs[name], positions)}
-
-
-class _Counting:
-    """A cache, or none, whose length stands for the positions of what comes next."""
-
-    def __init__(self, of_model: Any, positions: torch.Tensor) -> None:
-        self._of_model, self._positions = of_model, positions
-
-    def get_seq_length(self, *_: Any) -> _Rows:
-        return _Rows(self._positions, before=True)
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (
-            (keys, values) if self._of_model is None else self._of_model.update(keys, values, *args, **kwargs)
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._of_model, name)
-
-
-class _Rows:
-    """Numbers [batch, sequence] where a model has numbers [sequence], which it makes [1, sequence, …] to use them.
-
-    ``before`` is true for the number of tokens before those of a pass: added to 0, 1, 2 … it is their positions.
-    """
-
-    def __init__(self, values: torch.Tensor, before: bool = False) -> None:
-        self._values, self._before = values, before
-
-    @classmethod
-    def __torch_function__(cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(isinstance(a, cls) and a._before for a in args):
-            (rows,) = (a for a in args if isinstance(a, cls))
-            return cls(rows._values) if function.__name__.strip("_") in ("add", "radd") else NotImplemented
-        return cls(function(*(a._values if isinstance(a, cls) else a for a in args), **(kwargs or {})))
-
-    def view(self, *shape: Any) -> torch.Tensor:
-        first, *rest = shape[0] if len(shape) == 1 else shape
-        if first != 1:
-            raise NotImplementedError(f"a view of the positions as {shape}")
-        return self._values.view(self._values.shape[0], *rest)
-
-    reshape = view
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: _Rows(getattr(self._values, name)(*args, **kwargs))
-
-
-def _operator(name: str) -> Callable[..., _Rows]:
-    def operate(self: _Rows, other: Any) -> _Rows:
-        return _Rows(self._values if self._before else getattr(self._values, name)(other))
-
-    return operate
-
-
-# What may be computed of a position; all of it is elementwise.
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "pow"):
-    setattr(_Rows, f"__{_name}__", _operator(f"__{_name}__"))
+def _scale_queries(
+    attention: Any, positions: list[torch.Tensor], _module: Any, _args: Any, queries: Any
+) -> Any:
+    ahead = torch.floor((positions[0].float() + 1.0) / attention.floor_scale)
+    return (queries * (torch.log1p(ahead) * attention.attn_scale + 1.0)[..., None]).to(queries.dtype)

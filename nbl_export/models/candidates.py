@@ -17,8 +17,8 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,22 +29,19 @@ from nbl_export.blocks import ATTENTION, MLP, SPAN, Block, Mlp, Span, part_of, s
 from nbl_export.errors import InputError
 from nbl_export.models.attention import shared_keys
 from nbl_export.models.dummy_run import dummy_run, example_inputs
+from nbl_export.models.hooks import Hooks, Observer, hidden_states, observed, states_in
 from nbl_export.models.layers import (
     BlockModules,
-    Observer,
     Structure,
     attention_layers,
     backbone,
     block_stack,
-    hidden_states,
     layer_count,
     main_input,
-    observed,
-    states_in,
+    mlp_modules,
     structure,
 )
 from nbl_export.models.libraries import quiet
-from nbl_export.models.mlps import MlpPaths, mlp_paths
 from nbl_export.models.walk import Segment, Step, segments, walking
 from nbl_export.models.weights import origin
 
@@ -68,15 +65,13 @@ def choices(model: torch.nn.Module, parts: Collection[str]) -> list[Block]:
 
 def blocks_of(model: torch.nn.Module) -> tuple[BlockModules[Block], ...]:
     """Every attention layer and every MLP of ``model`` that is found, in order."""
-    facts, (path, _) = dummy_run(model), block_stack(model)
-    found: list[Any] = list(attention_layers(model))
-    for index, paths in mlp_paths(model).items():
-        if isinstance(paths, MlpPaths) and index in facts.mlp_streams and index not in facts.odd_mlps:
-            block, stream = f"{path}.{index}", facts.mlp_streams[index]
-            found.append(
-                BlockModules(Mlp(index), block, paths.module, paths.output, paths.adds, MLP, stream=stream)
-            )
-    return tuple(sorted(found, key=lambda one: one.index))
+    facts = dummy_run(model)
+    found: list[Any] = [
+        replace(mlp, stream=facts.mlp_streams[index])
+        for index, mlp in mlp_modules(model).items()
+        if not isinstance(mlp, str) and index in facts.mlp_streams and index not in facts.odd_mlps
+    ]
+    return tuple(sorted([*attention_layers(model), *found], key=lambda one: one.index))
 
 
 def block_modules(model: torch.nn.Module, block: Block) -> BlockModules[Block]:
@@ -88,7 +83,7 @@ def check_blocks(model: torch.nn.Module, parts: Collection[str]) -> None:
     """Refuse ``parts`` of which the ``model`` has none: :class:`InputError` with the reason."""
     name = type(model).__name__
     if MLP in parts and not any(isinstance(one.index, Mlp) for one in blocks_of(model)):
-        why = [found for found in mlp_paths(model).values() if isinstance(found, str)]
+        why = [found for found in mlp_modules(model).values() if isinstance(found, str)]
         why = why or list(dummy_run(model).odd_mlps.values()) or ["it does not run them as they are"]
         raise InputError(
             f"--blocks asks for MLPs, and none of {name} can become linear ({Counter(why).most_common(1)[0][0]}): use "
@@ -193,7 +188,7 @@ def _scales(model: torch.nn.Module, modules: Mapping[Block, BlockModules[Any]]) 
     given: dict[int, torch.Tensor] = {}
     streams: dict[int, torch.Tensor] = {}
 
-    def instead(_module: Any, _args: Any, output: Any, of: BlockModules[Any]) -> Any:
+    def instead(output: Any, of: BlockModules[Any]) -> Any:
         y = states_in(output)
         if isinstance(of.index, Mlp):
             y = torch.zeros_like(y)
@@ -203,10 +198,10 @@ def _scales(model: torch.nn.Module, modules: Mapping[Block, BlockModules[Any]]) 
             y = given[of.index] = (torch.randn(y.shape, generator=generator) * sizes).to(y)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def begins(_module: Any, args: Any, kwargs: Any, layer: int) -> None:
+    def begins(args: Any, kwargs: Any, layer: int) -> None:
         streams[layer] = hidden_states(args, kwargs)
 
-    def ends(_module: Any, _args: Any, output: Any, layer: int) -> None:
+    def ends(output: Any, layer: int) -> None:
         after, h, y = states_in(output), streams.pop(layer), given.pop(layer, None)
         if y is None or h.shape != y.shape or after.shape != y.shape:
             return
@@ -218,19 +213,15 @@ def _scales(model: torch.nn.Module, modules: Mapping[Block, BlockModules[Any]]) 
         if scale > 0 and bool(((added - scale * y).norm(dim=-1) <= room).all()):
             found[layer] = round(scale, 3 if rounding else 6)
 
-    path, _ = block_stack(model)
-    batch = example_inputs(model)
+    path, batch = block_stack(model)[0], example_inputs(model)
     dummy_run(model)
     states: Any = None
-    with ExitStack() as hooks, torch.inference_mode(), walking(model) as run:
+    with Hooks(model) as hooks, torch.inference_mode(), walking(model) as run:
         for one in modules.values():
-            module = model.get_submodule(one.output)
-            hooks.callback(module.register_forward_hook(partial(instead, of=one)).remove)
+            hooks.after(one.output, partial(instead, of=one))
         for layer in range(layer_count(model)):
-            block = model.get_submodule(f"{path}.{layer}")
-            before = partial(begins, layer=layer)
-            hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
-            hooks.callback(block.register_forward_hook(partial(ends, layer=layer)).remove)
+            hooks.before(f"{path}.{layer}", partial(begins, layer=layer))
+            hooks.after(f"{path}.{layer}", partial(ends, layer=layer))
         for part in segments(model):
             with run(part) as step:
                 states = step(batch, states)
@@ -251,32 +242,27 @@ def observing(
     ``output`` is what the span adds to the stream, for an attention's y in its place. Rows go on through the longest of
     the spans; the states are those after the part.
     """
-    modules = tuple(one for one in blocks_of(model) if one.index in wanted)
     spans = [block for block in wanted if isinstance(block, Span)]
-    with ExitStack() as hooks:
+    with Hooks(model) as hooks:
         step = hooks.enter_context(run(part, max([part.stop, *(span.last + 1 for span in spans)])))
+        modules = tuple(one for one in blocks_of(model) if one.index in wanted)
         hooks.enter_context(observed(model, modules, observer))
         if spans:
-            first = spans[0].layer
-            own = next(one for one in attention_layers(model) if one.index == first)
-            scale, path = adding(model).scales[first], block_stack(model)[0]
+            own = next(one for one in attention_layers(model) if one.index == spans[0].layer)
+            scale, path = adding(model).scales[own.index], block_stack(model)[0]
             seen: dict[str, torch.Tensor] = {}
 
-            def keep(_module: Any, args: Any, kwargs: Any, name: str) -> None:
+            def keep(args: Any, kwargs: Any, name: str) -> None:
                 seen[name] = hidden_states(args, kwargs)
 
-            def ends(_module: Any, _args: Any, output: Any, span: Span) -> None:
+            def ends(output: Any, span: Span) -> None:
                 # A difference of large numbers: in float64 nothing more is lost.
                 added = (states_in(output).double() - seen["residual"].double()) / scale
                 observer(span, seen["residual"], seen["normed"], added)
 
             for name, place in (("residual", own.stream), ("normed", own.module)):
-                before = partial(keep, name=name)
-                module = model.get_submodule(place)
-                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.before(place, partial(keep, name=name))
             for span in spans:
-                block = model.get_submodule(f"{path}.{span.last}")
                 # Before the hook that ends the run.
-                after = partial(ends, span=span)
-                hooks.callback(block.register_forward_hook(after, prepend=True).remove)
+                hooks.after(f"{path}.{span.last}", partial(ends, span=span), first=True)
         yield step

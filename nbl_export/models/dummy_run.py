@@ -9,31 +9,28 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import PIXELS, TOKENS
-from nbl_export.blocks import Block, Mlp, layer_of
+from nbl_export.blocks import Block
 from nbl_export.errors import InputError, first_line
 from nbl_export.models.attention import shared_keys
+from nbl_export.models.hooks import Hooks, hidden_states, observed, states_in
 from nbl_export.models.layers import (
     attention_layers,
     backbone,
-    hidden_states,
     image_shape,
     language_head,
     layer_count,
     main_input,
-    observed,
+    mlp_modules,
     scoring_head,
-    states_in,
     structure,
 )
 from nbl_export.models.libraries import accepted_arguments, cache_argument, quiet
-from nbl_export.models.mlps import MlpPaths, mlp_paths
 from nbl_export.models.tasks import FEATURES, GENERATION, Task, task_named
 from nbl_export.models.weights import origin, weights_like
 
@@ -43,7 +40,6 @@ if TYPE_CHECKING:
     from nbl_export.models.caches import BlockCache, CacheShape
 
 _TOKENS = 8
-_LOGITS = ("logits",)
 _NOT_YET = "this architecture is not supported yet"
 
 
@@ -55,27 +51,23 @@ class DummyRun:
     ``cache`` says what each block keeps; ``cache_class`` is the model's own class for all of it, None for the usual
     one. ``tokens`` is the number of tokens that attention sees per row, ``outputs`` are the names of the outputs.
     ``linear_output`` says whether y is the output of a linear layer, so that nothing is added to it inside the
-    attention; ``repeatable`` whether a second pass over images gave the same result; ``separate`` whether blocks take
-    nothing but states from each other, those aside that have no keys and values of their own: ``shared`` has the layer
-    whose they attend to, by layer. ``odd`` says of the first attention that does not take and return states as others
-    do what is odd about it. ``mlp_streams`` has the module that reads the residual stream before each MLP, by layer;
-    ``odd_mlps`` what is odd about others.
+    attention; ``separate`` whether blocks take nothing but states from each other, those aside that have no keys and
+    values of their own: ``shared`` has the layer whose they attend to, by layer. ``mlp_streams`` has the module that
+    reads the residual stream before each MLP, by layer; ``odd_mlps`` what is odd about others.
     """
 
     returns: Mapping[Block, int | None]
+    block_returns: Mapping[int, int | None]
     cache: tuple[BlockCache, ...]
+    cache_class: type[Any] | None
     causal: bool
-    tokens: int = _TOKENS
-    outputs: tuple[str, ...] = ()
-    linear_output: bool = True
-    repeatable: bool = True
-    block_returns: Mapping[int, int | None] = field(default_factory=dict)
-    separate: bool = True
-    shared: Mapping[int, int] = field(default_factory=dict)
-    odd: str = ""
-    cache_class: type[Any] | None = None
-    mlp_streams: Mapping[int, str] = field(default_factory=dict)
-    odd_mlps: Mapping[int, str] = field(default_factory=dict)
+    tokens: int
+    outputs: tuple[str, ...]
+    linear_output: bool
+    separate: bool
+    shared: Mapping[int, int]
+    mlp_streams: Mapping[int, str]
+    odd_mlps: Mapping[int, str]
 
 
 _DONE: weakref.WeakKeyDictionary[torch.nn.Module, DummyRun] = weakref.WeakKeyDictionary()
@@ -127,7 +119,6 @@ def check_supported(
             f"{name} is not causal (an earlier token depends on a later token), so it is not a decoder: if it is an "
             "encoder, name its encoder class, as BertModel, in `architectures` in its config.json."
         )
-    why = f"takes and returns other states than [rows, tokens, width] ({facts.odd})" if facts.odd else ""
     if not task.causal:
         if facts.causal and task.name == FEATURES and not pooled:
             from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -137,17 +128,19 @@ def check_supported(
                 f"{name} is a decoder without its language-model head: only decoders with it are supported"
                 f"{f', saved as {whole.__name__}' if whole else ''}."
             )
-        if facts.causal and task.pools and scoring_head(model) is None:
-            why = "has more than one linear layer on the states of the last token behind it"
-        elif not facts.linear_output:
-            why = "has a sum or a norm after its output projection, so its output is not that of the attention alone"
-        elif not facts.repeatable or (main_input(model) == TOKENS and facts.tokens != _TOKENS):
-            why = "is not given each row's tokens unchanged"
-        elif not set(task.outputs) & set(facts.outputs):
-            why = f"is in a model with none of the outputs {', '.join(task.outputs)}"
-    if why:
-        raise InputError(f"The attention of {name} {why}: {_NOT_YET}.")
-    if not task.causal:
+        reasons = {
+            "has more than one linear layer on the states of the last token behind it": facts.causal
+            and task.pools
+            and scoring_head(model) is None,
+            "has a sum or a norm after its output projection, so its output is not that of the attention "
+            "alone": not facts.linear_output,
+            "is not given each row's tokens unchanged": main_input(model) == TOKENS
+            and facts.tokens != _TOKENS,
+            f"is in a model with none of the outputs {', '.join(task.outputs)}": not set(task.outputs)
+            & set(facts.outputs),
+        }
+        if why := next((said for said, true in reasons.items() if true), None):
+            raise InputError(f"The attention of {name} {why}: {_NOT_YET}.")
         return
     own = {layer.index for layer in found.layers if facts.cache[layer.index].kv is not None}
     without = [layer.index for layer in found.layers if layer.index not in own | facts.shared.keys()]
@@ -194,43 +187,26 @@ def unrunnable(model: torch.nn.Module, error: Exception) -> InputError:
 
 
 class _Watch:
-    """Hooks on the modules of a model, and what they have seen in its passes; fields are as in :class:`DummyRun`."""
+    """What hooks on the modules of a model see in a pass; fields are as in :class:`DummyRun`."""
 
-    def __init__(self, model: torch.nn.Module, hooks: ExitStack) -> None:
-        self.model, self.hooks = model, hooks
+    def __init__(self) -> None:
         self.returns: dict[Block, int | None] = {}
         self.block_returns: dict[int, int | None] = {}
         self.times: Counter[int] = Counter()
-        self.written: list[torch.Tensor] = []
-        self.linear: list[torch.Tensor] = []
-        self.odd: dict[int, str] = {}
+        self.linear: list[Any] = []
+        self.states: Any = None  # that the last attention writes
         self.mlp_streams: dict[int, str] = {}
         self.odd_mlps: dict[int, str] = {}
-        self.separate = self.first = True
+        self.separate = True
         self._beside: list[torch.Tensor] = []  # what blocks have returned beside their states
         self._normed: dict[str, Any] = {}
         self._shape: Any = None  # of the states of the block that runs
         self._read: Any = None  # of what its MLP reads
 
-    def on(self, path: str, before: Callable[[Any, Any], None] | None, after: Callable[[Any], None]) -> None:
-        """Have ``before`` told of the arguments of the module at ``path``, and ``after`` of its output."""
-        module = self.model.get_submodule(path)
+    def note(self, output: Any, block: Block) -> None:
+        self.returns[block] = _length(output)
 
-        def told(_module: Any, args: Any, kwargs: Any) -> None:
-            assert before is not None
-            before(args, kwargs)
-
-        def tell(_module: Any, _args: Any, output: Any) -> None:
-            after(output)
-
-        if before is not None:
-            self.hooks.callback(module.register_forward_pre_hook(told, with_kwargs=True).remove)
-        self.hooks.callback(module.register_forward_hook(tell).remove)
-
-    def note(self, store: dict[Any, int | None], index: Any, output: Any) -> None:
-        store[index] = len(output) if isinstance(output, tuple) else None
-
-    def enter(self, index: int, args: Any, kwargs: dict[str, Any]) -> None:
+    def enter(self, args: Any, kwargs: dict[str, Any], index: int) -> None:
         """A block begins; it may take what an earlier one has returned beside its states.
 
         Such are a table of relative positions that only the first block has, and keys and values that others share.
@@ -242,19 +218,16 @@ class _Watch:
         handed = any(one is other for one in given for other in self._beside)
         self.separate &= not handed and not any(isinstance(v, dict) for v in (*args, *kwargs.values()))
 
-    def leave(self, index: int, output: Any) -> None:
-        self.note(self.block_returns, index, output)
-        if isinstance(output, tuple):
-            self._beside += _tensors(output[1:])
+    def leave(self, output: Any, index: int) -> None:
+        self.block_returns[index] = _length(output)
+        self._beside += _tensors(output[1:]) if isinstance(output, tuple) else []
 
-    def normed(self, path: str, output: Any) -> None:
+    def norm(self, output: Any, path: str) -> None:
         self._normed[path] = output
 
-    def mlp_reads(self, index: int, path: str, args: Any, kwargs: dict[str, Any]) -> None:
+    def mlp_reads(self, args: Any, kwargs: dict[str, Any], index: int, path: str) -> None:
         import torch
 
-        if not self.first:  # an MLP that runs twice in one run is odd
-            return
         if not args and "hidden_states" not in kwargs:
             self.odd_mlps[index] = "it takes no hidden_states"
             return
@@ -268,18 +241,24 @@ class _Watch:
         same = [path for path, normed in norms.items() if torch.equal(normed, u)]
         self.mlp_streams[index], self._read = same[-1] if same else path, u.shape
 
-    def mlp_writes(self, index: int, output: Any) -> None:
-        if self.first and getattr(states_in(output), "shape", None) != self._read:
+    def mlp_writes(self, output: Any, index: int) -> None:
+        if getattr(states_in(output), "shape", None) != self._read:
             self.odd_mlps.setdefault(index, "it does not return what it was given, [rows, tokens, width]")
 
     def attention(self, index: int, residual: torch.Tensor, normed: torch.Tensor, output: Any) -> None:
-        shape = getattr(output, "shape", ())
+        self.states, shape = output, getattr(output, "shape", ())
         if not (len(shape) == 3 and residual.shape == normed.shape == shape):
             given = " and ".join(str(list(t.shape)) for t in (residual, normed))
             what = list(shape) if hasattr(output, "shape") else f"a {type(output).__name__}"
-            self.odd.setdefault(
-                index, f"layer {index} has a stream and an input of {given} and an output of {what}"
+            raise InputError(
+                "Its attention takes and returns other states than [rows, tokens, width] (layer "
+                f"{index} has a stream and an input of {given} and an output of {what}): {_NOT_YET}."
             )
+
+
+def _length(output: Any) -> int | None:
+    """The length of a tuple that a module returns; None for a bare tensor."""
+    return len(output) if isinstance(output, tuple) else None
 
 
 def _run(model: torch.nn.Module) -> DummyRun:
@@ -289,84 +268,72 @@ def _run(model: torch.nn.Module) -> DummyRun:
 
     name, inputs, layers = type(model).__name__, example_inputs(model), attention_layers(model)
     stack, count = layers[0].block.rpartition(".")[0], layer_count(model)
-    # A language-model head has the size of several blocks, and nothing to tell.
-    head = language_head(model)
-    run: Any = model if head is None else backbone(model)
-    scored, passes = False, 2 if PIXELS in inputs else 1
-    with ExitStack() as hooks, torch.inference_mode(), quiet():
-        seen = _Watch(model, hooks)
+    # A language-model head has the size of several blocks, and nothing to tell. transformers scores the last token of
+    # several rows only where it knows the padding token.
+    headed = language_head(model) is not None or scoring_head(model) is not None
+    run: Any = backbone(model) if headed else model
+    inputs |= accepted_arguments(run, use_cache=True)
+    seen = _Watch()
+    with Hooks(model) as hooks, torch.inference_mode(), quiet():
         for layer in layers:
-            seen.on(layer.module, None, partial(seen.note, seen.returns, layer.index))
+            hooks.after(layer.module, partial(seen.note, block=layer.index))
         for index in range(count):
-            block = f"{stack}.{index}"
-            seen.on(block, partial(seen.enter, index), partial(seen.leave, index))
-            for child, module in model.get_submodule(block).named_children():
-                if "norm" in f"{child} {type(module).__name__}".lower():
-                    seen.on(f"{block}.{child}", None, partial(seen.normed, f"{block}.{child}"))
-        for index, mlp in mlp_paths(model).items():
-            if isinstance(mlp, MlpPaths):
-                reads = partial(seen.mlp_reads, index, mlp.module)
-                seen.on(mlp.module, reads, partial(seen.note, seen.returns, Mlp(index)))
-                seen.on(mlp.output, None, partial(seen.mlp_writes, index))
+            path = f"{stack}.{index}"
+            hooks.before(path, partial(seen.enter, index=index))
+            hooks.after(path, partial(seen.leave, index=index))
+            for child, inner in model.get_submodule(path).named_children():
+                if "norm" in f"{child} {type(inner).__name__}".lower():
+                    hooks.after(f"{path}.{child}", partial(seen.norm, path=f"{path}.{child}"))
+        for index, mlp in mlp_modules(model).items():
+            if not isinstance(mlp, str):
+                hooks.before(mlp.module, partial(seen.mlp_reads, index=index, path=mlp.module))
+                hooks.after(mlp.module, partial(seen.note, block=mlp.index))
+                hooks.after(mlp.output, partial(seen.mlp_writes, index=index))
         last = layers[-1].output
-        for inner, module in model.get_submodule(last).named_modules():
+        for child, inner in model.get_submodule(last).named_modules():
             # A matrix, also of a convolution or a transposed layer; the weight of a norm is a vector.
-            if getattr(getattr(module, "weight", None), "ndim", 0) >= 2:
-                seen.on(f"{last}.{inner}".rstrip("."), None, seen.linear.append)
-        seen.on(
-            last,
-            None,
-            lambda output: seen.written.append(output[0] if isinstance(output, list) else states_in(output)),
-        )
+            if getattr(getattr(inner, "weight", None), "ndim", 0) >= 2:
+                hooks.after(f"{last}.{child}".rstrip("."), seen.linear.append)
         hooks.enter_context(observed(model, layers, seen.attention))
         try:
-            output = run(**inputs, **accepted_arguments(run, use_cache=True))
-            seen.first = False
-            if passes == 2:
-                run(**inputs)
+            output = run(**inputs)
         except InputError:  # of its weights
             raise
         except Exception as error:  # a model's own code may raise anything
-            # transformers scores the last token of several rows only where it knows the padding token.
-            if not isinstance(error, ValueError) or scoring_head(model) is None:
-                raise unrunnable(model, error) from error
-            seen.times.clear()
-            output, scored = backbone(model)(**inputs), True
-    if repeated := [index for index, times in sorted(seen.times.items()) if times > passes]:
+            raise unrunnable(model, error) from error
+    if repeated := [index for index, times in sorted(seen.times.items()) if times > 1]:
         raise InputError(
-            f"{name} runs block {repeated[0]} {seen.times[repeated[0]] // passes} times in one pass, each with other "
-            "states, and one W and b is for one of them: this architecture is not supported."
+            f"{name} runs block {repeated[0]} {seen.times[repeated[0]]} times in one pass, each with other states, and "
+            "one W and b is for one of them: this architecture is not supported."
         )
     if silent := [layer.index for layer in layers if layer.index not in seen.returns]:
         raise InputError(
             f"{name} does not run the attention of layer {silent[0]} as it is, but replaces it at run time: {_NOT_YET}."
         )
-    states = seen.written[-1]
     cache = getattr(output, "get", lambda _name: None)(cache_argument(run))
     blocks = block_caches(cache, count)
-    kept = [layer for layer in layers if blocks[layer.index].kv is not None]
     shared: dict[int, int] = {}
-    if 0 < len(kept) < len(layers):
+    if 0 < sum(blocks[layer.index].kv is not None for layer in layers) < len(layers):
         with torch.inference_mode(), quiet():
-            shared = shared_keys(
-                model, layers, lambda: run(**inputs, **accepted_arguments(run, use_cache=True))
-            )
+            shared = shared_keys(model, layers, lambda: run(**inputs))
     named: Any = getattr(output, "items", tuple)()  # a model's own code may return a plain tuple
     tensors = tuple(name for name, value in named if isinstance(value, torch.Tensor))
+    states = seen.states
     before = states[:, :-1].float()
     return DummyRun(
-        seen.returns,
-        blocks,
-        TOKENS in inputs and bool((before[0] - before[1]).norm() <= 1e-3 * before[0].norm()),
+        returns=seen.returns,
+        block_returns=seen.block_returns,
+        cache=blocks,
+        cache_class=type(cache) if hasattr(cache, "linear_cache") else None,
+        causal=TOKENS in inputs and bool((before[0] - before[1]).norm() <= 1e-3 * before[0].norm()),
         tokens=states.shape[1],
-        outputs=_LOGITS if head is not None or scored else tensors,
-        linear_output=any(isinstance(m, torch.Tensor) and _same(m, states) for m in seen.linear),
-        repeatable=_same(seen.written[0], states),
-        block_returns={layer_of(i): length for i, length in seen.block_returns.items()},
+        outputs=("logits",) if headed else tensors,
+        linear_output=any(
+            isinstance(m, torch.Tensor) and torch.equal(m.reshape(-1), states.reshape(-1))
+            for m in seen.linear
+        ),
         separate=seen.separate,
         shared=shared,
-        odd=next((what for _, what in sorted(seen.odd.items())), ""),
-        cache_class=type(cache) if hasattr(cache, "linear_cache") else None,
         mlp_streams=seen.mlp_streams,
         odd_mlps=seen.odd_mlps,
     )
@@ -378,7 +345,3 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.numel() == b.numel() and bool((a.reshape(-1) == b.reshape(-1)).all())

@@ -1,9 +1,9 @@
-"""Find the attention layers of a PyTorch model, by its row in a table or by its structure.
+"""Find the attention layers and the MLPs of a PyTorch model, by its row in a table or by its structure.
 
 The blocks of a model are one ``ModuleList`` with as many entries as the configuration has layers. The self-attention
-of a block is its only direct child with an attention class. This is true for most families of transformers;
-``families.toml`` has a row for each of the others. Facts that neither the configuration nor the modules give are
-found by a forward pass (:mod:`.dummy_run`).
+of a block is its only direct child with an attention class, its MLP the only one that multiplies by weights and does
+not mix tokens. This is true for most families of transformers; ``families.toml`` has a row for each of the others.
+Facts that neither the configuration nor the modules give are found by a forward pass (:mod:`.dummy_run`).
 
 A block may mix tokens in another way: by a convolution, a state-space model, linear attention or cross-attention.
 Such a block is not a candidate; :attr:`Structure.others` names its kind.
@@ -12,15 +12,14 @@ Such a block is not a candidate; :attr:`Structure.others` names its kind.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from nbl_export.blocks import Block, Mlp, layer_of
+from nbl_export.blocks import MLP, Block, Mlp, layer_of
 from nbl_export.errors import InputError
 from nbl_export.files import read_table
 
@@ -50,6 +49,8 @@ _NEEDS = {
 }
 _AXES = ("time", "height", "width")
 _NO_SELF_ATTENTION = ("cross", "encoder", "linear", "lightning", "delta", "mamba")
+# Words in the class or the name of a module that computes each token by itself.
+_MLP_WORDS = ("mlp", "feedforward", "feed_forward", "ffn", "moe", "expert")
 _NOT_YET = "this architecture is not supported yet"
 
 
@@ -219,14 +220,54 @@ def has_module(block: torch.nn.Module, path: str) -> bool:
     return any(name == path for name, _ in block.named_modules())
 
 
+def _words(block: torch.nn.Module, name: str, child: torch.nn.Module) -> str:
+    """The name and the class of a ``child`` without the family's name, with which both classes begin.
+
+    It says nothing: Kimi Linear has softmax attention, and Qwen3MoeAttention is no MLP.
+    """
+    kind = type(child).__name__
+    return f"{name} {kind.removeprefix(commonprefix([type(block).__name__, kind]))}".lower()  # noqa: RUF071
+
+
 def _self_attention(block: torch.nn.Module) -> list[str]:
-    # The family's name, with which both classes begin, says nothing: Kimi Linear has softmax attention.
-    found = []
-    for name, child in block.named_children():
-        kind = type(child).__name__
-        own = kind.removeprefix(commonprefix([type(block).__name__, kind]))  # noqa: RUF071  of names, not of paths
-        other = any(word in f"{name} {own}".lower() for word in _NO_SELF_ATTENTION)
-        found += [name] * ("attention" in kind.lower() and not other)
+    return [
+        name
+        for name, child in block.named_children()
+        if "attention" in type(child).__name__.lower()
+        and not any(word in _words(block, name, child) for word in _NO_SELF_ATTENTION)
+    ]
+
+
+def mlp_modules(model: torch.nn.Module) -> dict[int, BlockModules[Mlp] | str]:
+    """Of each layer its MLP, or why it has none that is found; ``stream`` is the MLP itself.
+
+    It is a gated or plain MLP, or a mixture of experts as a whole. Where it is two modules of the block (fc1 and fc2),
+    a row of the table names both.
+    """
+    (path, stack), family = block_stack(model), family_of(model)
+    found: dict[int, BlockModules[Mlp] | str] = {}
+    for index, block in enumerate(stack.children()):
+        named = [
+            name
+            for name, child in block.named_children()
+            if any(tensor.ndim >= 2 for tensor in (*child.parameters(), *child.buffers()))
+            and "norm" not in type(child).__name__.lower()
+            and any(word in _words(block, name, child) for word in _MLP_WORDS)
+        ]
+        one = family.mlp or (named[0] if len(named) == 1 else None)
+        if one is None:
+            many = f"{len(named)} of its modules are MLPs where one is expected"
+            found[index] = many if named else "it has no MLP"
+        elif not has_module(block, one):
+            found[index] = f"it has no {one}"
+        elif not family.mlp and "residual" in inspect.signature(block.get_submodule(one).forward).parameters:
+            found[index] = "its MLP adds the residual itself"
+        else:
+            place, module = f"{path}.{index}", f"{path}.{index}.{one}"
+            output = f"{place}.{family.mlp_output or one}"
+            found[index] = BlockModules(
+                Mlp(index), place, module, output, family.mlp_adds, MLP, stream=module
+            )
     return found
 
 
@@ -320,57 +361,3 @@ def scoring_head(model: torch.nn.Module) -> str | None:
     ]
     alone = body is not model and len(weighted) == 1 and isinstance(weighted[0][1], torch.nn.Linear)
     return weighted[0][0] if alone else None
-
-
-Observer = Callable[[B, "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]
-
-
-@contextmanager
-def observed(
-    model: torch.nn.Module, layers: Sequence[BlockModules[B]], observer: Observer[B]
-) -> Iterator[None]:
-    """Call ``observer(index, residual, normed, output)`` for each of these blocks in each forward pass.
-
-    ``residual`` is the stream h, ``normed`` the input of the module, ``output`` its output before the residual
-    addition; each is [batch, sequence, d], a view of the live activations.
-    """
-    with ExitStack() as hooks:
-        for layer in layers:
-            seen: dict[str, torch.Tensor] = {}
-            for name, path in (("block", layer.block), ("residual", layer.stream), ("normed", layer.module)):
-
-                def keep(_m: Any, args: Any, kwargs: Any, name: str = name, seen: Any = seen) -> None:
-                    seen[name] = hidden_states(args, kwargs)
-
-                module = model.get_submodule(path)
-                hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
-
-            def give(_m: Any, _a: Any, output: Any, layer: BlockModules[B] = layer, seen: Any = seen) -> None:
-                if "normed" not in seen or "residual" not in seen:
-                    raise InputError(
-                        f"{type(model).__name__} does not run the block of {layer.named}, the module itself and its "
-                        f"output once each in this order, but replaces it at run time: {_NOT_YET}."
-                    )
-                given = (seen.pop("residual"), seen.pop("normed"), states_in(output))
-                # Some families have all tokens in one list while they compute an MLP.
-                rows = [t.reshape(seen["block"].shape) if getattr(t, "ndim", 0) == 2 else t for t in given]
-                observer(layer.index, *rows)
-
-            hooks.callback(model.get_submodule(layer.output).register_forward_hook(give).remove)
-        yield
-
-
-def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden states in the arguments of the ``forward`` of a block or an attention."""
-    value: torch.Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return value
-
-
-def states_in(output: Any) -> Any:
-    """The hidden states in what a block, an attention or an MLP returns."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module that a model may read, as `attention_type`; a replacement needs them too."""
-    return {k: v for k, v in vars(module).items() if not k.startswith("_") and not callable(v)}

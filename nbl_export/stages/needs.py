@@ -91,9 +91,15 @@ def sizes_of(model: torch.nn.Module, stored: int = 0) -> Sizes:
     """The sizes of ``model``, whose weights may be on the meta device."""
     from nbl_export.batch.names import PIXELS
     from nbl_export.models.candidates import shared_without_numbers
-    from nbl_export.models.layers import attention_layers, block_stack, hidden_size, image_shape, main_input
+    from nbl_export.models.layers import (
+        attention_layers,
+        block_stack,
+        hidden_size,
+        image_shape,
+        main_input,
+        mlp_modules,
+    )
     from nbl_export.models.lengths import crossed_by, crossing_prompts
-    from nbl_export.models.mlps import MlpPaths, mlp_paths
 
     images = main_input(model) == PIXELS
     shared, layers = shared_without_numbers(model), len(attention_layers(model))
@@ -113,7 +119,7 @@ def sizes_of(model: torch.nn.Module, stored: int = 0) -> Sizes:
         embedding=0 if table is None else table.weight.numel(),
         width=width,
         layers=layers - len(set(shared.values())),
-        mlps=sum(isinstance(found, MlpPaths) for found in mlp_paths(model).values()),
+        mlps=sum(not isinstance(found, str) for found in mlp_modules(model).values()),
         block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
         head=0 if head is None else head.weight.numel(),
         largest=max(p.numel() for p in model.parameters() if p.ndim > 1),

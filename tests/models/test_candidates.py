@@ -21,8 +21,8 @@ from nbl_export.models.candidates import (
     described,
     observing,
 )
-from nbl_export.models.layers import attention_layers, observed
-from nbl_export.models.mlps import MlpPaths, mlp_paths
+from nbl_export.models.hooks import observed
+from nbl_export.models.layers import attention_layers, mlp_modules
 from nbl_export.models.walk import segments, walking
 from tests.families import LAYERS, WIDTH, unsaved
 from tests.tiny_types import tiny_model
@@ -135,7 +135,7 @@ def test_a_linear_layer_in_the_place_of_an_mlp_computes_w_u_plus_b(family: str) 
 
 def test_an_attention_whose_family_is_called_after_its_experts_is_no_mlp() -> None:
     model = tiny_model("olmoe")
-    assert all(isinstance(found, MlpPaths) for found in mlp_paths(model).values())
+    assert not any(isinstance(found, str) for found in mlp_modules(model).values())
     check_blocks(model, PARTS)
 
 

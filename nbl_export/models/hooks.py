@@ -1,0 +1,85 @@
+"""Watch or change what the modules of a model take and return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.errors import InputError
+from nbl_export.models.layers import B, BlockModules
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Hooks(ExitStack):
+    """Hooks on the modules of a ``model``, by path, as long as this is open."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def before(self, path: str, told: Callable[[Any, Any], Any], first: bool = False) -> None:
+        """``told`` gets the arguments of the module, and may return others; ``first`` of all its hooks."""
+        register = self.model.get_submodule(path).register_forward_pre_hook
+        hook = register(lambda _module, args, kwargs: told(args, kwargs), with_kwargs=True, prepend=first)
+        self.callback(hook.remove)
+
+    def after(self, path: str, told: Callable[[Any], Any], first: bool = False) -> None:
+        """``told`` gets the output of the module, and may return another."""
+        register = self.model.get_submodule(path).register_forward_hook
+        self.callback(register(lambda _module, _args, output: told(output), prepend=first).remove)
+
+
+Observer = Callable[[B, "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]
+
+
+@contextmanager
+def observed(
+    model: torch.nn.Module, layers: Sequence[BlockModules[B]], observer: Observer[B]
+) -> Iterator[None]:
+    """Call ``observer(index, residual, normed, output)`` for each of these blocks in each forward pass.
+
+    ``residual`` is the stream h, ``normed`` the input of the module, ``output`` its output before the residual
+    addition; each is [batch, sequence, d], a view of the live activations.
+    """
+
+    def keep(args: Any, kwargs: Any, name: str, seen: dict[str, torch.Tensor]) -> None:
+        seen[name] = hidden_states(args, kwargs)
+
+    def give(output: Any, layer: BlockModules[B], seen: dict[str, torch.Tensor]) -> None:
+        if "normed" not in seen or "residual" not in seen:
+            raise InputError(
+                f"{type(model).__name__} does not run the block of {layer.named}, the module itself and its output "
+                f"once each in this order, but replaces it at run time: this architecture is not supported yet."
+            )
+        given = (seen.pop("residual"), seen.pop("normed"), states_in(output))
+        # Some families have all tokens in one list while they compute an MLP.
+        rows = [t.reshape(seen["block"].shape) if getattr(t, "ndim", 0) == 2 else t for t in given]
+        observer(layer.index, *rows)
+
+    with Hooks(model) as hooks:
+        for layer in layers:
+            seen: dict[str, torch.Tensor] = {}
+            for name, path in (("block", layer.block), ("residual", layer.stream), ("normed", layer.module)):
+                hooks.before(path, partial(keep, name=name, seen=seen))
+            hooks.after(layer.output, partial(give, layer=layer, seen=seen))
+        yield
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states in the arguments of the ``forward`` of a block or an attention."""
+    value: torch.Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return value
+
+
+def states_in(output: Any) -> Any:
+    """The hidden states in what a block, an attention or an MLP returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module that a model may read, as `attention_type`; a replacement needs them too."""
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and not callable(v)}
