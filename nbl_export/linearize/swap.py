@@ -247,21 +247,20 @@ def sweep(
     states: list[Any] = [None] * len(batches)
     own: list[list[Any]] = [list(version.ends) for version in versions]
     with torch.inference_mode(), ExitStack() as changes, walking(model) as run:
-        with passing_blocks(model, listener) as parts:
-            for part in parts:
-                with run(part) as step:
-                    for version, there in zip(versions, own, strict=True):
-                        if version.ends:
-                            continue
-                        if not there and version.first < part.stop:
-                            there += states
-                            changes.enter_context(version.change)
-                        if there:
-                            with within(model, version, part, fit_input):
-                                there[:] = map(step, batches, there)
-                    if not all(own):
-                        with within(model, ours, part, fit_input):
-                            states = list(map(step, batches, states))
+        for part in passing_blocks(model, listener):
+            with run(part) as step:
+                for version, there in zip(versions, own, strict=True):
+                    if version.ends:
+                        continue
+                    if not there and version.first < part.stop:
+                        there += states
+                        changes.enter_context(version.change)
+                    if there:
+                        with within(model, version, part, fit_input):
+                            there[:] = map(step, batches, there)
+                if not all(own):
+                    with within(model, ours, part, fit_input):
+                        states = list(map(step, batches, states))
         with after_blocks(model) as finish:
             for number, batch in enumerate(batches):
                 for which, there in enumerate(own):

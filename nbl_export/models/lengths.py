@@ -246,7 +246,7 @@ def small_copy(model: torch.nn.Module, lengths: Sequence[Length], seed: int = 0)
     for attempt in ({**sizes, **experts}, sizes, {}):
         raw = _changed(original, changes, layer_count(model), chosen, attempt)
         try:
-            return _built(getattr(model, "of_config", type(model)), type(text), raw, seed)
+            return _built(getattr(model, "of_config", None) or type(model), type(text), raw, seed)
         except Exception as error:  # a model's own code may raise anything
             failures.append(error)
     said = first_line(failures[0])[:200]

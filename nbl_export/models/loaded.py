@@ -16,18 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 
-# Bytes of weights from which on their progress is shown; less takes a moment.
-_LONG = 1 << 30
-
-
-class _NotRun(InputError):
-    """A model's code does not run in a precision, which is the message's ``what``."""
-
-    def __init__(self, what: str, source: str) -> None:
-        super().__init__(f"The code of {source} does not run in {what}: use --calibration-dtype float32.")
-        self.what = what
-
-
 class LoadedModel:
     """A model and its tokenizer or image processor, loaded on first use and cached for the run.
 
@@ -61,16 +49,11 @@ class LoadedModel:
         if self._model is None:
             from nbl_export.models.load import load_model
 
-            title = f"Loading {Path(self.source.source).name}"
             # All weights are looked at when the model is loaded, but for those of a GGUF file.
             files = [] if self.source.gguf_file else weight_files(Path(self.source.path))
-            if (size := sum(path.stat().st_size for path in files)) >= _LONG:
-                with bytes_task(self._listener, title, size) as done:
-                    self._model = load_model(self.source, done)
-            else:
-                with self._listener.task(title, 1, "model") as task:
-                    self._model = load_model(self.source)
-                    task.advance(1)
+            size = sum(path.stat().st_size for path in files)
+            with bytes_task(self._listener, f"Loading {Path(self.source.source).name}", size) as done:
+                self._model = load_model(self.source, done)
         return self._model
 
     @property
@@ -80,11 +63,9 @@ class LoadedModel:
         Raises :class:`InputError` if it cannot be run, or if its layers are not known.
         """
         from nbl_export.models.dummy_run import dummy_run, is_known
-        from nbl_export.models.layers import structure
 
         model = self.model
         if not is_known(model):
-            structure(model)
             with self._listener.task("Running a short text", 1, "text") as task:
                 dummy_run(model)
                 task.advance(1)
@@ -107,8 +88,8 @@ class LoadedModel:
             self._fast = fast_dtype(self.device)
             try:
                 self._copy(self._fast)
-            except _NotRun as error:
-                self._listener.note(f"The model is run in float32: its code does not run in {error.what}.")
+            except InputError as error:
+                self._listener.note(f"The model is run in float32. {error}")
                 self._fast = "float32"
         return self._fast
 
@@ -116,18 +97,19 @@ class LoadedModel:
         from nbl_export.models.dummy_run import dummy_run
         from nbl_export.models.load import in_precision
 
-        device = str(self.device)
-        if (dtype, device) == ("float32", "cpu"):
+        kind = dtype, str(self.device)
+        if kind == ("float32", "cpu"):
             return self.model
-        copy = self._copies.get((dtype, device))
-        if copy is None:
-            copy = in_precision(self.model, dtype, device)
-            if dtype != "float32" and (dtype, device) not in self._ran:
+        if (copy := self._copies.get(kind)) is None:
+            self._copies[kind] = copy = in_precision(self.model, dtype, self.device)
+            if dtype != "float32" and kind not in self._ran:
                 dummy_run(self.model)  # whose facts those of its copies are
                 if why := why_not_run(copy):
-                    raise _NotRun(f"{dtype} ({why})", self.source.source)
-                self._ran.add((dtype, device))
-            self._copies[dtype, device] = copy
+                    raise InputError(
+                        f"The code of {self.source.source} does not run in {dtype} ({why}): use --calibration-dtype "
+                        "float32."
+                    )
+                self._ran.add(kind)
         return copy
 
     @property

@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -75,30 +74,24 @@ def _class_of(config: Any, architecture: str) -> str:
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    if getattr(getattr(transformers, architecture, None), "config_class", None) is type(config):
-        return architecture
     mappings = (auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING)
-    found = (mapping.get(type(config), None) for mapping in mappings)
-    return next((str(kind.__name__) for kind in found if kind is not None), architecture)
+    found = [getattr(transformers, architecture, None), *(each.get(type(config), None) for each in mappings)]
+    fits = (kind.__name__ for kind in found if getattr(kind, "config_class", None) is type(config))
+    return next(fits, architecture)
 
 
 def check_alone(source: str, config: Mapping[str, Any], architecture: str) -> None:
     """Refuse what is saved without a head and is several models in one: none of them is *the* model."""
-    inner = nested(config)
-    if len(inner) < 2:
-        return
     from transformers.models.auto import modeling_auto as auto
 
-    names = auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    whole = next((found for mapping in names if (found := mapping.get(str(config.get("model_type"))))), None)
-    if whole is not None:
-        raise InputError(
-            f"{source} is a multimodal model without its language-model head ({architecture}): save it with the head, "
-            f"as {whole}."
-        )
-    raise InputError(
-        f"{source} is several models in one ({architecture}: {', '.join(inner)}): save the one that you want alone."
+    whole = auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    instead = (
+        f"save it with its language-model head, as {whole}" if whole else "save the one that you want alone"
     )
+    if len(inner := nested(config)) > 1:
+        raise InputError(
+            f"{source} is several models in one ({architecture}: {', '.join(inner)}): {instead}."
+        )
 
 
 def text_only(architecture: str) -> Any:
@@ -116,11 +109,9 @@ def towers_only(architecture: str) -> Any:
         inner = language_model(model)
         # Towers that are a part of the language model put images among its tokens before its first block.
         first = [_Entry()] if type(inner.config) is type(config) else []
-        for module in list(inner.modules()):
+        for module in [inner] if first else list(inner.modules()):
             for name, child in list(module.named_children()):
-                if not isinstance(child, torch.nn.ModuleList) or (first and module is not inner):
-                    continue
-                if len(child) == inner.config.num_hidden_layers:
+                if isinstance(child, torch.nn.ModuleList) and len(child) == inner.config.num_hidden_layers:
                     module._modules[name] = torch.nn.ModuleList(first)
 
     return _changed(architecture, True, without_blocks)
@@ -185,11 +176,14 @@ def without_timm(but_its_own: bool) -> Iterator[None]:
     plain = AutoModel.__dict__["from_config"]
 
     def from_config(config: Any, **options: Any) -> Any:
-        kind = MODEL_MAPPING.get(type(config), None)
-        if getattr(kind, "__name__", "").startswith("Timm"):
-            own = re.fullmatch(r"\w+(\.\w+)?", str(config.architecture)) and not config.model_args
-            if not (but_its_own and own and find_spec("timm")):
-                return _Nothing(config)
+        of_timm = getattr(MODEL_MAPPING.get(type(config), None), "__name__", "").startswith("Timm")
+        if of_timm and not (
+            but_its_own
+            and find_spec("timm")
+            and re.fullmatch(r"\w+(\.\w+)?", str(config.architecture))
+            and not config.model_args
+        ):
+            return _Nothing(config)
         return plain.__get__(None, AutoModel)(config, **options)
 
     AutoModel.from_config = staticmethod(from_config)
@@ -293,19 +287,13 @@ def as_decoder(model: Any) -> Any:
         body = Embedded(inner) if type(inner.config) is type(model.config) else inner
         output = _head(owner)
         owner._modules[first] = Given()
-        name = type(model).__name__
-        kind = type(name, (TextDecoder,), {"remade": staticmethod(partial(_remade, name))})
-        decoder = kind(inner, body, owner, output)
+        decoder = type(type(model).__name__, (TextDecoder,), {})(inner, body, owner, output)
     if generation is not None:
         decoder.generation_config = generation
     setattr(decoder, _WHOLE, model.config)
-    plain = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(decoder.config), None)
+    decoder.of_config = plain = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(decoder.config), None)
     decoder.config.architectures = None if plain is None else [plain.__name__]
     return decoder
-
-
-def _remade(name: str, config: Any) -> Any:
-    return as_decoder(text_only(name)(config))
 
 
 def whole_config(decoder: Any) -> Any:

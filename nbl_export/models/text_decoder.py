@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,25 +64,14 @@ class Embedded(torch.nn.Module):
         )
 
 
-class _Matrix(torch.nn.Module):
-    """A head that is one matrix."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def forward(self, inputs_embeds: torch.Tensor, logits_to_keep: int = 0) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.lm_head(inputs_embeds[:, -logits_to_keep:]))
-
-
 class TextDecoder(torch.nn.Module):
     """The language model of a wrapper with its head, as a decoder of transformers is used.
 
-    ``remade`` makes another of a configuration, for a wrapper that has one for everything.
+    ``of_config`` is transformers' own class for such a configuration, if it has one.
     """
 
     main_input_name = "input_ids"
-    remade: Callable[[Any], torch.nn.Module]
+    of_config: Any = None
 
     def __init__(
         self, language_model: Any, body: torch.nn.Module, head: Any, output: torch.nn.Module
@@ -97,13 +84,6 @@ class TextDecoder(torch.nn.Module):
             next(name for name, found in self.named_modules() if found is module)
             for module in (language_model, output)
         )
-
-    def of_config(self, config: Any) -> torch.nn.Module:
-        """Another decoder of this architecture, of random weights, with a head that is one matrix."""
-        if isinstance(self.model, Embedded):
-            return self.remade(config)
-        language_model, head = type(self.language_model)(config), _Matrix(config)
-        return type(self)(language_model, language_model, head, head.lm_head)
 
     @property
     def base_model(self) -> torch.nn.Module:

@@ -14,16 +14,16 @@ values others attend to up to the last of these.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.hooks import hidden_states, plain_attributes, states_in
-from nbl_export.models.layers import backbone, block_stack
+from nbl_export.models.hooks import Hooks, hidden_states, plain_attributes, states_in
+from nbl_export.models.layers import backbone, block_stack, layer_count
 from nbl_export.models.libraries import accepted_arguments
 from nbl_export.models.weights import held, outside_blocks
 from nbl_export.progress import Listener, Silent
@@ -38,12 +38,8 @@ class Reached(Exception):
     """Raised by a hook to stop a run."""
 
 
-@dataclass(frozen=True)
-class Segment:
-    """The blocks from ``start`` up to ``stop``, which are run together; nearly always one."""
-
-    start: int
-    stop: int
+# The blocks that are run together; nearly always one.
+Segment = range
 
 
 def segments(model: torch.nn.Module) -> list[Segment]:
@@ -58,18 +54,13 @@ def segments(model: torch.nn.Module) -> list[Segment]:
     return sorted([*together, *(Segment(i, i + 1) for i in apart)], key=lambda part: part.start)
 
 
-@contextmanager
-def passing_blocks(model: torch.nn.Module, listener: Listener | None = None) -> Iterator[Iterator[Segment]]:
+def passing_blocks(model: torch.nn.Module, listener: Listener | None = None) -> Iterator[Segment]:
     """The :func:`segments` of ``model``; each that has been passed is reported to the ``listener``."""
     parts = segments(model)
     with (listener or Silent()).task("Running the blocks", parts[-1].stop, "blocks") as task:
-
-        def passed() -> Iterator[Segment]:
-            for part in parts:
-                yield part
-                task.advance(part.stop - part.start)
-
-        yield passed()
+        for part in parts:
+            yield part
+            task.advance(len(part))
 
 
 @contextmanager
@@ -87,32 +78,27 @@ def walking(model: torch.nn.Module) -> Iterator[Callable[..., AbstractContextMan
 @contextmanager
 def _segment(model: torch.nn.Module, segment: Segment, stop: int) -> Iterator[Step]:
     path, stack = block_stack(model)
-    blocks: Any = stack
     run: Any = backbone(model)
     found: list[torch.Tensor] = []
 
-    def stopped(_block: Any, args: Any, kwargs: Any) -> None:
+    def stopped(args: Any, kwargs: Any) -> None:
         found.append(hidden_states(args, kwargs))
         raise Reached
 
-    def keep(_block: Any, _args: Any, output: Any) -> None:
+    def end(output: Any) -> None:
         found.append(states_in(output))
-
-    def end(_block: Any, _args: Any, output: Any) -> None:
-        keep(_block, _args, output)
         raise Reached
 
-    with ExitStack() as within:
-        within.enter_context(held(model, [f"{path}.{index}" for index in range(segment.start, stop)]))
-        given = within.enter_context(starting_at(model, segment.start)) if segment.start else []
+    with Hooks(model) as hooks:
+        hooks.enter_context(held(model, [f"{path}.{index}" for index in range(segment.start, stop)]))
+        given = hooks.enter_context(starting_at(model, segment.start)) if segment.start else []
         # First of all hooks, so that the weights of the next block are not read.
-        if stop < len(blocks):
-            hook = blocks[stop].register_forward_pre_hook(stopped, with_kwargs=True, prepend=True)
+        if stop < len(list(stack.children())):
+            hooks.before(f"{path}.{stop}", stopped, first=True)
         else:
-            hook = blocks[stop - 1].register_forward_hook(end)
-        within.callback(hook.remove)
+            hooks.after(f"{path}.{stop - 1}", end)
         if stop != segment.stop:
-            within.callback(blocks[segment.stop - 1].register_forward_hook(keep).remove)
+            hooks.after(f"{path}.{segment.stop - 1}", lambda output: found.append(states_in(output)))
 
         def step(batch: Batch, states: torch.Tensor | None) -> torch.Tensor:
             given[:], found[:] = [] if states is None else [states], []
@@ -136,12 +122,11 @@ def through(
     """
     states: list[Any] = [None] * len(batches)
     with torch.inference_mode(), walking(model) as run:
-        with passing_blocks(model, listener) as parts:
-            for part in parts:
-                with run(part) as step, within(part):
-                    for number, batch in enumerate(batches):
-                        with each(number):
-                            states[number] = step(batch, states[number])
+        for part in passing_blocks(model, listener):
+            with run(part) as step, within(part):
+                for number, batch in enumerate(batches):
+                    with each(number):
+                        states[number] = step(batch, states[number])
         with after_blocks(model) as finish:
             for number, batch in enumerate(batches):
                 with each(number):
@@ -152,23 +137,18 @@ def through(
 @contextmanager
 def after_blocks(model: torch.nn.Module) -> Iterator[Callable[[Batch, torch.Tensor], Any]]:
     """Within the block, the value makes the output of ``model`` of a batch and its states after the last block."""
-    dummy_run(model)
-    blocks: Any = block_stack(model)[1]
-    given: list[torch.Tensor] = []
+    path, count, given = block_stack(model)[0], layer_count(model), list[torch.Tensor]()
 
-    def put_out(_block: Any, _args: Any, output: Any) -> Any:
+    def put_out(output: Any) -> Any:
         return (given[0], *output[1:]) if isinstance(output, tuple) else given[0]
 
     def finish(batch: Batch, states: torch.Tensor) -> Any:
         given[:] = [states]
         return model(**{**accepted_arguments(model, use_cache=False), **batch})
 
-    with outside_blocks(model, head=True), _without(model, range(len(blocks))):
-        hook = blocks[len(blocks) - 1].register_forward_hook(put_out)
-        try:
-            yield finish
-        finally:
-            hook.remove()
+    with outside_blocks(model, head=True), _without(model, range(count)), Hooks(model) as hooks:
+        hooks.after(f"{path}.{count - 1}", put_out)
+        yield finish
 
 
 # from one block on --------------------------------------------------------------------------------
@@ -178,14 +158,13 @@ def after_blocks(model: torch.nn.Module) -> Iterator[Callable[[Batch, torch.Tens
 def recording_inputs(model: torch.nn.Module, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
     """Within the block, every forward pass records the input [batch, seq, d] of these ``layers``, by number."""
     recorded: dict[int, torch.Tensor] = {}
-    stack: Any = block_stack(model)[1]
-    with ExitStack() as hooks:
+
+    def record(args: Any, kwargs: Any, index: int) -> None:
+        recorded[index] = hidden_states(args, kwargs)
+
+    with Hooks(model) as hooks:
         for number in layers:
-
-            def record(_block: Any, args: Any, kwargs: Any, index: int = number) -> None:
-                recorded[index] = hidden_states(args, kwargs)
-
-            hooks.callback(stack[number].register_forward_pre_hook(record, with_kwargs=True).remove)
+            hooks.before(f"{block_stack(model)[0]}.{number}", partial(record, index=number))
         yield recorded
 
 
@@ -197,21 +176,16 @@ def starting_at(
 
     The value holds them, for other states in each pass.
     """
-    dummy_run(model)  # before any hook is registered, since its own run would trigger them
-    stack: Any = block_stack(model)[1]
     given = [] if states is None else [states]
 
-    def put_in(_block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def put_in(args: Any, kwargs: dict[str, Any]) -> Any:
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": given[0]}
         return (given[0], *args[1:]), kwargs
 
-    hook = stack[index].register_forward_pre_hook(put_in, with_kwargs=True, prepend=True)
-    try:
-        with _without(model, range(index)):
-            yield given
-    finally:
-        hook.remove()
+    with _without(model, range(index)), Hooks(model) as hooks:
+        hooks.before(f"{block_stack(model)[0]}.{index}", put_in, first=True)
+        yield given
 
 
 def first_needed(model: torch.nn.Module, index: int) -> int:

@@ -128,7 +128,7 @@ def test_nothing_is_loaded_before_it_is_asked_for_and_then_once(
     assert counted == [] and listener.tasks == []
     assert model.model is model.model and model.tokenizer is model.tokenizer
     assert counted == ["load_model", "load_tokenizer"]
-    assert listener.tasks == [(f"Loading {tiny_folder.name}", 1, "model", 0)] and listener.advanced == [1]
+    assert listener.tasks == [(f"Loading {tiny_folder.name}", 1, "MiB", 0)] and listener.advanced == [1]
 
 
 def test_a_copy_is_shared_while_somebody_has_it(tiny_folder: Path, counted: list[str]) -> None:

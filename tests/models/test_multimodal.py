@@ -73,7 +73,7 @@ REFUSED = {
     "Gemma3Model": (
         "gemma3",
         {"vision_config": _VISION},
-        "with the head, as Gemma3ForConditionalGeneration.",
+        "save it with its language-model head, as Gemma3ForConditionalGeneration.",
     ),
     "Blip2ForConditionalGeneration": (
         "blip-2",
