@@ -68,20 +68,6 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Where the time of a long run went: the slowest files, as the sum of all that their tests took."""
-    spent: dict[str, float] = {}
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            if isinstance(report, pytest.TestReport):
-                file = report.location[0]
-                spent[file] = spent.get(file, 0.0) + report.duration
-    if sum(spent.values()) > 600:
-        terminalreporter.section("slowest files", sep="-")
-        for file, seconds in sorted(spent.items(), key=lambda one: -one[1])[:40]:
-            terminalreporter.write_line(f"{seconds:8.0f} s  {file}")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def every_report_is_of_its_schema() -> Iterator[None]:
     """Each report that a test writes is held to the schema that is published."""

@@ -20,7 +20,7 @@ from nbl_export.files import printable
 from nbl_export.linearize.selection import Candidate, Curve
 from nbl_export.report.drawing import finite, listed, number
 from nbl_export.report.schema import Report
-from nbl_export.report.selection import BUDGETS, Score, scored_by, speedups_of
+from nbl_export.report.selection import Score, bounds_of, scored_by, speedups_of
 from nbl_export.report.speed import BENCH, ENGINES, VERIFIED
 from nbl_export.verify.speed.values import Speed
 
@@ -162,9 +162,8 @@ def _draw_curve(curve: Curve) -> Figure:
             errors = [finite(getattr(p, f"{of}_se", None)) or 0.0 for p in points]
             panel.errorbar([p.k for p in points], y, errors, color=color, marker=marker, label=series[of])
         _log_if_wide(panel, [getattr(p, of) for p in points for of in series])
-        for bound in BUDGETS:
-            if bound.figure == bounded and (limit := finite(bound.of(curve.budget))) is not None:
-                said = bound.text.format(limit)
+        for figure_, said, limit in bounds_of(curve.budget):
+            if figure_ == bounded:
                 panel.axhline(limit, color=_INK, linewidth=1.1, linestyle="--", label=said)
         if curve.chosen is not None:
             said = f"K = {curve.chosen}"

@@ -71,7 +71,7 @@ def write_judged(
         tables=[*verdicts, *tables],
         making=[
             f"Made {value.created} with nbl-export {value.tool_version}{asked}.",
-            measured_on(value.environment),
+            f"{'; '.join(measured_on(value.environment))}.",
         ],
         notes=value.notes,
         plots=drawn,

@@ -9,7 +9,7 @@ from typing import cast
 
 from nbl_export.blocks import ATTENTION, Block, all_parts, part_of
 from nbl_export.graph.summary import ProofErrors
-from nbl_export.linearize.selection import Candidate, Curve, Loss, PlanLoss, per_saving
+from nbl_export.linearize.selection import Candidate, Curve, PlanLoss, per_saving
 from nbl_export.report.drawing import Table, figure, finite, listed, number
 from nbl_export.report.schema import Selection
 from nbl_export.settings import Budget
@@ -74,26 +74,27 @@ _FITS = {
 }
 
 
-@dataclass(frozen=True)
-class Bound:
-    """One bound of a budget: how it is said, its value, and the name of the figure that it bounds."""
-
-    text: str
-    of: Callable[[Budget], float | None]
-    figure: str
-
-
-BUDGETS = (
-    Bound("perplexity ratio ≤ {:g}", lambda b: b.max_perplexity_ratio, "perplexity_ratio"),
-    Bound("KL ≤ {:g}", lambda b: b.max_kl, "kl"),
-    Bound("speedup ≥ {:g}×", lambda b: b.min_speedup, "speedup"),
-    Bound("weights ≤ {:,.0f} bytes", lambda b: _bytes(b.max_weight_bytes), "weight_bytes"),
-    Bound("KV cache ≤ {:,.0f} bytes", lambda b: _bytes(b.max_kv_bytes), "kv_bytes"),
+# Each bound of a budget: the figure that it bounds, how it is said, and its value.
+BUDGETS: Sequence[tuple[str, str, Callable[[Budget], float | None]]] = (
+    ("perplexity_ratio", "perplexity ratio ≤ {:g}", lambda b: b.max_perplexity_ratio),
+    ("kl", "KL ≤ {:g}", lambda b: b.max_kl),
+    ("speedup", "speedup ≥ {:g}×", lambda b: b.min_speedup),
+    (
+        "weight_bytes",
+        "weights ≤ {:,.0f} bytes",
+        lambda b: bytes_of(b.max_weight_bytes) if b.max_weight_bytes else None,
+    ),
+    ("kv_bytes", "KV cache ≤ {:,.0f} bytes", lambda b: bytes_of(b.max_kv_bytes) if b.max_kv_bytes else None),
 )
 
 
-def _bytes(size: str | None) -> float | None:
-    return None if size is None else float(bytes_of(size))
+def bounds_of(budget: Budget) -> list[tuple[str, str, float]]:
+    """The figures that a budget bounds: each with how that is said, and the limit."""
+    return [
+        (figure, text.format(limit), limit)
+        for figure, text, of in BUDGETS
+        if (limit := finite(of(budget))) is not None
+    ]
 
 
 def scored_by(criterion: str, candidates: Sequence[Candidate]) -> Score:
@@ -217,7 +218,7 @@ def curve_table(curve: Curve, brief: bool = False) -> Table:
         )
         for p in points
     )
-    bounds = [b.text.format(limit) for b in BUDGETS if (limit := finite(b.of(curve.budget))) is not None]
+    bounds = [said for _, said, _ in bounds_of(curve.budget)]
     notes = [
         f"Loss on {curve.tokens:,} tokens of {curve.documents:,} documents, ± standard errors over documents."
         if curve.tokens and curve.documents
@@ -249,7 +250,11 @@ def result_table(selection: Selection, result: PlanLoss) -> Table:
     if result.before_rank:
         loss = _rank_in_words(selection)
     measured = (("as fitted", result.before_repair), (before_rank, result.before_rank), (loss, result.loss))
-    rows = tuple((name, _ratio(cost), _with_error(cost.kl, cost.kl_se)) for name, cost in measured if cost)
+    rows = tuple(
+        (name, _with_error(c.perplexity_ratio, finite(c.perplexity_ratio_se)), _with_error(c.kl, c.kl_se))
+        for name, c in measured
+        if c
+    )
     if (predicted := finite(result.predicted_excess)) is not None:
         rows = (("as predicted, layer by layer", f"{math.exp(min(predicted, 700)):.4f}", "–"), *rows)
     return Table(
@@ -259,10 +264,6 @@ def result_table(selection: Selection, result: PlanLoss) -> Table:
         f"W and b are {fit_in_words(selection)}. All chosen layers replaced, on the selection text; ± standard "
         "errors over documents. The K curve uses the W and b that layers are chosen by.",
     )
-
-
-def _ratio(loss: Loss) -> str:
-    return _with_error(loss.perplexity_ratio, finite(loss.perplexity_ratio_se))
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from nbl_export.report.drawing import Table, decimals, finite, milliseconds, number
 from nbl_export.verify.speed.values import DECODE, ENCODE, PREFILL, Ratio, Result, Roofline, Speed, Timing
@@ -22,15 +21,6 @@ _MEANING = {
 }
 
 
-@dataclass(frozen=True)
-class _Column:
-    """A heading and what stands below it; not ``brief``: left out where there is little room."""
-
-    heading: str
-    text: Callable[[Result], str]
-    brief: bool = False
-
-
 def speed_table(race: str, speed: Speed, brief: bool = False) -> Table:
     """Of the ``race`` :data:`VERIFIED`, :data:`ENGINES` or :data:`BENCH`: a row for each candidate in each cell.
 
@@ -40,30 +30,31 @@ def speed_table(race: str, speed: Speed, brief: bool = False) -> Table:
     # Over the base alone that is the linearized one's own speedup, which stands beside it.
     others = any(r.linearized_over for _, _, r in every if r.name != speed.base)
     noise = " ~" if brief else " not resolved"
-    columns = [
-        column
-        for column in (
-            _Column("ms", lambda r: spread(r.timing), True),
-            _Column("p99", lambda r: "" if r.timing.p99_ms is None else milliseconds(r.timing.p99_ms), True),
-            _Column("tokens/s", lambda r: f"{r.tokens_per_second:,.0f}", True),
-            _Column("over own base", lambda r: _ratio(r.over_base, noise), True),
-            _Column("quartiles", lambda r: _quartiles(r.over_base)),
-            _Column("ceiling", lambda r: "" if r.ceiling is None else f"{number(r.ceiling, '.2f')}×", True),
-            _Column("of roofline", lambda r: f"{r.of_roofline:.0%}" if r.of_roofline else ""),
-            _Column("linearized over it", lambda r: _ratio(r.linearized_over, noise) if others else ""),
-            _Column("cache MiB", lambda r: f"{r.cache_bytes / 2**20:,.1f}" if r.cache_bytes else ""),
-            _Column("peak MiB", lambda r: f"{r.peak_bytes / 2**20:,.0f}" if r.peak_bytes else ""),
-            _Column("rounds", lambda r: str(r.rounds)),
-        )
-        if (column.brief or not brief) and any(column.text(result) for _, _, result in every)
+    columns: Sequence[tuple[str, Callable[[Result], str], bool]] = (
+        ("ms", lambda r: spread(r.timing), True),
+        ("p99", lambda r: "" if r.timing.p99_ms is None else milliseconds(r.timing.p99_ms), True),
+        ("tokens/s", lambda r: f"{r.tokens_per_second:,.0f}", True),
+        ("over own base", lambda r: _ratio(r.over_base, noise), True),
+        ("quartiles", lambda r: _quartiles(r.over_base), False),
+        ("ceiling", lambda r: "" if r.ceiling is None else f"{number(r.ceiling, '.2f')}×", True),
+        ("of roofline", lambda r: f"{r.of_roofline:.0%}" if r.of_roofline else "", False),
+        ("linearized over it", lambda r: _ratio(r.linearized_over, noise) if others else "", False),
+        ("cache MiB", lambda r: f"{r.cache_bytes / 2**20:,.1f}" if r.cache_bytes else "", False),
+        ("peak MiB", lambda r: f"{r.peak_bytes / 2**20:,.0f}" if r.peak_bytes else "", False),
+        ("rounds", lambda r: str(r.rounds), False),
+    )
+    shown = [
+        (heading, text)
+        for heading, text, always in columns
+        if (always or not brief) and any(text(result) for _, _, result in every)
     ]
     rows = tuple(
         # Where there is little room, a cell is named once.
-        ("" if brief and i else cell.name, result.name, *(column.text(result) for column in columns))
+        ("" if brief and i else cell.name, result.name, *(text(result) for _, text in shown))
         for cell, i, result in every
     )
     title = _TITLES[race].format(device=speed.machine.device)
-    headings = ("", "candidate", *(c.heading for c in columns))
+    headings = ("", "candidate", *(heading for heading, _ in shown))
     return Table(title, headings, rows, _note(speed, [r for _, _, r in every], brief), plot=race)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
+from typing import NamedTuple
 
 from nbl_export.blocks import Block, Span, all_parts, attentions, layer_of
 from nbl_export.models.source import ModelIdentity
@@ -16,8 +16,7 @@ from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, Liken
 from nbl_export.verify.speed.values import Speed
 
 
-@dataclass(frozen=True)
-class Headline:
+class Headline(NamedTuple):
     """One figure that a reader looks for first: its name, its value, and what it depends on."""
 
     name: str
@@ -155,25 +154,18 @@ def _parity(parity: DecoderParity | EncoderParity | None) -> Iterator[Headline]:
     yield Headline("Parity", figure(max(found, key=lambda v: (v != v, v))), of)
 
 
-def measured_on(environment: Environment) -> str:
-    """The machine and the packages in one line."""
-    return f"{_machine(environment)}; {_packages(environment)}."
-
-
-def _machine(environment: Environment) -> str:
-    return (
+def measured_on(environment: Environment) -> tuple[str, str]:
+    """The machine, and the packages, each in a line."""
+    machine = (
         f"{environment.processor}, {environment.cores} cores, {environment.memory_gib} GiB, "
         f"{environment.system}, Python {environment.python}"
     )
-
-
-def _packages(environment: Environment) -> str:
-    return ", ".join(f"{name} {version}" for name, version in environment.packages.items())
+    return machine, ", ".join(f"{name} {version}" for name, version in environment.packages.items())
 
 
 def making(report: Report) -> list[tuple[str, str]]:
     """How the report was made, as pairs of a word and what it stands for."""
-    chosen, graph, environment = report.selection, report.graph, report.environment
+    chosen, graph, (machine, packages) = report.selection, report.graph, measured_on(report.environment)
     cache = graph.task or f"{graph.kv_cache} KV cache"
     dtype = chosen.calibration_dtype
     seconds = (f"{name} {spent:.1f}" for name, spent in report.stage_seconds.items())
@@ -188,7 +180,7 @@ def making(report: Report) -> list[tuple[str, str]]:
         ("W and b are", fit_in_words(chosen)),
         ("Graphs", f"{graph.precision}, {cache}, opset {graph.opset}"),
         ("Stages, seconds", ", ".join(seconds)),
-        ("Measured on", _machine(environment)),
-        ("Packages", _packages(environment)),
+        ("Measured on", machine),
+        ("Packages", packages),
         ("Model fingerprint", report.model.fingerprint),
     ]

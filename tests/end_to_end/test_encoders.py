@@ -35,7 +35,6 @@ from tests import encoders
 from tests.encoders import (
     CLS,
     IMAGE_TOKENS,
-    PAD,
     SEP,
     WIDTH,
     as_sentence_transformer,
@@ -88,15 +87,12 @@ def outs(place: Path) -> dict[str, Path]:
     return found
 
 
-def ragged(place: Path, extra: int = 0) -> dict[str, np.ndarray]:
-    """Three texts of different lengths as the tokenizer pads them, with ``extra`` more places of padding."""
+def ragged(place: Path) -> dict[str, np.ndarray]:
+    """Three texts of different lengths as the tokenizer pads them."""
     tokenizer = AutoTokenizer.from_pretrained(place / "bert")
     texts = ["a short one", "one that is a good deal longer than that", "x"]
     batch = tokenizer(texts, padding=True, return_tensors="np")
-    pads = {"input_ids": PAD, "token_type_ids": 0, "attention_mask": 0}
-    return {
-        n: np.pad(a, ((0, 0), (0, extra)), constant_values=pads[n]).astype(np.int64) for n, a in batch.items()
-    }
+    return {name: array.astype(np.int64) for name, array in batch.items()}
 
 
 def by_hand(folder: Path, inputs: dict[str, np.ndarray], plan: Any, keep: float = 1.0) -> Any:
@@ -177,17 +173,6 @@ def test_half_precision(
         np.testing.assert_allclose(found, expected.pooler_output.numpy(), atol=0.02)
 
 
-def test_padding_changes_nothing(place: Path, outs: dict[str, Path]) -> None:
-    batch, graph = ragged(place), "model.onnx"
-    padded = run_graph(outs["bert"] / graph, ragged(place, extra=7))
-    for i, length in enumerate(batch["attention_mask"].sum(axis=1)):
-        alone = run_graph(outs["bert"] / graph, {n: a[i : i + 1, :length] for n, a in batch.items()})
-        for name, value in alone.items():
-            other = padded[name][i : i + 1]
-            other = other[:, :length] if name == "last_hidden_state" else other
-            np.testing.assert_allclose(other, value, atol=1e-5, err_msg=name)
-
-
 # what it says ------------------------------------------------------------------------------------
 
 
@@ -221,9 +206,6 @@ def test_a_graph_of_somebody_else_is_rewritten_by_the_plan(
     a, b = (run_graph(p / "model.onnx", inputs) for p in (tmp_path / "new", outs[name]))
     for output in a:
         np.testing.assert_array_equal(a[output], b[output])
-
-
-# what it is fitted to ----------------------------------------------------------------------------
 
 
 # heads and families ------------------------------------------------------------------------------

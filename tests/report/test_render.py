@@ -87,7 +87,7 @@ def test_junit_counts(report: Report, tmp_path: Path) -> None:
     checks = [
         Check("good", "passed", "fine"),
         Check("bad", "failed", 'worse than <allowed> & "quoted"'),
-        Check("worse", "failed", "much worse"),
+        Check("worse", "failed", "much \x1b[2Jworse"),
         Check("left out", "skipped", "--no-speed"),
     ]
     paths = write_report(tmp_path / "report", replace(report, checks=checks))
@@ -213,6 +213,8 @@ def test_figures_that_are_no_numbers_are_drawn(
     gates = {"gates": found.gates} if section == "parity" else {}
     changed = replace(report, **{section: replace(broken(found), **gates)})
     write_report(tmp_path, changed)
+    # The standard has no NaN and no Infinity.
+    json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     again = load_report(tmp_path / "report.json")
     assert list(tables(markdown(again))) == TITLES
     assert str(bad) in markdown(again) and str(bad) in page(again, report_plots(again))
