@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nbl_export.blocks import Block
-from nbl_export.convert.gguf_tokenizer import TokenizerFields
+from nbl_export.convert.gguf import Fields
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import hidden_size, layer_count
 from nbl_export.packages import part
@@ -22,11 +22,11 @@ from tests.fixtures_graph import ragged_rows
 
 
 @pytest.fixture
-def no_tokenizer() -> TokenizerFields:
+def no_tokenizer() -> Fields:
     """The fields of a file whose readers have token ids alone."""
     from gguf import GGUFValueType
 
-    return TokenizerFields((("tokenizer.ggml.model", "none", GGUFValueType.STRING, None),))
+    return [("tokenizer.ggml.model", "none", GGUFValueType.STRING, None)]
 
 
 @pytest.fixture

@@ -9,14 +9,15 @@ import pytest
 
 from nbl_export import api
 from nbl_export.engine.library import Library, import_library
-from nbl_export.engine.manifest import Manifest, manifest_path, manifest_text
+from nbl_export.engine.manifest import Manifest, manifest_path
+from nbl_export.engine.manifest import save_manifest as save_at
 
 
 @pytest.fixture(scope="session")
 def rtx() -> Library:
     """The real library, which builds ahead of time without a GPU."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nbl-export[rtx]'")
-    return import_library("rtx")
+    return import_library("tensorrt-rtx")
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +49,5 @@ def static_out(stories_out: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def save_manifest(engine: Path, manifest: Manifest) -> Path:
     """Write the manifest of an existing ``engine``."""
-    path = manifest_path(engine)
-    path.write_text(manifest_text(manifest), encoding="utf-8")
-    return path
+    save_at(manifest_path(engine), manifest)
+    return manifest_path(engine)

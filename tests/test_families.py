@@ -244,12 +244,12 @@ def test_engine(
     plan = calibrated_of(family).plan(CHOSEN["half"])
     graph = tmp_path / GRAPH
     rewrite_file(exported(family, form, "fp16"), plan, graph)
-    target = Target(import_library("rtx"), None, LIMITS, ("SM86",))
+    target = Target(import_library("tensorrt-rtx"), None, LIMITS, ("SM86",))
     source = Source("linearized", graph, len(plan.attention_layers), tmp_path / "model.engine")
 
     def build() -> Built:
         check_states(calibrated_of(family).model)  # as the stage does, before any work
-        return build_in_child(target, source, source.engine, tmp_path / "timings", lambda _steps: None)
+        return build_in_child(target, source, tmp_path / "timings", lambda _steps: None)
 
     if refused(family, f"engine {form}", build, record_property):
         return

@@ -7,19 +7,19 @@ entry in the KV cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nbl_export.batch.arrays import F32
 from nbl_export.blocks import Block, Mlp
-from nbl_export.convert.llama import Shards, numbers
+from nbl_export.convert.llama import numbers, write_folder
 from nbl_export.errors import InputError
-from nbl_export.files import write_json, write_text
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.folder import save_tokenizer
 from nbl_export.models.modeling_nbl import FILE
 from nbl_export.models.registered import ATTENTION, MLP, PREFIX, TYPES, source_of
 from nbl_export.progress import Listener
@@ -30,34 +30,27 @@ def write_hf(
 ) -> list[Path]:
     """Write ``model`` with ``plan`` into ``folder``, in a ``dtype`` of torch such as ``float16``.
 
-    Returns the files, of which the configuration is written last: without it nothing loads the folder. Raises
-    :class:`InputError`, before anything is written, for a model or a plan that such a folder cannot hold.
+    Returns the files. Raises :class:`InputError`, before anything is written, for a model or a plan that such a folder
+    cannot hold.
     """
     check_held(model, plan)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "config.json"
-    config.unlink(missing_ok=True)
     told, paths = configuration(model, plan, dtype), _paths(model)
-    files = Shards(folder, dtype, "pt")
     gone = tuple(f"{path}." for path in told["nbl"]["modules"])
     names = [name for name, _ in model.named_parameters() if not name.startswith(gone)]
-    with listener.task("Writing weights", len(names) + len(plan.layers), "tensors") as task:
+
+    def tensors() -> Iterator[tuple[str, F32]]:
         for name in names:
-            files.add(name, numbers(model, plan, name))
-            task.advance(1)
+            yield name, numbers(model, plan, name)
         for block, linear in plan.layers.items():
-            files.add(f"{paths[block]}.linear.weight", linear.w)
-            files.add(f"{paths[block]}.linear.bias", linear.b)
-            task.advance(1)
-    written = files.finish()
-    written += save_tokenizer(tokenizer, folder)
+            yield f"{paths[block]}.linear.weight", linear.w
+            yield f"{paths[block]}.linear.bias", linear.b
+
     own: Any = model
-    if getattr(own, "generation_config", None) is not None:
-        own.generation_config.save_pretrained(folder)
-        written.append(folder / "generation_config.json")
-    write_text(folder / FILE, source_of(own.config.model_type))
-    write_json(config, told)
-    return [*written, folder / FILE, config]
+    generation = getattr(own, "generation_config", None)
+    texts = {} if generation is None else {"generation_config.json": generation.to_json_string()}
+    texts[FILE] = source_of(own.config.model_type)
+    count = len(names) + 2 * len(plan.layers)
+    return write_folder(folder, tensors(), count, dtype, "pt", tokenizer, texts, told, listener)
 
 
 def check_held(model: torch.nn.Module, plan: Plan) -> None:

@@ -1,22 +1,27 @@
-"""Read models like Llama, the only ones of which other engines know a linear attention, and write files of weights."""
+"""Read models like Llama, of which alone other engines know a linear attention, and write folders of weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from nbl_export.batch.arrays import F32
 from nbl_export.errors import InputError
-from nbl_export.files import atomic_path, write_json
+from nbl_export.files import atomic_path, json_text, write_json, write_text
 from nbl_export.linearize.plan import Plan
+from nbl_export.models.folder import save_tokenizer
 from nbl_export.models.weights import all_finite, held
+from nbl_export.progress import Listener
 
 # Model types of transformers whose layers are those of Llama: RMS norms before attention and MLP, a gated MLP.
 LIKE_LLAMA = ("llama", "mistral", "qwen2")
 LAYERS = "model.layers"
 _SHARD = 1 << 30  # bytes of one file of weights
+_INDEX = "model.safetensors.index.json"
 
 
 def check_like_llama(model: torch.nn.Module, plan: Plan, engine: str) -> None:
@@ -72,45 +77,55 @@ def numbers(model: torch.nn.Module, plan: Plan, name: str) -> F32:
     return found if adapter is None else found + adapter.change()
 
 
-class Shards:
-    """The files of weights in ``folder``, one after the other, so that memory has one of them, and their index.
+def write_folder(
+    folder: Path,
+    tensors: Iterable[tuple[str, F32]],
+    count: int,
+    dtype: str,
+    made_by: str,
+    tokenizer: Any,
+    texts: Mapping[str, str],
+    config: Mapping[str, Any],
+    listener: Listener,
+) -> list[Path]:
+    """Write ``count`` named ``tensors``, a tokenizer, ``texts`` by file name and ``config`` into ``folder``.
 
-    Weights are in a ``dtype`` of torch such as ``float16``; ``made_by`` is what a file says it is of (``pt``, ``mlx``).
+    Returns the files, of which ``config.json`` is the last: without it nothing loads the folder. Weights are in a
+    ``dtype`` of torch such as ``float16``, in files ``made_by`` such as ``mlx``, of which memory has one at a time.
+    Raises :class:`InputError` for numbers that the dtype does not have.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    shards: list[list[str]] = []
+    kept: dict[str, torch.Tensor] = {}
+    total = 0
 
-    def __init__(self, folder: Path, dtype: str, made_by: str) -> None:
-        self._folder, self._dtype, self._made_by = folder, dtype, made_by
-        self._held: dict[str, torch.Tensor] = {}
-        self._bytes = self._total = 0
-        self._names: list[list[str]] = []
+    def write() -> None:
+        shards.append(list(kept))
+        with atomic_path(folder / _shard(len(shards))) as temporary:
+            save_file(kept, temporary, metadata={"format": made_by})
+        kept.clear()
 
-    def add(self, name: str, value: F32) -> None:
-        """Add a weight; raises :class:`InputError` for numbers that the dtype does not have."""
-        tensor = torch.tensor(value, dtype=getattr(torch, self._dtype))
-        if not all_finite(tensor):
-            raise InputError(f"{name} has numbers that {self._dtype} does not have: use --precision bf16.")
-        size = tensor.numel() * tensor.element_size()
-        if self._held and self._bytes + size > _SHARD:
-            self._write()
-        self._held[name] = tensor
-        self._bytes += size
-        self._total += size
+    with listener.task("Writing weights", count, "tensors") as task:
+        for name, value in tensors:
+            tensor = torch.tensor(value, dtype=getattr(torch, dtype))
+            if not all_finite(tensor):
+                raise InputError(f"{name} has numbers that {dtype} does not have: use --precision bf16.")
+            if kept and sum(other.nbytes for other in kept.values()) + tensor.nbytes > _SHARD:
+                write()
+            kept[name] = tensor
+            total += tensor.nbytes
+            task.advance(1)
+        write()
+    places = {name: _shard(number) for number, names in enumerate(shards, 1) for name in names}
+    write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    written = [*(folder / _shard(n + 1) for n in range(len(shards))), folder / _INDEX]
+    written += save_tokenizer(tokenizer, folder)
+    for name, text in {**texts, "config.json": json_text(config)}.items():
+        write_text(folder / name, text)
+        written.append(folder / name)
+    return written
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"model-{number + 1:05}.safetensors"
 
-    def _write(self) -> None:
-        from safetensors.torch import save_file
-
-        with atomic_path(self._path(len(self._names))) as temporary:
-            save_file(self._held, temporary, metadata={"format": self._made_by})
-        self._names.append(list(self._held))
-        self._held, self._bytes = {}, 0
-
-    def finish(self) -> list[Path]:
-        """Write what is left, and the index; returns all files."""
-        self._write()
-        index = self._folder / "model.safetensors.index.json"
-        places = {name: self._path(n).name for n, names in enumerate(self._names) for name in names}
-        write_json(index, {"metadata": {"total_size": self._total}, "weight_map": places})
-        return [*(self._path(n) for n in range(len(self._names))), index]
+def _shard(number: int) -> str:
+    return f"model-{number:05}.safetensors"

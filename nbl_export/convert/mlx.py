@@ -8,7 +8,8 @@ gets zeros, which change nothing. DeciLM has other names, and no biases anywhere
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,9 @@ import torch
 
 from nbl_export.batch.arrays import F32
 from nbl_export.blocks import Block, Mlp
-from nbl_export.convert.llama import LAYERS, Shards, check_like_llama, numbers, rope_base
+from nbl_export.convert.llama import LAYERS, check_like_llama, numbers, rope_base, write_folder
 from nbl_export.errors import InputError
-from nbl_export.files import write_json, write_text
 from nbl_export.linearize.plan import Plan
-from nbl_export.models.folder import save_tokenizer
 from nbl_export.progress import Listener
 
 ARCHITECTURE = "nemotron-nas"
@@ -72,11 +71,11 @@ def write_mlx(
 ) -> list[Path]:
     """Write ``model``, a decoder like Llama, with ``plan`` into ``folder``, in a dtype of torch such as ``float16``.
 
-    Returns the files, of which the configuration is written last: without it nothing loads the folder. Raises
-    :class:`InputError`, before anything is written, for what the architecture cannot hold.
+    Returns the files. Raises :class:`InputError`, before anything is written, for what the architecture cannot hold.
     """
     check_held(model, plan)
-    return _write(folder, model, plan, tokenizer, Shards(folder, dtype, "mlx"), _IN_MLX, listener, {})
+    tensors = dict(_tensors(model, plan, _IN_MLX))
+    return _write(folder, tensors, dtype, "mlx", tokenizer, {}, configuration(model, plan), listener)
 
 
 def write_decilm(
@@ -86,43 +85,17 @@ def write_decilm(
     check_held_by_decilm(model, plan)
     if biased := [block for block, one in plan.layers.items() if one.b.any()]:
         raise InputError(f"Layer {biased[0]} has a bias, and DeciLM has none: take it into W first.")
-    told = {
+    told = configuration(model, plan) | {
         "auto_map": {"AutoConfig": f"{Path(FILE).stem}.DeciLMConfig"},
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-    written = _write(folder, model, plan, tokenizer, Shards(folder, dtype, "pt"), _IN_DECILM, listener, told)
-    return [folder / FILE, *written]
+    tensors = dict(_tensors(model, plan, _IN_DECILM))
+    return _write(folder, tensors, dtype, "pt", tokenizer, {FILE: _CONFIGURATION}, told, listener)
 
 
-def _write(
-    folder: Path,
-    model: torch.nn.Module,
-    plan: Plan,
-    tokenizer: Any,
-    files: Shards,
-    names: Mapping[str, str],
-    listener: Listener,
-    told: Mapping[str, Any],
-) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "config.json"
-    config.unlink(missing_ok=True)
-    head = [] if model.config.tie_word_embeddings else ["lm_head.weight"]  # type: ignore[union-attr]
-    with listener.task("Writing weights", plan.layer_count, "layers") as task:
-        files.add("model.embed_tokens.weight", numbers(model, plan, "model.embed_tokens.weight"))
-        for layer in range(plan.layer_count):
-            for name, value in _tensors(model, plan, layer, names):
-                files.add(name, value)
-            task.advance(1)
-        for name in ("model.norm.weight", *head):
-            files.add(name, numbers(model, plan, name))
-    written = files.finish()
-    written += save_tokenizer(tokenizer, folder)
-    if told:
-        write_text(folder / FILE, _CONFIGURATION)
-    write_json(config, {**configuration(model, plan), **told})
-    return [*written, config]
+def _write(folder: Path, tensors: Mapping[str, Callable[[], F32]], *others: Any) -> list[Path]:
+    return write_folder(folder, ((name, read()) for name, read in tensors.items()), len(tensors), *others)
 
 
 def check_held(model: torch.nn.Module, plan: Plan) -> None:
@@ -203,39 +176,52 @@ def _has_bias(model: torch.nn.Module, plan: Plan, module: str) -> bool:
 
 
 def _tensors(
-    model: torch.nn.Module, plan: Plan, layer: int, names: Mapping[str, str]
-) -> Iterator[tuple[str, F32]]:
-    """Those of one layer, each a name and its numbers; of what is dropped there is none."""
+    model: torch.nn.Module, plan: Plan, names: Mapping[str, str]
+) -> Iterator[tuple[str, Callable[[], F32]]]:
+    """Those of the folder, each a name and what gives its numbers; of what is dropped there is none."""
     config: Any = model.config
-    at, wide = f"{LAYERS}.{layer}", _inner(config)
-    blocks: tuple[tuple[Block, str, str], ...] = (
-        (layer, "input_layernorm", "self_attn"),
-        (Mlp(layer), "post_attention_layernorm", "mlp"),
-    )
-    for block, norm, module in blocks:
-        if block in plan.dropped:
-            continue
-        bias = _has_bias(model, plan, module)
-        yield f"{at}.{norm}.weight", numbers(model, plan, f"{at}.{norm}.weight")
-        if block in plan.layers:
-            own = plan.layers[block]
-            yield f"{at}.{module}.{names[module]}.weight", own.w
-            if bias:
-                yield f"{at}.{module}.{names[module]}.bias", own.b
-            continue
-        for projection in _PROJECTIONS[module]:
-            name = f"{at}.{module}.{projection}"
-            weight = numbers(model, plan, f"{name}.weight")
-            if module == "mlp":
-                shape = (plan.hidden_size, wide)
-                weight = _padded(weight, shape if projection == "down_proj" else shape[::-1])
-            yield f"{name}.weight", weight
-            if bias:
-                known = getattr(model.get_submodule(name), "bias", None) is not None
-                value = numbers(model, plan, f"{name}.bias") if known else np.zeros(0, np.float32)
-                yield f"{name}.bias", _padded(value, weight.shape[:1])
+    d, wide = plan.hidden_size, _inner(config)
+    inner = {"gate_proj": (wide, d), "up_proj": (wide, d), "down_proj": (d, wide)}
 
+    def own(name: str, shape: Sequence[int] | None = None) -> tuple[str, Callable[[], F32]]:
+        """A parameter of the model, with zeros behind it up to ``shape``; zeros alone where it has none."""
 
-def _padded(values: F32, shape: Any) -> F32:
-    """``values`` with zeros behind them, up to ``shape``."""
-    return np.pad(values, [(0, wanted - had) for wanted, had in zip(shape, values.shape, strict=True)])
+        def read() -> F32:
+            found = (
+                numbers(model, plan, name)
+                if name in parameters
+                else np.zeros([0] * len(shape or ()), np.float32)
+            )
+            grown = [(0, wanted - had) for wanted, had in zip(shape or found.shape, found.shape, strict=True)]
+            return np.pad(found, grown)
+
+        return name, read
+
+    parameters = {name: parameter.shape for name, parameter in model.named_parameters()}
+    biased = {module: _has_bias(model, plan, module) for module in _PROJECTIONS}
+    yield own("model.embed_tokens.weight")
+    for layer in range(plan.layer_count):
+        at = f"{LAYERS}.{layer}"
+        blocks: tuple[tuple[Block, str, str], ...] = (
+            (layer, "input_layernorm", "self_attn"),
+            (Mlp(layer), "post_attention_layernorm", "mlp"),
+        )
+        for block, norm, module in blocks:
+            if block in plan.dropped:
+                continue
+            yield own(f"{at}.{norm}.weight")
+            if (linear := plan.layers.get(block)) is not None:
+                name = f"{at}.{module}.{names[module]}"
+                yield f"{name}.weight", partial(getattr, linear, "w")
+                if biased[module]:
+                    yield f"{name}.bias", partial(getattr, linear, "b")
+                continue
+            for projection in _PROJECTIONS[module]:
+                name = f"{at}.{module}.{projection}"
+                shape = inner.get(projection, parameters[f"{name}.weight"])
+                yield own(f"{name}.weight", shape)
+                if biased[module]:
+                    yield own(f"{name}.bias", shape[:1])
+    yield own("model.norm.weight")
+    if not config.tie_word_embeddings:
+        yield own("lm_head.weight")

@@ -46,7 +46,6 @@ from nbl_export.runtime.openvino import (
 # The attribute of Attention for query heads that are not an axis of their own. Ours are one, but rotary embeddings hide
 # its size from OpenVINO.
 _HEADS = "q_num_heads"
-_STEPS = 3  # read, change, write
 
 
 def write_openvino(
@@ -64,21 +63,21 @@ def write_openvino(
     target = folder / FILE
     target.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix=".graph.", suffix=TEMPORARY, dir=folder) as temporary:
-        scratch = Path(temporary)
-        path = _graph(scratch, model, plan, listener)
-        with listener.task("Writing OpenVINO's file", _STEPS, "steps") as task:
+        path, new = _graph(Path(temporary), model, plan, listener), Path(temporary) / FILE
+        with listener.task("Writing OpenVINO's file", 1, "file") as task:
             graph = load_graph(path)
             found = _read(ov, path, type(model).__name__)
-            task.advance(1)
             _keep_cache(found, kv_pairs(graph))
             found.set_rt_info(",".join(map(str, kv_layers(graph))), list(KV_LAYERS))
-            task.advance(1)
-            new = scratch / FILE
             ov.save_model(found, new, compress_to_fp16=dtype == "float16")
             del found, graph  # which have the files open
             task.advance(1)
-        written = [*save_tokenizer(tokenizer, folder), *_save_configs(model, folder)]
-        written += _save_tokenizers(ov, tokenizer, folder, listener)
+        written = [*save_tokenizer(tokenizer, folder), *_save_tokenizers(ov, tokenizer, folder, listener)]
+        own: Any = model
+        for config, name in ((own.config, "config.json"), (own.generation_config, "generation_config.json")):
+            if config is not None:
+                config.save_pretrained(folder)
+                written.append(folder / name)
         for done in (new.with_suffix(".bin"), new):
             publish(done, folder / done.name)
             written.append(folder / done.name)
@@ -107,28 +106,15 @@ def _graph(scratch: Path, model: torch.nn.Module, plan: Plan, listener: Listener
     tokens = next(value for value in graph.graph.inputs if value.name == TOKENS)
     pasts = {value for pair in kv_pairs(graph) for value in pair.past}
     for node in graph.graph:
+        first = node.inputs[0] if node.inputs else None
         if node.op_type == "Attention":
-            node.attributes[_HEADS] = ir.AttrInt64(_HEADS, _size(node.inputs[0], 1))
+            assert first is not None and first.shape is not None
+            node.attributes[_HEADS] = ir.AttrInt64(_HEADS, int(first.shape[1]))  # type: ignore[arg-type]
         # The number of rows is that of the tokens, too, and paged attention has no cache to be asked.
-        if node.op_type == "Shape" and node.inputs[0] in pasts and _end(node) == 1:
+        if node.op_type == "Shape" and first in pasts and int_attribute(node, "end") == 1:
             node.replace_input_with(0, tokens)
     save_beside(graph, told)
     return told
-
-
-def _end(node: ir.Node) -> int | None:
-    """Where the part of a shape ends that a Shape from 0 on returns; None for all of it."""
-    end = node.attributes.get("end")
-    return end.as_int() if end is not None and int_attribute(node, "start") == 0 else None
-
-
-def _size(value: ir.Value | None, axis: int) -> int:
-    size = value.shape[axis] if value is not None and value.shape is not None else None
-    if not isinstance(size, int):
-        raise BuildError(
-            f"An Attention of the exported graph does not say how long axis {axis} of its queries is."
-        )
-    return size
 
 
 def _read(ov: Any, graph: Path, name: str) -> Any:
@@ -154,18 +140,9 @@ def _attention(node: Any) -> Any:
     if groups > 1:
         keys, values = (_repeated(ops, side, groups) for side in (keys, values))
     scale = node.get_attribute("scale", 0.0) or keys.get_partial_shape()[3].get_length() ** -0.5
-    cap = node.get_attribute("softcap", 0.0)
-    if not cap:
-        # OpenVINO has a kernel for this one, that keeps keys and values in place.
-        found = ops.scaled_dot_product_attention(queries, keys, values, mask, ops.constant(scale, np.float32))
-        return found.outputs()
-    scores = ops.multiply(ops.matmul(queries, keys, False, True), ops.constant(scale / cap, np.float32))
-    scores = ops.multiply(ops.tanh(scores), ops.constant(cap, np.float32))
-    if mask.get_element_type().is_real():
-        scores = ops.add(scores, mask)
-    else:
-        scores = ops.select(mask, scores, ops.constant(np.finfo(np.float32).min))
-    return ops.matmul(ops.softmax(scores, -1), values, False, False).outputs()
+    # OpenVINO has a kernel for this one, that keeps keys and values in place.
+    found = ops.scaled_dot_product_attention(queries, keys, values, mask, ops.constant(scale, np.float32))
+    return found.outputs()
 
 
 def _repeated(ops: Any, side: Any, groups: int) -> Any:
@@ -208,15 +185,6 @@ def _keep_cache(model: Any, pairs: Sequence[KVPair]) -> None:
             # Without a beginning the first `beam_idx` would pick rows of nothing.
             node.set_arguments([begun[node.get_variable_id()]])
     model.validate_nodes_and_infer_types()
-
-
-def _save_configs(model: torch.nn.Module, folder: Path) -> Iterator[Path]:
-    """What openvino-genai reads of the model beside its file."""
-    own: Any = model
-    for one, name in ((own.config, "config.json"), (own.generation_config, "generation_config.json")):
-        if one is not None:
-            one.save_pretrained(folder)
-            yield folder / name
 
 
 def _save_tokenizers(ov: Any, tokenizer: Any, folder: Path, listener: Listener) -> Iterator[Path]:

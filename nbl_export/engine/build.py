@@ -7,6 +7,8 @@ cache length, but a native cache update of TensorRT needs a fixed one: a tempora
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,10 +19,11 @@ from typing import Any
 import onnx_ir as ir
 
 from nbl_export import __version__
-from nbl_export.batch.names import LINEARIZED, MAX
+from nbl_export.batch.names import LINEARIZED
 from nbl_export.child_process import Tell, in_child
-from nbl_export.engine.library import Gpu, Library, library_of
-from nbl_export.engine.manifest import Manifest, manifest_path, manifest_text
+from nbl_export.engine.elsewhere import write_fixed
+from nbl_export.engine.library import Gpu, Library, import_library
+from nbl_export.engine.manifest import Manifest, manifest_path, save_manifest
 from nbl_export.engine.network import (
     Limits,
     NetworkFacts,
@@ -34,9 +37,9 @@ from nbl_export.engine.network import (
     profiles,
 )
 from nbl_export.errors import BuildError
-from nbl_export.files import atomic_path, sha256_of_file
+from nbl_export.files import TEMPORARY, atomic_path, sha256_of_file
 from nbl_export.graph.cache import is_static, kv_layers
-from nbl_export.graph.io import external_files, load_graph, scratch_copy
+from nbl_export.graph.io import external_files, load_graph
 from nbl_export.graph.operators import fused_op
 from nbl_export.graph.precision import graph_precision
 from nbl_export.linearize.plan import Plan
@@ -109,7 +112,7 @@ def build_pair(
         for source, temporary in zip(sources, temporaries, strict=True):
             timings = source.engine.with_name(TIMINGS)
             with listener.task(f"Building {source.role} engine", _WHOLE, "‰") as task:
-                built = build_in_child(target, source, temporary, timings, task.advance)
+                built = build_in_child(target, replace(source, engine=temporary), timings, task.advance)
             linear = plan.blocks if source.role == LINEARIZED else ()
             model = load_graph(source.graph)
             manifest = Manifest(
@@ -132,8 +135,7 @@ def build_pair(
                 size=built.size,
                 created_by=f"nbl-export {__version__}",
             )
-            described = writing.enter_context(atomic_path(manifest_path(source.engine)))
-            described.write_text(manifest_text(manifest), encoding="utf-8")
+            save_manifest(writing.enter_context(atomic_path(manifest_path(source.engine))), manifest)
             engines.append(EngineFile(source.engine, manifest))
     return engines, [file for one in engines for file in (one.path, manifest_path(one.path))]
 
@@ -145,42 +147,24 @@ def _hashes(graph: Path, model: ir.Model, engine: Path) -> dict[str, str]:
     return hashes
 
 
-def build_in_child(
-    target: Target, source: Source, engine: Path, timings: Path, advance: Callable[[int], None]
-) -> Built:
-    """:func:`build_engine` of ``source`` into the file ``engine``, in a child process.
+def build_in_child(target: Target, source: Source, timings: Path, advance: Callable[[int], None]) -> Built:
+    """Build the engine of ``source`` in a child process, and write it.
 
-    Raises what that raises, and :class:`ChildError` if the library crashes or hangs; what is at ``engine`` is then of
-    no use.
+    ``timings`` is the file of the library's timing cache; ``advance`` is told thousandths. Raises :class:`InputError`
+    for a graph with operators or weights that the library does not know, :class:`BuildError` if parsing, the check of
+    the network or the build fails, and :class:`ChildError` if the library crashes or hangs; what is at the engine's
+    path is then of no use.
     """
     with parsable(source.graph, target.limits.max_context) as parsed:
-        made = replace(source, engine=engine)
-        asked = (target.library.package, made, parsed, timings, target.limits, target.capabilities)
+        asked = (target.library.package, source, parsed, timings, target.limits, target.capabilities)
         what = f"The build of an engine of {source.graph} with {target.library}"
-        built: Built = in_child(_work, asked, what, _REMEDY, PATIENCE, advance)
+        built: Built = in_child(_build, asked, what, _REMEDY, PATIENCE, advance)
     return built
 
 
-def _work(asked: Any, tell: Tell) -> Built:
-    package, source, parsed, timings, limits, capabilities = asked
-    return build_engine(library_of(package), source, parsed, timings, limits, capabilities, tell)
-
-
-def build_engine(
-    library: Library,
-    source: Source,
-    parsed_graph: Path,
-    timings: Path,
-    limits: Limits,
-    capabilities: Sequence[str],
-    advance: Callable[[int], object],
-) -> Built:
-    """Build an engine of ``source``, and write it.
-
-    The library reads ``parsed_graph`` (:func:`parsable`); ``timings`` is the file of its timing cache; ``advance`` is
-    told thousandths. Raises :class:`InputError` for a graph with operators or weights that the library does not know,
-    and :class:`BuildError` if parsing, the check of the network or the build fails.
-    """
+def _build(asked: Any, advance: Tell) -> Built:
+    package, source, parsed_graph, timings, limits, capabilities = asked
+    library = import_library(package)
     start, graph = time.perf_counter(), source.graph
     model = load_graph(graph)
     check_operators(model, graph)
@@ -199,20 +183,20 @@ def build_engine(
     found = profiles(shapes, limits)
     # Fused attention has no float32 kernel. In half precision a fused kernel is required first, to see if there is one.
     fused = precision.name != "fp32" and operators > 0
-    progress = Progress(advance)
+    monitor = _monitor(library, advance)
     if not fused:
         let_attention_decompose(library, parsed.network)
-    data = _serialize(library, parsed, found, capabilities, timings, progress)
-    if data is None and fused and "decomposable" in " ".join(parsed.messages.errors):
+    data = _serialize(library, parsed, found, capabilities, timings, monitor)
+    if data is None and fused and "decomposable" in " ".join(parsed.logger.errors):
         # There is no fused kernel for this head_dim; the manifest says "decomposed".
         fused = False
-        parsed.messages.errors.clear()
+        parsed.logger.errors.clear()
         let_attention_decompose(library, parsed.network)
-        data = _serialize(library, parsed, found, capabilities, timings, progress)
+        data = _serialize(library, parsed, found, capabilities, timings, monitor)
     if data is None:
-        raise BuildError(f"{library} does not build {graph}: {parsed.messages.first()}.")
+        raise BuildError(f"{library} does not build {graph}: {parsed.first_error()}.")
     size = source.engine.write_bytes(memoryview(data))
-    progress.reach(1)
+    monitor.reach(1)
     return Built(parsed.facts, found, fused, time.perf_counter() - start, size)
 
 
@@ -223,14 +207,13 @@ def parsable(path: Path, length: int) -> Iterator[Path]:
         yield path
         return
 
-    def fix(model: ir.Model) -> None:
-        for value in (*model.graph.inputs, *model.graph.outputs):
-            assert value.shape is not None
-            dims = [length if str(getattr(d, "value", d)) == MAX else d for d in value.shape]
-            value.shape = ir.Shape(dims)
-
-    with scratch_copy(path, fix) as copy:
-        yield copy
+    handle, name = tempfile.mkstemp(prefix=".fixed.", suffix=TEMPORARY, dir=path.parent)  # beside its weights
+    os.close(handle)
+    try:
+        write_fixed(path, Path(name), length)
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _serialize(
@@ -239,7 +222,7 @@ def _serialize(
     found: Sequence[Profile],
     capabilities: Sequence[str],
     timings: Path,
-    progress: Progress,
+    monitor: Any,
 ) -> Any:
     trt = library.module
     config = parsed.builder.create_builder_config()
@@ -248,7 +231,7 @@ def _serialize(
         for name, shapes in profile.shapes.items():
             made.set_shape(name, *shapes)
         if config.add_optimization_profile(made) < 0:
-            raise BuildError(f"{library} refuses the {profile.name} profile: {parsed.messages.first()}.")
+            raise BuildError(f"{library} refuses the {profile.name} profile: {parsed.first_error()}.")
     # Needed to inspect the layers of the engine.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     cache = None
@@ -258,10 +241,8 @@ def _serialize(
             config.set_compute_capability(library.capabilities[name], index)
     else:
         cache = timing_cache(config, timings)
-    # In a name: the library keeps no reference of its own.
-    config.progress_monitor = monitor = _monitor(library, progress)
+    config.progress_monitor = monitor  # of which the library keeps no reference of its own
     data = parsed.builder.build_serialized_network(parsed.network, config)
-    del monitor
     if data is not None and cache is not None:
         with atomic_path(timings) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
@@ -280,39 +261,29 @@ def timing_cache(config: Any, path: Path) -> Any:
     return cache
 
 
-class Progress:
-    """Phases of known length → the progress of the build in thousandths.
+def _monitor(library: Library, advance: Callable[[int], object]) -> Any:
+    """What the library tells of its phases, as thousandths of the build for ``advance``.
 
     Phases are nested; those without a parent count, and each step of another says that the library is alive.
     """
-
-    def __init__(self, advance: Callable[[int], object]) -> None:
-        self._advance, self._reached = advance, 0
-        self._steps: dict[str, int] = {}  # of the phases without a parent
-
-    def start(self, name: str, parent: str | None, steps: int) -> None:
-        if parent is None:
-            self._steps[name] = max(1, steps)
-
-    def step(self, name: str, step: int) -> None:
-        self.reach(min(1.0, (step + 1) / self._steps[name]) if name in self._steps else 0)
-
-    def reach(self, share: float) -> None:
-        """Report that this ``share`` of the build is done."""
-        more = max(0, int(_WHOLE * share) - self._reached)
-        self._reached += more
-        self._advance(more)
-
-
-def _monitor(library: Library, progress: Progress) -> Any:
     base: Any = library.module.IProgressMonitor
 
     class _Monitor(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.reached, self.steps = 0, dict[str, int]()  # of the phases without a parent
+
+        def reach(self, share: float) -> None:
+            more = max(0, int(_WHOLE * share) - self.reached)
+            self.reached += more
+            advance(more)
+
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            progress.start(name, parent, steps)
+            if parent is None:
+                self.steps[name] = max(1, steps)
 
         def step_complete(self, name: str, step: int) -> bool:
-            progress.step(name, step)
+            self.reach(min(1.0, (step + 1) / self.steps[name]) if name in self.steps else 0)
             return True
 
         def phase_finish(self, name: str) -> None:

@@ -61,10 +61,11 @@ def write_for_others(graph: Path, engine: Path, manifest: Manifest) -> list[Path
 
     numpy has no bfloat16, so that there are no rows for such a graph.
     """
-    told, files = graph, []
+    told, files = graph, list[Path]()
     if manifest.kv_cache == "static":
         told = fixed_path(graph)
-        _write_fixed(graph, told, manifest.limits.max_context)
+        with atomic_path(told) as temporary:
+            write_fixed(graph, temporary, manifest.limits.max_context)
         files.append(told)
     # From the folder of the engine, so that the output folder can be moved.
     above = (Path("..") / told.relative_to(engine.parents[1])).as_posix()
@@ -80,15 +81,14 @@ def write_for_others(graph: Path, engine: Path, manifest: Manifest) -> list[Path
     return files
 
 
-def _write_fixed(graph: Path, target: Path, length: int) -> None:
+def write_fixed(graph: Path, target: Path, length: int) -> None:
     """The graph whose dimensions called :data:`MAX` are ``length``; its weights stay where they are."""
     proto = onnx.load(graph, load_external_data=False)
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param == MAX:
                 dim.dim_value = length
-    with atomic_path(target) as temporary:
-        onnx.save(proto, str(temporary))
+    onnx.save(proto, str(target), format="protobuf")
 
 
 def _trtexec(graph: str, name: str, profiles: Sequence[Profile]) -> str:
@@ -106,7 +106,6 @@ def _round(profile: Profile, context: int, dtypes: Mapping[str, ir.DataType | No
     """The tokens before those of a profile, and each input's dtype and best shape."""
     shapes = {name: best for name, (_, best, _) in profile.shapes.items()}
     before = context // 2 if profile.name == DECODE else 0
-    past = shapes[MASK][1] - shapes[TOKENS][1] if MASK in shapes else before
-    return past, {
+    return shapes[MASK][1] - shapes[TOKENS][1] if MASK in shapes else before, {
         name: ((dtypes[name] or ir.DataType.FLOAT).numpy().name, best) for name, best in shapes.items()
     }

@@ -96,9 +96,8 @@ def _version(driver: Any) -> str:
     return f"for CUDA {cuda.value // 1000}.{cuda.value % 1000 // 10}"
 
 
-# Of --trt, by name: the package and the oldest version that serves.
-_PARTS = {"tensorrt": part("tensorrt"), "rtx": part("tensorrt-rtx")}
-_OLDEST = {"tensorrt": (10, 15), "rtx": (1, 5)}
+# By package: of what release the oldest one is that serves.
+_OLDEST = {"tensorrt": (10, 15), "tensorrt-rtx": (1, 5)}
 
 
 @dataclass(frozen=True)
@@ -134,47 +133,37 @@ def choose_library(choice: str, gpu: Gpu | None) -> Library:
     if choice == "tensorrt" and gpu is None:
         raise MissingDependencyError(
             "tensorrt builds on the GPU that runs the engine, and no NVIDIA GPU is visible: use --trt rtx "
-            f"({_PARTS['rtx'].pip}) to build ahead of time without one."
+            f"({part('tensorrt-rtx').pip}) to build ahead of time without one."
         )
     if choice == "auto" and gpu is not None:
         try:
             return import_library("tensorrt")
         except MissingDependencyError:
             pass
-    library = import_library("tensorrt" if choice == "tensorrt" else "rtx")
+    library = import_library("tensorrt" if choice == "tensorrt" else "tensorrt-rtx")
     if choice == "auto" and gpu is not None and not runs_here(tuple(library.capabilities), gpu):
         raise MissingDependencyError(
             f"{library} does not build for this machine's {gpu.name} (compute capability "
-            f"{gpu.compute_capability}): {_PARTS['tensorrt'].pip}, or use --trt rtx to build for other GPUs."
+            f"{gpu.compute_capability}): {part('tensorrt').pip}, or use --trt rtx to build for other GPUs."
         )
     return library
 
 
-def import_library(kind: str) -> Library:
+def import_library(package: str) -> Library:
     """Import one of the two; raises :class:`MissingDependencyError` if it is missing or too old."""
-    own = _PARTS[kind]
+    own = part(package)
     try:
         module = importlib.import_module(own.module)
         version = str(module.__version__)
     except (ImportError, AttributeError, OSError) as error:  # OSError: its shared libraries do not load
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MissingDependencyError(f"{own.package} cannot be imported ({why}): {own.pip}.") from None
-    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < _OLDEST[kind]:
-        oldest = ".".join(map(str, _OLDEST[kind]))
+        raise MissingDependencyError(f"{package} cannot be imported ({why}): {own.pip}.") from None
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < _OLDEST[package]:
+        oldest = ".".join(map(str, _OLDEST[package]))
         raise MissingDependencyError(
-            f"{own.package} {version} is too old, {oldest} or newer is needed: {own.pip}."
+            f"{package} {version} is too old, {oldest} or newer is needed: {own.pip}."
         )
-    return Library(own.package, version, module, ahead_of_time=kind == "rtx")
-
-
-def library_of(package: str) -> Library:
-    """The installed library whose PyPI name is ``package``."""
-    kind = next((k for k, own in _PARTS.items() if own.package == package), None)
-    if kind is None:
-        raise InputError(
-            f"The engine was built by {package!r}, which nbl-export does not know: build it again."
-        )
-    return import_library(kind)
+    return Library(package, version, module, ahead_of_time=package == "tensorrt-rtx")
 
 
 def check_capabilities(library: Library, wanted: Sequence[str]) -> tuple[str, ...]:
@@ -192,15 +181,15 @@ def check_capabilities(library: Library, wanted: Sequence[str]) -> tuple[str, ..
     if not wanted:
         # Turing has no bfloat16 and no fused attention, so it must be requested.
         return tuple(name for name in known if int(name[2:]) >= 80)
-    names = []
-    for text in wanted:
-        digits = text.strip().upper().removeprefix("SM").removeprefix("_").replace(".", "")
-        if f"SM{digits}" not in known:
+    digits = {
+        text: text.strip().upper().removeprefix("SM").removeprefix("_").replace(".", "") for text in wanted
+    }
+    for text, number in digits.items():
+        if f"SM{number}" not in known:
             raise InputError(
                 f"--sm {text.strip()!r} is unknown to {library}; it can build for {', '.join(known)}."
             )
-        names.append(f"SM{digits}")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(f"SM{number}" for number in digits.values()))
 
 
 def runs_here(capabilities: Sequence[str], gpu: Gpu) -> bool:

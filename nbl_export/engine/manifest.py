@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.blocks import Block
-from nbl_export.engine.library import Gpu, Library, library_of, runs_here
+from nbl_export.engine.library import Gpu, Library, import_library, runs_here
 from nbl_export.engine.network import Limits, NetworkFacts, Profile
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.files import json_text, read_sealed, sha256_of_file, sha256_of_json
+from nbl_export.files import read_sealed, sha256_of_file, write_sealed
 from nbl_export.records import from_json, to_json
 
 FORMAT = "nbl-export/engine/1"
@@ -58,10 +58,9 @@ def manifest_path(engine: Path) -> Path:
     return engine.with_suffix(".json")
 
 
-def manifest_text(manifest: Manifest) -> str:
-    """The content of the manifest file."""
-    body = {"format": FORMAT, **to_json(manifest)}
-    return json_text({**body, "sha256": sha256_of_json(body)})
+def save_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the ``manifest`` of an engine to ``path``."""
+    write_sealed(path, {"format": FORMAT, **to_json(manifest)})
 
 
 def load_manifest(engine: Path) -> Manifest:
@@ -73,15 +72,8 @@ def load_manifest(engine: Path) -> Manifest:
     if not engine.is_file():
         raise InputError(f"The engine {engine} does not exist: {_REMEDY}.")
     raw = read_sealed(path, "The engine's manifest", _REMEDY)
-    if raw.pop("format", None) != FORMAT:
-        raise InputError(f"{path} is not an engine manifest of nbl-export ({FORMAT}): {_REMEDY}.")
+    raw.pop("format", None)
     manifest = from_json(Manifest, raw, str(path), _REMEDY)
-    size = engine.stat().st_size
-    if size != manifest.size:
-        state = "truncated" if size < manifest.size else "not the one its manifest describes"
-        raise InputError(
-            f"{engine} is {state}: {size:,} bytes, the manifest says {manifest.size:,}: {_REMEDY}."
-        )
     if sha256_of_file(engine) != manifest.hashes.get("engine"):
         raise InputError(f"{engine} was changed after it was built (its SHA-256 differs): {_REMEDY}.")
     return manifest
@@ -95,7 +87,7 @@ def check_runs(manifest: Manifest, gpu: Gpu | None) -> Library:
     """
     if gpu is None:
         raise MissingDependencyError("no NVIDIA GPU is visible")
-    library = library_of(manifest.library)
+    library = import_library(manifest.library)
     if library.version != manifest.library_version:
         raise InputError(
             f"The engine was built by {manifest.library} {manifest.library_version}, installed is "

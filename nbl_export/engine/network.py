@@ -39,27 +39,20 @@ _DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 _PARSER_BYTES = 4096
 
 
-class Messages:
-    """The error messages of TensorRT, of which the user sees the first."""
+def _logger(library: Library) -> Any:
+    """A logger of the library that keeps ``errors``."""
+    kind: Any = library.module.ILogger
 
-    def __init__(self, library: Library) -> None:
-        trt = library.module
-        lines: list[str] = []
+    class _Logger(kind):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
 
-        base: Any = trt.ILogger
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (kind.Severity.ERROR, kind.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
 
-        class _Logger(base):  # type: ignore[misc]
-            def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                    lines.append(message)
-
-        self.errors = lines
-        self.logger = _Logger()
-
-    def first(self) -> str:
-        """The first error that is not about a missing GPU, which is expected in ahead-of-time builds."""
-        real = [m for m in self.errors if "cudaError 35" not in m and "CUDA driver" not in m]
-        return shorten(real[0], 400, placeholder=" …") if real else "no reason given"
+    return _Logger()
 
 
 @dataclass(frozen=True)
@@ -85,13 +78,18 @@ class NetworkFacts:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A network with the objects that must live as long as it does."""
+    """A network with the objects that must live as long as it does; ``logger`` has the library's errors."""
 
     builder: Any
     network: Any
     parser: Any
-    messages: Messages
+    logger: Any
     facts: NetworkFacts
+
+    def first_error(self) -> str:
+        """The first error that is not about a missing GPU, which is expected in ahead-of-time builds."""
+        real = [m for m in self.logger.errors if "cudaError 35" not in m and "CUDA driver" not in m]
+        return shorten(real[0], 400, placeholder=" …") if real else "no reason given"
 
 
 def check_operators(model: ir.Model, path: Path) -> None:
@@ -119,48 +117,42 @@ def parse_network(library: Library, path: Path, shown: Path | None = None) -> Pa
 
     Raises :class:`BuildError` naming the operator that is not supported.
     """
-    name = shown or path
-    trt = library.module
-    messages = Messages(library)
-    builder = trt.Builder(messages.logger)
+    trt, logger = library.module, _logger(library)
+    builder = trt.Builder(logger)
     # TensorRT 11 ignores the flag and types every network strongly.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, messages.logger)
+    parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        if not errors:
-            raise BuildError(f"{library} does not parse {name}: {messages.first()}.")
-        error = errors[0]
+        error = parser.get_error(0)
         reason = shorten(str(error.desc()), 300, placeholder=" …").rstrip(".")
         raise BuildError(
-            f"{library} does not take the operator {error.node_operator()} ({error.node_name()}) of {name}: {reason}."
+            f"{library} does not take the operator {error.node_operator()} ({error.node_name()}) of {shown or path}: "
+            f"{reason}."
         )
-    return Parsed(builder, network, parser, messages, _facts(library, network))
+    return Parsed(builder, network, parser, logger, _facts(library, network))
 
 
 def _facts(library: Library, network: Any) -> NetworkFacts:
     """Count a network's layers and read its dtypes."""
-    trt = library.module
     kinds: Counter[str] = Counter()
     weights: Counter[str] = Counter()
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         kinds[layer.type.name] += 1
-        if layer.type == trt.LayerType.CONSTANT:
+        if layer.type == library.module.LayerType.CONSTANT:
             output = layer.get_output(0)
             weights[output.dtype.name] += int(prod(output.shape) * output.dtype.itemsize)
+    ends = [network.get_input(i) for i in range(network.num_inputs)]
+    ends += [network.get_output(i) for i in range(network.num_outputs)]
+    tensors = tuple(NetworkTensor(end.name, end.dtype.name, tuple(end.shape)) for end in ends)
     return NetworkFacts(
         layers=network.num_layers,
         attention=kinds[_ATTENTION],
         kv_cache_updates=kinds["KV_CACHE_UPDATE"],
-        inputs=tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs)),
-        outputs=tuple(_tensor(network.get_output(i)) for i in range(network.num_outputs)),
+        inputs=tensors[: network.num_inputs],
+        outputs=tensors[network.num_inputs :],
         weight_bytes=dict(weights),
     )
-
-
-def _tensor(tensor: Any) -> NetworkTensor:
-    return NetworkTensor(tensor.name, tensor.dtype.name, tuple(tensor.shape))
 
 
 def let_attention_decompose(library: Library, network: Any) -> None:
@@ -280,17 +272,17 @@ def profiles(inputs: Mapping[str, Sequence[int | str]], limits: Limits) -> tuple
     for name, table in tables.items():
         # optimum writes the sum where others use a name.
         dims = {BATCH: batch, MAX: buffer, **table, f"{PAST} + {SEQUENCE}": table[TOTAL]}
-        found.append(Profile(name, {i: _shapes(i, shape, dims) for i, shape in inputs.items()}))
-    return found[0], found[1]
-
-
-def _shapes(name: str, shape: Sequence[int | str], dims: Mapping[str, Range]) -> tuple[Shape, Shape, Shape]:
-    for dim in shape:
-        if not isinstance(dim, int) and dim not in dims:
-            raise BuildError(
-                f"The graph's input {name} has the dimension {dim!r}, for which no profile has a range."
+        for given, shape in inputs.items():
+            if unknown := [dim for dim in shape if not isinstance(dim, int) and dim not in dims]:
+                raise BuildError(
+                    f"The graph's input {given} has the dimension {unknown[0]!r}, for which no profile has a range."
+                )
+        shapes = {
+            given: tuple(
+                tuple(dim if isinstance(dim, int) else dims[dim][which] for dim in shape)
+                for which in range(3)
             )
-    low, opt, high = (
-        tuple(dim if isinstance(dim, int) else dims[dim][which] for dim in shape) for which in range(3)
-    )
-    return low, opt, high
+            for given, shape in inputs.items()
+        }
+        found.append(Profile(name, shapes))  # type: ignore[arg-type]
+    return found[0], found[1]

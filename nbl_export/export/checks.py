@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nbl_export.batch.arrays import F32
 from nbl_export.batch.names import TOKEN_TYPES, TOKENS
-from nbl_export.batch.rows import batch_of_rows, left_padded, real_positions, right_padded
+from nbl_export.batch.rows import batch_of_rows, prefix_mask, real_positions, right_padded
 from nbl_export.errors import InputError, NblError, first_line
 from nbl_export.export.forms import ENCODER, FORMS, NONE, STATIC, Branches, Form
 from nbl_export.export.functions import attention, exportable, is_replaced
@@ -32,8 +33,8 @@ from nbl_export.export.torch import check_traces, export_torch, trace
 from nbl_export.graph.summary import OnCopy
 from nbl_export.models.dummy_run import check_supported, dummy_run
 from nbl_export.models.forward import Encoder, run_uncached
-from nbl_export.models.layers import backbone, vocabulary
 from nbl_export.models.layers import positions as positions_of
+from nbl_export.models.layers import vocabulary
 from nbl_export.models.lengths import (
     BEYOND,
     REHEARSAL,
@@ -48,7 +49,7 @@ from nbl_export.models.libraries import quiet
 from nbl_export.models.weights import resident, room
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.ort import OrtEncoder, ort_stream
-from nbl_export.runtime.stream import Stream
+from nbl_export.runtime.stream import DecoderOutput, PastStream, Stream, UncachedStream
 from nbl_export.runtime.torch import TorchEncoder, torch_stream
 
 # Two rows of different length, so that one is padded, and the number of tokens decoded after them.
@@ -56,6 +57,8 @@ _LENGTHS, _NEXT = (7, 4), 1
 _ACROSS = 4  # tokens that are decoded across a length
 _SLOTS = 512  # of a static cache: longer than the window of a model that builds its own mask
 _TOLERANCE = 1e-2  # of the logits' standard deviation; a wrong mask or position causes an error of about one
+# Rows that are run as one batch, and how many of their last tokens are decoded one by one.
+_Batch = tuple[Sequence[NDArray[Any]], int]
 
 
 def check_form(model: torch.nn.Module, form: Form, listener: Listener | None = None) -> tuple[OnCopy, ...]:
@@ -70,19 +73,11 @@ def check_form(model: torch.nn.Module, form: Form, listener: Listener | None = N
         if form.name != NONE.name:
             check_form(model, NONE)  # it may be advised, so it must be served
         raise
-    try:
-        error = _error(model, form, listener)
-        if error <= _TOLERANCE:
-            with listener.task("Tracing a few blocks", 1, "trace") as task:
-                _check_trace(model, form)
-                task.advance(1)
-            return crossed_on_copy(model, FORMS[form.name], listener)  # whatever it reads
-        found = (
-            f"computes other logits with --kv-cache {form.name} than without (error {error:.1g} of their standard "
-            "deviation), so its masks or positions do not support a batch of padded rows"
-        )
-    except _Failed as failed:
-        found = f"cannot be run with --kv-cache {form.name} ({failed})"
+    if not (fault := _fault(model, form, listener)):
+        with listener.task("Tracing a few blocks", 1, "trace") as task:
+            _check_trace(model, form)
+            task.advance(1)
+        return crossed_on_copy(model, FORMS[form.name], listener)  # whatever it reads
     try:
         check_traces(model, form)
     except Branches:  # which is why its logits are others
@@ -91,11 +86,7 @@ def check_form(model: torch.nn.Module, form: Form, listener: Listener | None = N
         pass
     others = [other for other in FORMS.values() if other.name != form.name and _serves(model, other)]
     remedy = f"use --kv-cache {others[0].name}" if others else "this architecture is not supported yet"
-    raise InputError(f"{type(model).__name__} {found}: {remedy}.")
-
-
-class _Failed(Exception):
-    """The model's own code failed; the message is its error in one line."""
+    raise InputError(f"{type(model).__name__} {fault}: {remedy}.")
 
 
 def _check_layers(model: torch.nn.Module, form: Form) -> None:
@@ -113,65 +104,55 @@ def _check_trace(model: torch.nn.Module, form: Form) -> None:
 def _serves(model: torch.nn.Module, form: Form) -> bool:
     try:
         _check_layers(model, form)
-        if _error(model, form, Silent()) > _TOLERANCE:
+        if _fault(model, form, Silent()):
             return False
         _check_trace(model, form)
-        return True
-    except (NblError, _Failed):
+    except NblError:
         return False
+    return True
 
 
-def _error(model: torch.nn.Module, form: Form, listener: Listener) -> float:
-    """The largest difference from the model's own logits, in standard deviations of these; infinite for NaN.
+def _fault(model: torch.nn.Module, form: Form, listener: Listener) -> str:
+    """What is wrong with ``form`` as PyTorch runs it, in words; nothing if it is the model."""
+    try:
+        with listener.task("Checking the export", 1, "check") as task:
+            error = _error(model, form)
+            task.advance(1)
+    except NblError:
+        raise
+    except Exception as failed:  # a model's own code may raise anything
+        return f"cannot be run with --kv-cache {form.name} ({first_line(failed)[:300]})"
+    return (
+        ""
+        if error <= _TOLERANCE
+        else f"computes other logits with --kv-cache {form.name} than without (error {error:.1g} of their standard "
+        "deviation), so its masks or positions do not support a batch of padded rows"
+    )
 
-    The ``listener`` is told of each pass of the model.
-    """
+
+def _error(model: torch.nn.Module, form: Form) -> float:
+    """The largest difference of ``form`` in PyTorch from the model's own logits, in standard deviations of these."""
     dummy_run(model)  # of the original model, before its functions are replaced
     crossed = crossed_by(model, _ACROSS, _LENGTHS, 1 if form.past else 1 + _ACROSS, REHEARSAL)
-    size = vocabulary(model)
+    apart, size = any(one.length.batch for one in crossed), vocabulary(model)
     ids = (np.arange(sum(_LENGTHS) + 2 * _NEXT) * 7 + size // 3) % size
-    texts = np.split(ids, [_LENGTHS[0] + _NEXT])
-    rows = [np.resize(ids, prompt + _ACROSS) for prompt in crossing_prompts(crossed)]
-    # Each with a shorter one beside it, which is padded; where the longest row of a batch decides for all, that one is
-    # another text than by itself.
-    compared = 1 if any(one.length.batch for one in crossed) else 2
-    stepwise = compared == 1 and bool(form.past)
-    steps = _ACROSS if form.past else 0
-    passes = len(texts) + 1 + (_NEXT if form.past else 0)
-    passes += len(rows) * (compared * (1 + _ACROSS * stepwise) + 1 + steps)
+    batches: list[_Batch] = [(np.split(ids, [_LENGTHS[0] + _NEXT]), _NEXT if form.past else 0)]
+    for prompt in crossing_prompts(crossed):
+        row = np.resize(ids, prompt + _ACROSS)
+        # With a shorter one beside it, which is padded, unless the longest row of a batch decides for all.
+        batches.append(([row] if apart else [row, row[1:]], _ACROSS if form.past else 0))
     # The weights are read once, not at each of these passes.
-    with (
-        quiet(),
-        torch.inference_mode(),
-        listener.task("Checking the export", passes, "passes") as task,
-        resident(model, room(model)),
-    ):
-        hook = backbone(model).register_forward_hook(lambda *_: task.advance(1))
-        try:
-            own = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]
-            own += [_own(model, text, stepwise) for row in rows for text in (row, row[1:])[:compared]]
-            decoder = form.module(model)
-            with exportable(model, decoder.mask, _grouped if form.fused else attention):
-                found = _run(decoder, form, texts)
-                for row in rows:
-                    found += _run(decoder, form, [row, row[1:]], _ACROSS)[:compared]
-        except NblError:
-            raise
-        except Exception as error:  # a model's own code may raise anything
-            raise _Failed(first_line(error)[:300]) from error
-        finally:
-            hook.remove()
-    expected = torch.cat(own)
-    off = float((torch.cat(found) - expected).abs().max() / expected.std())
-    return off if np.isfinite(off) else float("inf")
-
-
-def _own(model: torch.nn.Module, row: NDArray[Any], stepwise: bool) -> torch.Tensor:
-    """The model's own logits of a row that crosses a length; ``stepwise`` where a token depends on the text so far."""
-    if stepwise:
-        return torch.from_numpy(np.concatenate(_logits(torch_stream(model), [row], _ACROSS)))
-    logits: torch.Tensor = model(input_ids=torch.from_numpy(row)[None]).logits[0]
-    return logits
+    with quiet(), torch.inference_mode(), resident(model, room(model)):
+        expected = _expected(model, form, batches, apart)
+        decoder = form.module(model)
+        with exportable(model, decoder.mask, _grouped if form.fused else attention):
+            if not form.past:
+                return _difference(UncachedStream(_Eager(decoder)), batches, expected)
+            if form.name != STATIC.name:
+                return _difference(PastStream(_Eager(decoder)), batches, expected)
+            most = max(_SLOTS, *(len(row) for rows, _ in batches for row in rows))
+            slots = min(most, positions_of(model) or most)
+            return _difference(_StaticStream(_Eager(decoder), slots), batches, expected)
 
 
 def _grouped(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,34 +165,78 @@ def _grouped(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs
     return attention(module, query, key, value, *args, **kwargs)
 
 
-def _run(decoder: Any, form: Form, texts: list[NDArray[Any]], steps: int = _NEXT) -> list[torch.Tensor]:
-    """Logits of every token of ``texts``, as one batch: a prefill and, with a cache, ``steps`` decode steps."""
-    if not form.past:
-        ids, mask, positions = (torch.from_numpy(a) for a in left_padded(texts))
-        return [row[-len(text) :] for row, text in zip(decoder(ids, mask, positions), texts, strict=True)]
-    static = form.name == STATIC.name
-    before = [t[:-steps] for t in texts]
-    after = [torch.from_numpy(np.stack([t[at:][:1] for t in texts])) for at in range(-steps, 0)]
-    lengths = torch.tensor([len(t) for t in before])
-    most = max(_SLOTS, int(lengths.max()) + steps)
-    slots = min(most, positions_of(decoder.model) or most) if static else 0
-    past = [block.empty(torch.zeros(()), len(texts), slots) for block in dummy_run(decoder.model).cache]
-    if static:
-        ids, positions = (torch.from_numpy(a) for a in right_padded(before))
-        logits, past = decoder(ids, positions, torch.zeros_like(lengths), past)
-        found = [[f[:n]] for f, n in zip(logits, lengths, strict=True)]
-    else:
-        ids, mask, positions = (torch.from_numpy(a) for a in left_padded(before))
-        logits, past = decoder(ids, mask, positions, past)
-        found = [[f[-n:]] for f, n in zip(logits, lengths, strict=True)]
-    for step, token in enumerate(after):
-        if static:
-            logits, past = decoder(token, lengths[:, None] + step, lengths + step, past)
-        else:
-            mask, positions = torch.cat([mask, torch.ones_like(token)], dim=1), positions[:, -1:] + 1
-            logits, past = decoder(token, mask, positions, past)
-        found = [[*parts, one] for parts, one in zip(found, logits, strict=True)]
-    return [torch.cat(parts) for parts in found]
+class _Eager:
+    """What a form traces as a decoder in PyTorch, with or without a cache."""
+
+    kv_layers = ()
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def empty_past(self, batch: int, slots: int = 0) -> Any:
+        return [block.empty(torch.zeros(()), batch, slots) for block in dummy_run(self.module.model).cache]
+
+    def __call__(self, *given: Any, num_logits: int = 0) -> Any:
+        found = self.module(*(torch.from_numpy(one) if isinstance(one, np.ndarray) else one for one in given))
+        return DecoderOutput(found[0].numpy(), found[1]) if isinstance(found, tuple) else found.numpy()
+
+
+class _StaticStream(Stream):
+    """What the static form traces, with ``slots``: rows are padded on the right."""
+
+    def __init__(self, decoder: _Eager, slots: int) -> None:
+        self.decoder, self.slots = decoder, slots
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        self._past, self._lengths = (
+            self.decoder.empty_past(len(rows), self.slots),
+            np.zeros(len(rows), np.int64),
+        )
+        ids, positions = right_padded(rows)
+        logits = self._run(ids, positions)
+        self._lengths = np.array([len(row) for row in rows])
+        return logits[prefix_mask(self._lengths, ids.shape[1])]
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        logits = self._run(np.array(tokens)[:, None], self._lengths[:, None])[:, 0]
+        self._lengths = self._lengths + 1
+        return logits
+
+    def _run(self, ids: NDArray[Any], positions: NDArray[Any]) -> F32:
+        found = self.decoder(ids, positions, self._lengths, self._past)
+        self._past = found.present
+        return np.asarray(found.logits)
+
+
+def _expected(
+    model: torch.nn.Module, form: Form, batches: Iterable[_Batch], apart: bool
+) -> list[NDArray[np.float32]]:
+    """The model's own logits of each row: by itself and in one pass, so that padding and steps are the form's to bear.
+
+    With ``apart`` the longest row of a batch decides for all, and the text so far for the next token.
+    """
+    if apart:
+        stream = torch_stream(model, cached=bool(form.past))
+        return [_logits(stream, [row], steps)[0] for rows, steps in batches for row in rows]
+    every = ({TOKENS: row[None].astype(np.int64)} for rows, _ in batches for row in rows)
+    return [run_uncached(model, inputs).logits[0].float().cpu().numpy() for inputs in every]
+
+
+def _difference(stream: Stream, batches: Iterable[_Batch], expected: Sequence[NDArray[np.float32]]) -> float:
+    """The largest error of the logits, in standard deviations of those ``expected``; infinite for NaN."""
+    found = np.concatenate([row for rows, steps in batches for row in _logits(stream, rows, steps)])
+    own = np.concatenate(expected)
+    off = float(np.abs(found - own).max() / own.std())
+    return off if np.isfinite(off) else float("inf")
+
+
+def _logits(stream: Stream, rows: Sequence[NDArray[Any]], steps: int) -> list[NDArray[np.float32]]:
+    """Of every token of each row, the last ``steps`` of them decoded."""
+    before = [len(row) - steps for row in rows]
+    first = stream.prefill([row[:end] for row, end in zip(rows, before, strict=True)])
+    later = [stream.decode([int(row[at]) for row in rows]) for at in range(-steps, 0)]
+    parts = np.split(first, np.cumsum(before)[:-1])
+    return [np.concatenate([part, *(one[i : i + 1] for one in later)]) for i, part in enumerate(parts)]
 
 
 # On a copy ----------------------------------------------------------------------------------------
@@ -279,29 +304,13 @@ def _error_of_copy(
         (np.random.default_rng(i).integers(0, size, prompt + _STEPS)).astype(np.int32)
         for i, prompt in enumerate(prompts)
     ]
-    # PyTorch runs each row by itself and in one pass: padding and steps are the graph's to bear. Unless the longest row
-    # decides for all, and the text so far for the next token.
     apart = any(length.batch for length in lengths)
+    batches: list[_Batch] = [([row], _STEPS) for row in rows] if apart else [(rows, _STEPS)]
     with quiet(), tempfile.TemporaryDirectory() as folder:
+        expected = _expected(copy, form, batches, apart)
         path = Path(folder) / "model.onnx"
-        if apart:
-            own = torch_stream(copy, cached=bool(form.past))
-            expected = [np.concatenate(_logits(own, [row])) for row in rows]
-        else:
-            one_pass = ({TOKENS: row[None].astype(np.int64)} for row in rows)
-            expected = [run_uncached(copy, inputs).logits[0].numpy() for inputs in one_pass]
         export_torch(copy, path, form=form)
-        stream = ort_stream(path, max(map(len, rows)))
-        if apart:
-            found = [np.concatenate(_logits(stream, [row])) for row in rows]
-        else:
-            first, *later = _logits(stream, rows)
-            parts = np.split(first, np.cumsum([len(row) - _STEPS for row in rows])[:-1])
-            found = [
-                np.concatenate([part, *(one[i : i + 1] for one in later)]) for i, part in enumerate(parts)
-            ]
-    deviation = float(np.concatenate(expected).std())
-    return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True)) / deviation
+        return _difference(ort_stream(path, max(map(len, rows))), batches, expected)
 
 
 def _error_of_encoder(
@@ -330,9 +339,3 @@ def _error_of_encoder(
         expected = np.concatenate([one[name][mask] for one, mask in zip(own, masks[1:], strict=True)])
         worst = max(worst, float(np.abs(values[masks[0]] - expected).max() / expected.std()))
     return worst
-
-
-def _logits(stream: Stream, rows: Sequence[NDArray[Any]], steps: int = _STEPS) -> list[NDArray[np.float32]]:
-    """Of the prefill, and of each of the last ``steps`` tokens."""
-    first = stream.prefill([row[:-steps] for row in rows])
-    return [first, *(stream.decode([int(row[at]) for row in rows]) for at in range(-steps, 0))]

@@ -11,6 +11,15 @@
 
 An encoder has no cache: the full text or image is its input, and the outputs of its task are its outputs.
 
+Whoever has images puts their embeddings among those of the tokens:
+
+    input_ids ─► embedding.onnx ─► inputs_embeds [batch, sequence, d] ─► model.onnx ─► logits
+
+A model whose positions have several rows (M-RoPE: time, height, width) gets them all: position_ids
+[rows, batch, sequence], which are equal for text. One that looks embeddings of each layer up by token ids (Gemma 3n, 4)
+gets these, too: per_layer_inputs [batch, sequence, layers, p], which the embedding makes. The names and layouts are
+those of onnxruntime-genai.
+
 A form is data: names and symbolic dimensions of its inputs, and a module that traces the model in this form.
 """
 
@@ -22,7 +31,19 @@ from typing import Any
 
 import torch
 
-from nbl_export.batch.names import BATCH, MASK, MAX, PAST, PER_LAYER, PIXELS, SEQUENCE, TOTAL
+from nbl_export.batch.names import (
+    BATCH,
+    EMBEDDINGS,
+    MASK,
+    MAX,
+    PAST,
+    PER_LAYER,
+    PIXELS,
+    POSITIONS,
+    SEQUENCE,
+    TOKENS,
+    TOTAL,
+)
 from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN, GraphStates, rows_of
@@ -32,12 +53,21 @@ from nbl_export.models.forward import (
     INPUT_ORDER,
     CachedDecoder,
     Tokens,
+    embedded,
     encoder_of,
     encoder_outputs,
     run_with_past,
 )
-from nbl_export.models.layers import positions
+from nbl_export.models.layers import (
+    backbone,
+    family_of,
+    has_per_layer,
+    hidden_size,
+    position_rows,
+    positions,
+)
 from nbl_export.models.libraries import accepted_arguments, accepts, cache_argument
+from nbl_export.models.multimodal import placeholders
 from nbl_export.models.tasks import Pooling, Task
 from nbl_export.settings.choices import OPSETS
 
@@ -311,3 +341,60 @@ def encoder_form(model: torch.nn.Module, task: Task, pooling: Pooling | None, in
         outputs={n: dict(enumerate(dims)) for n, dims in encoder_outputs(model, task, pooling).items()},
         examples=examples,
     )
+
+
+# embeddings ---------------------------------------------------------------------------------------
+
+
+class _Embedding(CachedDecoder):
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = embedded(self.model, input_ids)
+        if PER_LAYER in found and (instead := _instead(self.model)) is not None:
+            body: Any = backbone(self.model)
+            for token in placeholders(self.model).values():
+                input_ids = torch.where(input_ids == token, instead, input_ids)
+            found[PER_LAYER] = body.get_per_layer_inputs(input_ids)
+        return tuple(found.values())
+
+
+def _instead(model: torch.nn.Module) -> int | None:
+    """The token whose embeddings of each layer stand in the places of images and sounds, if it is another."""
+    if not family_of(model).padding_stands_in:
+        return None
+    config: Any = model.config
+    return int(config.get_text_config().pad_token_id)
+
+
+def embedding_form(model: torch.nn.Module) -> Form:
+    """The form of the embedding of ``model``: token ids in, embeddings out, and those of each layer."""
+    names = [EMBEDDINGS, *[PER_LAYER] * has_per_layer(backbone(model))]
+    outputs = dict.fromkeys(names, _TOKENS)
+    return Form(
+        "embedding",
+        OPSETS["none"],
+        {TOKENS: _TOKENS},
+        past={},
+        present={},
+        module=_Embedding,
+        outputs=outputs,
+    )
+
+
+def reading_embeds(form: Form, model: torch.nn.Module) -> Form:
+    """``form`` of a decoder that reads embeddings."""
+    inputs, examples = {EMBEDDINGS: _TOKENS}, {EMBEDDINGS: torch.zeros(2, 3, hidden_size(model))}
+    if has_per_layer(body := backbone(model)):
+        inputs[PER_LAYER] = _TOKENS
+        examples[PER_LAYER] = torch.zeros_like(body.get_per_layer_inputs(torch.zeros(2, 3, dtype=torch.long)))
+    inputs |= {name: dict(dims) for name, dims in form.inputs.items() if name != TOKENS}
+    rows = position_rows(model)
+    if rows > 1 and POSITIONS in inputs:
+        inputs[POSITIONS] = {1: BATCH, 2: SEQUENCE}
+        examples[POSITIONS] = torch.zeros(rows, 2, 3, dtype=torch.long)
+
+    def module(of: torch.nn.Module) -> CachedDecoder:
+        decoder = form.module(of)
+        decoder.reads = EMBEDDINGS
+        return decoder
+
+    return replace(form, inputs=inputs, examples=examples, module=module)

@@ -145,7 +145,7 @@ def _export_torch(
     run: Run, settings: ExportSettings, listener: Listener
 ) -> tuple[list[Path], list[Float32Node]]:
     from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, PIXELS
-    from nbl_export.export.embeds import embedding_form
+    from nbl_export.export.forms import embedding_form
     from nbl_export.export.ranges import save_in_precision
     from nbl_export.export.torch import trace
     from nbl_export.graph.embedding import add_features
@@ -175,7 +175,7 @@ def _export_torch(
 
 
 def _decoder_form(run: Run, settings: ExportSettings) -> Form:
-    from nbl_export.export.embeds import reading_embeds
+    from nbl_export.export.forms import reading_embeds
     from nbl_export.export.forms import FORMS
 
     form = _of_opset(FORMS[str(settings.kv_cache)], settings)

@@ -116,8 +116,7 @@ class Gguf(Form):
         check_like_llama(self.run.model.model, plan, self.engine)
 
     def write(self, place: Path, plan: Plan, listener: Listener) -> list[Path]:
-        from nbl_export.convert.gguf import QUANTIZED, matrices_of, write_gguf
-        from nbl_export.convert.gguf_tokenizer import fields_of, fields_of_gguf
+        from nbl_export.convert.gguf import QUANTIZED, fields_of, fields_of_gguf, matrices_of, write_gguf
         from nbl_export.runtime.llama_cpp import quantize
 
         source, model = self.run.model.source, self.run.model.model

@@ -14,8 +14,16 @@ from tokenizers.models import BPE, WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from nbl_export.blocks import Block, Mlp, Span
-from nbl_export.convert.gguf import FORMATS, DeciBlock, blocks_of, check_stored, write_gguf
-from nbl_export.convert.gguf_tokenizer import TokenizerFields, fields_of, fields_of_gguf
+from nbl_export.convert.gguf import (
+    FORMATS,
+    DeciBlock,
+    Fields,
+    blocks_of,
+    check_stored,
+    fields_of,
+    fields_of_gguf,
+    write_gguf,
+)
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import DROPPED, LinearLayer, Plan
 from nbl_export.progress import Silent
@@ -26,7 +34,7 @@ RandomPlan = Callable[[Any, Sequence[Block]], Plan]
 
 @pytest.fixture
 def written(
-    tmp_path: Path, random_plan: RandomPlan, no_tokenizer: TokenizerFields
+    tmp_path: Path, random_plan: RandomPlan, no_tokenizer: Fields
 ) -> Callable[..., tuple[Any, Plan, dict[str, Any], dict[str, Any]]]:
     """A tiny Llama with linear blocks as a file: the model, the plan, the file's tensors, and its fields."""
 
@@ -75,7 +83,7 @@ def test_the_numbers_are_the_models(written: Callable[..., Any]) -> None:
 
 
 def test_numbers_that_float16_does_not_have_are_refused_and_nothing_is_left(
-    tmp_path: Path, random_plan: RandomPlan, no_tokenizer: TokenizerFields
+    tmp_path: Path, random_plan: RandomPlan, no_tokenizer: Fields
 ) -> None:
     model = tiny_model("llama")
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6
@@ -127,7 +135,7 @@ def test_what_the_file_has_of_the_plan(
     form: str,
     tmp_path: Path,
     random_plan: Callable[[Any, Sequence[Block]], Plan],
-    no_tokenizer: TokenizerFields,
+    no_tokenizer: Fields,
 ) -> None:
     model = tiny_model("llama")
     plan, path = random_plan(model, [1, Mlp(2)]), tmp_path / "model.gguf"
@@ -156,7 +164,7 @@ DIGITS = pre_tokenizers.Digits(individual_digits=True)
 @pytest.mark.parametrize(("splits", "name"), [([GPT_2], "gpt-2"), ([DIGITS, GPT_2], "smollm")])
 def test_byte_level_tokenizers_are_named_by_how_they_split(splits: list[Any], name: str) -> None:
     tokenizer = byte_level(*splits, chat_template="{{ messages }}")
-    fields = {key: value for key, value, _, _ in fields_of(tokenizer, 4).fields}
+    fields = {key: value for key, value, _, _ in fields_of(tokenizer, 4)}
     assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == name
     assert fields["tokenizer.ggml.merges"] == ["a b"] and fields["tokenizer.ggml.bos_token_id"] == 3
     assert fields["tokenizer.ggml.add_bos_token"] is False and fields["tokenizer.ggml.token_type"][3] == 3
@@ -178,7 +186,8 @@ def test_the_tokenizer_of_a_gguf_file_stays_as_it_is(smollm2: Path, tmp_path: Pa
 
     fields = fields_of_gguf(smollm2)
     writer = GGUFWriter(tmp_path / "copy.gguf", "llama")
-    fields.write(writer)
+    for key, value, kind, element in fields:
+        writer.add_key_value(key, value, kind, sub_type=element)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

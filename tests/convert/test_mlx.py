@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from nbl_export.blocks import Block, Mlp
 from nbl_export.convert import llama
-from nbl_export.convert.llama import Shards, check_like_llama, numbers, rope_base, rope_factors
+from nbl_export.convert.llama import check_like_llama, numbers, rope_base, rope_factors
 from nbl_export.convert.mlx import (
     IN_MLX,
     check_held,
@@ -203,12 +203,11 @@ def test_what_a_repair_changed_is_in_the_numbers(random_plan: RandomPlan) -> Non
 
 def test_weights_are_in_files_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama, "_SHARD", 1000)
-    files = Shards(tmp_path, "float16", "pt")
     own = {f"w{i}": np.full((10, 20), i, np.float32) for i in range(5)}  # 400 bytes each
-    for name, value in own.items():
-        files.add(name, value)
-    *paths, index = files.finish()
+    told = ("float16", "pt", NoTokenizer(), {"a.txt": "a"}, {"of": 1}, Silent())
+    *paths, index, text, config = llama.write_folder(tmp_path, own.items(), 5, *told)
     assert [path.name for path in paths] == [f"model-0000{n}.safetensors" for n in (1, 2, 3)]
+    assert text.read_text() == "a" and json.loads(config.read_text()) == {"of": 1}
     raw = json.loads(index.read_text())
     assert raw["metadata"] == {"total_size": 2000}
     found = {}
@@ -218,12 +217,7 @@ def test_weights_are_in_files_of_a_size(tmp_path: Path, monkeypatch: pytest.Monk
         with safe_open(path, "np") as opened:
             assert opened.metadata() == {"format": "pt"}
         found |= tensors
-    assert found.keys() == own.keys()
     assert all(found[n].dtype == np.float16 and np.array_equal(found[n], own[n]) for n in own)
-
-
-def test_a_number_that_the_dtype_does_not_have_is_refused(tmp_path: Path) -> None:
-    files = Shards(tmp_path, "float16", "pt")
     with pytest.raises(InputError, match="w has numbers that float16 does not have: use --precision bf16"):
-        files.add("w", np.array([1e6], np.float32))
-    assert not list(tmp_path.iterdir())
+        llama.write_folder(tmp_path, [("w", np.array([1e6], np.float32))], 1, *told)
+    assert not config.exists()

@@ -43,7 +43,7 @@ def build(
     advanced: list[int] = []
     target, engine = Target(library, None, limits, ("SM86",)), folder / "model.engine"
     source = Source("base", path, attention, engine)
-    return build_in_child(target, source, engine, folder / "timing.cache", advanced.append), advanced
+    return build_in_child(target, source, folder / "timing.cache", advanced.append), advanced
 
 
 @pytest.mark.parametrize(
@@ -214,9 +214,9 @@ def test_a_failure_in_the_second_build_leaves_the_first_engines(
     real, begun = module.build_in_child, []
     before = engines(built_copy)
 
-    def building(target: Target, source: Source, engine: Path, *rest: Any) -> Built:
+    def building(target: Target, source: Source, *rest: Any) -> Built:
         begun.append(source.role)
-        built = real(target, source, engine, *rest)
+        built, engine = real(target, source, *rest), source.engine
         if len(begun) == 2:
             engine.write_bytes(engine.read_bytes()[: built.size // 2])
             raise error

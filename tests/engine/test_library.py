@@ -182,9 +182,7 @@ def test_another_byte_in_the_engine_is_refused(engine: Path) -> None:
     engine.write_bytes(ENGINE[:place] + bytes([ENGINE[place] ^ 1]) + ENGINE[place + 1 :])
     refused(engine, str(engine), "was changed", "SHA-256")
     engine.write_bytes(ENGINE[:place])
-    refused(engine, "is truncated", f"{place} bytes", "1,000")
-    engine.write_bytes(ENGINE + b"\0")
-    refused(engine, "1,001 bytes, the manifest says 1,000")
+    refused(engine, "was changed")
 
 
 def test_what_is_missing_or_cut_is_named(engine: Path) -> None:
@@ -216,7 +214,6 @@ def test_an_edit_by_hand_is_refused(engine: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(format="nbl-export/engine/2"), "not an engine manifest of nbl-export"),
         (lambda m: m.pop("profiles"), "damaged"),
         (lambda m: m.update(note="of a later release"), "damaged"),
         (lambda m: m.update(size="1000"), "damaged"),

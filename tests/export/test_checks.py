@@ -19,17 +19,15 @@ from nbl_export.errors import InputError
 from nbl_export.export import checks as module
 from nbl_export.export import torch as exporting
 from nbl_export.export.checks import _error, check_form, crossed_on_copy
-from nbl_export.export.embeds import embedding_form, reading_embeds
+from nbl_export.export.forms import embedding_form, reading_embeds
 from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC, Branches
 from nbl_export.export.functions import exportable
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.embedding import NAME
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.summary import OnCopy
-from nbl_export.models import forward
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.lengths import Room
-from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
 from tests.beyond import BEYOND
 from tests.end_to_end.matrix import parity
@@ -87,15 +85,15 @@ def test_positions_that_count_padding_are_refused() -> None:
 )
 def test_what_begins_at_a_length_is_rehearsed(name: str, form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = BEYOND[name].model()
-    assert _error(model, form, Silent()) < 1e-3
+    assert _error(model, form) < 1e-3
     # A form that computes another model is seen beyond the length alone.
     off = BEYOND[name].model(off=True)
     dummy_run(off)
     other = replace(form, module=lambda _model: form.module(off))
     monkeypatch.setattr(module, "exportable", lambda _model, *functions: exportable(off, *functions))
-    assert _error(model, other, Silent()) > 0.1
+    assert _error(model, other) > 0.1
     monkeypatch.setattr(module, "crossed_by", lambda *_: ())
-    assert _error(model, other, Silent()) < 1e-3
+    assert _error(model, other) < 1e-3
 
 
 def test_a_form_is_advised_only_where_it_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,15 +272,3 @@ def test_rows_of_positions_that_differ_are_the_models(
         other = positions.copy()
         other[row] += np.arange(12)
         assert np.abs(of_graph(other) - found).max() > 1e-3
-
-
-def test_a_model_with_another_table_of_token_ids_is_refused(
-    wrapper: Callable[[str], Calibrated], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As embeddings of each layer, of a model that is not given them."""
-    monkeypatch.setattr(forward, "has_per_layer", lambda _body: False)
-    with pytest.raises(InputError) as caught:
-        reading_embeds(FORMS["concat"], wrapper("gemma4").model)
-    assert "looks up token ids in 2 tables (model.embed_tokens, model.embed_tokens_per_layer)" in str(
-        caught.value
-    )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nbl_export.batch.names import LINEARIZED
-from nbl_export.engine.manifest import load_manifest, manifest_path, manifest_text
+from nbl_export.engine.manifest import load_manifest, manifest_path, save_manifest
 from nbl_export.errors import InputError
 from nbl_export.export.forms import FORMS
 from nbl_export.export.layouts import CONFIG, LAYOUTS, triton_config
@@ -312,7 +312,7 @@ def test_an_engine_is_a_model_of_its_own(growing: Path, tmp_path: Path, library:
     assert other == triton_config(load_graph(graph))
     engine.write_bytes(b"an engine")
     manifest = manifest_of(graph, hashes={"engine": sha256_of_file(engine)}, size=9, library=library)
-    manifest_path(engine).write_text(manifest_text(manifest))
+    save_manifest(manifest_path(engine), manifest)
     root = tmp_path / "models" / "linearized_tensorrt"
     why = TRITON.engine(tmp_path, graph, engine)
     if library == "tensorrt-rtx":

@@ -46,7 +46,7 @@ def gpu() -> Gpu:
 def library(request: pytest.FixtureRequest, gpu: Gpu) -> str:
     """A library that is installed and builds for this GPU."""
     try:
-        found = import_library(request.param)
+        found = import_library({"rtx": "tensorrt-rtx"}.get(request.param, request.param))
     except MissingDependencyError as error:
         pytest.skip(str(error))
     if found.ahead_of_time and not runs_here(tuple(found.capabilities), gpu):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.export.embeds import embedding_form
+from nbl_export.export.forms import embedding_form
 from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import trace
 from nbl_export.graph.embedding import NAME, Embedding, add_features, embedding_of, reads_embeddings

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from nbl_export.blocks import Block, Mlp, Span
-from nbl_export.convert.gguf import matrices_of, write_gguf
-from nbl_export.convert.gguf_tokenizer import TokenizerFields, fields_of
+from nbl_export.convert.gguf import Fields, fields_of, matrices_of, write_gguf
 from nbl_export.convert.hf import write_hf
 from nbl_export.convert.mlx import write_mlx
 from nbl_export.convert.openvino import write_openvino
@@ -66,7 +65,7 @@ def test_every_form_of_a_layer(
     name: str,
     tmp_path: Path,
     random_plan: RandomPlan,
-    no_tokenizer: TokenizerFields,
+    no_tokenizer: Fields,
 ) -> None:
     kind, changes = MODELS[name]
     model = tiny_model(kind, num_hidden_layers=4, **changes)
@@ -83,7 +82,7 @@ def test_a_wrong_file_is_seen(
     change: str,
     tmp_path: Path,
     random_plan: RandomPlan,
-    no_tokenizer: TokenizerFields,
+    no_tokenizer: Fields,
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=4)
     plan, path = random_plan(model, CHOSEN), tmp_path / "model.gguf"
@@ -95,7 +94,7 @@ def test_a_wrong_file_is_seen(
 def test_spans_and_what_is_dropped(
     tmp_path: Path,
     random_plan: RandomPlan,
-    no_tokenizer: TokenizerFields,
+    no_tokenizer: Fields,
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=5)
     plan = random_plan(model, [Span(1, 2)])
@@ -130,7 +129,7 @@ def test_tokens_are_those_of_the_models_tokenizer(
 
 @GGUF
 def test_what_is_timed_reads_the_prompt_goes_on_and_comes_back(
-    tmp_path: Path, random_plan: RandomPlan, no_tokenizer: TokenizerFields
+    tmp_path: Path, random_plan: RandomPlan, no_tokenizer: Fields
 ) -> None:
     """By the last logits: those of a step say what the cache holds."""
     model = tiny_model("llama", num_hidden_layers=4)
@@ -152,7 +151,7 @@ def test_what_is_timed_reads_the_prompt_goes_on_and_comes_back(
 
 @GGUF
 def test_its_quantizer_leaves_w_in_float16(
-    tmp_path: Path, random_plan: RandomPlan, no_tokenizer: TokenizerFields
+    tmp_path: Path, random_plan: RandomPlan, no_tokenizer: Fields
 ) -> None:
     from gguf import GGUFReader
 
