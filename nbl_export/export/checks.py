@@ -12,9 +12,10 @@ crossed so: that it is refused is then said before it is calibrated.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
-from nbl_export.batch.names import TOKEN_TYPES, TOKENS
-from nbl_export.batch.rows import batch_of_rows, prefix_mask, real_positions, right_padded
+from nbl_export.batch.names import MASK, TOKEN_TYPES, TOKENS
+from nbl_export.batch.rows import Inputs, prefix_mask, right_padded
 from nbl_export.errors import InputError, NblError, first_line
 from nbl_export.export.forms import ENCODER, FORMS, NONE, STATIC, Branches, Form
 from nbl_export.export.functions import attention, exportable, is_replaced
@@ -32,7 +33,7 @@ from nbl_export.export.fused import check_sizes, unsupported_by_gqa
 from nbl_export.export.torch import check_traces, export_torch, trace
 from nbl_export.graph.summary import OnCopy
 from nbl_export.models.dummy_run import check_supported, dummy_run
-from nbl_export.models.forward import Encoder, run_uncached
+from nbl_export.models.forward import run_uncached
 from nbl_export.models.layers import positions as positions_of
 from nbl_export.models.layers import vocabulary
 from nbl_export.models.lengths import (
@@ -144,15 +145,15 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     # The weights are read once, not at each of these passes.
     with quiet(), torch.inference_mode(), resident(model, room(model)):
         expected = _expected(model, form, batches, apart)
-        decoder = form.module(model)
-        with exportable(model, decoder.mask, _grouped if form.fused else attention):
-            if not form.past:
-                return _difference(UncachedStream(_Eager(decoder)), batches, expected)
-            if form.name != STATIC.name:
-                return _difference(PastStream(_Eager(decoder)), batches, expected)
+        module = form.module(model)
+        decoder: Any = _Eager(module)
+        if form.name == STATIC.name:
             most = max(_SLOTS, *(len(row) for rows, _ in batches for row in rows))
-            slots = min(most, positions_of(model) or most)
-            return _difference(_StaticStream(_Eager(decoder), slots), batches, expected)
+            stream: Stream = _StaticStream(decoder, min(most, positions_of(model) or most))
+        else:
+            stream = PastStream(decoder) if form.past else UncachedStream(decoder)
+        with exportable(model, module.mask, _grouped if form.fused else attention):
+            return _difference(_stepped(stream, batches), expected)
 
 
 def _grouped(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,8 +177,9 @@ class _Eager:
     def empty_past(self, batch: int, slots: int = 0) -> Any:
         return [block.empty(torch.zeros(()), batch, slots) for block in dummy_run(self.module.model).cache]
 
-    def __call__(self, *given: Any, num_logits: int = 0) -> Any:
-        found = self.module(*(torch.from_numpy(one) if isinstance(one, np.ndarray) else one for one in given))
+    def __call__(self, *given: Any) -> Any:
+        tensors = (torch.from_numpy(one) if isinstance(one, np.ndarray) else one for one in given)
+        found = self.module(*itertools.islice(tensors, 4))  # of all logits
         return DecoderOutput(found[0].numpy(), found[1]) if isinstance(found, tuple) else found.numpy()
 
 
@@ -208,9 +210,7 @@ class _StaticStream(Stream):
         return np.asarray(found.logits)
 
 
-def _expected(
-    model: torch.nn.Module, form: Form, batches: Iterable[_Batch], apart: bool
-) -> list[NDArray[np.float32]]:
+def _expected(model: torch.nn.Module, form: Form, batches: Iterable[_Batch], apart: bool) -> list[F32]:
     """The model's own logits of each row: by itself and in one pass, so that padding and steps are the form's to bear.
 
     With ``apart`` the longest row of a batch decides for all, and the text so far for the next token.
@@ -222,21 +222,24 @@ def _expected(
     return [run_uncached(model, inputs).logits[0].float().cpu().numpy() for inputs in every]
 
 
-def _difference(stream: Stream, batches: Iterable[_Batch], expected: Sequence[NDArray[np.float32]]) -> float:
-    """The largest error of the logits, in standard deviations of those ``expected``; infinite for NaN."""
-    found = np.concatenate([row for rows, steps in batches for row in _logits(stream, rows, steps)])
-    own = np.concatenate(expected)
-    off = float(np.abs(found - own).max() / own.std())
-    return off if np.isfinite(off) else float("inf")
+def _stepped(stream: Stream, batches: Iterable[_Batch]) -> list[F32]:
+    return [row for rows, steps in batches for row in _logits(stream, rows, steps)]
 
 
-def _logits(stream: Stream, rows: Sequence[NDArray[Any]], steps: int) -> list[NDArray[np.float32]]:
+def _logits(stream: Stream, rows: Sequence[NDArray[Any]], steps: int) -> list[F32]:
     """Of every token of each row, the last ``steps`` of them decoded."""
     before = [len(row) - steps for row in rows]
     first = stream.prefill([row[:end] for row, end in zip(rows, before, strict=True)])
     later = [stream.decode([int(row[at]) for row in rows]) for at in range(-steps, 0)]
     parts = np.split(first, np.cumsum(before)[:-1])
     return [np.concatenate([part, *(one[i : i + 1] for one in later)]) for i, part in enumerate(parts)]
+
+
+def _difference(found: Sequence[F32], expected: Sequence[F32]) -> float:
+    """The largest error, in standard deviations of what is ``expected``; infinite for NaN."""
+    own = np.concatenate(expected)
+    off = float(np.abs(np.concatenate(found) - own).max() / own.std())
+    return off if np.isfinite(off) else float("inf")
 
 
 # On a copy ----------------------------------------------------------------------------------------
@@ -270,11 +273,11 @@ def _crossed(
     if not lengths:
         return ()
     small = small_lengths(lengths)
-    error, measure = float("inf"), _error_of_encoder if form.name == ENCODER else _error_of_copy
+    error = float("inf")
     try:
         with listener.task("Running a small copy", _DRAWS, "copies") as task:
             for seed in range(_DRAWS):
-                error = min(error, measure(small_copy(model, lengths, seed), form, lengths, small))
+                error = min(error, _error_of_copy(small_copy(model, lengths, seed), form, lengths, small))
                 task.advance(1)
                 if error <= _TOLERANCE:
                     return tuple(OnCopy(one.key, one.tokens, small[one.tokens]) for one in lengths)
@@ -297,45 +300,29 @@ def _crossed(
 def _error_of_copy(
     copy: torch.nn.Module, form: Form, lengths: Sequence[Length], small: dict[int, int]
 ) -> float:
-    """The largest difference of the copy's graph from PyTorch, in standard deviations of its logits."""
+    """The largest difference of the copy's graph from PyTorch, in standard deviations of its outputs."""
     longest, size = max(small.values()) + BEYOND, vocabulary(copy)
-    prompts = sorted({max(1, n - _BEFORE) for n in small.values()} | {longest, longest - 3}, reverse=True)
+    ends = {max(1, n - _BEFORE) for n in small.values()} | {longest, longest - 3}
     rows = [
-        (np.random.default_rng(i).integers(0, size, prompt + _STEPS)).astype(np.int32)
-        for i, prompt in enumerate(prompts)
+        np.random.default_rng(i).integers(min(3, size - 1), size, end + _STEPS)  # no padding among them
+        for i, end in enumerate(sorted(ends, reverse=True))
     ]
     apart = any(length.batch for length in lengths)
     batches: list[_Batch] = [([row], _STEPS) for row in rows] if apart else [(rows, _STEPS)]
     with quiet(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        if form.name == ENCODER:
+            encoder: Any = form.module(copy)
+            expected = _encoded(TorchEncoder(encoder), form, rows)
+            export_torch(copy, path, form=form)
+            return _difference(_encoded(OrtEncoder(path, small=True), form, rows), expected)
         expected = _expected(copy, form, batches, apart)
-        path = Path(folder) / "model.onnx"
         export_torch(copy, path, form=form)
-        return _difference(ort_stream(path, max(map(len, rows))), batches, expected)
+        return _difference(_stepped(ort_stream(path, max(map(len, rows))), batches), expected)
 
 
-def _error_of_encoder(
-    copy: torch.nn.Module, form: Form, lengths: Sequence[Length], small: dict[int, int]
-) -> float:
-    """The same of an encoder, of the outputs for tokens: those for rows are made of them."""
-    generator, size = np.random.default_rng(0), vocabulary(copy)
-    rows = []
-    for length in (max(small.values()) + BEYOND, max(small.values()) + 2, min(small.values()) // 2):
-        row = {TOKENS: generator.integers(min(3, size - 1), size, (1, length))}  # no padding among them
-        rows.append(row | ({TOKEN_TYPES: np.zeros_like(row[TOKENS])} if TOKEN_TYPES in form.inputs else {}))
-    together = batch_of_rows(rows)
-    # Unless the longest row decides for all, PyTorch runs each by itself: padding is the graph's to bear.
-    apart = [together] if any(one.batch for one in lengths) else [batch_of_rows([row]) for row in rows]
-    encoder = form.module(copy)
-    assert isinstance(encoder, Encoder)
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        own = [TorchEncoder(encoder)({n: batch[n] for n in form.inputs}) for batch in apart]
-        path = Path(folder) / "model.onnx"
-        export_torch(copy, path, form=form)
-        found = OrtEncoder(path, small=True)({n: together[n] for n in form.inputs})
-    worst = 0.0
-    for name, values in found.items():
-        of_tokens = values.ndim == 3 and values.shape[1] == together[TOKENS].shape[1]
-        masks = [real_positions(batch, 0) if of_tokens else slice(None) for batch in (together, *apart)]
-        expected = np.concatenate([one[name][mask] for one, mask in zip(own, masks[1:], strict=True)])
-        worst = max(worst, float(np.abs(values[masks[0]] - expected).max() / expected.std()))
-    return worst
+def _encoded(run: Callable[[Inputs], dict[str, F32]], form: Form, rows: Iterable[NDArray[Any]]) -> list[F32]:
+    """All outputs of an encoder for each row by itself."""
+    named = ({TOKENS: row[None], MASK: np.ones_like(row)[None], TOKEN_TYPES: 0 * row[None]} for row in rows)
+    every = (run({name: batch[name] for name in form.inputs}) for batch in named)
+    return [np.concatenate([one.reshape(-1) for one in outputs.values()]) for outputs in every]

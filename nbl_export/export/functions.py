@@ -310,16 +310,11 @@ def experts_are_replaced(model: Any) -> bool:
     """Whether ``model`` has no experts, or has them by the interface."""
     names = " ".join(type(module).__name__.lower() for module in model.modules())
     mixture = "experts" in names or "moe" in names
-    return not mixture or _has_experts(model)
-
-
-def _has_experts(model: Any) -> bool:
-    # Before transformers 5 there is no such interface.
-    return bool(getattr(model, "_can_set_experts_implementation", lambda: False)())
+    return not mixture or bool(model._can_set_experts_implementation())
 
 
 def _use_experts(model: Any, undo: ExitStack) -> None:
-    if _has_experts(model):
+    if model._can_set_experts_implementation():
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(_NAME, experts)

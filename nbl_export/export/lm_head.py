@@ -38,8 +38,7 @@ def add_num_logits_input(model: ir.Model) -> bool:
     graph = model.graph
     if any(value.name == NUM_LOGITS_TO_KEEP for value in graph.inputs):
         return True
-    logits = next((v for v in graph.outputs if v.name == "logits"), None)
-    head = _head(logits)
+    logits, head = _head(model)
     states = head.inputs[0] if head is not None else None
     if logits is None or head is None or states is None or logits.shape is None or len(logits.shape) != 3:
         return False
@@ -79,18 +78,19 @@ def add_num_logits_input_to_file(path: Path) -> list[Path]:
 
 def sliced_lm_head(model: ir.Model) -> ir.Node | None:
     """The product that computes the logits of a graph with the input :data:`NUM_LOGITS_TO_KEEP`, or None."""
-    if not any(value.name == NUM_LOGITS_TO_KEEP for value in model.graph.inputs):
-        return None
-    return _head(next((v for v in model.graph.outputs if v.name == "logits"), None))
+    known = any(value.name == NUM_LOGITS_TO_KEEP for value in model.graph.inputs)
+    return _head(model)[1] if known else None
 
 
 _NUMBERS = {"num_logits.flat": -1, "num_logits.axis": 1, "num_logits.end": np.iinfo(np.int64).max}
 
 
-def _head(logits: ir.Value | None) -> ir.Node | None:
+def _head(model: ir.Model) -> tuple[ir.Value | None, ir.Node | None]:
+    """The logits, and the product that computes them."""
+    logits = next((v for v in model.graph.outputs if v.name == "logits"), None)
     chain = _elementwise_chain(logits, None)
     node = chain[-1].producer() if chain else None
-    return node if node is not None and linear_op(node) is not None else None
+    return logits, node if node is not None and linear_op(node) is not None else None
 
 
 def _elementwise_chain(logits: ir.Value | None, head: ir.Node | None) -> list[ir.Value]:

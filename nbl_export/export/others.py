@@ -72,9 +72,9 @@ def find_exporter(name: str, python: str | None = None) -> Exporter:
         exporter = Exporter("optimum", "optimum.exporters.onnx", python, make)
     probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({exporter.module!r}) is None)"
     with tempfile.TemporaryDirectory() as empty:
-        code, output = _run(exporter, ["-c", probe], Path(empty))
+        code, said = _run(exporter, ["-c", probe], Path(empty))
     if code:
-        raise _missing(exporter, _last_line(output))
+        raise _missing(exporter, said)
     return exporter
 
 
@@ -100,25 +100,15 @@ def export_with(
         scratch = Path(name).resolve()
         filled = scratch / "filled"  # (1)
         filled.mkdir()
-        if exporter.name == "optimum":
-            asked = ["-m", str(model.resolve()), "--task", "text-generation-with-past"]
-            asked += [*["--trust-remote-code"] * trust_remote_code, str(filled)]
-        else:
-            asked = [
-                "-i",
-                str(model.resolve()),
-                "-o",
-                str(filled),
-                "-p",
-                precision,
-                "-e",
-                _PROVIDERS[precision],
-            ]
-            asked += ["-c", str(scratch / "cache"), "--extra_options", "hf_token=false"]
+        asked = ["-m", model.resolve(), "--task", "text-generation-with-past", filled]
+        asked += ["--trust-remote-code"] * trust_remote_code
+        if exporter.name != "optimum":
+            asked = ["-i", model.resolve(), "-o", filled, "-c", scratch / "cache"]
+            asked += ["-p", precision, "-e", _PROVIDERS[precision], "--extra_options", "hf_token=false"]
             asked += [f"hf_remote={str(trust_remote_code).lower()}"]
-        code, output = _run(exporter, ["-m", exporter.module, *asked], scratch)
+        code, said = _run(exporter, ["-m", exporter.module, *map(str, asked)], scratch)
         if code or not (filled / _GRAPH).is_file():
-            raise _failure(exporter, model, code, output)
+            raise _failure(exporter, model, code, said)
         if not (filled / TOKENIZER).exists():
             for path in {p for pattern in _TOKENIZER_FILES for p in model.glob(pattern)}:
                 shutil.copyfile(path, filled / path.name)
@@ -128,7 +118,7 @@ def export_with(
 
 
 def _run(exporter: Exporter, arguments: list[str], folder: Path) -> tuple[int, str]:
-    """Exit code and output. In an empty ``folder`` Python cannot import a user's file instead of a module."""
+    """Exit code and what it said last; in an empty ``folder`` Python imports no user's file instead of a module."""
     try:
         done = subprocess.run(
             [exporter.python, *arguments],
@@ -144,7 +134,9 @@ def _run(exporter: Exporter, arguments: list[str], folder: Path) -> tuple[int, s
         )
     except OSError as error:
         raise _missing(exporter, f"it cannot be run, {error.strerror}") from None
-    return done.returncode, done.stdout
+    lines = [line.strip() for line in re.split(r"[\r\n]+", done.stdout) if line.strip()]  # (2)
+    raised = [line for line in lines if _RAISED.fullmatch(line)]
+    return done.returncode, (raised or lines or [""])[-1].rstrip(".")[:300]
 
 
 def _move(filled: Path, target: Path, readers: Sequence[Path]) -> list[Path]:
@@ -154,10 +146,8 @@ def _move(filled: Path, target: Path, readers: Sequence[Path]) -> list[Path]:
     """
     target.mkdir(exist_ok=True)
     names = sorted((p.name for p in filled.iterdir() if p.is_file()), key=lambda n: (n == _GRAPH, n))
-    if old := sorted(target.glob(f"{_GRAPH}*")):
-        delete_graphs(readers)
-    for stale in old:  # the graph before its data
-        stale.unlink()
+    old = sorted(target.glob(f"{_GRAPH}*"))
+    delete_graphs([*readers, *old] if old else [])  # the graph before its data
     sync(target)
     for name in names:
         publish(filled / name, target / name)
@@ -172,8 +162,7 @@ def _missing(exporter: Exporter, said: str) -> MissingDependencyError:
     )
 
 
-def _failure(exporter: Exporter, model: Path, code: int, output: str) -> BuildError | MissingDependencyError:
-    said = _last_line(output)
+def _failure(exporter: Exporter, model: Path, code: int, said: str) -> BuildError | MissingDependencyError:
     if code > 0 and _NO_MODULE.search(said):
         return _missing(exporter, said)
     if code < 0:
@@ -186,12 +175,6 @@ def _failure(exporter: Exporter, model: Path, code: int, output: str) -> BuildEr
     return BuildError(
         f"{exporter.name} cannot export {architecture} ({said or f'exit code {code}'}): choose another exporter."
     )
-
-
-def _last_line(output: str) -> str:  # (2)
-    lines = [line.strip() for line in re.split(r"[\r\n]+", output) if line.strip()]
-    raised = [line for line in lines if _RAISED.fullmatch(line)]
-    return (raised or lines or [""])[-1].rstrip(".")[:300]
 
 
 def as_hf_folder(model: LoadedModel, folder: Path) -> Path:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,18 +35,9 @@ RECURRENCE, CHUNKED = "Recurrence", "ChunkedRecurrence"
 _NOTHING = -1e4
 
 
-class _Rows:
-    """The rows of the current forward pass: ``real`` [batch, sequence] is 1 for a token and 0 for padding.
-
-    ``layer`` is the cache layer that was updated last.
-    """
-
-    def __init__(self, real: torch.Tensor) -> None:
-        self.real = real
-        self.layer: GraphStates | None = None
-
-
-_CURRENT: list[_Rows] = []
+# Of the current forward pass: ``real`` [batch, sequence] is 1 for a token and 0 for padding; ``layer`` is the cache
+# layer that was updated last.
+_CURRENT: list[Any] = []
 
 
 @contextmanager
@@ -57,7 +49,7 @@ def rows_of(attention_mask: torch.Tensor, tokens: torch.Tensor) -> Iterator[None
     mask = attention_mask[:, -tokens.shape[1] :]
     # A single token is never padding, but with padding on the right its column of the mask may be another row's.
     single = torch.ones_like(mask).sum(dim=1, keepdim=True) == 1
-    _CURRENT.append(_Rows(torch.where(single, 1, mask)))
+    _CURRENT.append(SimpleNamespace(real=torch.where(single, 1, mask), layer=None))
     try:
         yield
     finally:
@@ -66,7 +58,8 @@ def rows_of(attention_mask: torch.Tensor, tokens: torch.Tensor) -> Iterator[None
 
 def real_tokens(*_args: Any, **_kwargs: Any) -> torch.Tensor:
     """[batch, sequence]: transformers' mask function for these layers."""
-    return _CURRENT[-1].real
+    real: torch.Tensor = _CURRENT[-1].real
+    return real
 
 
 class GraphStates(StateLayer):

@@ -21,6 +21,7 @@ computes one token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ _DOUBLINGS = CHUNK.bit_length() - 1
 _LEAST = -24.0
 _END = np.iinfo(np.int64).max
 _SCANNED = ("whole", "Q", "K", "P", "U", "W")
+_NAMES = ("decay", "query", "key", "value", "beta")
 
 
 class Nodes:
@@ -45,9 +47,16 @@ class Nodes:
         self.prefix, self.made = prefix, list[ir.Node]()
 
     def __call__(
-        self, op: str, *inputs: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any
+        self,
+        op: str,
+        *inputs: ir.Value,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        named: str = "",
+        **attributes: Any,
     ) -> ir.Value:
-        node = ir.node(op, list(inputs), attributes, name=f"{self.prefix}/{len(self.made)}.{op}")
+        node = ir.node(
+            op, list(inputs), attributes, name=f"{self.prefix}/{named or f'{len(self.made)}.{op}'}"
+        )
         node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(dtype)
         self.made.append(node)
         return node.outputs[0]
@@ -66,7 +75,8 @@ def in_chunks(node: ir.Node) -> tuple[list[ir.Node], ir.Value, ir.Value]:
     """
     make = Nodes(str(node.name))
     state, *tokens = (value for value in node.inputs if value is not None)
-    ints, flags = {"dtype": ir.DataType.INT64}, {"dtype": ir.DataType.BOOL}
+    ints: Any = {"dtype": ir.DataType.INT64}
+    flags: Any = {"dtype": ir.DataType.BOOL}
     count = make("Shape", tokens[3], start=1, end=2, **ints)
     size = make("Min", count, make.number([CHUNK]), **ints)
     rest = make("Mod", count, size, **ints)
@@ -111,18 +121,7 @@ def in_chunks(node: ir.Node) -> tuple[list[ir.Node], ir.Value, ir.Value]:
         inverse = _inverse(make, make("Where", below, known, nothing), products, row, column)
         scanned.append(make("MatMul", inverse, make("Mul", beta, value)))
         scanned.append(make("MatMul", inverse, make("Mul", make("Mul", beta, begun), key)))
-    scan = ir.node(
-        "Scan",
-        [state, *scanned],
-        {
-            "body": _body(len(scanned)),
-            "num_scan_inputs": len(scanned),
-            "scan_input_axes": [1] * len(scanned),
-            "scan_output_axes": [1],
-        },
-        num_outputs=2,
-        name=node.name,
-    )
+    scan = _scan([state, *scanned], _chunk(len(scanned)), node.name)
     make.made.append(scan)
     after, found = scan.outputs
     for output, name in ((after, "after"), (found, "found")):
@@ -138,7 +137,7 @@ def _inverse(make: Nodes, known: ir.Value, products: ir.Value, row: ir.Value, co
 
     Where ``products`` of decays are nothing, it is nothing.
     """
-    bools = {"dtype": ir.DataType.BOOL}
+    bools: Any = {"dtype": ir.DataType.BOOL}
     nothing = make.number(0.0, np.float32)
     kept = make("Greater", products, nothing, **bools)
     inverse = make("Cast", make("Equal", row, column, **bools), to=1)
@@ -157,13 +156,17 @@ def _inverse(make: Nodes, known: ir.Value, products: ir.Value, row: ir.Value, co
     return inverse
 
 
-def _body(count: int) -> ir.Graph:
+def _scan(inputs: Sequence[ir.Value | None], body: ir.Graph, name: str | None) -> ir.Node:
+    """A Scan over axis 1 of all ``inputs`` but the first, which is the state."""
+    count = len(inputs) - 1
+    axes = {"scan_input_axes": [1] * count, "scan_output_axes": [1]}
+    told = {"body": body, "num_scan_inputs": count, **axes}
+    return ir.node("Scan", inputs, told, num_outputs=2, name=name)
+
+
+def _chunk(count: int) -> ir.Graph:
     """One chunk: the state before it to the state after it, and y."""
-    make = Nodes("chunk")
-    inputs = [
-        ir.Value(name=f"chunk/{name}", type=ir.TensorType(ir.DataType.FLOAT))
-        for name in ("state", *_SCANNED[:count])
-    ]
+    make, inputs = Nodes("chunk"), _inputs([f"chunk/{name}" for name in ("state", *_SCANNED[:count])])
     state, whole, query, key, alike, learned, *known = inputs
     for seen in known:
         learned = make("Sub", learned, make("MatMul", seen, state))
@@ -172,61 +175,39 @@ def _body(count: int) -> ir.Graph:
     return ir.Graph(inputs, [after, result], nodes=make.made, name="chunk")
 
 
-_NAMES = ("decay", "query", "key", "value", "beta")
+def _token(count: int) -> ir.Graph:
+    """One token, of a delta rule with beta: the state before it to the state after it, and y."""
+    make, inputs = Nodes("recurrence"), _inputs(["state", *_NAMES[:count]])
+    state, decay, query, key, value, *beta = inputs
+    decayed = make("Mul", state, decay, named="decayed")
+    if beta:
+        row = make("Transpose", key, named="key_row", perm=[0, 1, 3, 2])
+        known = make("MatMul", row, decayed, named="known")
+        value = make("Mul", make("Sub", value, known, named="new"), beta[0], named="learned")
+    added = make("Mul", key, value, named="added")
+    after = make("Add", decayed, added, named="after")
+    read = make("MatMul", query, after, named="read")
+    return ir.Graph(inputs, [after, read], nodes=make.made, name="recurrence")
+
+
+def _inputs(names: Sequence[str]) -> list[ir.Value]:
+    return [ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in names]
 
 
 def make_scans(model: ir.Model) -> None:
     """Replace every recurrence of :func:`~nbl_export.export.recurrence.recurrence` in ``model`` by a Scan."""
-    for node in [n for n in model.graph if (n.domain, n.op_type) == (SYMBOLIC_DOMAIN, CHUNKED)]:
-        nodes, result, after = in_chunks(node)
+    for node in [
+        n for n in model.graph if n.domain == SYMBOLIC_DOMAIN and n.op_type in (CHUNKED, RECURRENCE)
+    ]:
+        if node.op_type == CHUNKED:
+            nodes, result, after = in_chunks(node)
+        else:
+            nodes = [_scan(node.inputs, _token(len(node.inputs) - 1), node.name)]
+            after, result = nodes[0].outputs
         for made in nodes:
             made.metadata_props.update(node.metadata_props)
         node.append(nodes)
-        _put_in(model, node, (result, after))
-    for node in [n for n in model.graph if (n.domain, n.op_type) == (SYMBOLIC_DOMAIN, RECURRENCE)]:
-        tokens = len(node.inputs) - 1
-        scan = ir.node(
-            "Scan",
-            [*node.inputs],
-            {
-                "body": _token(delta=tokens == len(_NAMES)),
-                "num_scan_inputs": tokens,
-                "scan_input_axes": [1] * tokens,
-                "scan_output_axes": [1],
-            },
-            num_outputs=2,
-            name=node.name,
-            metadata_props=dict(node.metadata_props),
-        )
-        node.append(scan)
-        _put_in(model, node, (scan.outputs[1], scan.outputs[0]))
-
-
-def _put_in(model: ir.Model, node: ir.Node, found: tuple[ir.Value, ir.Value]) -> None:
-    for old, new in zip(node.outputs, found, strict=True):
-        new.name, new.shape, new.type = old.name, old.shape, old.type
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    model.graph.remove(node, safe=True)
-
-
-def _token(delta: bool) -> ir.Graph:
-    names = ("state", *(_NAMES if delta else _NAMES[:-1]))
-    state, *tokens = inputs = [ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in names]
-    decay, query, key, value = tokens[:4]
-    nodes: list[ir.Node] = []
-
-    def emit(op: str, *args: ir.Value, name: str, **attributes: list[int]) -> ir.Value:
-        node = ir.node(op, list(args), attributes, name=f"recurrence/{name}")
-        node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(ir.DataType.FLOAT)
-        nodes.append(node)
-        return node.outputs[0]
-
-    decayed = emit("Mul", state, decay, name="decayed")
-    if delta:
-        row = emit("Transpose", key, name="key_row", perm=[0, 1, 3, 2])
-        known = emit("MatMul", row, decayed, name="known")
-        value = emit("Mul", emit("Sub", value, known, name="new"), tokens[4], name="learned")
-    added = emit("Mul", key, value, name="added")
-    after = emit("Add", decayed, added, name="after")
-    read = emit("MatMul", query, after, name="read")
-    return ir.Graph(inputs, [after, read], nodes=nodes, name="recurrence")
+        for old, new in zip(node.outputs, (result, after), strict=True):
+            new.name, new.shape, new.type = old.name, old.shape, old.type
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)

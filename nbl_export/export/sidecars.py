@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,86 +27,58 @@ _FULL = "full_attention"  # in layer_types of genai_config.json
 _NOT_COPIED = {".onnx", ".data", ".onnx_data", ".safetensors", ".bin", ".gguf", ".pt", ".pth", ".engine"}
 
 
-@dataclass(frozen=True)
-class Sidecar:
-    """A file for the folder of the rewritten graph: a copy of ``source``, or the content of ``config``.
+def copy_sidecars(
+    files: Iterable[Path],
+    folder: Path,
+    linear: Iterable[int],
+    cached: Iterable[int],
+    root: Path | None = None,
+) -> list[Path]:
+    """Write ``files`` into ``folder``, with updated configurations; returns the written files.
 
-    ``under`` is its subfolder, as for the pooling of sentence-transformers.
-    """
-
-    source: Path
-    config: dict[str, Any] | None = None
-    under: Path = Path()
-
-
-def updated_configs(
-    files: Iterable[Path], linear: Iterable[int], cached: Iterable[int], folder: Path | None = None
-) -> list[Sidecar]:
-    """``files`` with updated configurations: ``linear`` layers have no KV cache, ``cached`` layers do.
-
-    Nothing is written. Files in a subfolder of ``folder`` stay unchanged. Raises :class:`InputError` for an invalid
+    ``linear`` layers have no KV cache, ``cached`` layers do. Files in subfolders of ``root``, as for the pooling of
+    sentence-transformers, stay unchanged and keep their subfolder. Raises :class:`InputError` for an invalid
     configuration.
     """
-    linear_layers, kv_layers = list(linear), list(cached)
-    return [
-        _updated(source, linear_layers, kv_layers)
-        if folder is None or source.parent == folder
-        else Sidecar(source, under=source.parent.relative_to(folder))
-        for source in files
-    ]
+    linear_layers, kv_layers, written = list(linear), list(cached), []
+    for source in files:
+        own = source.relative_to(root) if root else Path(source.name)
+        written.append(folder / own)
+        if str(own) in (GENAI, CONFIG):
+            config = _updated(source, linear_layers, kv_layers)
+            write_text(written[-1], json_text(config, finite=False))
+        elif source.resolve() != written[-1].resolve():
+            with atomic_path(written[-1]) as temporary:
+                shutil.copyfile(source, temporary)
+    return written
 
 
-def _updated(source: Path, linear: list[int], cached: list[int]) -> Sidecar:
-    if source.name not in (GENAI, CONFIG):
-        return Sidecar(source)
+def _updated(source: Path, linear: list[int], cached: list[int]) -> dict[str, Any]:
     config = read_json(source, "The configuration of the graph", "export the model again")
     try:
-        return Sidecar(
-            source, _genai(config, cached) if source.name == GENAI else _hugging_face(config, linear, cached)
-        )
+        told = {"nbl_export": {"linearized_layers": linear, "kv_layers": cached}}
+        return _genai(config, cached) if source.name == GENAI else {**config, **told}
     except (AttributeError, KeyError, TypeError, IndexError):
         raise InputError(
             f"{source} is not a valid {source.name} of a decoder: export the model again."
         ) from None
 
 
-def copy_sidecars(files: Iterable[Sidecar], folder: Path) -> list[Path]:
-    """Write ``files`` into ``folder``, updating those that are already there; returns the written files."""
-    return [_copy(file, folder / file.under / file.source.name) for file in files]
-
-
-def _text(config: dict[str, Any]) -> str:
-    return json_text(config, finite=False)  # models have infinity in their configuration
-
-
-def _copy(file: Sidecar, target: Path) -> Path:
-    if file.config is not None:
-        write_text(target, _text(file.config))
-    elif file.source.resolve() != target.resolve():
-        with atomic_path(target) as temporary:
-            shutil.copyfile(file.source, temporary)
-    return target
-
-
+def _updated(source: Path, linear: list[int], cached: list[int]) -> dict[str, Any]:
+    config = read_json(source, "The configuration of the graph", "export the model again")
 def _genai(config: dict[str, Any], cached: list[int]) -> dict[str, Any]:
     decoder = config["model"]["decoder"]
     if kinds := decoder.get("layer_types"):  # of the layers that keep something: keys and values, or a state
         if kinds.count(_FULL) != len(cached):
             kinds = [kind for layer, kind in enumerate(kinds) if kind != _FULL or layer in cached]
             decoder |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
-        return config
-    if decoder["num_hidden_layers"] == len(cached):
-        return config  # already updated
-    # Releases before 0.13 loop over this number of KV pairs; later ones read the graph.
-    decoder["num_hidden_layers"] = len(cached)
-    window = decoder.get("sliding_window")
-    if window and window.get("layers") is not None:  # layers are KV pair numbers, which have changed
-        window["layers"] = [new for new, old in enumerate(cached) if old in window["layers"]]
+    elif decoder["num_hidden_layers"] != len(cached):  # not updated yet
+        # Releases before 0.13 loop over this number of KV pairs; later ones read the graph.
+        decoder["num_hidden_layers"] = len(cached)
+        window = decoder.get("sliding_window")
+        if window and window.get("layers") is not None:  # layers are KV pair numbers, which have changed
+            window["layers"] = [new for new, old in enumerate(cached) if old in window["layers"]]
     return config
-
-
-def _hugging_face(config: dict[str, Any], linear: list[int], cached: list[int]) -> dict[str, Any]:
-    return {**config, "nbl_export": {"linearized_layers": linear, "kv_layers": cached}}
 
 
 def sidecars_of(graph: Path, data: Iterable[Path]) -> list[Path]:
@@ -147,8 +118,8 @@ def graph_in(path: Path) -> Path:
             )
         return path / name
     graphs = sorted(path.glob("*.onnx"))
-    usual = [g for g in graphs if g.name == "model.onnx"]
-    if len(chosen := usual or graphs) != 1:
+    chosen = [g for g in graphs if g.name == "model.onnx"] or graphs
+    if len(chosen) != 1:
         found = ", ".join(g.name for g in graphs) or "none"
         raise InputError(
             f"The folder {path} has no single .onnx file (found: {found}): name the file itself."
@@ -217,10 +188,9 @@ def with_states(config: dict[str, Any], blocks: Sequence[BlockCache]) -> dict[st
     if kinds not in ({("conv",)}, {("conv", "recurrent")}):
         return None
     decoder = dict(config["model"]["decoder"])
-    for side, names in (("past", dict(decoder["inputs"])), ("present", dict(decoder["outputs"]))):
-        for kind in next(iter(kinds)):
-            names[f"{side}_{kind}_names"] = f"{side}.%d.{kind}"
-        decoder["inputs" if side == "past" else "outputs"] = names
+    for side, ends in (("past", "inputs"), ("present", "outputs")):
+        names = {f"{side}_{kind}_names": f"{side}.%d.{kind}" for kind in next(iter(kinds))}
+        decoder[ends] = decoder[ends] | names
     model = config["model"] | {"type": "decoder"}
     if kinds == {("conv",)}:
         decoder["layer_types"] = ["full_attention" if block.kv else "conv" for block in blocks]
@@ -249,18 +219,18 @@ def with_embeds(
     ``whole`` is the configuration of the model with all its towers, None if it has none; ``placeholders`` name what the
     embedding puts among the tokens, as in :data:`FEATURES`; ``per_layer``: it makes embeddings of each layer, too.
     """
-    model = dict(config["model"])
-    decoder = dict(model["decoder"])
-    inputs = {EMBEDDINGS if name == TOKENS else name: given for name, given in decoder["inputs"].items()}
     made = {name: name for name in (EMBEDDINGS, *[PER_LAYER] * per_layer)}
-    decoder["inputs"] = inputs | made
-    decoder["inputs"].pop(TOKENS, None)
+    decoder = config["model"]["decoder"]
+    inputs = {name: given for name, given in decoder["inputs"].items() if name != TOKENS}
     embedding = {
         "filename": EMBEDDING,
         "inputs": {TOKENS: TOKENS, **{FEATURES[kind]: FEATURES[kind] for kind in placeholders}},
         "outputs": made,
     }
-    model |= {"decoder": decoder, "embedding": embedding}
+    model = config["model"] | {
+        "decoder": decoder | {"inputs": {EMBEDDINGS: EMBEDDINGS, **inputs, **made}},
+        "embedding": embedding,
+    }
     if whole is not None:
         kind = str(whole.model_type)
         model |= {"type": _CALLED.get(kind, kind), **_numbers(_OF_MODEL, whole)}
@@ -279,12 +249,9 @@ def with_embeds(
 
 def _numbers(names: Iterable[str], *configs: Any) -> dict[str, Any]:
     """Those of ``names`` that are numbers in the first of ``configs`` that has them."""
-    found = {}
-    for name in names:
-        values = [getattr(config, name, None) for config in configs]
-        if (value := next((v for v in values if isinstance(v, int | float)), None)) is not None:
-            found[name] = value
-    return found
+    values = {name: [getattr(config, name, None) for config in configs] for name in names}
+    numbers = {name: [v for v in found if isinstance(v, int | float)] for name, found in values.items()}
+    return {name: found[0] for name, found in numbers.items() if found}
 
 
 def _tokens(configs: tuple[Any, ...], name: str) -> list[int]:

@@ -7,7 +7,7 @@ weight, offset and strides say of what part. So the graph gets a tensor that mak
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,6 @@ from nbl_export.models.caches import BlockCache
 from nbl_export.models.weights import Weight
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-Named = tuple[str, Mapping[int, str]]
 
 
 class StandIns:
@@ -128,29 +127,36 @@ def _set_opset(model: ir.Model, opset: int) -> None:
 def _share_tied_weights(graph: ir.Graph, stand_ins: StandIns) -> None:
     """Store a tied embedding once: a head that was folded into a transposed copy reads a Transpose of it."""
     embeddings = [n.inputs[0] for n in graph if n.op_type == "Gather"]
+    tables = [(value, table) for value in embeddings if (table := _constant(value)) is not None]
     for node in [n for n in graph if n.op_type == "MatMul"]:
-        head = _constant(node.inputs[1])
-        if head is None:
+        if (head := _constant(node.inputs[1])) is None:
             continue
-        for embedding in embeddings:
-            table = _constant(embedding)
-            if table is not None and table.shape == head.T.shape and stand_ins.equal(table, head.T):
-                transpose = ir.node("Transpose", [embedding], {"perm": [1, 0]})
-                node.prepend(transpose)
-                node.replace_input_with(1, transpose.outputs[0])
-                break
+        same = (v for v, t in tables if t.shape == head.T.shape and stand_ins.equal(t, head.T))
+        if (embedding := next(same, None)) is not None:
+            transpose = ir.node("Transpose", [embedding], {"perm": [1, 0]})
+            node.prepend(transpose)
+            node.replace_input_with(1, transpose.outputs[0])
 
 
 def _unstack_weights(graph: ir.Graph) -> None:
     """Store each expert's matrix, transposed if needed, instead of slicing it from a stack at run time."""
     for stack in [v for v in graph.initializers.values() if v.shape is not None and len(v.shape) > 1]:
-        taken = [_stack_index(usage.node, usage.idx) for usage in stack.uses()]
-        if stack.const_value is None or not taken or None in taken:
+        uses = [(usage.node, _stack_index(usage.node, usage.idx)) for usage in stack.uses()]
+        if stack.const_value is None or not uses or any(index is None for _, index in uses):
             continue
         weights = stack.const_value.numpy()
-        for usage, index in zip(list(stack.uses()), taken, strict=True):
-            assert index is not None
-            _store(graph, usage.node.outputs[0], weights[index], f"{stack.name}.{index}")
+        for node, index in uses:
+            array, values = weights[index], [node.outputs[0]]
+            turned = [usage.node for usage in values[0].uses()]
+            if turned and array.ndim == 2 and all(one.op_type == "Transpose" for one in turned):
+                array, values = array.T, [one.outputs[0] for one in turned]
+            weight = ir.Value(
+                name=f"{stack.name}.{index}", const_value=ir.tensor(array, name=f"{stack.name}.{index}")
+            )
+            weight.shape, weight.type = ir.Shape(array.shape), ir.TensorType(weight.const_value.dtype)  # type: ignore[union-attr]
+            graph.register_initializer(weight)
+            for replaced in values:
+                ir.convenience.replace_all_uses_with(replaced, weight)
 
 
 def _stack_index(node: ir.Node, argument: int) -> int | None:
@@ -159,21 +165,6 @@ def _stack_index(node: ir.Node, argument: int) -> int | None:
     if argument != 0 or int_attribute(node, "axis") != 0 or index is None or len(index.shape):
         return None
     return int(index.numpy())
-
-
-def _store(graph: ir.Graph, value: ir.Value, array: np.ndarray, name: str) -> None:  # type: ignore[type-arg]
-    transposes = [usage.node for usage in value.uses() if usage.node.op_type == "Transpose"]
-    if transposes and len(transposes) == len(value.uses()) and array.ndim == 2:
-        array, values = array.T, [node.outputs[0] for node in transposes]
-    else:
-        values = [value]
-    tensor = ir.tensor(array, name=name)
-    weight = ir.Value(
-        name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
-    )
-    graph.register_initializer(weight)
-    for replaced in values:
-        ir.convenience.replace_all_uses_with(replaced, weight)
 
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:  # type: ignore[type-arg]
@@ -209,33 +200,25 @@ def _forget_symbols(graph: ir.Graph) -> None:
 
 
 def _name_interface(graph: ir.Graph, form: Form, blocks: Sequence[BlockCache]) -> None:
-    named, given, kept = list(form.inputs.items()), list(form.outputs.items()), list(_kept(form, blocks))
-    inputs, outputs = list(graph.inputs), list(graph.outputs)
-    if len(inputs) != len(named) + len(kept) or len(outputs) != len(given) + len(kept):
-        raise BuildError(
-            f"The exported graph has {len(inputs)} inputs and {len(outputs)} outputs for {len(blocks)} layers, "
-            "so a cache entry was optimized away: choose another --exporter."
-        )
-    for value, (name, dims) in zip(inputs, [*named, *(past for past, _ in kept)], strict=True):
-        _rename(value, name, dims)
-    for value, (name, dims) in zip(outputs, [*given, *(present for _, present in kept)], strict=True):
-        _rename(value, name, dims)
-
-
-def _rename(value: ir.Value, name: str, dims: Mapping[int, str]) -> None:
-    value.name = name
-    assert value.shape is not None
-    # A dimension that is fixed, as the number of tokens of an image, has no name.
-    value.shape = ir.Shape([d if isinstance(d, int) else dims.get(i, d) for i, d in enumerate(value.shape)])
-
-
-def _kept(form: Form, blocks: Sequence[BlockCache]) -> Iterator[tuple[Named, Named]]:
-    """Input and output of everything that the ``blocks`` keep, in order, with their dimensions."""
+    pasts, presents = list(form.inputs.items()), list(form.outputs.items())
+    state = {0: BATCH}
     for layer, block in enumerate(blocks):
         for side in SIDES if block.kv else ():
-            yield (past_name(layer, side), form.past), (present_name(layer, side), form.present)
-        for state in block.states:
-            yield (
-                (past_state_name(layer, state.kind), {0: BATCH}),
-                (present_state_name(layer, state.kind), {0: BATCH}),
-            )
+            pasts.append((past_name(layer, side), form.past))
+            presents.append((present_name(layer, side), form.present))
+        for one in block.states:
+            pasts.append((past_state_name(layer, one.kind), state))
+            presents.append((present_state_name(layer, one.kind), state))
+    if len(graph.inputs) != len(pasts) or len(graph.outputs) != len(presents):
+        raise BuildError(
+            f"The exported graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs for {len(blocks)} "
+            "layers, so a cache entry was optimized away: choose another --exporter."
+        )
+    values = [*graph.inputs, *graph.outputs]
+    for value, (name, dims) in zip(values, [*pasts, *presents], strict=True):
+        value.name = name
+        assert value.shape is not None
+        # A dimension that is fixed, as the number of tokens of an image, has no name.
+        value.shape = ir.Shape(
+            [d if isinstance(d, int) else dims.get(i, d) for i, d in enumerate(value.shape)]
+        )

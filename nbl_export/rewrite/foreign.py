@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.export.sidecars import copy_sidecars, graph_in, sidecars_of, updated_configs
+from nbl_export.export.sidecars import copy_sidecars, graph_in, sidecars_of
 from nbl_export.files import (
     TEMPORARY,
     locked,
@@ -53,11 +53,12 @@ def rewrite_foreign(onnx: Path, plan: Path, out: Path, listener: Listener | None
         )
     loaded, model = load_plan(plan), load_graph(source)
     files = sidecars_of(source, external_files(model))
-    sidecars = updated_configs(files, loaded.linear_attention, kept_layers(model, loaded))
+    kept = kept_layers(model, loaded)
     try:
         with _opened(out) as scratch:
             result = rewrite_file(source, loaded, scratch / source.name, listener or Silent())
-            names = [path.name for path in (*result.files, *copy_sidecars(sidecars, scratch))]
+            sidecars = copy_sidecars(files, scratch, loaded.linear_attention, kept)
+            names = [path.name for path in (*result.files, *sidecars)]
             record = ForeignSummary(
                 **vars(rewrite_summary(result)),
                 source=source.name,

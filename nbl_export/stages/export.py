@@ -175,8 +175,7 @@ def _export_torch(
 
 
 def _decoder_form(run: Run, settings: ExportSettings) -> Form:
-    from nbl_export.export.forms import reading_embeds
-    from nbl_export.export.forms import FORMS
+    from nbl_export.export.forms import FORMS, reading_embeds
 
     form = _of_opset(FORMS[str(settings.kv_cache)], settings)
     return reading_embeds(form, run.model.model) if settings.embeds else form

@@ -33,7 +33,7 @@ def rewrite(
     It reads its weights from the baseline's data file, and its own has W and b alone; a ``whole`` graph has all weights
     in its own. None is as it was made before.
     """
-    from nbl_export.export.sidecars import copy_sidecars, updated_configs
+    from nbl_export.export.sidecars import copy_sidecars
     from nbl_export.graph.io import load_graph, save_beside, save_graph
     from nbl_export.rewrite.replace import kept_layers, rewrite_file, rewrite_record
 
@@ -54,11 +54,11 @@ def rewrite(
                 beside = [f for f in ws.paths(ws.finished("export")) if folder in f.parents]
                 files = [f for f in beside if not f.name.startswith(graph)]
                 kept = kept_layers(load_graph(ws.baseline), plan)
-                sidecars = updated_configs(files, plan.linear_attention, kept, folder)
                 save = save_graph if whole else save_beside
                 result = rewrite_file(ws.baseline, plan, ws.model, listener=work, save=save)
                 write_json(ws.rewrite_summary, to_json(rewrite_record(result)))
-                work.files = [*result.files, ws.rewrite_summary, *copy_sidecars(sidecars, ws.root)]
+                sidecars = copy_sidecars(files, ws.root, plan.linear_attention, kept, folder)
+                work.files = [*result.files, ws.rewrite_summary, *sidecars]
         return ws.model
 
 

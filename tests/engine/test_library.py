@@ -195,22 +195,6 @@ def test_what_is_missing_or_cut_is_named(engine: Path) -> None:
     refused(engine, str(engine), "does not exist")
 
 
-EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "a number in a table": lambda m: m["limits"].update(max_batch=8),
-    "a layer less": lambda m: m["linear_layers"].pop(),
-    "no digest": lambda m: m.pop("sha256"),
-}
-
-
-@pytest.mark.parametrize("name", EDITS)
-def test_an_edit_by_hand_is_refused(engine: Path, name: str) -> None:
-    file = engine.with_name("model.json")
-    body = json.loads(file.read_text())
-    EDITS[name](body)
-    file.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
-    refused(engine, str(file), "was changed after it was written")
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [

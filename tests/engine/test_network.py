@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.engine.build import parsable
+from nbl_export.engine.elsewhere import write_fixed
 from nbl_export.engine.library import Library
 from nbl_export.engine.network import (
     Limits,
@@ -41,18 +42,6 @@ NAMES = {
 FLOATS = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 
 
-def fixed(path: Path) -> Path:
-    """A copy of a graph beside it, whose static cache has LENGTH places."""
-    proto = onnx.load(str(path), load_external_data=False)
-    for value in (*proto.graph.input, *proto.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param == "max_sequence_length":
-                dim.dim_value = LENGTH
-    target = path.with_name("fixed.onnx")
-    target.write_bytes(proto.SerializeToString())
-    return target
-
-
 def tensors(values: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name → dtype and shape (-1: dynamic) of a graph's inputs or outputs, from the ONNX file."""
     found = {}
@@ -74,7 +63,9 @@ def tensors(values: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
 def test_a_network_is_what_the_graph_is(
     rtx: Library, graphs: Callable[[str, str], Graphs], precision: str, form: str, which: str
 ) -> None:
-    path = fixed(getattr(graphs(precision, form), which))
+    path = getattr(graphs(precision, form), which)
+    write_fixed(path, path.with_name("fixed.onnx"), LENGTH)
+    path = path.with_name("fixed.onnx")
     facts = parse_network(rtx, path).facts
     proto = onnx.load(str(path))
     ops = Count(node.op_type for node in proto.graph.node)

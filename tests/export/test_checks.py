@@ -19,8 +19,16 @@ from nbl_export.errors import InputError
 from nbl_export.export import checks as module
 from nbl_export.export import torch as exporting
 from nbl_export.export.checks import _error, check_form, crossed_on_copy
-from nbl_export.export.forms import embedding_form, reading_embeds
-from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC, Branches
+from nbl_export.export.forms import (
+    CONCAT,
+    FORMS,
+    NONE,
+    SHARED,
+    STATIC,
+    Branches,
+    embedding_form,
+    reading_embeds,
+)
 from nbl_export.export.functions import exportable
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.embedding import NAME

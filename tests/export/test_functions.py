@@ -15,11 +15,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from nbl_export.batch.arrays import BOOL, F64
 from nbl_export.errors import InputError
 from nbl_export.export import functions
-from nbl_export.export.checks import check_form
-from nbl_export.export.forms import FORMS
 from nbl_export.export.functions import _inverse_erf, attention, exportable
-from nbl_export.export.torch import export_torch
-from tests.alone import furthest, graph_logits, own_logits, own_steps, rows_of
+from tests.alone import furthest, own_logits, own_steps, rows_of
 from tests.tiny_types import tiny_model
 
 HEADS, KV_HEADS, NEW, TOTAL, SIZE = 4, 2, 3, 5, 8
@@ -214,16 +211,6 @@ def test_logarithmic_buckets_are_those_of_pytorch_in_another_runtime(tmp_path: P
 def model() -> Any:
     """With a switch at 100 tokens."""
     return tiny_model("phi3", num_hidden_layers=2, max_position_embeddings=512)
-
-
-def test_both_ways_are_in_the_graph(model: Any, tmp_path: Path) -> None:
-    form = "none"
-    check_form(model, FORMS[form])
-    rows = [rows_of(length) for length in (60, 100, 101, 135)]
-    expected = [own_logits(model, row) for (row,) in rows]
-    path = export_torch(model, tmp_path / "model.onnx", form=FORMS[form])[0]
-    for row, own in zip(rows, expected, strict=True):
-        assert np.abs(graph_logits(path, form, row, 0)[0] - own).max() < 1e-4
 
 
 def test_a_short_row_has_the_frequencies_of_the_longest(model: Any, tmp_path: Path) -> None:

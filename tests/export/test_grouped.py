@@ -15,7 +15,6 @@ from nbl_export.errors import InputError
 from nbl_export.export.forms import CONCAT, SHARED
 from nbl_export.export.fused import fuse_norms, group_queries
 from nbl_export.export.torch import trace
-from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import SKIP_NORMS
 from nbl_export.runtime.ort import ort_stream
@@ -82,15 +81,6 @@ def test_projections_reach_the_operator_as_they_are(shared: ir.Model) -> None:
         1,
         0,
     )
-
-
-def test_the_interface_is_that_of_a_growing_cache_padded_on_the_right(
-    shared: ir.Model, growing: ir.Model
-) -> None:
-    ours, theirs = interface_of(shared), interface_of(growing)
-    assert (ours.inputs, ours.cache, ours.outputs) == (theirs.inputs, theirs.cache, theirs.outputs)
-    assert (ours.ragged, ours.in_place) == (True, True)
-    assert (theirs.ragged, theirs.in_place) == (False, False)
 
 
 def test_windows_groups_and_scale_are_the_models(shared: ir.Model) -> None:

@@ -19,15 +19,9 @@ from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS
 from tests.fixtures_graph import load, ragged_rows
-from tests.graph.parsed import interface_types, parsed, weight_types
-from tests.listening import Notes
+from tests.graph.parsed import parsed, weight_types
 
 VOCAB, BLOCKS = 260, 4
-
-
-@pytest.fixture(scope="module", params=["concat", "static"])
-def graph(request: pytest.FixtureRequest, tiny_graph: Path, static_graph: Path) -> Path:
-    return tiny_graph if request.param == "concat" else static_graph
 
 
 # By hand -----------------------------------------------------------------------------------------
@@ -76,54 +70,8 @@ def test_what_is_no_number_is_infinite_wherever_it_stands(tmp_path: Path, place:
 # in a precision ----------------------------------------------------------------------------------
 
 
-LAYERS = 4
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 HALF = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
-
-
-@pytest.fixture(scope="module", params=["fp16", "bf16"])
-def exported(request: pytest.FixtureRequest, graph: Path, tmp_path_factory: Any) -> Any:
-    """Precision, the nodes kept, and the tiny Llama in that precision, read with onnx."""
-    path = tmp_path_factory.mktemp("half") / "model.onnx"
-    rows = ragged_rows((40, 21), VOCAB) if request.param == "fp16" else []
-    notes = Notes()
-    files, kept = save_in_precision(load_graph(graph), path, PRECISIONS[request.param], rows, listener=notes)
-    measured = ["Measuring ranges"] if request.param == "fp16" else []
-    assert [title for title, *_ in notes.tasks] == [*measured, "Writing the graph"]
-    assert sum(notes.advanced) == sum(total for _, total, *_ in notes.tasks)
-    assert files == [path, path.with_name("model.onnx.data")] == sorted(path.parent.iterdir())
-    onnx.checker.check_model(str(path), full_check=True)
-    return request.param, kept, onnx.load(str(path))
-
-
-def test_interface_is_half_but_for_logits(exported: Any, graph: Path) -> None:
-    name, _, proto = exported
-    before = interface_types(onnx.load(str(graph), load_external_data=False))
-    expected = {n: HALF[name] if n.startswith(("past", "present")) else t for n, t in before.items()}
-    assert list(interface_types(proto).items()) == list(expected.items())
-    assert list(expected.values()).count(HALF[name]) == 4 * LAYERS
-    assert (expected.pop("logits"), expected["input_ids"], expected["position_ids"]) == (FLOAT, INT64, INT64)
-    assert FLOAT not in expected.values()
-
-
-def test_weights_are_half_and_rounded_to_nearest(exported: Any, graph: Path) -> None:
-    name, _, proto = exported
-    half = {t.name: t for t in proto.graph.initializer}
-    before = onnx.load(str(graph))
-    assert set(half) == {t.name for t in before.graph.initializer}
-    floats = [t for t in before.graph.initializer if t.data_type == FLOAT]
-    stayed = [t.name for t in floats if half[t.name].data_type == FLOAT]
-    # The rotary frequencies, which only the angle reads.
-    assert len(stayed) == 1 and [n.op_type for n in proto.graph.node if stayed[0] in n.input] == ["Mul"]
-    for tensor in floats:
-        if tensor.name not in stayed:
-            assert half[tensor.name].data_type == HALF[name]
-            exact, found = (
-                torch.tensor(onnx.numpy_helper.to_array(t).astype(np.float32))
-                for t in (tensor, half[tensor.name])
-            )
-            rounded = exact.to(torch.float16 if name == "fp16" else torch.bfloat16).float()
-            assert torch.equal(found, rounded), tensor.name
 
 
 # float16 on rows ---------------------------------------------------------------------------------
@@ -172,23 +120,6 @@ def test_float32s_range_needs_no_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 # leftovers ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("step", ["ranges_of", "to_precision", "save_graph"])
-def test_a_failure_leaves_the_folder_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    old = {"model.onnx": b"the old graph", "model.onnx.data": b"the old data", "config.json": b"{}"}
-    for name, content in old.items():
-        (tmp_path / name).write_bytes(content)
-
-    def fail(*_args: Any, **_more: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(half_module, step, fail)
-    with pytest.raises(KeyboardInterrupt):
-        save_in_precision(decoder(), tmp_path / "model.onnx", PRECISIONS["fp16"], [np.array([1, 2])])
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
 
 
 # the KV cache ------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from nbl_export.export.sidecars import (
     genai_config,
     graph_in,
     sidecars_of,
-    updated_configs,
     with_embeds,
 )
 from nbl_export.export.torch import trace
@@ -52,7 +51,7 @@ def test_configurations_are_told_and_the_rest_is_copied(tmp_path: Path) -> None:
         write(source, "config.json", {"num_hidden_layers": 4}),
         write(source, "tokenizer.json", '{"as": "it is"}  '),
     ]
-    written = copy_sidecars(updated_configs(files, linear=[1, 2], cached=[0, 3]), target)
+    written = copy_sidecars(files, target, linear=[1, 2], cached=[0, 3])
     assert [p.name for p in written] == [p.name for p in files]
     genai, config, tokenizer = (json.loads(p.read_text()) for p in written)
     assert genai["model"]["decoder"] == {"num_hidden_layers": 2, "filename": "model.onnx"}
@@ -70,7 +69,7 @@ def test_sliding_layers_are_named_by_their_new_number(tmp_path: Path) -> None:
         "genai_config.json",
         {"model": {"decoder": {"sliding_window": window, "num_hidden_layers": 6}}},
     )
-    copy_sidecars(updated_configs([source], linear=[1, 2], cached=[0, 3, 4, 5]), tmp_path)  # in place
+    copy_sidecars([source], tmp_path, linear=[1, 2], cached=[0, 3, 4, 5])  # in place
     found = json.loads(source.read_text())["model"]["decoder"]
     assert found == {"sliding_window": {"window_size": 8, "layers": [0, 2]}, "num_hidden_layers": 4}
 
@@ -82,7 +81,7 @@ INFINITE = '{"model": {"decoder": {"num_hidden_layers": 4, "num_attention_heads"
 def test_a_broken_configuration_is_an_input_error(tmp_path: Path, content: str) -> None:
     source = write(tmp_path, "genai_config.json", content)
     with pytest.raises(InputError, match=r"genai_config\.json") as caught:
-        updated_configs([source], [0], [1])
+        copy_sidecars([source], tmp_path / "b", [0], [1])
     assert "\n" not in str(caught.value)
 
 

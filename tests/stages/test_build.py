@@ -90,7 +90,7 @@ def test_inspect_shows_an_engine(built_out: Path) -> None:
 def test_inspect_of_half_an_engine_is_refused(built_copy: Path) -> None:
     path = built_copy / "engine" / "model.engine"
     path.write_bytes(path.read_bytes()[:2000])
-    assert_refused(nbl("inspect", path), 2, str(path), "truncated")
+    assert_refused(nbl("inspect", path), 2, str(path), "was changed")
 
 
 # forms, room, interrupts -------------------------------------------------------------------------

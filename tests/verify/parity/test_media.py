@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from nbl_export.batch.media_ids import FIRST
-from nbl_export.export.forms import embedding_form, reading_embeds
-from nbl_export.export.forms import FORMS
+from nbl_export.export.forms import FORMS, embedding_form, reading_embeds
 from nbl_export.export.ranges import ranges_of
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.embedding import NAME
