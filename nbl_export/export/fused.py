@@ -22,7 +22,6 @@ know RMSNormalization. The operators are in onnxruntime's docs/ContribOperators.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,27 +47,19 @@ _FUSED = {
 _SUM = 3  # the index of the output that is the sum
 
 
-@dataclass(frozen=True)
-class _Attention:
-    """One layer's original attention: its node, its cache, new keys and values (4 dimensions each), its mask's name."""
-
-    node: ir.Node
-    pair: KVPair
-    new: tuple[ir.Value, ir.Value]
-    mask: str
-
-
 def group_queries(model: ir.Model, longest: int) -> None:
     """Replace every attention of the decoder graph by a GroupQueryAttention, in place.
 
     The cache of the given graph grows by concatenation. ``longest`` is the maximum number of tokens. Raises
     :class:`InputError` for attention that this operator cannot compute; the graph is then unusable.
     """
-    found = [_attention(pair) for pair in kv_pairs(model)]
-    windows = _windows(model, found, longest)
+    found = {_attention(pair): pair for pair in kv_pairs(model)}
+    windows = _windows(
+        model, {str(node.inputs[3].name): pair for node, pair in found.items() if node.inputs[3]}, longest
+    )
     lengths = _lengths(model)
-    for attention in found:
-        _replace(model.graph, attention, windows[attention.mask], lengths)
+    for node, pair in found.items():
+        _replace(model.graph, node, pair, windows, lengths)
     model.opset_imports[MICROSOFT] = 1
     model.graph.sort()
     passes.RemoveUnusedNodesPass()(model)
@@ -94,45 +85,38 @@ def _refuse(pair: KVPair, why: str) -> InputError:
 # 1 -----------------------------------------------------------------------------------------------
 
 
-def _attention(pair: KVPair) -> _Attention:
+def _attention(pair: KVPair) -> ir.Node:
     check_sizes(f"Layer {pair.index}", pair.geometry(0)[1], pair.geometry(1)[1])
-    nodes = [present.producer() for present in pair.present]
-    grown = [n for n in nodes if n is not None and n.op_type == "Concat" and len(n.inputs) == 2]
     readers = {u.node for u in pair.present[0].uses() if u.node.op_type == "Attention"}
     node = next(iter(readers), None)
     if (
         node is None
         or len(readers) != 1
-        or len(grown) != len(nodes)
+        or any(_grown(present) is None for present in pair.present)
         or tuple(node.inputs[1:3]) != pair.present
         or len([v for v in node.inputs if v is not None]) != 4
-        or ("softcap" in node.attributes and node.attributes["softcap"].as_float())
     ):
         raise _refuse(pair, "has attention that is not one Attention node on its cache")
-    key, value = (n.inputs[1] for n in grown)
-    mask = node.inputs[3]
-    assert key is not None and value is not None and mask is not None
-    return _Attention(node, pair, (key, value), str(mask.name))
+    return node
+
+
+def _grown(present: ir.Value) -> ir.Value | None:
+    """The new keys or values that a growing cache was extended by."""
+    node = present.producer()
+    return node.inputs[1] if node is not None and node.op_type == "Concat" and len(node.inputs) == 2 else None
 
 
 # 2 -----------------------------------------------------------------------------------------------
 
 
-def _windows(model: ir.Model, found: list[_Attention], longest: int) -> Mapping[str, int | None]:
+def _windows(model: ir.Model, masks: Mapping[str, KVPair], longest: int) -> Mapping[str, int | None]:
     """By mask name, the number of keys that a query sees including its own; None for all up to its own."""
-    masks = {attention.mask: attention.pair for attention in found}
-
-    def seen(past: int, tokens: int) -> dict[str, NDArray[np.bool_]]:
-        """[tokens, past + tokens] of each mask, for one row."""
-        return {name: value[0, 0] for name, value in _compute(model, masks, past, tokens).items()}
-
-    step = seen(longest - 1, 1)
-    windows = {name: int(mask.sum()) for name, mask in step.items()}
+    windows = {n: int(mask.sum()) for n, mask in _compute(model, masks, longest - 1, 1).items()}
     edges = {0, _EDGE, *(max(0, w - _EDGE // 2) for w in windows.values())}
     for past, tokens in [(longest - 1, 1), *((past, _EDGE) for past in edges if past + _EDGE <= longest)]:
         query, key = past + np.arange(tokens)[:, None], np.arange(past + tokens)[None]
-        for name, mask in seen(past, tokens).items():
-            if not np.array_equal(mask, (key <= query) & (key > query - windows[name])):
+        for name, mask in _compute(model, masks, past, tokens).items():
+            if not np.array_equal(mask[0, 0], (key <= query) & (key > query - windows[name])):
                 raise _refuse(masks[name], "has a mask that is neither causal nor a sliding window")
     return {name: None if window >= longest else window for name, window in windows.items()}
 
@@ -182,25 +166,26 @@ def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
 
 
 def _replace(
-    graph: ir.Graph, attention: _Attention, window: int | None, lengths: tuple[ir.Value, ir.Value]
+    graph: ir.Graph,
+    node: ir.Node,
+    pair: KVPair,
+    windows: Mapping[str, int | None],
+    lengths: tuple[ir.Value, ir.Value],
 ) -> None:
-    node, pair = attention.node, attention.pair
     kv_heads, size = pair.geometry()
-    query = node.inputs[0]
-    assert query is not None and query.shape is not None
-    heads = query.shape[1]
+    query, mask = node.inputs[0], node.inputs[3]
+    assert query is not None and query.shape is not None and mask is not None
+    heads, window = query.shape[1], windows[str(mask.name)]
     if not isinstance(heads, int) or heads % kv_heads:
         raise _refuse(pair, f"has {heads} query heads for {kv_heads} key heads")
-    flat = [
-        _flat(graph, v, n, size)
-        for v, n in zip((query, *attention.new), (heads, kv_heads, kv_heads), strict=True)
-    ]
+    new = [value for value in map(_grown, pair.present) if value is not None]
+    flat = [_flat(graph, query, heads, size), *(_flat(graph, value, kv_heads, size) for value in new)]
     settings: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads}
     if "scale" in node.attributes:
         settings["scale"] = node.attributes["scale"].as_float()
     if window is not None:
         settings["local_window_size"] = window
-    new = ir.node(
+    grouped = ir.node(
         "GroupQueryAttention",
         [*flat, *pair.past, *lengths],
         settings,
@@ -208,8 +193,8 @@ def _replace(
         num_outputs=3,
         name=node.name,
     )
-    node.prepend(new)
-    y, *present = new.outputs
+    node.prepend(grouped)
+    y, *present = grouped.outputs
     _typed(y, query.dtype, [None, None, heads * size])
     for old, made in zip(pair.present, present, strict=True):
         made.name, made.type, made.shape = old.name, old.type, old.shape

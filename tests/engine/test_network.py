@@ -13,7 +13,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from nbl_export.engine.build import parsable
 from nbl_export.engine.elsewhere import write_fixed
 from nbl_export.engine.library import Library
 from nbl_export.engine.network import (
@@ -28,7 +27,7 @@ from nbl_export.engine.network import (
     profiles,
 )
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import QUANTIZED, precision_of
 from tests.engine.conftest import Graphs
 
@@ -116,32 +115,6 @@ def test_operators_of_onnxruntime_are_named_with_the_way_around(tmp_path: Path) 
     for words in (str(path), "com.microsoft.GroupQueryAttention", "3 nodes", "1 more", "nbl-export export"):
         assert words in message
     assert "\n" not in message and message.endswith(".")
-
-
-def with_attention(source: Path, target: Path, attribute: ir.Attr) -> Path:
-    model = load_graph(source)
-    for node in model.graph:
-        if node.op_type == "Attention":
-            node.attributes[attribute.name] = attribute
-    save_graph(model, target, check=lambda _: None)
-    return target
-
-
-def test_what_the_parser_does_not_take_is_named(
-    rtx: Library, graphs: Callable[[str, str], Graphs], tmp_path: Path
-) -> None:
-    """The operator, its node, the file that the user has, and the reason."""
-    path = with_attention(
-        graphs("fp16", "static").base, tmp_path / "model.onnx", ir.AttrFloat32("softcap", 30.0)
-    )
-    with pytest.raises(BuildError) as caught, parsable(path, 16) as parsed:
-        parse_network(rtx, parsed, path)
-    message = str(caught.value)
-    first = next(n.name for n in load_graph(path).graph if n.op_type == "Attention")
-    for words in (str(rtx), "operator Attention", str(first), str(path), "not supported in TensorRT"):
-        assert words in message, message
-    assert "\n" not in message and message.endswith(".")
-    assert {p.name for p in tmp_path.iterdir()} <= {"model.onnx", "model.onnx.data"}
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

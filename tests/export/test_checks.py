@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,6 +26,7 @@ from nbl_export.export.forms import (
     STATIC,
     Branches,
     embedding_form,
+    encoder_form,
     reading_embeds,
 )
 from nbl_export.export.functions import exportable
@@ -36,10 +36,11 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.summary import OnCopy
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.lengths import Room
+from nbl_export.models.tasks import task_named
 from nbl_export.rewrite.replace import rewrite_file
-from tests.beyond import BEYOND
+from tests.beyond import BEYOND, ENCODERS
 from tests.end_to_end.matrix import parity
-from tests.families import WIDTH, Calibrated, unsaved
+from tests.families import Calibrated, unsaved
 from tests.tiny_types import tiny_model
 
 
@@ -195,6 +196,17 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REHEARSAL", Room(0.0))
 
 
+def test_an_encoder_is_crossed_on_a_copy_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ENCODERS["modernbert"].model()
+    rows = {name: np.ones((2, 40), np.int64) for name in ("input_ids", "attention_mask")}
+    form = encoder_form(model, task_named("feature-extraction"), None, rows)
+    (found,) = crossed_on_copy(model, form)
+    assert found.key == ENCODERS["modernbert"].key and not found.why
+    monkeypatch.setattr(module, "_error_of_copy", lambda *_: 9.0)
+    with pytest.raises(InputError, match=r"^The graph of \w+ computes other outputs than PyTorch beyond "):
+        crossed_on_copy(ENCODERS["modernbert"].model(), form)
+
+
 @pytest.mark.usefixtures("no_room")
 @pytest.mark.parametrize(("name", "form"), [("phi3", "static"), ("mistral", "shared")])
 def test_a_right_form_is_crossed_and_says_with_what(name: str, form: str) -> None:
@@ -251,32 +263,3 @@ def test_a_decoder_of_embeddings_is_the_model(wrapper: Callable[[str], Calibrate
     rewrite_file(source, plan, tmp_path / "model.onnx")
     assert parity(case.model, plan, tmp_path / "model.onnx").failures() == []
     assert "input_ids" not in {i.name for i in load_graph(tmp_path / "model.onnx").graph.inputs}
-
-
-def test_rows_of_positions_that_differ_are_the_models(
-    wrapper: Callable[[str], Calibrated], tmp_path: Path
-) -> None:
-    """As for an image, whose patches have one time and many places; every row matters."""
-    model = wrapper("qwen2.5-vl").model
-    (tmp_path / "baseline").mkdir()
-    session = ort.InferenceSession(str(exported(model, "none", tmp_path)))
-    numbers = np.random.default_rng(0)
-    embeds = numbers.standard_normal((2, 12, WIDTH)).astype(np.float32) * 0.1
-    positions = np.cumsum(numbers.integers(0, 3, (3, 2, 12)), axis=-1)
-
-    def of_graph(rows: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-        feeds = {"inputs_embeds": embeds, "position_ids": rows, "attention_mask": np.ones((2, 12), np.int64)}
-        names = [i.name for i in session.get_inputs()]
-        scalars = {"num_logits_to_keep": np.array(0)} if "num_logits_to_keep" in names else {}
-        return np.asarray(session.run(["logits"], {**feeds, **scalars})[0])
-
-    with torch.inference_mode():
-        expected = model(
-            inputs_embeds=torch.from_numpy(embeds), position_ids=torch.from_numpy(positions), use_cache=False
-        ).logits.numpy()
-    found = of_graph(positions)
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-    for row in range(3):
-        other = positions.copy()
-        other[row] += np.arange(12)
-        assert np.abs(of_graph(other) - found).max() > 1e-3

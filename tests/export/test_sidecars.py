@@ -169,22 +169,6 @@ def test_stop_tokens_are_those_of_both_configurations(ends: Any, more: Any, unio
     assert (found["eos_token_id"], found["pad_token_id"], found["bos_token_id"]) == (union, 8, first)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_onnxruntime_genai_takes_it(tmp_path: Path, shared: bool) -> None:
-    """It refuses keys that it does not know."""
-    genai = pytest.importorskip(
-        "onnxruntime_genai", reason="needs onnxruntime-genai: pip install 'nbl-export[genai]'"
-    )
-    known = genai_config(model(bos_token_id=1, eos_token_id=[2, 3]), 2, 2, 16, shared)
-    (tmp_path / GENAI).write_text(json.dumps(known))
-    genai.Config(str(tmp_path))
-    known["model"]["decoder"]["of_nobody"] = 1
-    (tmp_path / GENAI).write_text(json.dumps(known))
-    with pytest.raises(Exception, match="of_nobody"):
-        genai.Config(str(tmp_path))
-    assert known["search"]["past_present_share_buffer"] is shared
-
-
 @pytest.mark.parametrize(
     ("name", "kind", "towers", "vision"),
     [
