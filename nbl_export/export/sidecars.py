@@ -64,8 +64,6 @@ def _updated(source: Path, linear: list[int], cached: list[int]) -> dict[str, An
         ) from None
 
 
-def _updated(source: Path, linear: list[int], cached: list[int]) -> dict[str, Any]:
-    config = read_json(source, "The configuration of the graph", "export the model again")
 def _genai(config: dict[str, Any], cached: list[int]) -> dict[str, Any]:
     decoder = config["model"]["decoder"]
     if kinds := decoder.get("layer_types"):  # of the layers that keep something: keys and values, or a state

@@ -74,10 +74,7 @@ def test_sliding_layers_are_named_by_their_new_number(tmp_path: Path) -> None:
     assert found == {"sliding_window": {"window_size": 8, "layers": [0, 2]}, "num_hidden_layers": 4}
 
 
-INFINITE = '{"model": {"decoder": {"num_hidden_layers": 4, "num_attention_heads": 1e999}}}'
-
-
-@pytest.mark.parametrize("content", ["{", "[]", INFINITE])
+@pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_broken_configuration_is_an_input_error(tmp_path: Path, content: str) -> None:
     source = write(tmp_path, "genai_config.json", content)
     with pytest.raises(InputError, match=r"genai_config\.json") as caught:
