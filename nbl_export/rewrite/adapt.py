@@ -23,14 +23,15 @@ from nbl_export.linearize.adapters import Adapter, digest_of, is_transposed
 
 def merge_adapters(model: ir.Model, adapters: Mapping[str, Adapter]) -> None:
     """Change the weights of ``model`` in place; raises :class:`BuildError` if one is not found exactly once."""
-    if not adapters:
-        return
-    wanted = {digest: (name, a) for name, a in adapters.items() for digest in a.digests}
-    shapes = {shape for a in adapters.values() for shape in _shapes(a)}
+    wanted = {digest: name for name, adapter in adapters.items() for digest in adapter.digests}
+    sizes = [sorted((a.up.shape[0], a.down.shape[1])) for a in adapters.values()]
     found: dict[str, list[tuple[Slot, str]]] = {name: [] for name in adapters}
-    for slot in slots(model):
-        if tuple(slot.tensor.shape) in shapes and (digest := digest_of(slot.tensor.numpy())) in wanted:
-            found[wanted[digest][0]].append((slot, digest))
+    for slot in slots(model) if adapters else ():
+        if (
+            sorted(slot.tensor.shape.numpy()) in sizes
+            and (digest := digest_of(slot.tensor.numpy())) in wanted
+        ):
+            found[wanted[digest]].append((slot, digest))
     for name, matches in found.items():
         if len(matches) != 1:
             raise BuildError(
@@ -40,11 +41,6 @@ def merge_adapters(model: ir.Model, adapters: Mapping[str, Adapter]) -> None:
             )
         slot, digest = matches[0]
         slot.put(_merged(slot.tensor, adapters[name], digest))
-
-
-def _shapes(adapter: Adapter) -> tuple[tuple[int, int], tuple[int, int]]:
-    m, n = adapter.up.shape[0], adapter.down.shape[1]
-    return (m, n), (n, m)
 
 
 def _merged(tensor: ir.TensorProtocol, adapter: Adapter, digest: str) -> ir.TensorProtocol:

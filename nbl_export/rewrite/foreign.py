@@ -1,16 +1,15 @@
 """Rewrite a graph exported by another tool, by a plan: no model and no output folder of nbl-export is needed.
 
-All files are made and checked in a scratch folder before the first is moved. ``nbl/rewrite.json`` names those that
-rewrites have put there, before they are moved; the graph is deleted first and moved last. A kill leaves the graph and
-all its files, or no graph, and the same call ends as it would have ended.
+All files are made and checked in a scratch folder before anything else changes. Then the graph of an earlier rewrite is
+deleted, and its other files; ``nbl/rewrite.json`` names the new ones, which are moved, the graph last. A kill leaves
+the graph and all its files, or no graph, and the same call ends as it would have ended.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +32,6 @@ from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener, Silent
 from nbl_export.records import from_json, to_json
 from nbl_export.rewrite.replace import RewriteResult, kept_layers, rewrite_file, rewrite_summary
-from nbl_export.workspace import is_workspace
 
 
 def rewrite_foreign(onnx: Path, plan: Path, out: Path, listener: Listener | None = None) -> RewriteResult:
@@ -43,19 +41,13 @@ def rewrite_foreign(onnx: Path, plan: Path, out: Path, listener: Listener | None
     nothing was changed.
     """
     source = graph_in(onnx)
-    if not source.is_file():
-        raise InputError(f"The ONNX file {source} does not exist.")
+    loaded, model = load_plan(plan), load_graph(source)
     if overlap(out, source.parent):
         raise InputError(f"{out} and the folder of the graph are inside each other: choose another --output.")
-    if is_workspace(out):
-        raise InputError(
-            f"{out} is an output folder of nbl-export: choose another --output, or run `nbl-export rewrite {out}`."
-        )
-    loaded, model = load_plan(plan), load_graph(source)
     files = sidecars_of(source, external_files(model))
     kept = kept_layers(model, loaded)
     try:
-        with _opened(out) as scratch:
+        with _opened(out) as (scratch, old):
             result = rewrite_file(source, loaded, scratch / source.name, listener or Silent())
             sidecars = copy_sidecars(files, scratch, loaded.linear_attention, kept)
             names = [path.name for path in (*result.files, *sidecars)]
@@ -66,50 +58,51 @@ def rewrite_foreign(onnx: Path, plan: Path, out: Path, listener: Listener | None
                 graph_sha256=sha256_of_file(scratch / source.name),
                 files=tuple(names),
             )
-            _publish(scratch, out, record)
+            for name in sorted(old, key=lambda name: not name.endswith(".onnx")):
+                (out / name).unlink(missing_ok=True)
+            sync(out)
+            write_json(_record_of(out), to_json(record))
+            for name in sorted(names, key=lambda name: name == source.name):
+                (scratch / name).replace(out / name)
+            sync(out)
     except OSError as error:
         raise os_error_in_words(error, "while rewriting") from error
     return replace(result, files=[out / path.name for path in result.files])
 
 
 @contextmanager
-def _opened(out: Path) -> Iterator[Path]:
-    """A scratch folder in ``out``, which is made if needed, and locked; what killed processes have left is deleted.
+def _opened(out: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A scratch folder in ``out``, which is made if needed, and locked; and what an earlier rewrite has written there.
 
-    Raises :class:`InputError` if another process works there, or if ``out`` holds what no earlier rewrite has written.
+    What killed processes have left is deleted. Raises :class:`InputError` if another process works there, or if ``out``
+    holds what no earlier rewrite has written.
     """
-    new, nbl = not out.exists(), out / "nbl"
-    if not new and not out.is_dir():
-        raise InputError(f"{out} is a file; --output must be a folder.")
-    if nbl.is_symlink():
-        raise InputError(f"{nbl} is a link, but must be a folder for the record: delete it.")
-    nbl.mkdir(parents=True, exist_ok=True)
-    lock = nbl / ".lock"
-    try:
-        with locked(lock, f"Another nbl-export is writing to {out}: wait for it, then start again."):
-            try:
-                sweep(out)
-                sweep(nbl)
-                known = {*(out / name for name in _written(out)), _record_of(out), lock}
-                strange = [p for p in sorted(out.rglob("*")) if p not in known and p != nbl]
-                if strange:
-                    raise InputError(
-                        f"{out} has files that no rewrite of nbl-export has written "
-                        f"({', '.join(str(p.relative_to(out)) for p in strange[:3])}), so nothing is written there: "
-                        "choose another --output."
-                    )
-                scratch = Path(tempfile.mkdtemp(prefix=".rewrite.", suffix=TEMPORARY, dir=out))
-                try:
-                    yield scratch
-                finally:
-                    shutil.rmtree(scratch, ignore_errors=True)
-            finally:
-                lock.unlink(missing_ok=True)
-    finally:
+    nbl, lock = out / "nbl", out / "nbl" / ".lock"
+    made = [nbl] if out.exists() else [nbl, out]
+
+    def leave() -> None:
         with suppress(OSError):  # in use
-            nbl.rmdir()
-            if new:
-                out.rmdir()
+            for folder in made:
+                folder.rmdir()
+
+    with ExitStack() as stack:
+        stack.callback(leave)
+        nbl.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(
+            locked(lock, f"Another nbl-export is writing to {out}: wait for it, then start again.")
+        )
+        stack.callback(lock.unlink, missing_ok=True)
+        sweep(out)
+        sweep(nbl)
+        old = _written(out)
+        known = {nbl, lock, _record_of(out), *(out / name for name in old)}
+        if strange := [str(p.relative_to(out)) for p in sorted(out.rglob("*")) if p not in known]:
+            raise InputError(
+                f"{out} has files that no rewrite of nbl-export has written ({', '.join(strange[:3])}), so nothing is "
+                "written there: choose another --output."
+            )
+        scratch = tempfile.TemporaryDirectory(prefix=".rewrite.", suffix=TEMPORARY, dir=out)
+        yield Path(stack.enter_context(scratch)), old
 
 
 def _record_of(out: Path) -> Path:
@@ -117,23 +110,10 @@ def _record_of(out: Path) -> Path:
 
 
 def _written(out: Path) -> list[str]:
-    """The files that earlier rewrites into ``out`` have written, or had begun to write."""
+    """The files that an earlier rewrite into ``out`` has written, or had begun to write."""
     path, remedy = _record_of(out), "delete it, or choose another folder"
     if not path.exists():
         return []
     raw = read_json(path, "The record of the rewrite", remedy)
     record = from_json(ForeignSummary, raw, f"The record of the rewrite, {path},", remedy)
     return [str(member(out, name, f"A file named in {path}").relative_to(out)) for name in record.files]
-
-
-def _publish(scratch: Path, out: Path, record: ForeignSummary) -> None:
-    """Move the finished files of ``scratch`` to ``out``, in place of those of an earlier rewrite."""
-    old = _written(out)
-    write_json(_record_of(out), to_json(replace(record, files=tuple({*old, *record.files}))))
-    for name in sorted(old, key=lambda name: not name.endswith(".onnx")):
-        (out / name).unlink(missing_ok=True)
-    sync(out)
-    for name in sorted(record.files, key=lambda name: name == record.source):
-        (scratch / name).replace(out / name)
-    sync(out)
-    write_json(_record_of(out), to_json(record))

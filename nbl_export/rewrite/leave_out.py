@@ -12,12 +12,12 @@ one operator of onnxruntime becomes the norm alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from nbl_export.batch.names import EMBEDDINGS, MASK, SIDES, TOKENS
+from nbl_export.batch.names import EMBEDDINGS, MASK, TOKENS
 from nbl_export.blocks import Block, described
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import KVPair, state_pairs
@@ -25,22 +25,10 @@ from nbl_export.graph.cores import roles
 from nbl_export.graph.io import int64_initializer
 from nbl_export.graph.operators import MICROSOFT, SKIP_NORMS, is_constant, key, readers
 
-# Operators whose output is zeros where their first input is.
+# Operators of ONNX whose output is zeros where their first input is.
 _ZEROS_STAY = frozenset(
-    ("", op)
-    for op in (
-        "Cast",
-        "Identity",
-        "Dropout",
-        "Neg",
-        "Div",
-        "Reshape",
-        "Transpose",
-        "Squeeze",
-        "Unsqueeze",
-        "RMSNormalization",
-        "SimplifiedLayerNormalization",
-    )
+    {"Cast", "Identity", "Dropout", "Neg", "Div", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
+    | {"RMSNormalization", "SimplifiedLayerNormalization"}
 )
 # Of a sum and a norm in one operator: the norm alone, in ONNX and before ONNX had it, the opset that has it first, and
 # how many inputs of it follow the two summands.
@@ -53,7 +41,7 @@ _NORMS = {
     ),
     (MICROSOFT, "SkipLayerNormalization"): ("LayerNormalization", "LayerNormalization", 17, 2),
 }
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"(\d+)")
 _SUM = 3  # the output of such an operator that is the sum
 
 
@@ -77,20 +65,20 @@ def leave_out(model: ir.Model, layer: Block, y: ir.Value, later: ir.Value | None
         )
 
 
-def _without(node: ir.Node, zero: ir.Value, later: ir.Value | None, opset: int) -> list[ir.Value]:
+def _without(node: ir.Node, zero: ir.Value, later: ir.Value | None, opset: int) -> Sequence[ir.Value]:
     """Take ``zero`` out of the sum that ``node`` is; returns what else is zeros with it."""
-    if key(node) == ("", "Add"):
-        other = next((v for v in node.inputs if v is not zero), None)
-        if other is None:  # added to itself
-            return [node.outputs[0]]
-        if is_constant(other):
-            return [node.outputs[0]] if later is not None and other is later else []
-        node.outputs[0].replace_all_uses_with(other, replace_graph_outputs=True)
-    elif key(node) in SKIP_NORMS:
+    domain, op = key(node)
+    if (domain, op) in SKIP_NORMS:
         _norm_alone(node, zero, later, opset)
-    elif key(node) == ("", "Mul") or (key(node) in _ZEROS_STAY and node.inputs[0] is zero):
-        return [node.outputs[0]]
-    return []
+    elif not domain and (op == "Mul" or (op in _ZEROS_STAY and node.inputs[0] is zero)):
+        return node.outputs
+    elif not domain and op == "Add":
+        other = next((v for v in node.inputs if v is not zero), None)
+        if other is None or (is_constant(other) and other is later):  # added to itself, or its own bias
+            return node.outputs
+        if not is_constant(other):
+            node.outputs[0].replace_all_uses_with(other, replace_graph_outputs=True)
+    return ()
 
 
 def _norm_alone(node: ir.Node, zero: ir.Value, later: ir.Value | None, opset: int) -> None:
@@ -118,7 +106,7 @@ def _norm_alone(node: ir.Node, zero: ir.Value, later: ir.Value | None, opset: in
         node.outputs[_SUM].replace_all_uses_with(other, replace_graph_outputs=True)
 
 
-def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair]) -> None:
+def remove_pairs(model: ir.Model, removed: Collection[int], pairs: Sequence[KVPair]) -> None:
     """Remove the KV pairs of layers whose attention was removed, and renumber the rest contiguously.
 
     ``pairs`` are all pairs of the graph, found before the attention was removed.
@@ -132,39 +120,36 @@ def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair
        its old order: 0, 1, 2 …, also the states of other layers.
     """
     graph = model.graph
-    gone = [p for p in pairs if p.index in set(removed)]
-    retained = [p for p in pairs if p.index not in set(removed)]
-    templates = _templates(pairs)
-    for pair in gone:
-        for value in pair.present:
-            graph.outputs.remove(value)
+    gone, retained = ([p for p in pairs if (p.index in removed) is out] for out in (True, False))
+    places = _places(pairs)
+    for value in (v for pair in gone for v in pair.present):
+        graph.outputs.remove(value)
     RemoveUnusedNodesPass()(model)
     for pair in gone:
-        for side in range(len(SIDES)):
-            for value, twins in ((pair.past[side], "past"), (pair.present[side], "present")):
-                twin = getattr(retained[0], twins)[side] if retained else None
-                for usage in [usage for one in _of_one_shape(value) for usage in one.uses()]:
-                    if usage.node.op_type == "Shape":
-                        _reroute_shape(model, usage.node, pair.geometry(side), twin, grown=twins == "present")
+        for number, value in enumerate((*pair.past, *pair.present)):
+            twin = (*retained[0].past, *retained[0].present)[number] if retained else None
+            for usage in [usage for one in _of_one_shape(value) for usage in one.uses()]:
+                if usage.node.op_type == "Shape" and twin is not None:
+                    usage.node.replace_input_with(0, twin)
+                elif usage.node.op_type == "Shape":
+                    _compute_shape(model, usage.node, pair.geometry(number % 2), grown=number > 1)
     RemoveUnusedNodesPass()(model)
-    for pair in gone:
-        for value in pair.past:
-            if left := [f"{u.node.op_type} ({u.node.name})" for u in value.uses()]:
-                raise BuildError(f"{value.name} cannot be removed: a {left[0]} still reads it.")
-            graph.inputs.remove(value)
-    states = state_pairs(model)
-    numbers = {int(found[0]) for s in states if (found := _NUMBER.search(str(s.past.name)))}
-    nothing_left = [pair.index for pair in gone if pair.index not in numbers]
-
-    def new(number: int) -> int:
-        return number - sum(other < number for other in nothing_left)
-
-    for pair in retained:
-        for template, value in zip(templates, (*pair.past, *pair.present), strict=False):
-            value.name = template.format(new(pair.index))
-    if templates:
-        for value in (v for pair in states for v in (pair.past, pair.present)):
-            value.name = _NUMBER.sub(lambda found: str(new(int(found[0]))), str(value.name), count=1)
+    for value in (v for pair in gone for v in pair.past):
+        if left := [f"{u.node.op_type} ({u.node.name})" for u in value.uses()]:
+            raise BuildError(f"{value.name} cannot be removed: a {left[0]} still reads it.")
+        graph.inputs.remove(value)
+    if not places:
+        return
+    states = [v for pair in state_pairs(model) for v in (pair.past, pair.present)]
+    numbers = {_NUMBER.split(str(value.name))[1] for value in states if _NUMBER.search(str(value.name))}
+    nothing_left = [pair.index for pair in gone if str(pair.index) not in numbers]
+    kept = [(v, place) for p in retained for v, place in zip((*p.past, *p.present), places, strict=True)]
+    for value, place in (*kept, *((value, 1) for value in states)):
+        parts = _NUMBER.split(str(value.name))
+        if len(parts) > place:
+            number = int(parts[place])
+            parts[place] = str(number - sum(other < number for other in nothing_left))
+        value.name = "".join(parts)
 
 
 def _of_one_shape(value: ir.Value) -> list[ir.Value]:
@@ -178,29 +163,24 @@ def _of_one_shape(value: ir.Value) -> list[ir.Value]:
     return found
 
 
-def _templates(pairs: Sequence[KVPair]) -> list[str]:
-    """The names of past key, past value, present key and present value with {} for the pair's number.
+def _places(pairs: Sequence[KVPair]) -> list[int]:
+    """Which part of the names of past key, past value, present key and present value is the pair's number.
 
     Empty if the names do not contain the numbers 0, 1, 2 …: such pairs cannot be renumbered.
     """
-    templates = []
-    for names in zip(*([str(v.name) for v in (*p.past, *p.present)] for p in pairs), strict=True):
-        for match in re.finditer(r"\d+", names[0]):
-            template = (names[0][: match.start()] + "\0" + names[0][match.end() :]).replace("{", "{{")
-            template = template.replace("}", "}}").replace("\0", "{}")
-            if all(template.format(pair.index) == name for pair, name in zip(pairs, names, strict=True)):
-                templates.append(template)
-                break
-    return templates if len(templates) == 2 * len(SIDES) else []
+    places = []
+    for values in zip(*((*p.past, *p.present) for p in pairs), strict=True):
+        names = [(str(p.index), _NUMBER.split(str(v.name))) for p, v in zip(pairs, values, strict=True)]
+        some = range(1, min(len(parts) for _, parts in names), 2)
+        own = [place for place in some if all(parts[place] == number for number, parts in names)]
+        if not own:
+            return []
+        places.append(own[0])
+    return places
 
 
-def _reroute_shape(
-    model: ir.Model, node: ir.Node, geometry: tuple[int, int], twin: ir.Value | None, grown: bool
-) -> None:
-    """Let a ``Shape`` of a removed cache read ``twin``, or compute it: [batch, heads, length, head_dim]."""
-    if twin is not None:
-        node.replace_input_with(0, twin)
-        return
+def _compute_shape(model: ir.Model, node: ir.Node, geometry: tuple[int, int], grown: bool) -> None:
+    """Compute what a ``Shape`` of a removed cache says: [batch, heads, length, head_dim]."""
     inputs = roles(model)
     tokens = inputs.get(TOKENS, inputs.get(EMBEDDINGS))
     if tokens is None or MASK not in inputs:
@@ -225,9 +205,7 @@ def _reroute_shape(
     length = dimension(inputs[MASK], 1)
     if not grown:
         length = emit("Sub", [length, dimension(tokens, 1)])
-    batch = dimension(tokens, 0)
-    dimensions = [batch, constant(heads), length, constant(size)]
-    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-    stop = node.attributes["end"].as_int() if "end" in node.attributes else len(dimensions)
-    result = emit("Concat", dimensions[slice(start, stop)], axis=0)
+    dimensions = [dimension(tokens, 0), constant(heads), length, constant(size)]
+    start, stop = (node.attributes[n].as_int() if n in node.attributes else None for n in ("start", "end"))
+    result = emit("Concat", dimensions[start:stop], axis=0)
     ir.convenience.replace_all_uses_with(node.outputs[0], result)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.batch.names import PIXELS, TOKENS
@@ -30,11 +29,8 @@ class ProbeRunner:
     ) -> None:
         self.path, self.plan, self.progress = path, plan, progress
         self.rows = rows_of_batch(plan.probe)
-        self.lengths = [row[TOKENS].shape[1] if TOKENS in row else self._image() for row in self.rows]
-
-    def _image(self) -> int:
-        """Number of tokens per image."""
-        return len(next(iter(self.plan.probe_y.values()))) // len(self.rows)
+        of_image = len(next(iter(plan.probe_y.values()))) // len(self.rows)
+        self.lengths = [row[TOKENS].shape[1] if TOKENS in row else of_image for row in self.rows]
 
     def run(
         self,
@@ -57,63 +53,42 @@ class ProbeRunner:
         dtypes = {v.name: v.dtype for node in model.graph for v in node.outputs}
         for name, arrays in given.items():
             for number, (feed, array) in enumerate(zip(feeds, arrays, strict=True)):
-                if nudged is not None:
-                    array = nudged_values(array, dtypes.get(name), [nudged, number])
-                feed[name] = array
+                moved = nudged is not None
+                feed[name] = nudged_values(array, dtypes.get(name), [nudged, number]) if moved else array  # type: ignore[list-item]
         if nudged is not None:
             nudge(model, nudged)
-        if not other_tokens:
-            self._tell(model, feeds)
+        routes = {} if other_tokens else self.plan.probe_routes
+        if ranks := told_ranks(model, routes):
+            tell(model)
+            for (name, rank), number in zip(ranks.items(), sorted(routes), strict=True):
+                for feed, part in zip(feeds, self._parts(routes[number]), strict=True):
+                    feed[name] = part if rank == part.ndim else part[None]
         return compute_tensors(model, names, feeds, progress=self.progress)
 
-    def _tell(self, model: ir.Model, feeds: Sequence[Arrays]) -> None:
-        ranks = told_ranks(model, self.plan.probe_routes)
-        if not ranks:
-            return
-        tell(model)
-        ends = np.cumsum(self.lengths)[:-1]
-        for (name, rank), number in zip(ranks.items(), sorted(self.plan.probe_routes), strict=True):
-            taken = self.plan.probe_routes[number]
-            for feed, part in zip(feeds, np.split(taken, ends), strict=True):
-                feed[name] = part if rank == part.ndim else part[None]
+    def _parts(self, whole: NDArray[Any]) -> list[NDArray[Any]]:
+        return np.split(whole, np.cumsum(self.lengths)[:-1])
 
     def split(
         self, activations: NDArray[np.float32], shapes: Sequence[tuple[int, ...]]
     ) -> list[NDArray[np.float32]]:
         """``activations`` [unpadded tokens, d] row by row, in ``shapes``."""
-        ends = np.cumsum(self.lengths)[:-1]
-        return [p.reshape(s) for p, s in zip(np.split(activations, ends), shapes, strict=True)]
+        return [p.reshape(s) for p, s in zip(self._parts(activations), shapes, strict=True)]
 
     def joined(self, arrays: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         """The rows of one tensor as [unpadded tokens, d]."""
-        rows = [unbatched(a, length) for a, length in zip(arrays, self.lengths, strict=True)]
-        return np.concatenate(rows).astype(np.float32)
+        return np.concatenate(self._unbatched(arrays)).astype(np.float32)
 
     def error(self, arrays: Sequence[NDArray[Any]], expected: NDArray[np.float32]) -> float:
         """The relative error of a tensor against ``expected`` [unpadded tokens, d]; infinite for another shape."""
-        rows = [unbatched(a, length) for a, length in zip(arrays, self.lengths, strict=True)]
-        if any(r.ndim != 2 or r.shape[1] != expected.shape[1] for r in rows):
-            return float("inf")
-        return relative_error(np.concatenate(rows), expected)
+        alike = {row.shape[1:] for row in self._unbatched(arrays)} == {expected.shape[1:]}
+        return relative_error(self.joined(arrays), expected) if alike else float("inf")
+
+    def _unbatched(self, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        return [unbatched(a, length) for a, length in zip(arrays, self.lengths, strict=True)]
 
 
 def _backwards(row: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return {name: a[..., ::-1].copy() if name in (TOKENS, PIXELS) else a for name, a in row.items()}
-
-
-def cause_and_remedy(model: ir.Model, precision: str, told: bool) -> str:
-    """Why tensors of a graph in that precision may be unlike PyTorch's, and what to do, as the end of a sentence.
-
-    A router (TopK) sends a token of two nearly equal scores to another expert where the scores are rounded, unless
-    it was ``told`` PyTorch's choices.
-    """
-    other = "this graph is not of the model the plan was made for"
-    if not told and precision != "fp32" and any(node.op_type == "TopK" for node in model.graph):
-        return (
-            f"rounding may send tokens to other experts than PyTorch's, or {other}: export that model with --precision "
-            "fp32, or calibrate and select again"
-        )
-    return f"{other}: export that model"
 
 
 def relative_error(found: NDArray[Any], expected: NDArray[np.float32]) -> float:

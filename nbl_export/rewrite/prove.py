@@ -10,7 +10,7 @@ weights are moved as rounding moves them (:mod:`nbl_export.graph.rounding`), and
 more, the tensor may be from PyTorch's, and over all layers less still. Other weights, if only by the size of that
 rounding, are further away.
 
-A mixture of experts is told PyTorch's choices, which are judged by themselves (:mod:`.routing`).
+A mixture of experts is told PyTorch's choices, which are judged by themselves (:mod:`.routers`).
 
 An error is the larger one of two: of all tokens together, and of the median token. A few tokens of massive activations
 decide the first alone, and nearly equal tensors of neighbouring layers would pass for each other.
@@ -19,7 +19,7 @@ decide the first alone, and nearly equal tensors of neighbouring layers would pa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,12 +33,13 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import SKIP_NORMS, captured, constant_tensor, key
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.regions import Output, Region, later_bias
-from nbl_export.graph.summary import ProofErrors
+from nbl_export.graph.summary import ProofErrors, ProvenTensors
 from nbl_export.linearize.plan import Plan
-from nbl_export.rewrite.probe_runner import Found, ProbeRunner, cause_and_remedy
-from nbl_export.rewrite.routers import RouterProof, router_proofs, told_scores
+from nbl_export.rewrite.probe_runner import Found, ProbeRunner
+from nbl_export.rewrite.routers import shortfalls, told_scores
 
 _C = TypeVar("_C")
+_INFINITE = float("inf")
 _ROUNDING = 1.5
 # How much further from PyTorch's a tensor may be than the measured rounding moves it. A right graph's errors were 0.7
 # to 1.4 times that.
@@ -49,6 +50,7 @@ _ROOM_AS_A_WHOLE = 1.25
 # largest of a few counts, twice, and layers are not judged as a whole; in a wide one draws are alike, and each costs a
 # run of the graph.
 _DRAWS, _WIDE, _BY_CHANCE = 4, 64, 2.0
+_WHY = "this graph is not of the model the plan was made for: export that model"
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,20 @@ class Proof:
     input_error: float
     output_error: float
     shapes: tuple[tuple[int, ...], ...] = ()
-    allowed: Tolerance = field(default=Tolerance(float("inf"), float("inf")))
+    allowed: Tolerance = field(default=Tolerance(_INFINITE, _INFINITE))
 
     @property
     def proven(self) -> tuple[ir.Value, Output]:
         """u and y of a proof that holds."""
         assert self.u is not None and self.y is not None
         return self.u, self.y
+
+    @property
+    def tensors(self) -> ProvenTensors:
+        """The names of u and y, of a proof that holds."""
+        u, y = self.proven
+        later = str(y.later.name) if y.later else ""
+        return ProvenTensors(self.layer, str(u.name), str(y.value.name), later, self.shapes)
 
     @property
     def errors(self) -> ProofErrors:
@@ -123,23 +132,26 @@ def prove(
     precision = graph_precision(model)
     proving = _Proving(path, regions, plan, precision, progress)
     proofs = proving.proofs()
-    why = cause_and_remedy(model, precision.name, told=bool(proving.routers))
-    if odd := next((router for router in proving.routers if not router.holds), None):
-        raise BuildError(f"The graph is not proven: {odd}; {why}.")
+    for number, (short, allowed) in enumerate(proving.routers):
+        if not short <= allowed:
+            raise BuildError(
+                f"The graph is not proven: PyTorch's choices of experts fall short in its router {number} by "
+                f"{short:.1e} of a score, more than the {allowed:.1e} that its own rounding explains; {_WHY}."
+            )
     for layer in plan.chosen:
         proof, limits = proofs[layer], proofs[layer].limits(PROOF_TOLERANCE[precision.name])
         if not proof.holds(limits):
             raise BuildError(
                 f"Layer {layer} is not proven: the graph's tensors differ from PyTorch's by "
                 f"{proof.input_error:.1e} (input) and {proof.output_error:.1e} (output), more than "
-                f"{limits.u:.2g} and {limits.y:.2g} relative; {why}."
+                f"{limits.u:.2g} and {limits.y:.2g} relative; {_WHY}."
             )
     wide = plan.hidden_size >= _WIDE
     for what, times in _as_a_whole(proofs).items() if wide else ():
         if not times <= _ROOM_AS_A_WHOLE:
             raise BuildError(
                 f"The graph is not proven: over all layers its tensors ({what}) differ from PyTorch's by {times:.2f} "
-                f"times what its own rounding explains, more than {_ROOM_AS_A_WHOLE:g} times; {why}."
+                f"times what its own rounding explains, more than {_ROOM_AS_A_WHOLE:g} times; {_WHY}."
             )
     return proofs
 
@@ -149,22 +161,24 @@ def _as_a_whole(proofs: Mapping[Block, Proof]) -> dict[str, float]:
 
     One layer that stays may be unlike PyTorch's: it counts no more than the most that a layer may have.
     """
-    ratios: dict[str, list[float]] = {"input": [], "output": []}
-    for proof in proofs.values():
-        pairs = (
-            ("input", proof.input_error, proof.allowed.u, PROOF_TOLERANCE["fp32"].u),
-            ("output", proof.output_error, proof.allowed.y, PROOF_TOLERANCE["fp32"].y),
-        )
-        for what, error, allowed, least in pairs:
-            if (
-                least < allowed < float("inf")
-            ):  # otherwise nothing was measured, or nothing is rounded before it
-                ratios[what].append(min(max(_ROOM * error / allowed, 1e-3), _ROOM))
-    return {what: float(np.exp(np.mean(np.log(found)))) for what, found in ratios.items() if found}
+    least, all_proofs = PROOF_TOLERANCE["fp32"], proofs.values()
+    found = {}
+    for what, pairs in (
+        ("input", [(p.input_error, p.allowed.u) for p in all_proofs if p.allowed.u > least.u]),
+        ("output", [(p.output_error, p.allowed.y) for p in all_proofs if p.allowed.y > least.y]),
+    ):
+        # Otherwise nothing was measured, or nothing is rounded before it.
+        ratios = [min(max(_ROOM * e / most, 1e-3), _ROOM) for e, most in pairs if most < _INFINITE]
+        if ratios:
+            found[what] = float(np.exp(np.mean(np.log(ratios))))
+    return found
 
 
 class _Proving:
-    """Runs a graph on the plan's probe as often as its proofs need it."""
+    """Runs a graph on the plan's probe as often as its proofs need it.
+
+    ``routers`` say how far the scores of PyTorch's choices fall short in each, and how far they may.
+    """
 
     def __init__(
         self,
@@ -174,47 +188,40 @@ class _Proving:
         precision: Precision,
         progress: Callable[[int], object],
     ) -> None:
-        self.regions, self.plan, self.precision = regions, plan, precision
+        self.regions, self.plan, self.precision = {r.layer: r for r in regions}, plan, precision
         self.tolerance = PROOF_TOLERANCE[precision.name]
         self.runner = ProbeRunner(path, plan, progress)
         self.scores = told_scores(load_graph(path), plan.probe_routes)
-        self.routers: list[RouterProof] = []
+        self.lent = {v for region in regions for v in region.lent}
+        self.routers: list[tuple[float, float]] = []
+        self.own: Found = []
 
     def proofs(self) -> dict[Block, Proof]:
-        names = {
-            str(v.name)
-            for r in self.regions
-            for v in (*self._inputs(r), *(o.value for o in r.outputs), *r.lent)
+        inputs = {
+            layer: region.inputs if self.plan.fit_input == "normed" else region.streams
+            for layer, region in self.regions.items()
         }
-        if not names:
-            return {r.layer: _unfound(r.layer, {}) for r in self.regions}
+        names = {str(v.name) for v in (*self.lent, *(v for values in inputs.values() for v in values))}
+        names |= {str(o.value.name) for region in self.regions.values() for o in region.outputs}
         self.own = self.runner.run(sorted({*names, *self.scores}), {})
-        errors = {region.layer: self._input_errors(region) for region in self.regions}
+        errors: dict[Block, dict[ir.Value, float]] = {
+            layer: {v: self.runner.error(_rows(self.own, v), self.plan.probe_u[layer]) for v in values}
+            for layer, values in inputs.items()
+        }
         candidates = {layer: _nearest(of, self.tolerance.u) for layer, of in errors.items()}
         computed = self._computed(candidates)
         proofs = {}
-        for region in self.regions:
-            found = self._best(region, candidates[region.layer], computed)
-            if found is None:
-                proofs[region.layer] = _unfound(region.layer, errors[region.layer])
-                continue
-            u, y, error = found
-            shapes = tuple(a.shape for a in self._rows(self.own, u))
-            proofs[region.layer] = Proof(region.layer, u, y, errors[region.layer][u], error, shapes)
+        for layer, region in self.regions.items():
+            least = min(errors[layer].values(), default=_INFINITE)
+            proofs[layer] = Proof(layer, None, None, least, _INFINITE)
+            if found := self._best(region, candidates[layer], computed):
+                u, y, error = found
+                shapes = tuple(a.shape for a in _rows(self.own, u))
+                proofs[layer] = Proof(layer, u, y, errors[layer][u], error, shapes)
         if self.precision.name == "fp32":
-            self.routers = router_proofs(self.scores, self.plan.probe_routes, self.own)
+            self.routers = shortfalls(self.scores, self.plan.probe_routes, self.own)
             return proofs
         return self._with_allowed(proofs)
-
-    def _inputs(self, region: Region) -> tuple[ir.Value, ...]:
-        return region.inputs if self.plan.fit_input == "normed" else region.streams
-
-    def _input_errors(self, region: Region) -> dict[ir.Value, float]:
-        expected = self.plan.probe_u[region.layer]
-        return {v: self.runner.error(self._rows(self.own, v), expected) for v in self._inputs(region)}
-
-    def _rows(self, found: Found, value: ir.Value) -> list[NDArray[np.float32]]:
-        return [row[str(value.name)] for row in found]
 
     def _computed(
         self, candidates: Mapping[Block, Sequence[ir.Value]]
@@ -223,9 +230,6 @@ class _Proving:
 
         One run for the first candidate of every layer, one for the second, and so on.
         """
-        outputs = {r.layer: sorted({str(o.value.name) for o in r.outputs}) for r in self.regions}
-        names = {r.layer: [o.value for o in r.outputs] for r in self.regions}
-        lent = {r.layer: set(r.lent) for r in self.regions}
         waiting = [(layer, u) for layer, values in candidates.items() for u in values]
         computed: dict[tuple[Block, ir.Value], Found] = {}
         while waiting:
@@ -234,15 +238,14 @@ class _Proving:
                 if layer not in fed and u not in fed.values():
                     fed[layer] = u
             # Fed together, a layer whose y comes from somewhere else would find PyTorch's activations there.
-            entries = {i: _entries(u) for i, u in fed.items()}
-            others = {v for values in entries.values() for v in values}
-            apart = [i for i in fed if not _from_alone(names[i], entries[i], others, lent[i])]
-            together = {i: u for i, u in fed.items() if i not in apart}
-            for group in (together, *({i: fed[i]} for i in apart)):
+            others = {v for u in fed.values() for v in _entries(u)}
+            apart = [i for i, u in fed.items() if not _from_alone(self.regions[i], _entries(u), others)]
+            for layers in ([i for i in fed if i not in apart], *([i] for i in apart)):
+                group = {i: fed[i] for i in layers}
+                names = sorted({str(o.value.name) for i in group for o in self.regions[i].outputs})
                 if group:
-                    found = self._run_fed(group, [name for layer in group for name in outputs[layer]])
-                    computed |= dict.fromkeys(group.items(), found)
-            waiting = [(layer, u) for layer, u in waiting if fed.get(layer) is not u]
+                    computed |= dict.fromkeys(group.items(), self._run_fed(group, names))
+            waiting = [one for one in waiting if one not in computed]
         return computed
 
     def _run_fed(
@@ -255,18 +258,15 @@ class _Proving:
         """What each layer computes of PyTorch's activations ``fed`` to it, and of what it was lent in a ``run``."""
         given = {}
         for layer, u in fed.items():
-            shapes = [a.shape for a in self._rows(self.own, u)]
-            rows = self.runner.split(self.plan.probe_u[layer], shapes)
+            rows = self.runner.split(self.plan.probe_u[layer], [a.shape for a in _rows(self.own, u)])
             first, *others = _entries(u)
             node = u.producer()
             bias = later_bias(node) if others and node is not None else None
             added = None if bias is None else _constant(bias)
             given[str(first.name)] = rows if added is None else [row - added for row in rows]
             given |= {str(value.name): [np.zeros_like(row) for row in rows] for value in others}
-        for value in (v for region in self.regions if region.layer in fed for v in region.lent):
-            given[str(value.name)] = self._rows(run or self.own, value)
-        wanted = [n for n in dict.fromkeys(names) if n not in given]
-        found = self.runner.run(wanted, given, nudged=nudged, other_tokens=True)
+            given |= {str(v.name): _rows(run or self.own, v) for v in self.regions[layer].lent}
+        found = self.runner.run([n for n in names if n not in given], given, nudged, other_tokens=True)
         # A tensor that is fed for one layer is nothing that another layer computes.
         return [{**{n: np.full((1, 1), np.nan) for n in names}, **row} for row in found]
 
@@ -278,59 +278,63 @@ class _Proving:
     ) -> tuple[ir.Value, Output, float] | None:
         pairs: dict[tuple[ir.Value, Output], float] = {}
         for u in candidates:
-            rank = self._rows(self.own, u)[0].ndim
+            rank = _rows(self.own, u)[0].ndim
             for y in region.outputs:
-                if self._rows(self.own, y.value)[0].ndim == rank:
+                if _rows(self.own, y.value)[0].ndim == rank:
                     pairs[u, y] = self._output_error(y, computed[region.layer, u], region.layer)
         near = _nearest(pairs, self.tolerance.y)
-        if not near:
-            return None
         # The product without its bias is not y, even if the values are too inaccurate to show it.
-        most = max(y.biases for _, y in near)
-        u, y = next(pair for pair in near if pair[1].biases == most)
-        return u, y, pairs[u, y]
+        most = max((y.biases for _, y in near), default=0)
+        return next(((u, y, pairs[u, y]) for u, y in near if y.biases == most), None)
 
     def _output_error(self, output: Output, computed: Found, layer: Block) -> float:
-        arrays: Sequence[NDArray[np.float32]] = self._rows(computed, output.value)
+        arrays: Sequence[NDArray[np.float32]] = _rows(computed, output.value)
         if output.later is not None:
             later = _constant(output.later)
             if later is None or later.shape[-1:] != arrays[0].shape[-1:]:  # or it is inside an MLP
-                return float("inf")
+                return _INFINITE
             arrays = [a + later for a in arrays]
         return self.runner.error(arrays, self.plan.probe_y[layer])
 
     def _with_allowed(self, proofs: Mapping[Block, Proof]) -> dict[Block, Proof]:
         """The ``proofs`` with the errors that the graph's own rounding explains."""
-        found = {layer: (p, p.u, p.y) for layer, p in proofs.items() if p.u is not None and p.y is not None}
-        fed = {layer: u for layer, (_, u, _) in found.items()}
-        outputs = [str(y.value.name) for _, _, y in found.values()]
+        found = {layer: proof.proven for layer, proof in proofs.items() if proof.u is not None}
         if not found:
             return dict(proofs)
-        lent = {v for region in self.regions for v in region.lent}
-        inputs = sorted({str(v.name) for v in (*fed.values(), *lent)})
+        fed = {layer: u for layer, (u, _) in found.items()}
+        inputs = sorted({str(v.name) for v in (*fed.values(), *self.lent)})
+        outputs = sorted({str(y.value.name) for _, y in found.values()})
         narrow = self.plan.hidden_size < _WIDE
         seeds, room = range(_DRAWS if narrow else 1), _ROOM * (_BY_CHANCE if narrow else 1)
         moved = [self.runner.run([*inputs, *self.scores], {}, nudged=seed) for seed in seeds]
-        self.routers = router_proofs(self.scores, self.plan.probe_routes, self.own, moved, room)
+        self.routers = shortfalls(self.scores, self.plan.probe_routes, self.own, moved, room)
         # Each as proven: from the layer's u alone, which the layers before do not change.
         exact = self._run_fed(fed, outputs)
-        moved_y = [
-            self._run_fed(fed, outputs, nudged=seed, run=run) for seed, run in zip(seeds, moved, strict=True)
-        ]
-        result = dict(proofs)
-        last_bit = _LAST_BIT.get(self.precision.name, 0.0)
-        least = PROOF_TOLERANCE["fp32"]
-        for layer, (proof, u, y) in found.items():
-            own_u = self._moved(self.own, moved, u)
-            own_y = self._moved(exact, moved_y, y.value)
-            allowed = Tolerance(max(room * own_u + last_bit, least.u), max(room * own_y + last_bit, least.y))
-            result[layer] = Proof(layer, u, y, proof.input_error, proof.output_error, proof.shapes, allowed)
-        return result
+        moved_y = [self._run_fed(fed, outputs, seed, run) for seed, run in zip(seeds, moved, strict=True)]
+        least, last_bit = PROOF_TOLERANCE["fp32"], _LAST_BIT.get(self.precision.name, 0.0)
 
-    def _moved(self, before: Found, draws: Sequence[Found], value: ir.Value) -> float:
-        """How far ``value`` is moved by the draw that moves it most."""
-        exact = self.runner.joined(self._rows(before, value))
-        return max(self.runner.error(self._rows(after, value), exact) for after in draws)
+        def allowed(before: Found, draws: Sequence[Found], value: ir.Value, least: float) -> float:
+            """What the draw explains that moves ``value`` most."""
+            exact = self.runner.joined(_rows(before, value))
+            most = max(self.runner.error(_rows(after, value), exact) for after in draws)
+            return max(room * most + last_bit, least)
+
+        return {
+            **proofs,
+            **{
+                layer: replace(
+                    proofs[layer],
+                    allowed=Tolerance(
+                        allowed(self.own, moved, u, least.u), allowed(exact, moved_y, y.value, least.y)
+                    ),
+                )
+                for layer, (u, y) in found.items()
+            },
+        }
+
+
+def _rows(found: Found, value: ir.Value) -> list[NDArray[np.float32]]:
+    return [row[str(value.name)] for row in found]
 
 
 def _entries(u: ir.Value) -> tuple[ir.Value, ...]:
@@ -344,34 +348,24 @@ def _entries(u: ir.Value) -> tuple[ir.Value, ...]:
     return tuple(v for v in node.inputs[:2] if v is not None)
 
 
-def _from_alone(
-    outputs: Sequence[ir.Value], own: tuple[ir.Value, ...], fed: set[ir.Value], lent: set[ir.Value]
-) -> bool:
-    """Whether ``outputs`` are computed from a layer's ``own`` of the ``fed`` tensors, and from no other of them.
+def _from_alone(region: Region, own: tuple[ir.Value, ...], fed: set[ir.Value]) -> bool:
+    """Whether the outputs of ``region`` are computed from its ``own`` of the ``fed`` tensors, and from no other.
 
-    What is ``lent`` to the layer is fed as well.
+    What is lent to the layer is fed as well.
     """
-    stack: list[ir.Value] = [v for v in outputs if v not in own]
+    stack = [o.value for o in region.outputs if o.value not in own]
     seen: set[ir.Node] = set()
     reached = False
     while stack:
         value = stack.pop()
-        if value in own:
-            reached = True
-            continue
-        if value in lent:
-            continue
-        if value in fed:
+        if value in fed and value not in own and value not in region.lent:
             return False
-        node = value.producer()
+        reached |= value in own
+        node = None if value in own or value in region.lent else value.producer()
         if node is not None and node not in seen:
             seen.add(node)
             stack += [v for v in (*node.inputs, *captured(node)) if v is not None]
     return reached
-
-
-def _unfound(layer: Block, errors: Mapping[ir.Value, float]) -> Proof:
-    return Proof(layer, None, None, min(errors.values(), default=float("inf")), float("inf"))
 
 
 def _nearest(errors: Mapping[_C, float], tolerance: float) -> list[_C]:
@@ -379,18 +373,17 @@ def _nearest(errors: Mapping[_C, float], tolerance: float) -> list[_C]:
 
     A tensor and its Cast differ by rounding only, and that may be the whole error of the Cast.
     """
-    least = min(errors.values(), default=float("inf"))
-    near = max(_ROUNDING * least, tolerance / 10)
+    near = max(_ROUNDING * min(errors.values(), default=_INFINITE), tolerance / 10)
     return [c for c, error in errors.items() if np.isfinite(error) and error <= near]
 
 
-def without_later(y: Output, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """``values`` of the attention's output minus the bias that is added after the proven tensor ``y``."""
-    if y.later is None:
+def without_later(later: ir.Value | None, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``values`` of the attention's output minus the bias that is added ``later`` than the proven tensor y."""
+    if later is None:
         return values
-    later = _constant(y.later)
-    assert later is not None  # it was proven with it
-    return values - later
+    bias = _constant(later)
+    assert bias is not None  # it was proven with it
+    return values - bias
 
 
 def _constant(value: ir.Value) -> NDArray[np.float32] | None:

@@ -83,32 +83,38 @@ def quantize_blocks(w: F32, bits: int, block: int, symmetric: bool, positive: bo
 
 
 def pack(numbers: U8, bits: int) -> U8:
-    """Integers [..., n] packed into bytes [..., ⌈n·bits/8⌉], the first in the lowest bits."""
-    if bits not in (2, 4, 8):
-        raise BuildError(f"Weights of {bits} bits are not supported: quantize the graph with 2, 4 or 8.")
+    """Integers [..., n] of 2, 4 or 8 bits in bytes [..., ⌈n·bits/8⌉], the first in the lowest bits."""
     each = 8 // bits
-    filled = np.zeros((*numbers.shape[:-1], -(-numbers.shape[-1] // each) * each), dtype=np.uint8)
-    filled[..., : numbers.shape[-1]] = numbers
+    filled = np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, -numbers.shape[-1] % each)])
     shifted = filled.reshape(*filled.shape[:-1], -1, each) << (np.arange(each, dtype=np.uint8) * bits)
     # No two of them have a bit in common.
     packed: U8 = np.sum(shifted.astype(np.uint8), axis=-1, dtype=np.uint8)
     return packed
 
 
-def _quantized(w: F32, node: ir.Node, symmetric: bool) -> Blocks:
+def _quantized(w: F32, node: ir.Node, symmetric: bool = True) -> Blocks:
     """``w`` [output, input] in the blocks of ``node``'s weight, which is quantized, or is its DequantizeLinear."""
+    scales: ir.Value | None = None
     if key(node) == _N_BITS:
-        return quantize_blocks(
-            w, int_attribute(node, "bits", 4), int_attribute(node, "block_size"), symmetric
+        scales, bits, block = (
+            node.inputs[2],
+            int_attribute(node, "bits", 4),
+            int_attribute(node, "block_size"),
         )
-    if node.op_type in DYNAMIC:
+        blocks = quantize_blocks(w, bits, block, symmetric=_input(node, 3) is None)
+    elif node.op_type in DYNAMIC:
         zero = _input(node, DYNAMIC[node.op_type])
         each = zero is not None and zero.shape is not None and len(zero.shape) == 1 and zero.shape[0] != 1
         rows = w if each else w.reshape(1, -1)
-        return quantize_blocks(rows, 8, rows.shape[1], symmetric=True, positive=True)
-    bits, _ = _typed(node, node.inputs[0])
-    block = int_attribute(node, "block_size") or w.shape[1]  # without blocks: one scale per output channel
-    return quantize_blocks(w, bits, block, symmetric, positive=True)
+        blocks = quantize_blocks(rows, 8, rows.shape[1], symmetric=True, positive=True)
+    else:
+        scales, bits = node.inputs[1], _typed(node, node.inputs[0])[0]
+        block = (
+            int_attribute(node, "block_size") or w.shape[1]
+        )  # without blocks: one scale per output channel
+        blocks = quantize_blocks(w, bits, block, symmetric, positive=True)
+    dtype = (scales.dtype if scales is not None else None) or ir.DataType.FLOAT
+    return replace(blocks, scales=blocks.scales.astype(dtype.numpy()).astype(np.float32))
 
 
 def _typed(node: ir.Node, stored: ir.Value | None) -> tuple[int, bool]:
@@ -125,31 +131,21 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 
 def stands_for(w: F32, node: ir.Node) -> F32:
     """What the numbers mean that ``w`` [output, input] becomes in the format of ``node``, a product with a weight."""
-    dequantize, scales = dequantizer(node), None
-    if key(node) == _N_BITS:
-        scales = node.inputs[2]
-        blocks = _quantized(w, node, _input(node, 3) is None)
-    elif node.op_type in DYNAMIC:
-        blocks = _quantized(w, node, symmetric=True)
-    elif dequantize is not None:
-        scales, zeros = dequantize.inputs[1], _input(dequantize, 2)
-        bits, signed = _typed(dequantize, dequantize.inputs[0])
-        # Numbers without a sign have zero points also where the scales are symmetric, so these tell nothing.
-        symmetric = zeros is None or (not signed and _all_equal(zeros, 1 << (bits - 1)))
-        blocks = _quantized(w, dequantize, symmetric)
-    else:
+    if not weight_bits(node):
         stored = node.inputs[1]
-        dtype = stored.dtype if stored is not None and stored.dtype is not None else ir.DataType.FLOAT
+        dtype = (stored.dtype if stored is not None else None) or ir.DataType.FLOAT
         return w.astype(dtype.numpy()).astype(np.float32)
-    dtype = scales.dtype if scales is not None and scales.dtype is not None else ir.DataType.FLOAT
-    rounded = replace(blocks, scales=blocks.scales.astype(dtype.numpy()).astype(np.float32))
-    values: F32 = rounded.values().reshape(len(w), -1)[:, : w.shape[1]]
+    if (dequantize := dequantizer(node)) is None:
+        blocks = _quantized(w, node)
+    else:
+        bits, signed = _typed(dequantize, dequantize.inputs[0])
+        zeros = _input(dequantize, 2)
+        points = zeros.const_value if zeros is not None else None
+        # Numbers without a sign have zero points also where the scales are symmetric, so these tell nothing.
+        middle = not signed and points is not None and (points.numpy().astype(int) == 1 << (bits - 1)).all()
+        blocks = _quantized(w, dequantize, zeros is None or bool(middle))
+    values: F32 = blocks.values().reshape(len(w), -1)[:, : w.shape[1]]
     return values
-
-
-def _all_equal(value: ir.Value, number: int) -> bool:
-    tensor = value.const_value
-    return tensor is not None and bool((tensor.numpy().astype(np.int16) == number).all())
 
 
 def computed(u: F32, weights: Sequence[F32], nodes: Sequence[ir.Node], b: F32, dtype: ir.DataType) -> F32:
@@ -217,21 +213,21 @@ def _n_bits(x: ir.Value, w: F32, neighbour: ir.Node, add: Add) -> ir.Node:
         raise BuildError(
             f"{neighbour.name} has zero points of {zeros.dtype}: quantize the graph with packed zero points (uint8)."
         )
-    blocks = _quantized(w, neighbour, symmetric=zeros is None)
+    blocks = _quantized(w, neighbour)
 
     def like(known: ir.Value, numbers: NDArray[Any]) -> NDArray[Any]:
         return numbers if known.shape is not None and len(known.shape) == 2 else numbers.reshape(-1)
 
     weight = add("weight_quant", pack(blocks.numbers, bits), ir.DataType.UINT8)
-    stored = add("weight_scales", like(scales, blocks.scales), scales.dtype or ir.DataType.FLOAT)
-    args: list[ir.Value | None] = [x, weight, stored]
+    args = [x, weight, add("weight_scales", like(scales, blocks.scales), scales.dtype or ir.DataType.FLOAT)]
     if zeros is not None:
         args.append(add("weight_zeros", like(zeros, pack(blocks.zeros, bits)), ir.DataType.UINT8))
-    sizes = {"K": w.shape[1], "N": w.shape[0], "bits": bits}
     kept = {
         n: int_attribute(neighbour, n) for n in ("block_size", "accuracy_level") if n in neighbour.attributes
     }
-    return ir.node("MatMulNBits", args, sizes | kept, domain=MICROSOFT)
+    return ir.node(
+        "MatMulNBits", args, {"K": w.shape[1], "N": w.shape[0], "bits": bits, **kept}, domain=MICROSOFT
+    )
 
 
 def _dequantized(x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, add: Add) -> list[ir.Node]:
@@ -240,23 +236,24 @@ def _dequantized(x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, ad
     assert quantized is not None and scales is not None
     bits, signed = _typed(neighbour, quantized)
     blocks, block = _quantized(w, neighbour, zeros is None), int_attribute(neighbour, "block_size")
-    shift = (1 << (bits - 1)) if signed else 0
+    shift, kind = (1 << (bits - 1)) if signed else 0, scales.dtype or dtype
 
     # Blocks run along the input, axis 0; without blocks the scales run along the output, axis 1.
     def turned(numbers: NDArray[Any]) -> NDArray[Any]:
         return numbers.T if block else numbers[:, 0]
 
     numbers = blocks.numbers.reshape(len(w), -1)[:, : w.shape[1]].T.astype(np.int16) - shift
-    stored = add("weight_quant", numbers, quantized.dtype)
-    kind = scales.dtype or dtype
-    args: list[ir.Value | None] = [stored, add("weight_scales", turned(blocks.scales), kind)]
+    args = [add("weight_quant", numbers, quantized.dtype), add("weight_scales", turned(blocks.scales), kind)]
     if zeros is not None or not signed:
         args.append(add("weight_zeros", turned(blocks.zeros).astype(np.int16) - shift, quantized.dtype))
-    attributes = {"axis": 0, "block_size": block} if block else {"axis": 1}
-    made = ir.node("DequantizeLinear", args, attributes)
-    made.outputs[0].name, made.outputs[0].type = f"{stored.name}.float", ir.TensorType(kind)
-    made.outputs[0].shape = ir.Shape(w.shape[::-1])
-    return [made, ir.node("MatMul", [x, made.outputs[0]])]
+    made = ir.node("DequantizeLinear", args, {"axis": 0, "block_size": block} if block else {"axis": 1})
+    value = made.outputs[0]
+    value.name, value.type, value.shape = (
+        f"{args[0].name}.float",
+        ir.TensorType(kind),
+        ir.Shape(w.shape[::-1]),
+    )
+    return [made, ir.node("MatMul", [x, value])]
 
 
 def _dynamic(x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, add: Add) -> list[ir.Node]:
@@ -264,7 +261,7 @@ def _dynamic(x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, add: A
     stored = neighbour.inputs[1]
     assert stored is not None
     _, signed = _typed(neighbour, stored)
-    blocks, shift = _quantized(w, neighbour, symmetric=True), 128 if signed else 0
+    blocks, shift = _quantized(w, neighbour), 128 if signed else 0
     numbers = (blocks.numbers.reshape(w.shape).astype(np.int16) - shift).T
     scales = blocks.scales[:, 0] if len(blocks.scales) == len(w) != 1 else blocks.scales[0, 0]
     weight = add("weight_quant", np.ascontiguousarray(numbers), stored.dtype)
@@ -272,14 +269,18 @@ def _dynamic(x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, add: A
     point = add("weight_zero", np.full(np.shape(scales), 128 - shift, dtype=np.int16), stored.dtype)
     if neighbour.op_type == "DynamicQuantizeMatMul":
         return [ir.node("DynamicQuantizeMatMul", [x, weight, scale, point], domain=MICROSOFT)]
-    quantize = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
-    q, q_scale, q_zero = quantize.outputs
-    product = ir.node("MatMulInteger", [q, weight, q_zero, point])
-    cast = ir.node("Cast", [product.outputs[0]], {"to": int(dtype)})
-    both = ir.node("Mul", [q_scale, scale])
-    result = ir.node("Mul", [cast.outputs[0], both.outputs[0]])
-    nodes = [quantize, product, cast, both, result]
-    for node, name in zip(nodes[:-1], ("quantized", "integer", "cast", "scales"), strict=True):
-        for number, value in enumerate(node.outputs):
+    nodes: list[ir.Node] = []
+
+    def emit(
+        op: str, args: Sequence[ir.Value], name: str = "", outputs: int = 1, **attributes: int
+    ) -> ir.Value:
+        nodes.append(ir.node(op, args, attributes, num_outputs=outputs))
+        for number, value in enumerate(nodes[-1].outputs if name else ()):
             value.name = f"{weight.name}.{name}{number or ''}"
+        return nodes[-1].outputs[0]
+
+    q = emit("DynamicQuantizeLinear", [x], "quantized", outputs=3)
+    _, q_scale, q_zero = nodes[0].outputs
+    integer = emit("MatMulInteger", [q, weight, q_zero, point], "integer")
+    emit("Mul", [emit("Cast", [integer], "cast", to=int(dtype)), emit("Mul", [q_scale, scale], "scales")])
     return nodes

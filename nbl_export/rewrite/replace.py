@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,23 +30,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.blocks import Block, as_json, attentions, part_of
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import (
-    KV_LAYERS_KEY,
-    LAYERS_KEY,
-    kv_layers,
-    kv_pairs,
-    metadata_list,
-)
+from nbl_export.graph.cache import KV_LAYERS_KEY, LAYERS_KEY, kv_layers, kv_pairs, metadata_list
 from nbl_export.graph.cores import remember_roles
 from nbl_export.graph.facts import summarize
-from nbl_export.graph.io import follow_links, load_graph, save_graph
+from nbl_export.graph.io import initializer, load_graph, save_graph
 from nbl_export.graph.operators import infer_types, weight_bits
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.regions import Region, find_regions
 from nbl_export.graph.summary import (
     DescribedLayer,
     GraphSummary,
-    ProvenTensors,
     RewriteRecord,
     RewriteSummary,
     StoredError,
@@ -56,7 +49,7 @@ from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.confirm import confirm
 from nbl_export.rewrite.leave_out import leave_out, remove_pairs
-from nbl_export.rewrite.planned import check_finite, planned_attentions, planned_mlps
+from nbl_export.rewrite.planned import planned_attentions, planned_mlps
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove, without_later
 from nbl_export.rewrite.quantize import product
 from nbl_export.runtime.session import check_like
@@ -107,11 +100,11 @@ def rewrite_file(
 
     with bytes_task(listener, "Writing the graph", found.before.file_bytes) as done:
         files = save(model, target, check, done)
-    worst = max(stored, key=lambda layer: stored[layer], default=None)
-    if worst is not None and stored[worst] >= _NOTICED:
+    if (most := max(stored.values(), default=0)) >= _NOTICED:
+        worst = next(layer for layer, error in stored.items() if error == most)
         listener.note(
             f"Storing W changes W u by {sum(stored.values()) / len(stored):.1%} on average, most in layer {worst} "
-            f"({stored[worst]:.1%}), measured on the probe."
+            f"({most:.1%}), measured on the probe."
         )
     after = summarize(load_graph(target), target)
     return RewriteResult(found.before, after, found.proofs, files, stored, kept)
@@ -126,13 +119,7 @@ def rewrite_summary(result: RewriteResult) -> RewriteSummary:
 
 def rewrite_record(result: RewriteResult) -> RewriteRecord:
     """The result, with the names of the proven tensors."""
-    tensors = tuple(
-        ProvenTensors(
-            p.layer, str(p.u.name), str(p.y.value.name), str(p.y.later.name) if p.y.later else "", p.shapes
-        )
-        for p in result.proofs.values()
-        if p.u is not None and p.y is not None
-    )
+    tensors = tuple(p.tensors for p in result.proofs.values() if p.u is not None)
     return RewriteRecord(**vars(rewrite_summary(result)), tensors=tensors)
 
 
@@ -141,8 +128,7 @@ def kept_layers(unmodified: ir.Model, plan: Plan) -> tuple[int, ...]:
     pairs = len(kv_pairs(unmodified))
     if pairs in (0, len(attentions(plan.candidates))):
         return plan.attention_layers
-    gone = set(plan.chosen)
-    return tuple(layer for layer in kv_layers(unmodified) if layer not in gone)
+    return tuple(layer for layer in kv_layers(unmodified) if layer not in plan.chosen)
 
 
 def linearized_layers(model: ir.Model) -> tuple[Block, ...]:
@@ -173,25 +159,22 @@ class ProvenGraph:
     model: ir.Model
     before: GraphSummary
     attention: int
-    regions: list[Region]
+    regions: dict[Block, Region]
     proofs: dict[Block, Proof]
     cached: tuple[Block, ...] = ()
 
 
 def proven_regions(source: Path, plan: Plan, listener: Listener | None = None) -> ProvenGraph:
     """Steps 1 and 2 for the graph at ``source``; the errors are those of :func:`rewrite_file`."""
-    read = load_graph(source)
-    follow_links(read)  # the Hugging Face cache consists of links, which onnx_ir does not read
-    check_finite(read, str(source))
     model = load_graph(source)
     before = summarize(model, source)
     RemoveUnusedNodesPass()(model)  # dead nodes of the exporter would disturb the search
     found = find_regions(model)
     planned = planned_attentions(model, found, plan)
-    regions: list[Region] = [entry for entry in planned if isinstance(entry, Region)]
-    regions = sorted([*regions, *planned_mlps(model, planned, plan)], key=lambda region: region.layer)
+    every = [*planned, *planned_mlps(model, planned, plan)]
+    regions = {r.layer: r for r in sorted(every, key=lambda r: r.layer) if isinstance(r, Region)}
     with bytes_task(listener or Silent(), "Proving the regions", before.file_bytes) as done:
-        proofs = prove(source, model, regions, plan, done)
+        proofs = prove(source, model, list(regions.values()), plan, done)
     cached = tuple(entry.layer for entry in planned if entry.pair is not None)
     return ProvenGraph(model, before, len(found), regions, proofs, cached)
 
@@ -201,9 +184,8 @@ def proven_regions(source: Path, plan: Plan, listener: Listener | None = None) -
 
 def rewritten_model(found: ProvenGraph, plan: Plan) -> ir.Model:
     """The model that was ``found``, rewritten in place; W is computed when it is read or written."""
-    model, proofs, regions = found.model, found.proofs, {r.layer: r for r in found.regions}
+    model, proofs, regions = found.model, found.proofs, found.regions
     tolerance = PROOF_TOLERANCE[graph_precision(model).name]
-    proven = [p for p in proofs.values() if p.holds(tolerance)]
     pairs = kv_pairs(model)
     remember_roles(model)
     untyped = [v for node in model.graph for v in node.outputs if v.type is None and v.shape is None]
@@ -214,22 +196,21 @@ def rewritten_model(found: ProvenGraph, plan: Plan) -> ir.Model:
     for layer in plan.dropped:
         y = proofs[layer].proven[1]
         leave_out(model, layer, y.value, y.later)
-    gone = [regions[layer].pair for layer in plan.linear_attention]
-    remove_pairs(model, [pair for pair in gone if pair is not None], pairs)
+    gone = (regions[layer].pair for layer in plan.linear_attention)
+    remove_pairs(model, {pair for pair in gone if pair is not None}, pairs)
     for value in untyped:  # inferred types are not written to the graph
         if not value.is_graph_output():
             value.type = value.shape = None
     model.graph.sort()
-    for layer in plan.chosen:
-        for node in regions[layer].linear_nodes:
-            readers = [use.node for v in node.outputs for use in v.uses()] if node.graph is not None else []
-            if readers:
-                raise BuildError(
-                    f"Layer {layer} cannot be removed: {readers[0].op_type} ({readers[0].name}) still reads the output "
-                    f"of its {node.op_type} ({node.name}); leave the layer out of the plan."
-                )
+    for layer, node in [(i, node) for i in plan.chosen for node in regions[i].linear_nodes]:
+        readers = [use.node for v in node.outputs for use in v.uses()] if node.graph is not None else []
+        if readers:
+            raise BuildError(
+                f"Layer {layer} cannot be removed: {readers[0].op_type} ({readers[0].name}) still reads the output "
+                f"of its {node.op_type} ({node.name}); leave the layer out of the plan."
+            )
     merge_adapters(model, plan.adapters)
-    _describe(model, proven, plan, [layer for layer in found.cached if layer not in set(plan.chosen)])
+    _describe(model, [p for p in proofs.values() if p.holds(tolerance)], found.cached, plan)
     return model
 
 
@@ -241,45 +222,40 @@ def _insert(model: ir.Model, layer: Block, proof: Proof, neighbour: ir.Node, pla
             f"Layer {layer} cannot be replaced: the output of its attention, {y.name}, is a graph output; leave the "
             "layer out of the plan."
         )
-    b = without_later(output, linear.b)  # a bias that is added after y must not be added twice
     dtype = _compute_dtype(u, y, linear, bool(weight_bits(neighbour)))
+    nodes: list[ir.Node] = []
 
-    def typed(node: ir.Node, name: str, to: ir.DataType) -> ir.Value:
-        value = node.outputs[0]
-        value.name, value.type, value.shape = f"{prefix}.{name}", ir.TensorType(to), y.shape
+    def emit(new: list[ir.Node], name: str, node: str, to: ir.DataType, shape: ir.Shape | None) -> ir.Value:
+        """What the last of the ``new`` nodes, which is called ``node``, writes as ``name``."""
+        nodes.extend(new)
+        value, new[-1].name = new[-1].outputs[0], f"{prefix}.{node}"
+        value.name, value.type, value.shape = f"{prefix}.{name}", ir.TensorType(to), shape
         return value
 
-    nodes, x = [], u
-    if u.dtype != dtype:
-        nodes.append(ir.node("Cast", [u], {"to": int(dtype)}, name=f"{prefix}.cast_input"))
-        x = typed(nodes[0], "input", dtype)
-        x.shape = u.shape
+    def cast(value: ir.Value, name: str, side: str, to: ir.DataType) -> ir.Value:
+        return emit([ir.node("Cast", [value], {"to": int(to)})], name, f"cast_{side}", to, value.shape)
+
+    x = u if u.dtype == dtype else cast(u, "input", "input", dtype)
     d, rank = plan.hidden_size, plan.rank_of(layer)
     # The matrices that u is multiplied by, in order: W, or the two factors of a low-rank W.
     factors = [("", "w", (d, d))] if rank is None else [("down_", "down", (rank, d)), ("", "up", (d, rank))]
-    for part, name, shape in factors:
-        add_part = partial(_add_initializer, model.graph, f"{prefix}.{part}")
-        nodes += product(x, partial(_factor, plan, layer, name), shape, dtype, neighbour, add_part)
-        nodes[-1].name = f"{prefix}.{part}matmul"
-        x = typed(nodes[-1], f"{part}product", dtype)
-        if y.shape is not None:
-            x.shape = ir.Shape([*y.shape[:-1], shape[0]])
+    for part, name, size in factors:
+        add = partial(_add_initializer, model.graph, f"{prefix}.{part}")
+        # Loaded when it is read or written.
+        made = product(x, lambda name=name: getattr(plan.layers[layer], name), size, dtype, neighbour, add)  # type: ignore[misc]
+        shape = ir.Shape([*y.shape[:-1], size[0]]) if y.shape is not None else None
+        x = emit(made, f"{part}product", f"{part}matmul", dtype, shape)
+    b = without_later(output.later, linear.b)  # a bias that is added after y must not be added twice
     bias = _add_initializer(model.graph, f"{prefix}.", "bias", b, dtype)
-    nodes.append(ir.node("Add", [x, bias], name=f"{prefix}.add"))
-    result = typed(nodes[-1], "output", dtype)
-    if y.dtype is not None and y.dtype != dtype:
-        result.name = f"{prefix}.sum"
-        nodes.append(ir.node("Cast", [result], {"to": int(y.dtype)}, name=f"{prefix}.cast_output"))
-        result = typed(nodes[-1], "output", y.dtype)
+    wanted = y.dtype or dtype
+    name = "output" if wanted == dtype else "sum"
+    result = emit([ir.node("Add", [x, bias])], name, "add", dtype, y.shape)
+    if wanted != dtype:
+        result = cast(result, "output", "output", wanted)
     producer = y.producer()
     assert producer is not None and result.name == linear_output_name(layer)
     producer.append(nodes)
     ir.convenience.replace_all_uses_with(y, result)
-
-
-def _factor(plan: Plan, layer: Block, name: str) -> NDArray[np.float32]:
-    factor: NDArray[np.float32] = getattr(plan.layers[layer], name)
-    return factor
 
 
 def _add_initializer(
@@ -288,25 +264,18 @@ def _add_initializer(
     name: str,
     numbers: NDArray[Any] | Callable[[], NDArray[Any]],
     dtype: ir.DataType,
-    shape: tuple[int, ...] | None = None,
+    shape: tuple[int, ...] = (),
 ) -> ir.Value:
     """An initializer of ``graph``; ``numbers`` of the ``shape`` that are a function are computed when they are read."""
     name = f"{prefix}{name}"
-    tensor: ir.TensorProtocol
-    if callable(numbers):
-        compute, shape = numbers, shape or ()
-        tensor = ir.LazyTensor(
-            lambda: ir.tensor(compute().astype(dtype.numpy()), dtype=dtype),
-            dtype=dtype,
-            shape=ir.Shape(shape),
-            name=name,
-        )
-    else:
-        shape = numbers.shape
-        tensor = ir.tensor(numbers.astype(dtype.numpy()), dtype=dtype, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-    graph.register_initializer(value)
-    return value
+
+    def stored(array: NDArray[Any]) -> ir.TensorProtocol:
+        return ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
+
+    if not callable(numbers):
+        return initializer(graph, stored(numbers), name)
+    lazy = ir.LazyTensor(lambda: stored(numbers()), dtype=dtype, shape=ir.Shape(shape), name=name)
+    return initializer(graph, lazy, name)
 
 
 def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer, quantized: bool) -> ir.DataType:
@@ -322,25 +291,20 @@ def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer, quantized: boo
     return dtype
 
 
-def _describe(model: ir.Model, proofs: list[Proof], plan: Plan, cached: list[Block]) -> None:
+def _describe(model: ir.Model, proofs: list[Proof], cached: tuple[Block, ...], plan: Plan) -> None:
     from nbl_export import __version__
 
-    rows, gone = [], set(plan.dropped)
+    rows = []
     for proof in proofs:
         (u, y), layer = proof.proven, proof.layer
-        row = {
-            "layer": as_json(layer),
-            "kind": part_of(layer),
-            "input": str(u.name),
-            "output": str(y.value.name),
-        }
+        said: tuple[str, str, str] = (part_of(layer), str(u.name), str(y.value.name))
         if layer in plan.layers:
-            row |= {"kind": "linear", "output": linear_output_name(layer)}
-        elif layer in gone:
-            row |= {"kind": "dropped", "input": "", "output": ""}
-        rows.append(row)
+            said = "linear", str(u.name), linear_output_name(layer)
+        elif layer in plan.dropped:
+            said = "dropped", "", ""
+        rows.append({"layer": as_json(layer), **dict(zip(("kind", "input", "output"), said, strict=True))})
     model.metadata_props[LAYERS_KEY] = json.dumps(rows)
-    model.metadata_props[KV_LAYERS_KEY] = json.dumps(cached)
+    model.metadata_props[KV_LAYERS_KEY] = json.dumps([layer for layer in cached if layer not in plan.chosen])
     model.metadata_props[VERSION_KEY] = __version__
 
 
@@ -352,15 +316,14 @@ def count(model: ir.Model, path: Path, found: ProvenGraph, plan: Plan) -> None:
     before, after = found.before, summarize(model, path)
     cached = len(set(found.cached) & set(plan.chosen))
     dead = [n for n in model.graph if not any(v.uses() or v.is_graph_output() for v in n.outputs)]
-    expected: Mapping[str, tuple[int, int]] = {
-        "attention layers": (len(find_regions(model)), found.attention - len(plan.linear_attention)),
-        "KV pairs": (after.kv_pairs, before.kv_pairs - cached),
-        "inputs": (after.inputs, before.inputs - 2 * cached),
-        "outputs": (after.outputs, before.outputs - 2 * cached),
-        "dead initializers": (sum(not v.uses() for v in model.graph.initializers.values()), 0),
-        "dead nodes": (len(dead), 0),
-    }
-    for what, (has, wanted) in expected.items():
+    for what, has, wanted in (
+        ("attention layers", len(find_regions(model)), found.attention - len(plan.linear_attention)),
+        ("KV pairs", after.kv_pairs, before.kv_pairs - cached),
+        ("inputs", after.inputs, before.inputs - 2 * cached),
+        ("outputs", after.outputs, before.outputs - 2 * cached),
+        ("dead initializers", sum(not v.uses() for v in model.graph.initializers.values()), 0),
+        ("dead nodes", len(dead), 0),
+    ):
         if has != wanted:
             raise BuildError(
                 f"The rewritten graph has {has} {what}, expected {wanted}, so it is discarded: report this bug of "

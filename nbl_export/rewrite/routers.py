@@ -12,7 +12,6 @@ for it may fall short of those that it prefers by no more than rounding moves a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -46,8 +45,8 @@ def told_ranks(model: ir.Model, routes: Mapping[int, NDArray[np.int64]]) -> dict
     infer_types(model)
     ranks: dict[str, int] = {}
     for number, node in enumerate(found):
-        scores = node.inputs[0]
-        rank = 0 if scores is None or scores.shape is None else len(scores.shape)
+        shape = node.inputs[0].shape if node.inputs[0] is not None else None
+        rank = len(shape or ())
         if rank - routes[number].ndim not in (0, 1) or int_attribute(node, "axis", -1) % rank != rank - 1:
             return {}
         ranks[places_of(node)] = rank
@@ -65,30 +64,6 @@ def tell(model: ir.Model) -> None:
         node.append(gather)
 
 
-@dataclass(frozen=True)
-class RouterProof:
-    """How far the scores of PyTorch's choices fall short in the router ``number`` of a graph, and how far they may.
-
-    ``differing`` of ``tokens`` are those that the graph would send elsewhere.
-    """
-
-    number: int
-    tokens: int
-    differing: int
-    shortfall: float
-    allowed: float
-
-    @property
-    def holds(self) -> bool:
-        return self.shortfall <= self.allowed
-
-    def __str__(self) -> str:
-        return (
-            f"PyTorch's choices of experts fall short in its router {self.number} by {self.shortfall:.1e} of a score, "
-            f"more than the {self.allowed:.1e} that its own rounding explains"
-        )
-
-
 def told_scores(model: ir.Model, routes: Mapping[int, NDArray[np.int64]]) -> list[str]:
     """Names of the scores of each router of the graph; none if one cannot be told the ``routes``."""
     if not routes or not told_ranks(model, routes):
@@ -96,15 +71,18 @@ def told_scores(model: ir.Model, routes: Mapping[int, NDArray[np.int64]]) -> lis
     return [str(node.inputs[0].name) for node in routers(model) if node.inputs[0] is not None]
 
 
-def router_proofs(
+def shortfalls(
     names: Sequence[str],
     routes: Mapping[int, NDArray[np.int64]],
     own: Sequence[Mapping[str, NDArray[np.float32]]],
     draws: Sequence[Sequence[Mapping[str, NDArray[np.float32]]]] = (),
     room: float = 1.0,
-) -> list[RouterProof]:
-    """A proof of each router by its scores ``names`` in the graph's ``own`` run and where rounding has moved them."""
-    proofs = []
+) -> list[tuple[float, float]]:
+    """How far the scores of PyTorch's choices fall short in each router, and how far they may.
+
+    Routers are known by their scores ``names`` in the graph's ``own`` run and where rounding has moved them.
+    """
+    pairs = []
     for number, name in enumerate(names):
         taken = routes[number]
         found, *others = (
@@ -113,11 +91,8 @@ def router_proofs(
             )
             for run in (own, *draws)
         )
-        short = shortfall(found, taken)
         size = float(np.sqrt(np.mean(np.where(np.isfinite(found), found, 0.0) ** 2)))
         by_rounding = max((moved(found, other) for other in others), default=0.0)
-        allowed = max(room * by_rounding, _FLOAT32 * size)
-        proofs.append(
-            RouterProof(number, len(taken), int((short > 0).sum()), float(short.max(initial=0.0)), allowed)
-        )
-    return proofs
+        short = float(shortfall(found, taken).max(initial=0.0))
+        pairs.append((short, max(room * by_rounding, _FLOAT32 * size)))
+    return pairs

@@ -17,7 +17,7 @@ from nbl_export.linearize.plan import LinearLayer
 from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.confirm import check_layers
 from nbl_export.rewrite.replace import proven_regions
-from nbl_export.rewrite.routers import places_of, router_proofs, routers, tell, told_ranks
+from nbl_export.rewrite.routers import places_of, routers, shortfalls, tell, told_ranks
 from nbl_export.runtime.intermediates import compute_tensors
 from tests.experts import Experts, another, swap_experts
 from tests.linearize.made import adapter_for
@@ -163,7 +163,7 @@ def test_a_router_that_prefers_other_experts_is_refused(experts: Experts, precis
 @pytest.mark.parametrize("precision", HALVES)
 def test_a_scaled_w_and_a_dropped_bias_are_refused(experts: Experts, precision: str, tmp_path: Path) -> None:
     plan = experts.plan
-    proofs = proven_regions(experts.graph(precision), plan).proofs
+    proofs = {i: p.tensors for i, p in proven_regions(experts.graph(precision), plan).proofs.items()}
     linear = plan.layers[1]
     for number, wrong in enumerate(
         (LinearLayer(linear.w * np.float32(1.1), linear.b), LinearLayer(linear.w, np.zeros_like(linear.b)))
@@ -177,9 +177,8 @@ def test_a_shortfall_by_hand() -> None:
     routes = {0: np.array([[0, 1], [2, 1]])}
     scores = np.array([[4.0, 3.0, 1.0], [5.0, 1.0, 2.0]], np.float32)
     after = scores + np.float32(0.25)
-    (exact,) = router_proofs(["s"], routes, [{"s": scores}])
-    assert (exact.tokens, exact.differing, exact.shortfall) == (2, 1, 1.0) and not exact.holds
-    (one,) = router_proofs(["s"], routes, [{"s": scores[None]}], [[{"s": after[None]}]], room=3.0)
-    assert one.allowed == pytest.approx(0.75) and not one.holds
-    (more,) = router_proofs(["s"], routes, [{"s": scores}], [[{"s": after}]], room=4.0)
-    assert more.holds
+    ((short, allowed),) = shortfalls(["s"], routes, [{"s": scores}])
+    assert short == 1.0 > allowed
+    for moved, room, most in ((after[None], 3.0, 0.75), (after, 4.0, 1.0)):
+        own = scores if moved.ndim == 2 else scores[None]
+        assert shortfalls(["s"], routes, [{"s": own}], [[{"s": moved}]], room) == [(1.0, pytest.approx(most))]

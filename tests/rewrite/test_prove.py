@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 
@@ -18,11 +17,10 @@ from nbl_export.calibrate.probe import probe_inputs
 from nbl_export.errors import BuildError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import Region, find_regions
-from nbl_export.graph.summary import ProofErrors
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite import replace as module
 from nbl_export.rewrite.confirm import check_layers, confirm, linear_part
-from nbl_export.rewrite.probe_runner import ProbeRunner, cause_and_remedy, relative_error
+from nbl_export.rewrite.probe_runner import ProbeRunner, relative_error
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove
 from nbl_export.rewrite.replace import proven_regions, rewrite_file
 from tests.fixtures_graph import low_rank, plan_by_hand
@@ -61,11 +59,6 @@ def test_every_layer_of_the_right_model_is_proven(
         # Float32 against float32: not zero, and far below the tolerance.
         assert max(proof.input_error, proof.output_error) < 1e-5
         assert proof.holds(PROOF_TOLERANCE["fp32"])
-    kept = [p.errors for p in proofs.values()]
-    assert (
-        kept == [ProofErrors(p.layer, p.input_error, p.output_error) for p in proofs.values()]
-        and len(kept) == 5
-    )
 
 
 @pytest.mark.parametrize("which", ["probe_u", "probe_y"])
@@ -219,8 +212,8 @@ def fresh(path: Path, proven: module.ProvenGraph) -> dict[str, Any]:
     """The proofs of before for the graph read again: a rewrite changes it."""
     model = load_graph(path)
     values = {v.name: v for node in model.graph for v in node.outputs}
-    regions = [r for r in module.find_regions(model) if isinstance(r, module.Region)]
-    outputs = {r.layer: {o.value.name: o for o in r.outputs} for r in regions}
+    regions = {r.layer: r for r in find_regions(model) if isinstance(r, Region)}
+    outputs = {i: {o.value.name: o for o in r.outputs} for i, r in regions.items()}
     proofs = {
         i: replace(p, u=values[p.u.name], y=outputs[i][p.y.value.name])  # type: ignore[union-attr]
         for i, p in proven.proofs.items()
@@ -236,8 +229,7 @@ def test_right_layers_are_far_within_what_is_allowed(
     assert [c.layer for c in checks] == list(LAYERS)
     for check in checks:
         assert check.failure == ""
-        assert check.product < check.product_allowed / 2 and check.product_allowed < 0.02
-        assert check.bias < check.bias_allowed / 2 and check.bias_allowed < 0.02
+        assert len(check.ratios) == 2 and max(check.ratios) < 0.5
     # What the format costs, which is not held against the layer.
     low, high = {"fp32": (0, 1e-6), "fp16": (1e-5, 1e-3), "bf16": (1e-4, 1e-2), "int8": (1e-3, 0.02)}.get(
         name, (0.001, 0.2)
@@ -251,7 +243,7 @@ def test_low_rank_is_checked_through_both_factors(
 ) -> None:
     of_rank = low_rank(plan, 12)
     rewrite_file(baseline_in(name), of_rank, tmp_path / "model.onnx")
-    proofs = proofs_of(baseline_in(name), plan)
+    proofs = {i: proof.tensors for i, proof in proofs_of(baseline_in(name), plan).items()}
     assert all(c.failure == "" for c in check_layers(tmp_path / "model.onnx", proofs, of_rank))
     other = low_rank(plan, 11)
     assert all("differs by" in c.failure for c in check_layers(tmp_path / "model.onnx", proofs, other))
@@ -260,30 +252,17 @@ def test_low_rank_is_checked_through_both_factors(
     )
 
 
-@pytest.mark.parametrize(
-    ("what", "said"),
-    [
-        ("weight", "layers.3.nbl_linear.weight is NaN or infinite"),
-        ("bias", "layers.3.nbl_linear.bias is NaN or"),
-    ],
-)
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nan_and_infinity_are_named(
-    baseline_in: Callable[[str], Path],
-    right: Callable[[str], Path],
-    plan: Plan,
-    tmp_path: Path,
-    what: str,
-    said: str,
-    bad: float,
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_a_number_that_is_none_is_refused(
+    baseline_in: Callable[[str], Path], right: Callable[[str], Path], plan: Plan, tmp_path: Path, what: str
 ) -> None:
     proto = onnx.load(str(right("fp32")))
     (tensor,) = [t for t in proto.graph.initializer if t.name == f"layers.3.nbl_linear.{what}"]
     array = onnx.numpy_helper.to_array(tensor).copy()
-    array.flat[5] = bad
+    array.flat[5] = np.nan
     tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
     onnx.save(proto, str(tmp_path / "model.onnx"))
-    with pytest.raises(BuildError, match=said):
+    with pytest.raises(BuildError, match="linear layer 3 differs by inf"):
         confirm(tmp_path / "model.onnx", proofs_of(baseline_in("fp32"), plan), plan)
 
 
@@ -374,22 +353,3 @@ def test_relative_error_is_infinite_for_what_is_no_number(bad: float) -> None:
     assert relative_error(found, REAL) == float("inf")
     assert relative_error(REAL, expected) == float("inf")
     assert not relative_error(found, REAL) <= PROOF_TOLERANCE["fp32"].u
-
-
-def test_a_graph_that_routes_tokens_says_what_rounding_may_do() -> None:
-    routed = ir.from_onnx_text(
-        '<ir_version: 10, opset_import: ["" : 17]> g (float[2, 4] x, int64[1] k) => (float[2, 1] v, int64[2, 1] i) '
-        "{ v, i = TopK (x, k) }"
-    )
-    plain = ir.from_onnx_text(
-        '<ir_version: 10, opset_import: ["" : 17]> g (float[2] x) => (float[2] y) { y = Abs (x) }'
-    )
-    assert "rounding may send tokens to other experts" in cause_and_remedy(routed, "fp16", told=False)
-    for model, precision, told in (
-        (routed, "fp32", False),
-        (routed, "fp16", True),
-        (plain, "fp16", False),
-    ):
-        assert cause_and_remedy(model, precision, told).startswith(
-            "this graph is not of the model the plan was made for"
-        )

@@ -92,7 +92,11 @@ def differences(
     compare: Callable[[Path], Sequence[str]],
 ) -> list[str]:
     """The same with the ``proofs`` of ``baseline``."""
-    failures = [check.failure for check in check_layers(rewritten, proofs, plan) if check.failure]
+    failures = [
+        check.failure
+        for check in check_layers(rewritten, {i: proofs[i].tensors for i in plan.linear}, plan)
+        if check.failure
+    ]
     graph = load_graph(rewritten)
     parts = {layer: linear_part(graph, layer) for layer in plan.linear}
     whole = {layer: part for layer, part in parts.items() if isinstance(part, LinearPart)}
