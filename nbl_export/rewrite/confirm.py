@@ -118,7 +118,7 @@ def check_layers(path: Path, tensors: Mapping[Block, ProvenTensors], plan: Plan)
     given = {layer: runner.split(plan.probe_u[layer], tensors[layer].shapes) for layer in good}
     found = _outputs(runner, good, given)
     zeros = _outputs(runner, good, {i: [np.zeros_like(a) for a in rows] for i, rows in given.items()})
-    values: dict[str | None, ir.Value] = {v.name: v for node in model.graph for v in node.outputs}
+    values: dict[str | None, ir.Value] = {v.name: v for node in model.graph for v in node.outputs if v.name}
     values |= {v.name: v for v in model.graph.initializers.values()}
     for layer, part in good.items():
         linear, u_rows = plan.layers[layer], [a.reshape(-1, a.shape[-1]) for a in given[layer]]

@@ -61,8 +61,6 @@ def test_packing_puts_the_first_number_lowest() -> None:
     assert pack(numbers, 4).tolist() == [[0x21, 0x03]]
     assert pack(numbers, 2).tolist() == [[0b111001]]
     assert pack(numbers, 8).tolist() == [[1, 2, 3]]
-    with pytest.raises(BuildError, match="Weights of 3 bits are not supported"):
-        pack(numbers, 3)
 
 
 # Products ----------------------------------------------------------------------------------------
