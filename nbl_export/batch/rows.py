@@ -93,14 +93,8 @@ def differing(one: NDArray[Any], other: NDArray[Any]) -> int:
 
 def left_padded(rows: Sequence[NDArray[Any]], pad: int = 0) -> tuple[I64, I64, I64]:
     """``input_ids``, ``attention_mask`` and ``position_ids`` of ragged ``rows``, padded on the left."""
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), pad, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = row
-        mask[i, width - len(row) :] = 1
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    return ids, mask, positions
+    batch = batch_of_rows([{TOKENS: np.asarray(row)[None]} for row in rows], pad, left=True)
+    return batch[TOKENS], batch[MASK], np.maximum(batch[MASK].cumsum(axis=1) - 1, 0)
 
 
 def one_more(tokens: Sequence[int], mask: I64, positions: I64) -> tuple[I64, I64, I64]:
@@ -111,11 +105,8 @@ def one_more(tokens: Sequence[int], mask: I64, positions: I64) -> tuple[I64, I64
 
 def right_padded(rows: Sequence[NDArray[Any]], pad: int = 0) -> tuple[I64, I64]:
     """``input_ids`` and ``position_ids`` [batch, longest] of ragged ``rows``, padded on the right."""
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), pad, dtype=np.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    return ids, np.tile(np.arange(width, dtype=np.int64), (len(rows), 1))
+    ids = batch_of_rows([{TOKENS: np.asarray(row)[None]} for row in rows], pad)[TOKENS]
+    return ids, np.tile(np.arange(ids.shape[1], dtype=np.int64), (len(rows), 1))
 
 
 def prefix_padded(rows: Sequence[NDArray[Any]], pad: int = 0) -> tuple[I64, I64, I64]:

@@ -12,6 +12,7 @@ from nbl_export.errors import InputError, NblError, first_line
 from nbl_export.files import parse_json, user_path
 
 _FORMATS = (".txt", ".jsonl", ".parquet")
+_WHAT = "The calibration text"
 _LISTED = ".txt, .jsonl (.gz and .zst too) or .parquet"
 # A plain text file is cut at line ends into documents of about this many characters, so that some of them can be
 # held out.
@@ -43,34 +44,33 @@ def documents(sources: Iterable[str], field: str, read: Read = field_of) -> Iter
             yield from _of_hub(source, field, read)
 
 
+def named_files(source: str, what: str, wanted: Callable[[Path], bool]) -> list[Path]:
+    """The file ``source``, those of a folder that are ``wanted``, or those of a pattern, in order; none are there."""
+    path = user_path(source, what)
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if wanted(p) and p.is_file())
+    if path.is_file() or not any(c in source for c in "*?["):
+        return [path] if path.is_file() else []
+    # Path.glob takes no absolute patterns.
+    return sorted(Path(p) for p in glob.glob(str(path)) if Path(p).is_file())  # noqa: PTH207
+
+
 def local_files(source: str) -> list[Path] | None:
     """The files of a local source, in order; None for a source that must be a Hub data set.
 
     Raises :class:`InputError` for a path, folder or pattern without files.
     """
-    path = user_path(source, "The calibration text")
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if _format(p) is not None and p.is_file())
-        if not found:
-            raise InputError(f"The folder {source} has no calibration text: no {_LISTED} file in it.")
+    if found := named_files(source, _WHAT, lambda p: _format(p) is not None):
         return found
-    if any(c in source for c in "*?["):
-        # Path.glob takes no absolute patterns.
-        matches = sorted(Path(p) for p in glob.glob(str(path)) if Path(p).is_file())  # noqa: PTH207
-        if not matches:
-            raise InputError(f"No file matches the calibration text {source}: check the pattern.")
-        return matches
-    if os.path.lexists(path):
-        raise InputError(f"The calibration text {source} is not a regular file: give a file or a folder.")
+    if os.path.lexists(user_path(source, _WHAT)) or any(c in source for c in "*?["):
+        raise InputError(f"{source} has no calibration text: no {_LISTED} file is there.")
     check_there(source)
     return None
 
 
 def check_there(source: str) -> None:
     """Refuse a ``source`` that does not exist and, since it reads like a path, is no Hub data set."""
-    path = user_path(source, "The calibration text")
+    path = user_path(source, _WHAT)
     if os.path.lexists(path) or any(c in source for c in "*?["):
         return
     if source.count("/") > 1 or source.startswith((".", "/", "~")) or _format(path) is not None:

@@ -9,7 +9,6 @@ the files, which are in the folder of the .jsonl file or below it; nothing is fe
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,11 @@ import numpy as np
 
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.names import PIXELS
-from nbl_export.calibrate.documents import documents, field_of, local_files
+from nbl_export.calibrate.documents import documents, field_of, local_files, named_files
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.calibrate.text import HELD_OUT_EVERY, Document
 from nbl_export.errors import InputError, first_line
-from nbl_export.files import member, user_path
+from nbl_export.files import member
 from nbl_export.packages import missing
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
@@ -89,14 +88,7 @@ def image_files(sources: Iterable[str]) -> list[Path]:
     """The image files that ``sources`` name, in order; raises :class:`InputError` for a source without images."""
     found: list[Path] = []
     for source in sources:
-        path = user_path(source, "The calibration images")
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in _SUFFIXES)
-        elif any(c in source for c in "*?[") and not path.is_file():
-            # Path.glob takes no absolute patterns.
-            files = sorted(Path(p) for p in glob.glob(str(path)) if Path(p).is_file())  # noqa: PTH207
-        else:
-            files = [path] if path.is_file() else []
+        files = named_files(source, "The calibration images", lambda p: p.suffix.lower() in _SUFFIXES)
         if not files:
             raise InputError(
                 f"{source} names no image: give files, folders or patterns of {', '.join(_SUFFIXES)}."

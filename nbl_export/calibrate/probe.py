@@ -54,18 +54,6 @@ class Probe:
     y: Mapping[Block, F32]
     routes: Mapping[int, I64] = field(default_factory=dict)
 
-    @property
-    def input_ids(self) -> I64:
-        return self.inputs[TOKENS]
-
-    @property
-    def attention_mask(self) -> I64:
-        return self.inputs[MASK]
-
-    @property
-    def position_ids(self) -> I64:
-        return self.inputs[POSITIONS]
-
 
 def probe_lengths(width: int, beyond: int = 0) -> tuple[int, int]:
     """The lengths of the two rows of a text probe, cut from rows of ``width`` tokens; one is ``beyond``, if it can."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from nbl_export.models.attention import decoding
 from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.libraries import accepted_arguments, cache_argument
 from nbl_export.models.weights import device_of, half_free, resident, room, streams, weights_like
-from nbl_export.progress import Listener, Task
+from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def sample_from_model(
     those of ordinary text. The result is deterministic for a seed on one machine.
 
     A model that does not stay in memory is read once for each token of a document: all documents whose KV cache has
-    room are sampled together, with the same random numbers; a note says so if that takes more than a day.
+    room are sampled together, with the same random numbers; a note says so.
     """
     import torch
 
@@ -66,10 +65,14 @@ def sample_from_model(
         resident(model, room(model)),
     ):
         at_once = _at_once(model, length, total)
-        passes = _Passes(model, -(-total // at_once) * length, task, listener)
+        if streams(model):
+            listener.note(
+                f"Sampling reads all weights {-(-total // at_once) * length:,} times, once for each token of a "
+                "document: name a text with --calibration where that takes too long."
+            )
         numbers = _draws(total, length, generator)
         for done in range(0, total, at_once):
-            documents.append(_sample(model, start_token, numbers[:, done : done + at_once], passes.advance))
+            documents.append(_sample(model, start_token, numbers[:, done : done + at_once], task.advance))
     tokens = np.concatenate(documents)
     tokens[:, -1] = as_tokens([end_token(tokenizer)])
     owners = np.repeat(np.arange(len(tokens), dtype=np.int32), length)
@@ -98,7 +101,6 @@ _SAMPLE_LENGTH = 128
 _SAMPLE_BATCH = 256
 # Documents whose random numbers are drawn together.
 _DRAWN_BATCH = 152
-_LONG_SECONDS = 86400
 
 
 def _at_once(model: torch.nn.Module, length: int, total: int) -> int:
@@ -114,37 +116,12 @@ def _at_once(model: torch.nn.Module, length: int, total: int) -> int:
     return max(1, int(half_free(model) // max(1, each)))
 
 
-class _Passes:
-    """The progress of ``passes``; says so after a few if all of a model that is not in memory take more than a day."""
-
-    def __init__(self, model: torch.nn.Module, passes: int, task: Task, listener: Listener) -> None:
-        self._streams, self._passes, self._task, self._listener = streams(model), passes, task, listener
-        self._seen, self._begun = 0, 0.0
-
-    def advance(self, tokens: int) -> None:
-        """One pass more. The first is not timed: it reads what later ones find in the page cache."""
-        self._task.advance(tokens)
-        self._seen += 1
-        if self._seen == 1:
-            self._begun = time.monotonic()
-        if self._seen != 4 or not self._streams:
-            return
-        seconds = (time.monotonic() - self._begun) / 3 * self._passes
-        if seconds > _LONG_SECONDS:
-            self._listener.note(
-                f"Sampling reads all weights {self._passes:,} times, once for each token of a document, which takes "
-                f"about {seconds / 86400:.1f} days here: name a text with --calibration."
-            )
-
-
 def _draws(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
     """A random number in [0, 1) for each token [length, count], the same however many are sampled at once."""
     import torch
 
     batches = [min(_DRAWN_BATCH, count - done) for done in range(0, count, _DRAWN_BATCH)]
-    return torch.cat(
-        [torch.cat([torch.rand(1, n, generator=generator) for _ in range(length)]) for n in batches], dim=1
-    )
+    return torch.cat([torch.rand(length, n, generator=generator) for n in batches], dim=1)
 
 
 def _sample(model: Any, start: int, numbers: torch.Tensor, advance: Any) -> I32:
@@ -154,10 +131,7 @@ def _sample(model: Any, start: int, numbers: torch.Tensor, advance: Any) -> I32:
     length, count = numbers.shape
     numbers = numbers.to(device_of(model))
     seen = torch.full((count, 1), start, dtype=torch.long, device=device_of(model))
-    name, cache = (
-        cache_argument(model),
-        None,
-    )  # the model's own cache: not every state consists of keys and values
+    name, cache = cache_argument(model), None  # the model's own: not every state consists of keys and values
     with torch.inference_mode(), decoding(model):
         for place in range(length):
             ids = seen if cache is None else seen[:, -1:]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.media_ids import FIRST, are_media, words
+from nbl_export.batch.arrays import FIRST, are_media, words
 from nbl_export.batch.names import TOKEN_TYPES, TOKENS
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
@@ -185,16 +185,13 @@ def pack(
     if media:
         said = ", ".join(split.in_words(name) for name, split in splits.items())
         listener.note(f"Images: {said}; losses are of the words alone.")
-    tokens_of, owners_of = (
-        {name: np.stack(rows) for name, rows in ((n, getattr(s, what)) for n, s in splits.items())}
-        for what in ("rows", "owners")
-    )
+    selection, heldout = splits[SELECTION], splits[HELDOUT]
     return CalibrationText(
-        tokens_of[CALIBRATION],
-        tokens_of[SELECTION],
-        owners_of[SELECTION],
-        tokens_of[HELDOUT],
-        owners_of[HELDOUT],
+        np.stack(splits[CALIBRATION].rows),
+        np.stack(selection.rows),
+        np.stack(selection.owners),
+        np.stack(heldout.rows),
+        np.stack(heldout.owners),
         start_tokens(tokenizer),
         joined(media) if media else None,
     )
@@ -316,24 +313,22 @@ def read_passages(
         raise InputError(
             f"--seq-len {length} leaves no room for text next to {frame.size} special tokens: raise it."
         )
-    want = settings.samples * inner
-    packed: list[I32] = []
-    held: list[I32] = []
-    have = 0
-    with listener.task("Reading text", want, "tokens") as task:
+    split, held = _Split(settings.samples, inner), list[I32]()
+    with listener.task("Reading text", split.need, "tokens") as task:
         for number, text in enumerate(t for t in texts if t.strip()):
-            ids = token_ids(tokenizer, text, max(want, length))
+            need = split.need
+            ids = token_ids(tokenizer, text, max(need, length))
             if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1:
                 if len(held) < settings.heldout_samples and len(ids) >= _SHORTEST:
                     held.append(frame.around(ids[:inner]))
-            elif have < want:
-                row = np.concatenate([ids, frame.end])[: want - have]
-                packed.append(row)
-                have += len(row)
-                task.advance(len(row))
-            if have >= want and len(held) >= settings.heldout_samples:
+            elif need > 0:
+                split.add(np.append(ids, frame.end)[:need], number)
+                task.advance(need - split.need)
+            if split.need <= 0 and len(held) >= settings.heldout_samples:
                 break
-    if have < inner or not held:
+    want = settings.samples * inner
+    have = want - split.need
+    if not split.rows or not held:
         raise InputError(
             f"The calibration text gives {have:,} calibration tokens and {len(held)} held-out documents, less than "
             f"one row of {length} and one document: give more text (every {HELD_OUT_EVERY}th document is held out) "
@@ -344,14 +339,12 @@ def read_passages(
             f"The text gives {have:,} calibration tokens of {want:,} and {len(held)} held-out documents of "
             f"{settings.heldout_samples} asked for; all are used."
         )
-    flat = np.concatenate(packed)
-    rows = flat[: len(flat) // inner * inner].reshape(-1, inner)
     heldout = np.full((len(held), max(map(len, held))), frame.pad, dtype=np.int32)
     document = np.full_like(heldout, PADDING)
     for i, row in enumerate(held):
         heldout[i, : len(row)], document[i, : len(row)] = row, i
     none = np.zeros((0, length), dtype=np.int32)  # an encoder predicts no tokens: there is no selection text
-    framed = np.stack([frame.around(r) for r in rows])
+    framed = np.stack([frame.around(row) for row in split.rows])
     return CalibrationText(framed, none, none, heldout, document, frame.start)
 
 

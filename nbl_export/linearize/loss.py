@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,7 +31,7 @@ from nbl_export.linearize.selection import Loss
 from nbl_export.linearize.swap import ORIGINAL, Version, linearized, replaced, sweep, version_of
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import block_stack, hidden_size, vocabulary
+from nbl_export.models.layers import block_stack, hidden_size, states_in, vocabulary
 from nbl_export.models.media_tokens import written
 from nbl_export.models.walk import after_blocks, first_needed, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, streams, weights_like
@@ -164,11 +164,19 @@ class LossMeter:
         self._references: list[Reference] = []
         self._ends: list[torch.Tensor] = []
         self._states: list[dict[int, torch.Tensor]] = []
-        self._next: _Measured | None = None
+        # The best set measured since, its KL, and for each row the states at the inputs of later layers.
+        self._next: tuple[dict[Block, Replacement], float, list[dict[int, torch.Tensor]]] | None = None
         self.together = streams(model)
         large = 2 * rows.size * vocabulary(model) > _KEPT_BYTES
-        with _recording_ends(model, self._ends) if large else nullcontext():
-            for number, logits in self._original(advance):
+        with ExitStack() as hooks:
+            if large:
+                dummy_run(model)  # before any hook is registered, since its own run would trigger it
+                *_, last = block_stack(model)[1].children()
+                hook = last.register_forward_hook(lambda _m, _a, output: self._ends.append(states_in(output)))
+                hooks.callback(hook.remove)
+            how: Any = {"advance": advance, "listener": listener}
+            swept = (found[2] for found in sweep(model, self._rows, [ORIGINAL], fit_input, **how))
+            for number, logits in enumerate(swept if self.together else self._settled({}, advance)):
                 original = reference(logits, self._targets[number], torch.bfloat16)
                 if not (original.nll.isfinite().all() and original.negentropy.isfinite().all()):
                     raise CalibrationError(
@@ -197,21 +205,9 @@ class LossMeter:
         return part
 
     @property
-    def _predicted_at(self) -> NDArray[np.bool_]:
-        return self._document[:, 1:].reshape(-1) >= 0
-
-    @property
-    def _owner(self) -> I32:
-        return self._document[:, 1:].reshape(-1)[self._predicted_at]
-
-    @property
     def tokens(self) -> int:
         """Number of compared predictions."""
-        return len(self._owner)
-
-    @property
-    def documents(self) -> int:
-        return len(np.unique(self._owner))
+        return int((self._document[:, 1:] >= 0).sum())
 
     def settle(self, layers: Mapping[Block, Replacement]) -> None:
         """Store the states of the model with the linear ``layers``; sets that add to it are then measured faster."""
@@ -220,9 +216,9 @@ class LossMeter:
         kept, self._next = self._next, None
         if self.together:
             self._linear = dict(layers)
-        elif kept is not None and _same(kept.layers, layers):
-            self._linear = kept.layers
-            self._states = [before | after for before, after in zip(self._states, kept.states, strict=True)]
+        elif kept is not None and _same(kept[0], layers):
+            self._linear = kept[0]
+            self._states = [before | after for before, after in zip(self._states, kept[2], strict=True)]
         else:
             for _ in self._settled(dict(layers), lambda _tokens: None):
                 pass
@@ -231,27 +227,14 @@ class LossMeter:
         """The loss of the model with exactly the linear ``layers``."""
         if self.together:
             return self.measure_all([layers])[0]
-        change = replaced(self.model, layers, self.fit_input)
-        states: list[dict[int, torch.Tensor]] | None = [] if self._have_room else None
-        loss = self.measure_within(change, self._first_new(layers), states)
-        if states is not None and (self._next is None or loss.kl < self._next.kl):
-            self._next = _Measured(dict(layers), loss.kl, states)
-        return loss
-
-    @property
-    def _have_room(self) -> bool:
-        """Whether the states of another set have room: those of the best one, and of the one that is measured."""
+        # The states of another set have room where those of the best one, and of the one that is measured, do.
         each = sum(states.nbytes for row in self._states for states in row.values())
-        return 2 * each <= _NEXT_BYTES
-
-    def _original(self, advance: Callable[[int], None]) -> Iterator[tuple[int, torch.Tensor]]:
-        if not self.together:
-            yield from enumerate(self._settled({}, advance))
-        else:
-            for number, _, logits in sweep(
-                self.model, self._rows, [ORIGINAL], self.fit_input, advance=advance, listener=self._listener
-            ):
-                yield number, logits
+        states: list[dict[int, torch.Tensor]] | None = [] if 2 * each <= _NEXT_BYTES else None
+        change = replaced(self.model, layers, self.fit_input)
+        loss = self.measure_within(change, self._first_new(layers), states)
+        if states is not None and (self._next is None or loss.kl < self._next[1]):
+            self._next = dict(layers), loss.kl, states
+        return loss
 
     def measure_all(self, sets: Sequence[Mapping[Block, Replacement]]) -> list[Loss]:
         """The losses of ``sets`` of linear layers, each the same as by :meth:`measure`; the weights are read once."""
@@ -263,8 +246,11 @@ class LossMeter:
         """The losses of ``versions`` of a model whose weights are read once for all of them that have room."""
         states = sum(len(row) for row in self._rows) * hidden_size(self.model)
         at_once = max(1, _STATES_BYTES // (states * weights_like(self.model).element_size()))
-        groups = [versions[at : at + at_once] for at in range(0, len(versions), at_once)]
-        return [loss for group in groups for loss in self._swept(group)]
+        return [
+            loss
+            for at in range(0, len(versions), at_once)
+            for loss in self._swept(versions[at : at + at_once])
+        ]
 
     def _swept(self, versions: Sequence[Version]) -> list[Loss]:
         found: list[list[tuple[F64, F64]]] = [[] for _ in versions]
@@ -279,11 +265,13 @@ class LossMeter:
             if not known:
                 original = self._references[number]
             found[which - len(known)].append(compare(original, logits, row))
-        columns = ((np.concatenate(column) for column in zip(*rows, strict=True)) for rows in found)
-        return [self._loss(kl, excess) for kl, excess in columns]
+        return [self._loss(rows) for rows in found]
 
-    def _loss(self, kl: F64, excess: F64) -> Loss:
-        return loss_over_documents(kl[self._predicted_at], excess[self._predicted_at], self._owner)
+    def _loss(self, rows: Sequence[tuple[F64, F64]]) -> Loss:
+        owner = self._document[:, 1:].reshape(-1)
+        counted = owner >= 0
+        kl, excess = (np.concatenate(column)[counted] for column in zip(*rows, strict=True))
+        return loss_over_documents(kl, excess, owner[counted])
 
     def _predicted(self, number: int) -> Reference:
         """The original's predictions of the row ``number``, whatever of its blocks is changed now."""
@@ -306,21 +294,19 @@ class LossMeter:
         """
         if self.together:
             return self.measure_versions([Version(first, change=change)])[0]
-        kl, excess, first = [], [], first_needed(self.model, first)
+        found, first = [], first_needed(self.model, first)
         later = {layer_of(i) for i in self._blocks if layer_of(i) > first}
         with torch.inference_mode(), change:
             for number, (states, row) in enumerate(zip(self._states, self._rows, strict=True)):
                 original, target = self._predicted(number), self._targets[number]
                 with (
-                    recording_inputs(self.model, later if kept is not None else ()) as found,
+                    recording_inputs(self.model, later if kept is not None else ()) as inputs,
                     starting_at(self.model, first, states[first]),
                 ):
-                    row_kl, row_excess = compare(original, row_logits(self.model, row), target)
-                kl.append(row_kl)
-                excess.append(row_excess)
+                    found.append(compare(original, row_logits(self.model, row), target))
                 if kept is not None:
-                    kept.append(dict(found))
-        return self._loss(np.concatenate(kl), np.concatenate(excess))
+                    kept.append(dict(inputs))
+        return self._loss(found)
 
     def _first_new(self, layers: Mapping[Block, Replacement]) -> int:
         # The first layer where this set and the settled one differ; the last one if they are equal.
@@ -341,34 +327,9 @@ class LossMeter:
                 yield logits
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """A set of linear ``layers``, its ``kl``, and for each row the states at the inputs of later layers."""
-
-    layers: dict[Block, Replacement]
-    kl: float
-    states: list[dict[int, torch.Tensor]]
-
-
 def _same(one: Mapping[Block, Replacement], other: Mapping[Block, Replacement]) -> bool:
     """Whether they replace the same layers by the same."""
     return {i: id(m) for i, m in one.items()} == {i: id(m) for i, m in other.items()}
-
-
-@contextmanager
-def _recording_ends(model: torch.nn.Module, ends: list[torch.Tensor]) -> Iterator[None]:
-    """Within the block, the states after the last block of ``model`` are put into ``ends``, row by row."""
-
-    def record(_block: Any, _args: Any, output: Any) -> None:
-        ends.append(output[0] if isinstance(output, tuple) else output)
-
-    dummy_run(model)  # before any hook is registered, since its own run would trigger it
-    *_, last = block_stack(model)[1].children()
-    hook = last.register_forward_hook(record)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def loss_of_plan(meter: LossMeter, plan: Plan) -> Loss:

@@ -1,17 +1,23 @@
 """The plan: which layers become linear, with which W and b, how they were fitted, and for which model.
 
+A repair may also change weights of the MLPs behind: W + up · down is merged into W, in PyTorch and in the graph, so it
+has no cost at run time. The weight is found in the graph by its content: the plan has SHA-256 digests of the original W
+in every precision and orientation that an exporter may use.
+
 On disk it is two files: ``plan.json`` with the settings, ``plan.safetensors`` with the tensors. The JSON has the
 SHA-256 of both, so that an edit or a truncation of either is detected.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,13 +25,51 @@ from nbl_export.batch.arrays import F32
 from nbl_export.blocks import Block, as_json, attentions, block_of, grouped, parts_in
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
-from nbl_export.linearize.adapters import Adapter
 from nbl_export.records import from_json
 from nbl_export.settings.choices import FitInput
 from nbl_export.tensorfile import open_tensors, save_tensors
 
 FORMAT = "nbl-export/plan/1"
 _REMEDY = "run `nbl-export select` again"
+
+
+_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The change of one weight [m, n]: ``up`` [m, r] · ``down`` [r, n], float32; ``digests`` identify the original.
+
+    The digests are those of :func:`weight_digests`.
+    """
+
+    up: F32
+    down: F32
+    digests: tuple[str, ...]
+
+    def change(self) -> F32:
+        """up · down [m, n]."""
+        return self.up @ self.down
+
+
+def weight_digests(weight: NDArray[Any]) -> tuple[str, ...]:
+    """SHA-256 of ``weight`` [m, n] and of its transpose, each in float32, float16 and bfloat16."""
+    with np.errstate(over="ignore"):  # a weight outside the range of float16 is in no float16 graph
+        return tuple(
+            digest_of(np.ascontiguousarray(oriented).astype(dtype))
+            for oriented in (weight, weight.T)
+            for dtype in _DTYPES
+        )
+
+
+def digest_of(array: NDArray[Any]) -> str:
+    """SHA-256 of an array's bytes in C order."""
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).tobytes()).hexdigest()
+
+
+def is_transposed(adapter: Adapter, digest: str) -> bool:
+    """Whether the weight with this ``digest`` of the adapter is the transpose of the model's weight."""
+    return adapter.digests.index(digest) >= len(_DTYPES)
 
 
 @dataclass(frozen=True)

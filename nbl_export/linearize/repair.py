@@ -22,24 +22,25 @@ original, forward and backward.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from transformers.pytorch_utils import Conv1D
 
-from nbl_export.batch.media_ids import are_media
+from nbl_export.batch.arrays import are_media
 from nbl_export.blocks import Block, layer_of
 from nbl_export.checkpoint import Checkpoint, saving_to
 from nbl_export.errors import InputError
-from nbl_export.linearize.adapters import Adapter, weight_digests
-from nbl_export.linearize.divergence import divergence
 from nbl_export.linearize.lmmse import Covariances
-from nbl_export.linearize.plan import LinearLayer, Replacement
+from nbl_export.linearize.loss import chunks
+from nbl_export.linearize.plan import Adapter, LinearLayer, Replacement, weight_digests
 from nbl_export.linearize.swap import LinearReplacement, replaced
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.layers import attention_layers, block_stack, hidden_size, layer_count
@@ -48,9 +49,6 @@ from nbl_export.models.weights import device_of, held, resident, room, size, str
 from nbl_export.progress import Listener, Silent
 from nbl_export.settings.choices import FitInput
 from nbl_export.tensorfile import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # Tokens of a step; rows of text are taken until there are as many.
 _STEP_TOKENS = 1024
@@ -94,12 +92,6 @@ class Distillation:
     exact: torch.nn.Module | None = None
     identity: str = ""
 
-    @property
-    def maps(self) -> dict[Block, LinearLayer]:
-        """The maps, ascending."""
-        every = ((i, self.replaced[i]) for i in sorted(self.replaced))
-        return {i: one for i, one in every if isinstance(one, LinearLayer)}
-
     @cached_property
     def batches(self) -> list[torch.Tensor]:
         """Token rows [rows, seq] int64 of a step each, the same in every epoch.
@@ -114,43 +106,62 @@ class Distillation:
         ]
 
 
-@dataclass
 class _TrainedMap:
     """One map: fixed W₀, b₀ and unit, trained V [d, d] and c [d], all float32."""
 
-    w: torch.Tensor
-    b: torch.Tensor
-    unit: float
-    v: torch.Tensor
-    c: torch.Tensor
+    def __init__(self, layer: LinearLayer, c: Covariances, device: torch.device) -> None:
+        variance_u, variance_v = float(np.trace(c.c_uu)), float(np.trace(c.c_vv))
+        self.unit = math.sqrt(variance_v / (len(layer.b) * variance_u)) if variance_u > 0 else 0.0
+        self.w, self.b = (torch.from_numpy(array).to(device) for array in (layer.w, layer.b))
+        self.v, self.c = (torch.zeros_like(t).requires_grad_(True) for t in (self.w, self.b))
 
     def merged(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.w + self.unit * self.v, self.b + self.unit * self.c
 
     def layer(self) -> LinearLayer:
-        with torch.no_grad():
-            w, b = self.merged()
-        return LinearLayer(w.cpu().numpy(), b.cpu().numpy())
+        return LinearLayer(*(tensor.detach().cpu().numpy() for tensor in self.merged()))
+
+    def hook(self, module: LinearReplacement, hooks: ExitStack) -> None:
+        """Each pass through ``module`` merges the map anew: it is not kept for the backward pass."""
+        device, dtype = module.weight.device, module.weight.dtype
+
+        def merge(*_: Any) -> None:
+            module.weight, module.bias = (tensor.to(device, dtype) for tensor in self.merged())
+
+        def drop(*_: Any) -> None:
+            del module.weight, module.bias
+
+        hooks.callback(module.register_forward_pre_hook(merge).remove)
+        hooks.callback(module.register_forward_hook(drop, always_call=True).remove)
 
 
-@dataclass
 class _TrainedAdapter:
-    """A change unit · up · down of the weight that ``module`` multiplies its input by; up [out, r], down [r, in]."""
+    """A change unit · up · down of the weight that a module multiplies its input by; up [out, r], down [r, in]."""
 
-    module: str
-    unit: float
-    up: torch.Tensor
-    down: torch.Tensor
-
-    def added(self, x: torch.Tensor) -> torch.Tensor:
-        low = torch.nn.functional.linear(x, self.down.to(x))
-        return torch.nn.functional.linear(low, (self.unit * self.up).to(x))
-
-    def adapter(self, weight: torch.Tensor, transposed: bool) -> Adapter:
-        up, down = (t.detach().float().cpu().numpy() for t in (self.unit * self.up, self.down))
-        digests = weight_digests(weight.float().cpu().numpy())
+    def __init__(self, model: torch.nn.Module, path: str, rank: int, generator: torch.Generator) -> None:
+        module = model.get_submodule(path)
+        with held(model, [path]):
+            weight = module.get_parameter("weight")
+            self.unit = float(weight.float().square().mean().sqrt())
         # A convolution of width 1 keeps its weight [in, out].
-        return Adapter(down.T.copy(), up.T.copy(), digests) if transposed else Adapter(up, down, digests)
+        self.path, self.transposed = path, not isinstance(module, torch.nn.Linear)
+        m, n = weight.shape[::-1] if self.transposed else weight.shape
+        r, device = min(rank, m, n), device_of(model)
+        self.up = torch.zeros(m, r, device=device, requires_grad=True)
+        down = torch.randn(r, n, generator=generator) / math.sqrt(n)
+        self.down = down.to(device).requires_grad_(True)
+
+    def add(self, _module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        low = torch.nn.functional.linear(args[0], self.down.to(args[0]))
+        return output + torch.nn.functional.linear(low, (self.unit * self.up).to(args[0]))
+
+    def adapter(self, exact: torch.nn.Module) -> Adapter:
+        """The change of the weight of the ``exact`` model."""
+        up, down = (t.detach().float().cpu().numpy() for t in (self.unit * self.up, self.down))
+        with held(exact, [self.path]):
+            weight = exact.get_submodule(self.path).get_parameter("weight")
+            digests = weight_digests(weight.float().cpu().numpy())
+        return Adapter(down.T.copy(), up.T.copy(), digests) if self.transposed else Adapter(up, down, digests)
 
 
 def repair(
@@ -161,76 +172,80 @@ def repair(
     A ``checkpoint`` of another identity is ignored; what goes on from one ends bit for bit as if it had never
     stopped. Raises ``KeyboardInterrupt`` after an interrupt, its work saved.
     """
+    listener = listener or Silent()
     with resident(task.model, room(task.model)):
-        return _repair(task, checkpoint, listener or Silent())
+        training = _Training(task)
+        done = training.resume(checkpoint, listener)
+        batches, steps = task.batches, task.steps
+        original = _Original(task, training.first, keeping=steps - done > len(batches))
+        with (
+            listener.task("Repairing", steps, "steps", done) as shown,
+            saving_to(checkpoint, lambda path: training.save(path, done)) as between,
+        ):
+            while done < steps:
+                number = done % len(batches)
+                ids = batches[number].to(training.device)
+                training.step(ids, *original(number, ids), _rate(done, steps))
+                done += 1
+                shown.advance(1)
+                between()
+        return training.result()
 
 
-def _repair(task: Distillation, checkpoint: Checkpoint | None, listener: Listener) -> Repaired:
-    training = _Training(task)
-    done = training.resume(checkpoint, listener)
-    batches, steps = task.batches, task.steps
-    keeping = steps - done > len(batches)
-    original = _Original(task.model, training.first, keeping, tokens=task.tokens.size)
-
-    def save(path: Path) -> None:
-        training.save(path, done)
-
-    with listener.task("Repairing", steps, "steps", done) as shown, saving_to(checkpoint, save) as between:
-        while done < steps:
-            number = done % len(batches)
-            ids = batches[number].to(training.device)
-            training.step(ids, *original(number, ids), _rate(done, steps))
-            done += 1
-            shown.advance(1)
-            between()
-    return training.result()
+def _rate(step: int, steps: int) -> float:
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / _WARM_UP) * (_LAST_RATE + (1 - _LAST_RATE) * cosine)
 
 
 class _Original:
-    """What ``model`` computes of the batches as it is: the states at the input of layer ``first``, and the logits.
+    """What the model computes of the batches as it is: the states at the input of layer ``first``, and the logits.
 
-    If ``keeping``, and there is room for the states of all ``tokens``, a batch asked for again is begun at the last
-    layer.
+    If ``keeping``, and there is room for the states of all tokens, a batch asked for again is begun at the last layer.
     """
 
-    def __init__(self, model: torch.nn.Module, first: int, keeping: bool, tokens: int) -> None:
-        self._model, self._first = model, first_needed(model, first)
+    def __init__(self, task: Distillation, first: int, keeping: bool) -> None:
+        self._model = model = task.model
+        self._first = first_needed(model, first)
         self._last = first_needed(model, attention_layers(model)[-1].index)
-        weight = weights_like(model)
-        self._keeping = keeping and 2 * tokens * hidden_size(model) * weight.element_size() <= _KEPT_BYTES
+        states = task.tokens.size * hidden_size(model) * weights_like(model).element_size()
+        self._keeping = keeping and 2 * states <= _KEPT_BYTES
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, number: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States [rows, seq, d] and logits [rows, seq, vocab] of batch ``number``, the tokens ``ids`` [rows, seq]."""
         with torch.no_grad():
             if number in self._kept:
-                first, last = self._kept[number]
-                with starting_at(self._model, self._last, last.to(ids.device)):
-                    logits = self._model(input_ids=ids, use_cache=False).logits
-                return first.to(ids.device), logits
+                first, last = (states.to(ids.device) for states in self._kept[number])
+                with starting_at(self._model, self._last, last):
+                    return first, self._model(input_ids=ids, use_cache=False).logits
             with recording_inputs(self._model, [self._first, self._last]) as states:
                 logits = self._model(input_ids=ids, use_cache=False).logits
-            first, last = states[self._first], states[self._last]
             if self._keeping:
-                self._kept[number] = first.cpu(), last.cpu()
-            return first, logits
+                self._kept[number] = states[self._first].cpu(), states[self._last].cpu()
+            return states[self._first], logits
 
 
 class _Training:
     """The changes of maps and MLP weights in training, and their optimizer."""
 
     def __init__(self, task: Distillation) -> None:
-        self._task = task
-        self.first = layer_of(min(task.replaced))
-        self.device = device_of(task.model)
-        self._maps = {i: _begin_map(one, task.covariances[i], self.device) for i, one in task.maps.items()}
-        self._adapters = _begin_adapters(task.model, self.first, task.rank, task.seed, task.replaced)
+        self._task, model = task, task.model
+        self.first, self.device = layer_of(min(task.replaced)), device_of(model)
+        self._maps = {
+            i: _TrainedMap(one, task.covariances[i], self.device)
+            for i, one in sorted(task.replaced.items())
+            if isinstance(one, LinearLayer)
+        }
+        generator = torch.Generator().manual_seed(task.seed)
+        paths = mlp_maps(model, self.first, task.replaced) if task.rank else []
+        self._adapters = [_TrainedAdapter(model, path, task.rank, generator) for path in paths]
         groups: list[dict[str, Any]] = [
             {"params": [t for one in self._maps.values() for t in (one.v, one.c)], "rate": _MAP_RATE},
             {"params": [one.up for one in self._adapters], "rate": _UP_RATE},
             {"params": [one.down for one in self._adapters], "rate": _DOWN_RATE},
         ]
         self._optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.98), eps=1e-12)
+        self._trained: list[torch.Tensor] = [t for group in groups for t in group["params"]]
 
     def step(self, ids: torch.Tensor, states: torch.Tensor, target: torch.Tensor, rate: float) -> None:
         """One step on tokens [rows, seq] int64, at ``rate`` of the learning rates.
@@ -242,18 +257,19 @@ class _Training:
         with ExitStack() as stack:
             modules = stack.enter_context(replaced(model, self._task.replaced, self._task.fit_input))
             stack.enter_context(starting_at(model, first_needed(model, self.first), states))
-            stack.enter_context(_adding(model, self._adapters))
-            for index, one in self._maps.items():
-                stack.enter_context(_merging(modules[index], one))
+            for one in self._adapters:
+                stack.callback(model.get_submodule(one.path).register_forward_hook(one.add).remove)
+            for index, trained in self._maps.items():
+                trained.hook(modules[index], stack)
             if streams(model) or size(model) > _WHOLE_BYTES:
                 stack.enter_context(recomputed(model, self.first))
-            self._divergence(ids, target).backward()  # type: ignore[no-untyped-call]
+            self._loss(ids, target).backward()  # type: ignore[no-untyped-call]
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["rate"]
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def _divergence(self, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def _loss(self, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits = self._task.model(input_ids=ids, use_cache=False).logits
         # What is predicted in the place of an image's embedding nobody reads.
         words = torch.nn.functional.pad(~are_media(ids[:, 1:]), (0, 1), value=True)
@@ -263,18 +279,8 @@ class _Training:
     def result(self) -> Repaired:
         """What was learned; the adapters are of the exact model's weights."""
         exact = self._task.exact or self._task.model
-        found = {}
-        for adapter in self._adapters:
-            module = exact.get_submodule(adapter.module)
-            transposed = not isinstance(module, torch.nn.Linear)
-            with held(exact, [adapter.module]):
-                weight = module.get_parameter("weight")
-                found[f"{adapter.module}.weight"] = adapter.adapter(weight, transposed)
-        return Repaired({index: one.layer() for index, one in self._maps.items()}, found)
-
-    @property
-    def _trained(self) -> list[torch.Tensor]:
-        return [t for group in self._optimizer.param_groups for t in group["params"]]
+        layers = {index: one.layer() for index, one in self._maps.items()}
+        return Repaired(layers, {f"{one.path}.weight": one.adapter(exact) for one in self._adapters})
 
     def save(self, path: Path, done: int) -> None:
         """Write what is trained, and Adam's moments of it, after ``done`` steps."""
@@ -309,91 +315,47 @@ class _Training:
         return steps
 
 
-def _begin_map(layer: LinearLayer, c: Covariances, device: torch.device) -> _TrainedMap:
-    d = len(layer.b)
-    variance_u, variance_v = float(np.trace(c.c_uu)), float(np.trace(c.c_vv))
-    unit = math.sqrt(variance_v / (d * variance_u)) if variance_u > 0 else 0.0
-    w, b = (torch.from_numpy(array).to(device) for array in (layer.w, layer.b))
-    v, bias = (torch.zeros_like(t).requires_grad_(True) for t in (w, b))
-    return _TrainedMap(w, b, unit, v, bias)
-
-
-def _begin_adapters(
-    model: torch.nn.Module, first: int, rank: int, seed: int, linear: Collection[Block]
-) -> list[_TrainedAdapter]:
-    if not rank:
-        return []
-    generator = torch.Generator().manual_seed(seed)
-    device = device_of(model)
-    found = []
-    for name in mlp_maps(model, first, linear):
-        module = model.get_submodule(name)
-        with held(model, [name]):
-            weight = module.get_parameter("weight")
-            unit = float(weight.float().square().mean().sqrt())
-        m, n = weight.shape if isinstance(module, torch.nn.Linear) else weight.shape[::-1]
-        r = min(rank, m, n)
-        up = torch.zeros(m, r, device=device, requires_grad=True)
-        down = (torch.randn(r, n, generator=generator) / math.sqrt(n)).to(device).requires_grad_(True)
-        found.append(_TrainedAdapter(name, unit, up, down))
-    return found
-
-
 def mlp_maps(model: torch.nn.Module, first: int, linear: Collection[Block] = ()) -> list[str]:
     """The linear maps beside the attention from layer ``first`` on, by their paths; not those of ``linear`` MLPs."""
-    from transformers.pytorch_utils import Conv1D
-
     layers = {layer.index: layer for layer in attention_layers(model)}
-    stack, _ = block_stack(model)
-    gone = tuple(
-        f"{path}." for one in blocks_of(model) if one.index in linear for path in (one.module, one.output)
-    )
+    gone = [path for one in blocks_of(model) if one.index in linear for path in (one.module, one.output)]
     found = []
     for index in range(first, layer_count(model)):
         own = layers.get(index)
         if own is None:
             continue  # what else mixes tokens is left as it is
-        block, taken = f"{stack}.{index}", (f"{own.module}.", f"{own.output}.")
+        block = f"{block_stack(model)[0]}.{index}"
+        taken = tuple(f"{path}." for path in (own.module, own.output, *gone))
         for name, module in model.get_submodule(block).named_modules():
             path = f"{block}.{name}"
-            if isinstance(module, (torch.nn.Linear, Conv1D)) and not f"{path}.".startswith((*taken, *gone)):
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and not f"{path}.".startswith(taken):
                 found.append(path)
     return found
 
 
-@contextmanager
-def _adding(model: torch.nn.Module, adapters: list[_TrainedAdapter]) -> Iterator[None]:
-    with ExitStack() as hooks:
-        for one in adapters:
+def divergence(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean KL(p ‖ q) of ``target`` and ``logits`` [places, vocab]; its gradient is (q - p) / places.
 
-            def add(
-                _module: Any, args: Any, output: torch.Tensor, one: _TrainedAdapter = one
-            ) -> torch.Tensor:
-                return output + one.added(args[0])
-
-            hooks.callback(model.get_submodule(one.module).register_forward_hook(add).remove)
-        yield
+    Worked out in parts: the same by autograd keeps several float32 copies of both. The gradient is written over the
+    ``target``.
+    """
+    mean: torch.Tensor = _Divergence.apply(logits, target)  # type: ignore[no-untyped-call]
+    return mean
 
 
-@contextmanager
-def _merging(module: LinearReplacement, one: _TrainedMap) -> Iterator[None]:
-    """Within the block, each pass through ``module`` merges the map anew: it is not kept for the backward pass."""
-    device, dtype = module.weight.device, module.weight.dtype
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), device=logits.device)
+        for part in chunks(len(logits)):
+            log_p, log_q = (torch.log_softmax(t[part].float(), dim=-1) for t in (target, logits))
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum()
+            target[part] = ((log_q.exp_() - p) / len(logits)).to(target)
+        ctx.save_for_backward(target)
+        return total / len(logits)
 
-    def merge(*_: Any) -> None:
-        module.weight, module.bias = (tensor.to(device, dtype) for tensor in one.merged())
-
-    def drop(*_: Any) -> None:
-        del module.weight, module.bias
-
-    hooks = module.register_forward_pre_hook(merge), module.register_forward_hook(drop, always_call=True)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _rate(step: int, steps: int) -> float:
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1.0, (step + 1) / _WARM_UP) * (_LAST_RATE + (1 - _LAST_RATE) * cosine)
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grads[0].to(gradient)), None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nbl_export.blocks import (
     ATTENTION,
@@ -29,40 +30,34 @@ from nbl_export.settings import SelectSettings
 from nbl_export.settings.choices import FitInput
 
 
-def _with_kl(candidate: Candidate, loss: Loss) -> Candidate:
-    return replace(candidate, kl=loss.kl, kl_se=loss.kl_se)
-
-
-def _with_drop(candidate: Candidate, loss: Loss) -> Candidate:
-    return replace(candidate, drop=loss.kl, drop_se=loss.kl_se)
-
-
-def _with_sensitivity(candidate: Candidate, loss: Loss) -> Candidate:
-    predicted = loss.kl * candidate.nmse
-    return replace(candidate, sensitivity=loss.kl, sensitivity_se=loss.kl_se, predicted=predicted)
-
-
 @dataclass(frozen=True)
 class Criterion:
-    """``score`` ranks the layers; ``measures`` adds what runs of the model found of a layer alone, None without runs.
+    """``score`` is the field that ranks the layers, ``measures`` what runs of the model find of a layer alone.
 
     ``searched``: sets of layers are measured, too.
     """
 
-    score: Callable[[Candidate], float | None]
-    measures: Callable[[Candidate, Loss], Candidate] | None = None
+    score: str
+    measures: str | None = None
     searched: bool = False
 
 
 # To add a criterion that ranks layers, add a row; lower is better.
 CRITERIA: Mapping[str, Criterion] = {
-    "greedy": Criterion(lambda c: c.kl, _with_kl, searched=True),
-    "kl": Criterion(lambda c: c.kl, _with_kl),
-    "linearity": Criterion(lambda c: c.predicted, _with_sensitivity),
-    "nmse": Criterion(lambda c: c.nmse),
-    "cca": Criterion(lambda c: c.cca),
-    "drop": Criterion(lambda c: c.drop, _with_drop),
+    "greedy": Criterion("kl", "kl", searched=True),
+    "kl": Criterion("kl", "kl"),
+    "linearity": Criterion("predicted", "sensitivity"),
+    "nmse": Criterion("nmse"),
+    "cca": Criterion("cca"),
+    "drop": Criterion("drop", "drop"),
 }
+
+
+def with_loss(candidate: Candidate, what: str, loss: Loss) -> Candidate:
+    """``candidate`` with the ``loss`` that was measured of ``what`` a criterion measures."""
+    predicted = loss.kl * candidate.nmse if what == "sensitivity" else candidate.predicted
+    found: dict[str, Any] = {what: loss.kl, f"{what}_se": loss.kl_se, "predicted": predicted}
+    return replace(candidate, **found)
 
 
 def score_layers(
@@ -164,9 +159,9 @@ def ranking(
     """
 
     def key(candidate: Candidate) -> tuple[float, Block]:
-        value = CRITERIA[criterion].score(candidate)
-        assert value is not None  # the criterion's own measurements are there
-        value = _finite(value, candidate.layer, f"score by {criterion}")
+        value = _finite(
+            getattr(candidate, CRITERIA[criterion].score), candidate.layer, f"score by {criterion}"
+        )
         return per_saving(value, saved(candidate.layer)), candidate.layer
 
     return sorted(candidates, key=key)

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from nbl_export.blocks import Block, Mlp
+from nbl_export.blocks import Block, Mlp, layer_of
 from nbl_export.errors import InputError
-from nbl_export.linearize.adapters import adapted
-from nbl_export.linearize.plan import Dropped, Plan, Replacement
+from nbl_export.linearize.plan import Adapter, Dropped, Plan, Replacement
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.hooks import hidden_states, plain_attributes
-from nbl_export.models.layers import hidden_size, layer_count
-from nbl_export.models.weights import weights_like
-from nbl_export.settings.choices import FitInput
-
-if TYPE_CHECKING:
-    from nbl_export.models.layers import BlockModules
-
-
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
-
-from nbl_export.blocks import layer_of
-from nbl_export.linearize.adapters import Adapter
-from nbl_export.models.layers import block_stack
+from nbl_export.models.layers import BlockModules, block_stack, hidden_size, layer_count
 from nbl_export.models.walk import Segment, after_blocks, passing_blocks, walking
+from nbl_export.models.weights import held, weights_like
 from nbl_export.progress import Listener
+from nbl_export.settings.choices import FitInput
 
 
 class LinearReplacement(torch.nn.Module):
@@ -134,6 +122,18 @@ def check_plan(model: torch.nn.Module, plan: Plan) -> None:
 
 
 @contextmanager
+def adapted(model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
+    """``model`` with the ``adapters``, by parameter name, merged into its weights, within the block."""
+    with held(model, adapters), ExitStack() as undo:
+        for name, adapter in adapters.items():
+            parameter = model.get_parameter(name)
+            undo.callback(setattr, parameter, "data", parameter.data)
+            change = torch.from_numpy(adapter.change()).to(parameter.device)
+            parameter.data = (parameter.data.float() + change).to(parameter.dtype)
+        yield
+
+
+@contextmanager
 def replaced(
     model: torch.nn.Module, linear: Mapping[Block, Replacement], fit_input: FitInput
 ) -> Iterator[dict[Block, LinearReplacement]]:
@@ -141,19 +141,14 @@ def replaced(
 
     The value is the replacement modules by layer.
     """
-    layers = {
-        one.index: one for one in blocks_of(model)
-    }  # found by a run of the original, before any is replaced
-    undo: list[Any] = []
+    # Found by a run of the original, before any is replaced.
+    layers = {one.index: one for one in blocks_of(model)}
     modules: dict[Block, LinearReplacement] = {}
-    try:
+    with ExitStack() as undo:
         for index in sorted(linear):
             modules[index], restore = _swap(model, layers[index], linear[index], fit_input)
-            undo.append(restore)
+            undo.callback(restore)
         yield modules
-    finally:
-        for restore in reversed(undo):
-            restore()
 
 
 def _swap(

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import F32
-from nbl_export.batch.media_ids import FIRST, are_media
+from nbl_export.batch.arrays import F32, FIRST, are_media
 from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, POSITIONS
 from nbl_export.models.layers import backbone, has_per_layer
 from nbl_export.tensorfile import load_as, save_tensors

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbl_export.batch.media_ids import FIRST
+from nbl_export.batch.arrays import FIRST
 from nbl_export.batch.names import PER_LAYER
 from nbl_export.errors import InputError, MissingDependencyError, first_line
 from nbl_export.models.folder import readable

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import BuildError
 from nbl_export.graph.io import Slot, slots
-from nbl_export.linearize.adapters import Adapter, digest_of, is_transposed
+from nbl_export.linearize.plan import Adapter, digest_of, is_transposed
 
 
 def merge_adapters(model: ir.Model, adapters: Mapping[str, Adapter]) -> None:

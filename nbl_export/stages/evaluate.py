@@ -188,7 +188,7 @@ def _kept(kind: type[Any], path: Path) -> Any:
 
 def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[list[Question]]:
     """The questions of each context length; lengths asked for that the model cannot have are refused."""
-    from nbl_export.batch.media_ids import words
+    from nbl_export.batch.arrays import words
     from nbl_export.calibrate.text import load_text
     from nbl_export.evaluate.retrieval import Filler, ask, least_context
 

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.batch.media_ids import words
+from nbl_export.batch.arrays import words
 from nbl_export.batch.names import BASE, LINEARIZED, PIXELS, TOKENS
 from nbl_export.batch.rows import Inputs, batch_of_rows
 from nbl_export.calibrate.text import CalibrationText

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from nbl_export.batch.media_ids import words
+from nbl_export.batch.arrays import words
 from nbl_export.graph.precision import precision_of
 from nbl_export.records import Check
 from nbl_export.runtime.stream import Stream

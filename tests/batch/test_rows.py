@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.batch.media_ids import FIRST, are_media, words
+from nbl_export.batch.arrays import FIRST, are_media, words
 from nbl_export.batch.names import MASK, PIXELS, POSITIONS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import (
     batch_of_rows,

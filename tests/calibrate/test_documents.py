@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_refused_before_any_work(
     ("source", "words"),
     [
         ("{}/gone.txt", "does not exist: check the path"),
-        ("{}/*.nothing", "No file matches"),
+        ("{}/*.nothing", "has no calibration text"),
         ("{}", "has no calibration text: no .txt"),
     ],
 )

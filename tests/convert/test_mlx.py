@@ -27,8 +27,7 @@ from nbl_export.convert.mlx import (
     write_mlx,
 )
 from nbl_export.errors import InputError
-from nbl_export.linearize.adapters import Adapter
-from nbl_export.linearize.plan import DROPPED, LinearLayer, Plan
+from nbl_export.linearize.plan import DROPPED, Adapter, LinearLayer, Plan
 from nbl_export.progress import Silent
 from nbl_export.runtime.mlx import MlxStream
 from nbl_export.stages.forms import DeciLm

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F64
-from nbl_export.linearize.adapters import Adapter, weight_digests
-from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.linearize.plan import Adapter, LinearLayer, Plan, weight_digests
 
 D, COUNT = 6, 5
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from nbl_export.blocks import Mlp, Span
-from nbl_export.calibrate.moments import LayerMoments, Moments
+from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.errors import CalibrationError, InputError
 from nbl_export.linearize.plan import DROPPED, LinearLayer, Plan, load_plan, ranks_of, save_plan
 from nbl_export.linearize.scores import (
@@ -24,6 +24,7 @@ from nbl_export.linearize.scores import (
     ranking,
     score_layer,
     score_layers,
+    with_loss,
 )
 from nbl_export.linearize.selection import (
     Candidate,
@@ -221,11 +222,10 @@ def moments(noise: float, d: int = 4, n: int = 200, seed: int = 0) -> LayerMomen
 
 
 def scored(layers: dict[int, LayerMoments], ridge: float = 1e-6, listener: Any = None) -> Any:
-    every = Moments(layers)
-    listener = listener or Silent()
-    return score_layers(
-        layers, ridge, listener, lambda some: [score_layer(every, i, "normed", ridge) for i in some], 2
-    )
+    def score(some: Any) -> Any:
+        return [score_layer(layers[i], i, "normed", ridge) for i in some]
+
+    return score_layers(layers, ridge, listener or Silent(), score, 2)
 
 
 # choosing ----------------------------------------------------------------------------------------
@@ -246,7 +246,9 @@ def test_what_is_measured_of_a_layer_alone_is_what_it_is_ranked_by(criterion: st
     losses = [0.3, 0.1, 0.2]
     measures = CRITERIA[criterion].measures
     assert measures is not None
-    found = [measures(candidate(i, 1.0, 0.5), Loss(kl, 0.01, 0.0, 0.0)) for i, kl in enumerate(losses)]
+    found = [
+        with_loss(candidate(i, 1.0, 0.5), measures, Loss(kl, 0.01, 0.0, 0.0)) for i, kl in enumerate(losses)
+    ]
     assert [c.layer for c in ranking(found, criterion)] == [1, 2, 0]
     if criterion == "linearity":
         assert (found[0].predicted, found[0].sensitivity_se) == (0.15, 0.01)
@@ -319,7 +321,7 @@ def test_a_layer_that_cannot_be_fitted_is_named() -> None:
     with pytest.raises(CalibrationError, match=r"^Layer 2 cannot be linearized: .* NaN or infinite\.$"):
         scored({2: broken, 7: good})
     with pytest.raises(CalibrationError, match=r"^Layer 7 cannot be linearized"):
-        score_layer(Moments({7: few}), 7, "normed", 1e-6)
+        score_layer(few, 7, "normed", 1e-6)
 
 
 def singular(stream: str) -> LayerMoments:

@@ -15,17 +15,23 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.batch.media_ids import FIRST
+from nbl_export.batch.arrays import FIRST
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.checkpoint import Checkpoint
 from nbl_export.linearize import repair as module
-from nbl_export.linearize.adapters import Adapter, adapted, digest_of, is_transposed, weight_digests
-from nbl_export.linearize.divergence import divergence
 from nbl_export.linearize.fits import as_layer
 from nbl_export.linearize.lmmse import Covariances, branch_covariances, fit_lmmse
-from nbl_export.linearize.plan import LinearLayer, load_plan, save_plan
-from nbl_export.linearize.repair import Distillation, Repaired, mlp_maps
-from nbl_export.linearize.swap import replaced
+from nbl_export.linearize.plan import (
+    Adapter,
+    LinearLayer,
+    digest_of,
+    is_transposed,
+    load_plan,
+    save_plan,
+    weight_digests,
+)
+from nbl_export.linearize.repair import Distillation, Repaired, divergence, mlp_maps
+from nbl_export.linearize.swap import adapted, replaced
 from nbl_export.models import weights
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.media_tokens import seeing

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.linearize.adapters import Adapter, adapted
-from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.linearize.swap import ORIGINAL, Version, linearized, replaced, sweep
+from nbl_export.linearize.plan import Adapter, LinearLayer, Plan
+from nbl_export.linearize.swap import ORIGINAL, Version, adapted, linearized, replaced, sweep
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nbl_export.linearize.adapters import Adapter, adapted
+from nbl_export.linearize.plan import Adapter
+from nbl_export.linearize.swap import adapted
 from nbl_export.models import weights
 from nbl_export.models.load import in_memory, in_precision, load_model
 from nbl_export.models.source import find_model

@@ -149,9 +149,9 @@ def test_a_decoder_is_judged_on_prompts_as_they_are_used(
     # The beginning of text stands before each row.
     assert [row.tolist() for row in rows] == [[256, *row] for row in text.calibration.tolist()]
     probe = material.probe(loaded("decoder"), text, (ATTENTION,))
-    assert probe.attention_mask.sum(axis=1).tolist() == [24, 16]
-    assert probe.input_ids[0].tolist() == text.calibration[0, :24].tolist()
-    assert probe.input_ids[1, 8:].tolist() == text.calibration[1, :16].tolist()
+    assert probe.inputs["attention_mask"].sum(axis=1).tolist() == [24, 16]
+    assert probe.inputs["input_ids"][0].tolist() == text.calibration[0, :24].tolist()
+    assert probe.inputs["input_ids"][1, 8:].tolist() == text.calibration[1, :16].tolist()
 
 
 # text encoders -----------------------------------------------------------------------------------
@@ -235,14 +235,14 @@ def test_ranges_are_of_text_beyond_a_length_too() -> None:
     rows = np.random.default_rng(0).integers(3, 250, (4, 48)).astype(np.int32)
     text = CalibrationText(rows, rows, rows, rows, rows, np.array([2], np.int32))
     model = BEYOND["mistral"].model()
-    *usual, row = found = module._range_rows(model, text, {})
+    *usual, row = found = module.CalibrationLoader().ranges(model, text, {})
     assert (
         [len(one) for one in found] == [49] * 4 + [108] and row[0] == 2 and list(row[1:49]) == list(rows[0])
     )
-    assert module._longer_rows(model, text, [109]) == []
-    plain = module._range_rows(BEYOND["mistral"].model(sliding_window=None), text, {})
+    assert module._longer_rows(model, text, [rows.reshape(-1)[:109]]) == []
+    plain = module.CalibrationLoader().ranges(BEYOND["mistral"].model(sliding_window=None), text, {})
     assert [list(one) for one in plain] == [list(one) for one in usual]
-    batch = module._range_batch(ENCODERS["modernbert"].model(), text, {})
+    batch = module._Passages().ranges(ENCODERS["modernbert"].model(), text, {})
     assert batch["attention_mask"].sum(axis=1).tolist() == [48] * 4 + [208]
     assert batch["input_ids"][4].tolist() == np.resize(rows, 208).tolist()
 
@@ -256,4 +256,4 @@ def test_a_row_of_the_probe_of_a_text_encoder_goes_beyond_a_length(
     model: Any = SimpleNamespace(tokenizer=loaded("bert").tokenizer)
     model.model = model.in_float32 = ENCODERS["modernbert"].model(vocab_size=264)
     probe = loader_for(loaded("bert").source).probe(model, text, (ATTENTION,))
-    assert probe.attention_mask.sum(axis=1).tolist() == [longest, 16]
+    assert probe.inputs["attention_mask"].sum(axis=1).tolist() == [longest, 16]

@@ -128,7 +128,7 @@ def test_text_that_is_not_there_or_not_text(model: Path, tmp_path: Path, unread:
     (tmp_path / "empty").mkdir()
     for source, words in {
         "nosuch.txt": "The calibration text nosuch.txt does not exist: check the path.",
-        str(tmp_path / "*.txt"): "No file matches the calibration text",
+        str(tmp_path / "*.txt"): "has no calibration text",
         str(tmp_path / "empty"): "has no calibration text",
         str(tmp_path / "a.docx"): "is not a calibration text: give a .txt",
         str(tmp_path / "a.jsonl"): "a.jsonl, line 1: no text field 'text' (text fields: words)",

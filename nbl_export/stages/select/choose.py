@@ -11,7 +11,7 @@ import numpy as np
 
 from nbl_export.blocks import Block, Span, all_parts, with_block
 from nbl_export.errors import BudgetError, InputError
-from nbl_export.linearize.scores import CRITERIA, ranking
+from nbl_export.linearize.scores import CRITERIA, ranking, with_loss
 from nbl_export.linearize.search import (
     GREEDY_TRIES,
     MeasuredSets,
@@ -76,7 +76,7 @@ class Choosing:
         found: dict[Block, Candidate] = {}
         with self._listener.task("Measuring layers", len(wanted), "layers") as task:
             for candidate, loss in zip(wanted, self._singly([c.layer for c in wanted]), strict=True):
-                found[candidate.layer] = measures(candidate, loss)
+                found[candidate.layer] = with_loss(candidate, measures, loss)
                 task.advance(1)
         return tuple(found.get(c.layer, c) for c in candidates)
 

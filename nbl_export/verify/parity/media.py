@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import F32
-from nbl_export.batch.media_ids import FIRST, are_media
+from nbl_export.batch.arrays import F32, FIRST, are_media
 from nbl_export.batch.names import EMBEDDINGS, POSITIONS
 from nbl_export.linearize.swap import ORIGINAL, linearized, sweep, version_of
 from nbl_export.models.media_tokens import MediaTokens, seeing

@@ -13,8 +13,8 @@ import torch
 
 from nbl_export import api
 from nbl_export.calibrate.text import load_text
-from nbl_export.linearize.adapters import Adapter, adapted
-from nbl_export.linearize.plan import LinearLayer, load_plan
+from nbl_export.linearize.plan import Adapter, LinearLayer, load_plan
+from nbl_export.linearize.swap import adapted
 from nbl_export.progress import Silent
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import maps_in_place
