@@ -5,7 +5,7 @@ Each kind of data is a class of :data:`_KINDS`; the stages use it and do not dep
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,9 @@ class CalibrationLoader:
     """How text for a decoder is read and saved."""
 
     unit = "text"
-    save, load, heldout = staticmethod(save_text), staticmethod(load_text), staticmethod(heldout_rows)
+    save: Callable[[Path, Any], None] = staticmethod(save_text)
+    load: Callable[[Path], Any] = staticmethod(load_text)
+    heldout: Callable[[Any, Iterable[str]], Rows] = staticmethod(heldout_rows)
 
     def path(self, ws: Places) -> Path:
         """Its file in the output folder."""
