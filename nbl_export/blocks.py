@@ -1,4 +1,4 @@
-"""What can become linear: the attention of a layer (7), its MLP (7.mlp), or a span of whole layers (7-9.span).
+"""Name what can become linear: the attention of a layer (7), its MLP (7.mlp), or a span of whole layers (7-9.span).
 
 A block is what lies between two tensors: u, which it reads, and y, which it adds to the residual stream. A number
 alone is an attention, so that plans, reports and settings of attention alone read as they always did.
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from functools import total_ordering
+from itertools import takewhile
 from typing import Any
 
 ATTENTION, MLP, SPAN = "attention", "mlp", "span"
@@ -26,56 +28,32 @@ _WRITTEN = f"write 7 for an attention, 7{_SUFFIX} for an MLP, 7-9{_SPAN_SUFFIX} 
 
 @total_ordering
 class _Named:
-    """A block that is not written as a number alone; blocks are in the order of layers, and in it of ``place``."""
-
-    __slots__ = ("layer",)
-    place = 0
-
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
-
-    @property
-    def _key(self) -> tuple[int, ...]:
-        return (self.layer, self.place)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self})"
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Named) and other._key == self._key
+    """A block that is not written as a number alone; blocks are in the order of layers, and in it of their parts."""
 
     def __lt__(self, other: Block) -> bool:
-        return self._key < (other._key if isinstance(other, _Named) else (other, 0))
+        return _place(self) < _place(other)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
 class Mlp(_Named):
     """The MLP of layer ``layer``: it comes after the layer's attention and before the next layer."""
 
-    __slots__ = ()
-    place = 1
+    layer: int
 
     def __str__(self) -> str:
         return f"{self.layer}{_SUFFIX}"
 
 
+@dataclass(frozen=True)
 class Span(_Named):
     """The layers from ``layer`` to ``last``, as a whole; a span comes after the parts of its first layer."""
 
-    __slots__ = ("last",)
-    place = 2
+    layer: int
+    last: int
 
-    def __init__(self, layer: int, last: int) -> None:
-        super().__init__(layer)
-        if last < layer:
-            raise ValueError(f"a span of layers {layer} to {last} has none")
-        self.last = last
-
-    @property
-    def _key(self) -> tuple[int, ...]:
-        return (self.layer, self.place, self.last)
+    def __post_init__(self) -> None:
+        if self.last < self.layer:
+            raise ValueError(f"a span of layers {self.layer} to {self.last} has none")
 
     @property
     def layers(self) -> range:
@@ -90,14 +68,17 @@ Block = int | Mlp | Span
 
 def layer_of(block: Block) -> int:
     """The number of the layer that ``block`` is a part of, or begins with."""
-    return block.layer if isinstance(block, _Named) else block
+    return block if isinstance(block, int) else block.layer
 
 
 def part_of(block: Block) -> str:
     """``attention``, ``mlp`` or ``span``."""
-    if isinstance(block, Span):
-        return SPAN
-    return MLP if isinstance(block, Mlp) else ATTENTION
+    return {Span: SPAN, Mlp: MLP}.get(type(block), ATTENTION)
+
+
+def _place(block: Block) -> tuple[int, int, int]:
+    order = (ATTENTION, MLP, SPAN).index(part_of(block))
+    return layer_of(block), order, block.last if isinstance(block, Span) else 0
 
 
 def parts_in(block: Block) -> tuple[Block, ...]:
@@ -127,13 +108,8 @@ def with_block(blocks: Iterable[Block], new: Block) -> tuple[Block, ...] | None:
 def spans_of(layers: Iterable[int]) -> list[Span]:
     """Every span of consecutive ``layers``, ascending."""
     every = set(layers)
-    found = []
-    for first in sorted(every):
-        for last in range(first, first + LONGEST_SPAN):
-            if last not in every:
-                break
-            found.append(Span(first, last))
-    return found
+    ends = ((first, range(first, first + LONGEST_SPAN)) for first in sorted(every))
+    return [Span(first, last) for first, some in ends for last in takewhile(every.__contains__, some)]
 
 
 def most_blocks(layers: int, parts: Collection[str]) -> list[Block]:
@@ -154,34 +130,27 @@ def grouped(linear: Iterable[Block], dropped: Collection[Block]) -> tuple[Block,
     found: list[Block] = []
     left = set(dropped)
     for part in sorted(linear):
-        span = None if isinstance(part, _Named) else _span_from(part, left)
-        left -= set(parts_in(span)) if span else set()
-        found.append(span or part)
+        last = layer_of(part)
+        if part_of(part) == ATTENTION and Mlp(last) in left:
+            while last + 1 in left and Mlp(last + 1) in left:
+                last += 1
+            part = Span(layer_of(part), last)
+            left -= {*parts_in(part)}
+        found.append(part)
     return tuple(sorted([*found, *left]))
-
-
-def _span_from(first: int, dropped: Collection[Block]) -> Span | None:
-    """The span that begins with the linear attention of layer ``first``."""
-    if Mlp(first) not in dropped:
-        return None
-    last = first
-    while last + 1 in dropped and Mlp(last + 1) in dropped:
-        last += 1
-    return Span(first, last)
 
 
 def block_of(text: str) -> Block:
     """The block that is written ``text``: 7, 7.mlp, 7.span or 7-9.span; raises ``ValueError`` for anything else."""
     if match := _SPAN.fullmatch(text):
-        first, last = (None if number is None else int(number) for number in match.groups())
-        assert first is not None  # the pattern has one
-        if last is None or last > first:
-            return Span(first, first if last is None else last)
-        raise ValueError(f"{text!r} ends before it begins: {_WRITTEN}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if match[2] and last <= first:
+            raise ValueError(f"{text!r} ends before it begins: {_WRITTEN}")
+        return Span(first, last)
     number = text.removesuffix(_SUFFIX)
     if not re.fullmatch(_NUMBER, number, re.ASCII):
         raise ValueError(f"{text!r} is no block: {_WRITTEN}")
-    return Mlp(int(number)) if text.endswith(_SUFFIX) else int(number)
+    return int(number) if number == text else Mlp(int(number))
 
 
 def as_json(block: Block) -> int | str:
@@ -219,10 +188,9 @@ def counted(blocks: Iterable[Block]) -> str:
     spans = [block for block in every if isinstance(block, Span)]
     own = len(attentions(every))
     mlps = len(every) - own - len(spans)
-    named = [f"{own} attention layer{'s' * (own != 1)}"] if own or not (mlps or spans) else []
-    named += [f"{mlps} MLP{'s' * (mlps != 1)}"] if mlps else []
-    if spans:
-        layers = sum(len(span.layers) for span in spans)
-        of = f"{layers} layer{'s' * (layers != 1)}"
-        named += [f"{len(spans)} span{'s' * (len(spans) != 1)} of {of}{' together' * (len(spans) > 1)}"]
+    named = [f"{own} attention layer{'s' * (own != 1)}"] * bool(own or not (mlps or spans))
+    named += [f"{mlps} MLP{'s' * (mlps != 1)}"] * bool(mlps)
+    layers = sum(len(span.layers) for span in spans)
+    of = f"{layers} layer{'s' * (layers != 1)}{' together' * (len(spans) > 1)}"
+    named += [f"{len(spans)} span{'s' * (len(spans) != 1)} of {of}"] * bool(spans)
     return " and ".join([", ".join(named[:-1]), named[-1]] if named[1:] else named)

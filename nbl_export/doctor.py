@@ -1,23 +1,22 @@
 """Diagnose this machine and environment: what is there, what is missing and would bring what, and what is wrong.
 
 Packages are tried in a child process: one may be there and broken, its native code may crash. The main job runs here if
-nothing is ``lacking``: Python and every package that is always needed are there, in range, and work, and one runtime
-has computed a graph.
+nothing is ``lacking``: every package that is always needed is there, in range, and works, and one runtime has computed
+a graph.
 """
 
 from __future__ import annotations
 
 import importlib
-import locale
 import os
 import platform
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,26 +34,17 @@ from nbl_export.report.schema import processor
 RUNTIME = "onnxruntime"
 DRIVER = "the NVIDIA driver"
 _SECONDS = 180.0  # of one trial: torch on a cold network disk takes a minute
-_ROOM = 1 << 30  # bytes of the temporary folder: states of a small calibration, a graph in parts
 _GRAPH = """<ir_version: 8, opset_import: ["" : 17]>
 map (float[n, 2] u) => (float[n, 2] y) <float[2, 2] w = {1, 2, 3, 4}, float[2] b = {10, 20}>
 { wu = MatMul(u, w)  y = Add(wu, b) }"""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What came of a trial: the reason where it failed, else what was found out."""
-
-    error: str = ""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Found:
     """A package: its ``version`` if it is there, the ``error`` where it does not work, and what it is for.
 
-    ``pip`` is the line that brings it; ``takes`` the range of versions; ``detail`` what the trial found out. ``extra``
-    is as in :class:`nbl_export.packages.Part`.
+    ``pip`` is the line that brings it; ``takes`` the range of versions, if it is in none; ``detail`` what the trial
+    found out. ``extra`` is as in :class:`nbl_export.packages.Part`.
     """
 
     package: str
@@ -73,14 +63,12 @@ class Found:
     @property
     def wrong(self) -> str:
         """What is wrong with it, in a sentence; empty if nothing is, or if it is not there."""
-        again = shlex.quote(self.package + self.takes)
-        if self.error:
-            line = f"{pip_command('install --force-reinstall')} {again}"
-            return f"{self.package} {self.version} is installed, and trying it {self.error}: {line}."
-        if self.version is None or within(self.version, self.takes):
+        if self.version is None or not (self.error or self.takes):
             return ""
-        line = f"{pip_command('install')} {again}"
-        return f"{self.package} {self.version} is installed, and {self.takes} is needed: {line}."
+        how = f"trying it {self.error}" if self.error else f"{self.takes} is needed"
+        again = pip_command("install --force-reinstall" if self.error else "install")
+        what = shlex.quote(self.package + self.takes)
+        return f"{self.package} {self.version} is installed, and {how}: {again} {what}."
 
 
 @dataclass(frozen=True)
@@ -101,12 +89,11 @@ class Diagnosis:
     @property
     def tables(self) -> list[Table]:
         """The machine, then the packages."""
-        states = {True: "works", False: "broken"}
         rows = tuple(
             (
                 one.package,
                 one.version or "",
-                "missing" if one.version is None else states[one.works],
+                "missing" if one.version is None else "works" if one.works else "broken",
                 f"{one.use} ({one.detail})" if one.detail else one.use,
             )
             for one in self.parts
@@ -134,74 +121,40 @@ def doctor(listener: Listener | None = None) -> Diagnosis:
         raise missing("packaging", "doctor")
     there = {one.package: known for one in PARTS if (known := _version(one))}
     trials = try_all([one.module for one in PARTS if one.package in there], listener or Silent())
-    ranges = own_ranges()
-    parts = tuple(
-        Found(
-            one.package,
-            there.get(one.package),
-            trials[one.module].error if one.package in there else "",
-            one.use,
-            ", ".join(trials[one.module].facts.get("providers", ())) if one.package in there else "",
-            one.extra,
-            ranges.get(one.package, ""),
-            one.pip,
-        )
-        for one in PARTS
-    )
+    ranges, parts = out_of_range(there), []
+    for one in PARTS:
+        error, facts = trials[one.module] if one.package in there else ("", {})
+        detail, takes = ", ".join(facts.get("providers", ())), ranges.get(one.package, "")
+        known = there.get(one.package)
+        parts.append(Found(one.package, known, error, one.use, detail, one.extra, takes, one.pip))
     where, editable = origin()
-    machine = this_machine(trials)
-    return Diagnosis(
-        __version__,
-        f"{where or 'a package index'}{' (editable)' * editable}",
-        machine,
-        parts,
-        tuple(lacking(parts)),
-        tuple(problems(parts)),
-    )
+    from_ = f"{where or 'a package index'}{' (editable)' * editable}"
+    return Diagnosis(__version__, from_, this_machine(trials), tuple(parts), *judged(parts))
 
 
-def lacking(parts: Sequence[Found]) -> Iterator[str]:
-    """A sentence for each thing without which the main job does not run."""
-    for one in parts:
-        if one.extra == ALWAYS and one.version is None:
-            yield f"{one.package} is missing ({one.use}): {one.pip}."
-        elif one.extra == ALWAYS and one.wrong:
-            yield one.wrong
+def judged(parts: Sequence[Found]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A sentence for each thing without which the main job does not run, and for each that leaves it alone."""
     runtimes = [one for one in parts if part(one.package).module == RUNTIME]
+    always = [one for one in parts if one.extra == ALWAYS]
+    lacking = [f"{one.package} is missing ({one.use}): {one.pip}." for one in always if one.version is None]
+    lacking += [one.wrong for one in always if one.wrong]
+    problems = [one.wrong for one in parts if one.wrong and one not in always]
+    lines = [one.pip for one in runtimes]
     if not any(one.works for one in runtimes):
-        lines = " or, for CUDA, ".join(one.pip for one in runtimes)
-        nothing = f"No runtime is there for graphs: {lines}, never both."
-        yield next((one.wrong for one in runtimes if one.error), nothing)
-
-
-def problems(parts: Sequence[Found]) -> Iterator[str]:
-    """A sentence for each thing that will not go well, and leaves the main job alone."""
-    runtimes = [one for one in parts if part(one.package).module == RUNTIME and one.version is not None]
-    if len(runtimes) > 1:
+        nothing = f"No runtime is there for graphs: {' or, for CUDA, '.join(lines)}, never both."
+        broken = [one.wrong for one in runtimes if one.error]
+        lacking += broken[:1] or [nothing]
+        problems = [sentence for sentence in problems if sentence not in broken]
+    if all(one.version is not None for one in runtimes):
         names = [one.package for one in runtimes]
-        yield (
+        problems.append(
             f"{' and '.join(names)} are both installed and share one module: {pip_command('uninstall')} "
-            f"{' '.join(names)}, then {' or '.join(one.pip for one in runtimes)}."
+            f"{' '.join(names)}, then {' or '.join(lines)}."
         )
-    for one in parts:
-        only = one in runtimes and not any(each.works for each in runtimes)  # which is lacking
-        if one.extra != ALWAYS and one.wrong and not only:
-            yield one.wrong
-    encoding = locale.getpreferredencoding(False)
-    if encoding.lower() not in ("utf-8", "utf8"):
-        yield (
-            f"The locale's encoding is {encoding}, in which names and tables lose signs: set LANG=C.UTF-8 or "
-            "PYTHONUTF8=1."
-        )
-    free = _free(tempfile.gettempdir())
-    if free is not None and free < _ROOM:
-        yield (
-            f"{tempfile.gettempdir()}, the folder for temporary files, has {free / 2**20:,.0f} MiB free: free some "
-            "space, or set TMPDIR to a folder with more."
-        )
+    return tuple(lacking), tuple(problems)
 
 
-def this_machine(trials: Mapping[str, Trial]) -> dict[str, str]:
+def this_machine(trials: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
     """This machine by name, with what ``trials`` of the driver, torch and onnxruntime found out."""
     own, every = cores(), os.cpu_count() or 1
     found = {
@@ -216,56 +169,46 @@ def this_machine(trials: Mapping[str, Trial]) -> dict[str, str]:
         memory = psutil.virtual_memory()
         found["memory"] = f"{_gib(memory.total)}, {_gib(memory.available)} free"
     for name, folder in (("disk here", str(Path.cwd())), ("temporary files", tempfile.gettempdir())):
-        free = _free(folder)
-        found[name] = folder if free is None else f"{_gib(free)} free in {folder}"
-    facts = {name: trials[name].facts for name in ("torch", RUNTIME) if name in trials}
+        found[name] = f"{_gib(shutil.disk_usage(folder).free)} free in {folder}"
+    facts = {name: trials[name][1] for name in ("torch", RUNTIME) if name in trials}
     if fast := facts.get("torch", {}).get("fast"):
         found["bf16 products"] = f"{'yes' if fast == 'bfloat16' else 'no'}: models run in {fast}"
-    driver = trials[DRIVER]
-    found |= {f"GPU {number}": gpu for number, gpu in enumerate(driver.facts.get("gpus", ()))}
-    if why := driver.error or driver.facts.get("no_gpu"):
-        found["GPU"] = f"none: {why}"
-    found |= {f"GPU in {name}": f"none: {one['no_gpu']}" for name, one in facts.items() if one.get("no_gpu")}
+    error, driver = trials[DRIVER]
+    found |= {f"GPU {number}": gpu for number, gpu in enumerate(driver.get("gpus", ()))}
+    none = {"GPU": error or driver.get("no_gpu")} | {f"GPU in {n}": f.get("no_gpu") for n, f in facts.items()}
+    return found | {name: f"none: {why}" for name, why in none.items() if why}
+
+
+def out_of_range(there: Mapping[str, str]) -> dict[str, str]:
+    """The range that this package takes, as pip recorded it, of each package whose version is not in it.
+
+    A pre-release counts by its number; what is no version is not judged.
+    """
+    from packaging.requirements import Requirement
+    from packaging.version import InvalidVersion, Version
+
+    found = {}
+    with suppress(PackageNotFoundError):
+        extras = ["", *(metadata(NAME).get_all("Provides-Extra") or [])]
+        for need in map(Requirement, requires(NAME) or []):
+            holds = not need.marker or any(need.marker.evaluate({"extra": extra}) for extra in extras)
+            with suppress(InvalidVersion, KeyError):
+                if holds and not need.specifier.contains(Version(there[need.name]), prereleases=True):
+                    found[need.name] = str(need.specifier)
     return found
 
 
-def own_ranges() -> dict[str, str]:
-    """The versions of each package that this one takes, as pip recorded them; nothing without a record."""
-    from packaging.requirements import Requirement
-
-    with suppress(PackageNotFoundError):
-        extras = metadata(NAME).get_all("Provides-Extra") or []
-        needs = map(Requirement, requires(NAME) or [])
-        holds = (
-            n for n in needs if not n.marker or any(n.marker.evaluate({"extra": e}) for e in ["", *extras])
-        )
-        return {need.name: str(need.specifier) for need in holds}
-    return {}
-
-
-def within(number: str, specifier: str) -> bool:
-    """Whether a version is in a range; a pre-release counts by its number, what is no version is not judged."""
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import InvalidVersion, Version
-
-    try:
-        return SpecifierSet(specifier).contains(Version(number), prereleases=True)
-    except InvalidVersion:
-        return True
-
-
-def try_all(modules: Iterable[str], listener: Listener) -> dict[str, Trial]:
-    """A trial of each module, and of the GPU driver under the name :data:`DRIVER`, one after the other.
+def try_all(modules: Iterable[str], listener: Listener) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Of each module, and of the GPU driver under the name :data:`DRIVER`, why its trial failed, or its facts.
 
     Those that come after a crash go on in another process.
     """
     waiting = list(dict.fromkeys([DRIVER, *modules]))
-    found: dict[str, Trial] = {}
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     with listener.task("Trying packages", len(waiting), "packages") as task:
 
         def heard(told: Any) -> None:
-            error, facts = told
-            found[waiting.pop(0)] = Trial(error, facts)
+            found[waiting.pop(0)] = told
             task.advance(1)
 
         while waiting:
@@ -288,13 +231,6 @@ def _version(one: Part) -> str | None:
     return "unknown" if spec and spec.origin else None
 
 
-def _free(folder: str) -> int | None:
-    try:
-        return shutil.disk_usage(Path(folder)).free
-    except OSError:
-        return None
-
-
 def _gib(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB"
 
@@ -307,11 +243,9 @@ def _try(names: list[str], tell: Tell) -> None:
     trials = {DRIVER: _driver_answers, "torch": _torch_computes, RUNTIME: _onnxruntime_computes}
     for name in names:
         try:
-            facts = trials[name]() if name in trials else importlib.import_module(name) and {}
+            tell(("", trials[name]() if name in trials else importlib.import_module(name) and {}))
         except (Exception, SystemExit) as error:
             tell((f"failed ({type(error).__name__}: {first_line(error)})", {}))
-        else:
-            tell(("", facts))
 
 
 def _driver_answers() -> dict[str, Any]:
@@ -356,10 +290,9 @@ def _onnxruntime_computes() -> dict[str, Any]:
         return provider in session.get_providers()
 
     run_on("CPUExecutionProvider")
-    cuda, providers, no_gpu = "CUDAExecutionProvider", onnxruntime.get_available_providers(), ""
-    if cuda not in providers:
-        no_gpu = f"version {onnxruntime.__version__} has no {cuda}"
-    else:
+    cuda, providers = "CUDAExecutionProvider", onnxruntime.get_available_providers()
+    no_gpu = f"version {onnxruntime.__version__} has no {cuda}"
+    if cuda in providers:
         try:
             no_gpu = "" if run_on(cuda) else f"{cuda} does not start"
         except Exception as error:  # onnxruntime's exceptions have no common base class

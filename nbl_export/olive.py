@@ -71,25 +71,13 @@ class NeuralBlockLinearization(Pass):  # type: ignore[misc]
 
 def _run(*words: str) -> None:
     """A command of this nbl-export; what it shows goes to the terminal, and its answer is read."""
-    done = subprocess.run(
-        [sys.executable, "-m", "nbl_export", *words, "--json"], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "nbl_export", *words, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise BuildError(
-            f"`nbl-export {words[0]}` ended with exit code {done.returncode}: {_why(done.stdout)}"
-        )
-
-
-def _why(answer: str) -> str:
-    """The sentence of an error, or the checks that failed."""
-    try:
-        told = json.loads(answer)
-    except ValueError:
-        return "see what it printed."
-    if "error" in told:
-        return str(told["error"])
-    failed = [check["name"] for check in told.get("checks", ()) if check.get("status") == "failed"]
-    return f"the report says FAIL ({', '.join(failed)})."
+        told = json.loads(done.stdout or "{}")
+        failed = [check["name"] for check in told.get("checks", ()) if check.get("status") == "failed"]
+        why = told.get("error") or f"the report says FAIL ({', '.join(failed)})."
+        raise BuildError(f"`nbl-export {words[0]}` ended with exit code {done.returncode}: {why}")
 
 
 def package_config() -> dict[str, Any]:

@@ -117,8 +117,7 @@ def pip_line(*extras: str) -> str:
     """The command that installs ``extras`` beside this copy, quoted for a shell."""
     named = f"[{','.join(extras)}]" if extras else ""
     where, editable = origin()
-    url = f" @ {where}" if "://" in where else ""
-    what = f"{NAME}{named}{url}" if url or not where else f"{where}{named}"
+    what = f"{NAME}{named} @ {where}" if "://" in where else f"{where or NAME}{named}"
     return f"{pip_command('install')} {'-e ' * editable}{shlex.quote(what)}"
 
 

@@ -1,4 +1,4 @@
-"""Several processes that do one piece of work, as torchrun starts them on one machine or on several.
+"""Share one piece of work among several processes, as torchrun starts them on one machine or on several.
 
 torchrun gives each process RANK and WORLD_SIZE, and torch.distributed connects them: gloo between CPUs, NCCL between
 NVIDIA GPUs. Rank 0, the first, reads, writes, locks and speaks; the others compute their share and hand it over.
@@ -59,14 +59,7 @@ class Ranks:
 
     def shared(self, make: Callable[[], T]) -> T:
         """What ``make`` gives, called by the first rank alone; every rank gets it, or raises its error."""
-        if self.count == 1:
-            return make()
-        import torch.distributed
-
-        sent = [_tried(make) if self.first else None]
-        with _connected(self.count):
-            torch.distributed.broadcast_object_list(sent, src=0)
-        made: T = _result(sent)[0]
+        made: T = self.each(make if self.first else _nothing)[0]
         return made
 
     def each(self, make: Callable[[], T]) -> list[T]:
@@ -75,11 +68,16 @@ class Ranks:
             return [make()]
         import torch.distributed
 
-        ours = _tried(make)
+        try:
+            ours: tuple[T | None, NblError | None] = make(), None
+        except NblError as error:
+            ours = None, error
         found: list[Any] = [None] * self.count
         with _connected(self.count):
             torch.distributed.all_gather_object(found, ours)
-        return _result(found)
+        if refused := [error for _, error in found if error is not None]:
+            raise refused[0]
+        return [value for value, _ in found]
 
     def spread(self, items: Sequence[A], work: Callable[[Sequence[A]], Sequence[T]]) -> list[T]:
         """What ``work`` gives for each of ``items``, in their order; each rank does its share at once."""
@@ -156,27 +154,18 @@ def asked() -> Ranks:
     return Ranks(rank, count)
 
 
-def is_first() -> bool:
-    """Whether the environment says that this is the first process, or the only one."""
-    return _place().first
-
-
-def are_several() -> bool:
-    """Whether the environment says that this is one of several processes."""
-    return _place().count > 1
+def place() -> Ranks:
+    """As :func:`asked`; what is no rank is refused where the work begins."""
+    try:
+        return asked()
+    except InputError:
+        return ALONE
 
 
 def on_this_machine() -> int:
     """How many of the processes share this machine's memory."""
     here = os.environ.get(_HERE, "")
-    return max(1, int(here)) if are_several() and here.isdecimal() else 1
-
-
-def _place() -> Ranks:
-    try:
-        return asked()
-    except InputError:  # which is said where the work begins
-        return ALONE
+    return max(1, int(here)) if place().count > 1 and here.isdecimal() else 1
 
 
 def begin() -> Ranks:
@@ -241,7 +230,7 @@ def speaks() -> bool:
     """Whether this process says what went wrong: the first that asks, of all, since the others know no better."""
     ranks = _current
     if ranks is None or ranks.store is None:
-        return is_first()
+        return place().first
     try:
         return bool(ranks.store.add(_SAID, 1) == 1)
     except RuntimeError:  # it was in the first process, which is gone
@@ -271,21 +260,6 @@ def _nothing() -> Any:
 
 def _raise(error: NblError) -> None:
     raise error
-
-
-def _tried(make: Callable[[], T]) -> tuple[T | None, NblError | None]:
-    try:
-        return make(), None
-    except NblError as error:
-        return None, error
-
-
-def _result(found: Iterable[Any]) -> list[Any]:
-    values = list(found)
-    for _, error in values:
-        if error is not None:
-            raise error
-    return [value for value, _ in values]
 
 
 @contextmanager

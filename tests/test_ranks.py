@@ -23,8 +23,8 @@ from nbl_export.ranks import (
     Ranks,
     asked,
     begin,
-    is_first,
     on_this_machine,
+    place,
 )
 from tests.several import forked
 
@@ -41,7 +41,7 @@ def of_torchrun(monkeypatch: pytest.MonkeyPatch, rank: object, count: object) ->
 
 
 def test_one_process_does_everything_itself() -> None:
-    assert begin() == ALONE and is_first() and ranks.speaks()
+    assert begin() == ALONE and place().first and ranks.speaks()
     ranks.end()
     assert ALONE.first and ALONE.mine([1, 2, 3]) == [1, 2, 3]
     assert ALONE.shared(lambda: 7) == 7 and ALONE.each(lambda: 7) == [7]
@@ -56,7 +56,7 @@ def test_what_is_no_rank_is_refused(monkeypatch: pytest.MonkeyPatch, rank: objec
     of_torchrun(monkeypatch, rank, count)
     with pytest.raises(InputError, match=rf"RANK={rank} and WORLD_SIZE={count}.*torchrun"):
         asked()
-    assert is_first() and not ranks.are_several()
+    assert place().first and place().count == 1
 
 
 def test_a_share_is_every_so_manyth() -> None:

@@ -152,7 +152,7 @@ def _fail(error: BaseException) -> int:
     if isinstance(error, CycloptsError | UsageError):
         message, code = f"{_sentence(error)}. See nbl-export --help.", 2
     elif isinstance(error, KeyboardInterrupt):
-        message = _ONE_OF_SEVERAL if ranks.are_several() else _INTERRUPTED
+        message = _ONE_OF_SEVERAL if ranks.place().count > 1 else _INTERRUPTED
     elif isinstance(error, NblError):
         message = str(error)
     elif os.environ.get("NBL_EXPORT_DEBUG"):

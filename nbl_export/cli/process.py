@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from nbl_export.checkpoint import in_main_thread, on_signals
 from nbl_export.errors import Interrupted
-from nbl_export.ranks import is_first
+from nbl_export.ranks import place
 
 asked: list[int] = []  # the signals that came
 
@@ -37,7 +37,7 @@ class Stream:
     """
 
     def __init__(self, to: TextIO | None) -> None:
-        self.heard = is_first()
+        self.heard = place().first
         self.lost = None if to else OSError(errno.EBADF, "it is closed")
         self._to = to or Path(os.devnull).open("w")  # noqa: SIM115, since it is a stream
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import MissingDependencyError, first_line
-from nbl_export.ranks import are_several
+from nbl_export.ranks import place
 from nbl_export.settings.definition import AUTO
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def check_device(asked: str) -> None:
 
 
 def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0)) if are_several() else 0
+    return int(os.environ.get("LOCAL_RANK", 0)) if place().count > 1 else 0
 
 
 def _count(name: str) -> int:
