@@ -114,13 +114,14 @@ def opened(path: Path) -> Opened:
         return Opened(path, "graph", graph=facts_of(file))
     raw = read_json(file, "The file", "check its path") if file.suffix == ".json" else None
     schema = str(raw.get("schema", "")) if isinstance(raw, dict) else ""
-    if schema.startswith("nbl-export/report/"):
-        report = load_report(file)
-        return Opened(path, "report", report, report.bench)
-    if schema.startswith("nbl-export/bench/"):
-        return Opened(path, "bench", bench=load_bench(file))
-    if schema.startswith("nbl-export/eval/"):
-        return Opened(path, "eval", evaluation=load_evaluation(file))
+    match schema.split("/")[:2]:
+        case ["nbl-export", "report"]:
+            report = load_report(file)
+            return Opened(path, "report", report, report.bench)
+        case ["nbl-export", "bench"]:
+            return Opened(path, "bench", bench=load_bench(file))
+        case ["nbl-export", "eval"]:
+            return Opened(path, "eval", evaluation=load_evaluation(file))
     raise InputError(f"{file} is no report, bench or evaluation of nbl-export: {_TAKEN}.")
 
 

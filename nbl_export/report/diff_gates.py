@@ -182,7 +182,8 @@ def _size(a: Opened, b: Opened, bound: float) -> Judged:
 
 def _slowdown(a: Opened, b: Opened, bound: float) -> Judged:
     own, other = races_of(a), races_of(b)
-    unknown, slower, found = [], [], []
+    unknown: list[str] = []
+    cells: list[tuple[str, tuple[float, float, float]]] = []
     for title in {**own, **other}:
         if title not in own or title not in other:
             unknown.append(f"{title.lower()} was measured in {'A' if title in own else 'B'} alone")
@@ -193,22 +194,25 @@ def _slowdown(a: Opened, b: Opened, bound: float) -> Judged:
             unknown.append(f"{title.lower()}: {notes[0]}".rstrip("."))
             continue
         unknown += [f"{cell} is on one side alone" for cell in sorted(one.cells.keys() ^ two.cells.keys())]
-        for cell in (name for name in one.cells if name in two.cells):
-            times = _times_as_long(one, two, cell)
-            if times is None:
-                unknown.append(f"{cell} has no 95 % interval: measure at least six rounds")
-            elif _above(times[1], bound):
-                slower.append(f"{cell} takes {times[0]:.2f} times as long, {times[1]:.2f} at least")
-            else:
-                found.append((cell, *times))
+        timed = {cell: _times_as_long(one, two, cell) for cell in one.cells if cell in two.cells}
+        unknown += [
+            f"{c} has no 95 % interval: measure at least six rounds" for c, t in timed.items() if not t
+        ]
+        cells += [(cell, times) for cell, times in timed.items() if times]
+    slower = [
+        f"{cell} takes {times:.2f} times as long, {least:.2f} at least"
+        for cell, (times, least, _) in cells
+        if _above(least, bound)
+    ]
+    found = [(cell, times, most) for cell, (times, least, most) in cells if not _above(least, bound)]
     if not (found or slower or unknown):
         return _unjudged("nothing was timed beside its base")
     said = [f"{_listed(slower)}: above the {bound:g} asked for"] if slower else []
     said += [f"cannot be judged: {_listed(unknown)}"] if unknown else []
     if said:
         return False, "; ".join(said)
-    name, value, _, most = max(found, key=lambda one: one[3])
-    sure = sum(not _above(one[3], bound) for one in found)
+    name, value, most = max(found, key=lambda one: one[2])
+    sure = sum(not _above(one[2], bound) for one in found)
     rest = f", {len(found) - sure} may be by noise" if sure < len(found) else ""
     return True, (
         f"no cell surely takes more than the {bound:g} asked for; {sure} of {len(found)} surely do not{rest} "

@@ -67,14 +67,12 @@ def evaluation_tables(value: Evaluation, brief: bool = False) -> list[Table]:
 
     ``brief`` keeps what 80 columns hold.
     """
-    tables = []
-    if value.tasks:
-        tables.append(_tasks_table(value, brief))
-    if value.retrieval:
-        tables += [_retrieval_table(value, brief), _depth_table(value.retrieval)]
-    return tables
+    retrieval = value.retrieval
+    tasks = [_tasks_table(value, brief)] if value.tasks else []
+    return [*tasks, *([_retrieval_table(value, brief), _depth_table(retrieval)] if retrieval else [])]
 
 
+_COLUMNS = ("", "n", "guess", "base", "linear", "change", "recovery", "above chance")
 _LEGEND = (
     "Percent ± standard error over the documents, which both models answer; recovery is linearized / base; guess is "
     "what chance scores."
@@ -82,15 +80,15 @@ _LEGEND = (
 
 
 def _tasks_table(value: Evaluation, brief: bool) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for task in value.tasks:
         documents = str(task.documents)
         if task.headline:
-            rows.append((f"{task.name}, {task.scored}", documents, *_figures(task.headline, brief)))
-        for figure, both in task.figures.items():
-            if figure not in task.metrics:  # perplexities, of which no recovery can be stated
-                plain = [number(v, ".4g") for v in (both.base, both.linearized)]
-                rows.append((f"{task.name}, {figure}", documents, "", *plain, *[""] * (2 if brief else 3)))
+            rows.append((f"{task.name}, {task.scored}", documents, *_figures(task.headline)))
+        plain = {name: both for name, both in task.figures.items() if name not in task.metrics}
+        for name, both in plain.items():  # perplexities, of which no recovery can be stated
+            figures = (number(v, ".4g") for v in (both.base, both.linearized))
+            rows.append((f"{task.name}, {name}", documents, "", *figures, "", "", ""))
     sampled = any(t.documents < t.total for t in value.tasks)
     note = _LEGEND + " The documents are a sample, the same for both." * sampled
     return _table("Tasks: base and linearized graph", rows, value.mean.tasks, note, brief)
@@ -98,7 +96,7 @@ def _tasks_table(value: Evaluation, brief: bool) -> Table:
 
 def _retrieval_table(value: Evaluation, brief: bool) -> Table:
     rows = [
-        (f"{entry.context:,} tokens, {way}", str(entry.questions), *_figures(getattr(entry, way), brief))
+        (f"{entry.context:,} tokens, {way}", str(entry.questions), *_figures(getattr(entry, way)))
         for way in ("choice", "exact")
         for entry in value.retrieval
     ]
@@ -112,17 +110,17 @@ def _retrieval_table(value: Evaluation, brief: bool) -> Table:
 def _table(
     title: str, rows: list[tuple[str, ...]], mean: MeanRecovery | None, note: str, brief: bool
 ) -> Table:
-    columns = ("", "n", "guess", "base", "linear", "change", "recovery", *([] if brief else ["above chance"]))
     if mean:
         above = _percent(mean.above_chance)
-        rows.append(("mean", *[""] * 5, _percent(mean.recovery), *([] if brief else [above])))
+        rows.append(("mean", *[""] * 5, _percent(mean.recovery), above))
         note += (
             f" With chance subtracted from both scores, over the {mean.above_chance_tasks} of {mean.tasks} where the "
             f"base is two standard errors above it: {above} %."
             if above
             else " The base is nowhere two standard errors above chance, so recovery says little."
         )
-    return Table(title, columns, tuple(rows), note)
+    shown = len(_COLUMNS) - brief
+    return Table(title, _COLUMNS[:shown], tuple(row[:shown] for row in rows), note)
 
 
 def _depth_table(retrieval: Sequence[RetrievalResult]) -> Table:
@@ -141,15 +139,15 @@ def _depth_table(retrieval: Sequence[RetrievalResult]) -> Table:
     )
 
 
-def _figures(figures: Compared, brief: bool) -> tuple[str, ...]:
-    found = (
+def _figures(figures: Compared) -> tuple[str, ...]:
+    return (
         f"{100 * figures.chance:.0f}" if figures.chance else "",
         _percent(figures.base),
         _percent(figures.linearized),
         _percent(figures.difference, "+"),
         _percent(figures.recovery),
+        _percent(figures.above_chance),
     )
-    return found if brief else (*found, _percent(figures.above_chance))
 
 
 def _percent(estimate: Estimate | None, sign: str = "") -> str:

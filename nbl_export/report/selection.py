@@ -116,14 +116,12 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
 
     def rank(c: Candidate) -> tuple[float, Block]:
         """A layer that was not scored comes last."""
-        value = finite(score.of(c))
-        saved = 1.0 if c.saved_ms is None else c.saved_ms
+        value, saved = finite(score.of(c)), 1.0 if c.saved_ms is None else c.saved_ms
         return (math.inf if value is None else per_saving(value, saved), c.layer)
 
     def now(block: Block) -> str:
-        if block in chosen:
-            return "linear"
-        return "in a span" if block in all_parts(chosen) else part_of(block)
+        in_span = "in a span" if block in all_parts(chosen) else part_of(block)
+        return "linear" if block in chosen else in_span
 
     ranked = sorted(candidates, key=rank)
     rows = [

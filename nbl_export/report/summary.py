@@ -42,12 +42,11 @@ def replaced(report: Report) -> str:
 def replaced_line(report: Report) -> str:
     """How many were replaced, and what stands in their place: one map each, one for several, or nothing."""
     chosen = report.selection
-    if chosen.fit == "drop":
-        return f"{replaced(report)} left out of the graph"
+    maps = len(chosen.layers)
+    how = "replaced by one affine map each"
     if any(isinstance(block, Span) for block in chosen.layers):
-        maps = len(chosen.layers)
-        return f"{replaced(report)} replaced by {maps} affine map{'s' * (maps > 1)} together"
-    return f"{replaced(report)} replaced by one affine map each"
+        how = f"replaced by {maps} affine map{'s' * (maps > 1)} together"
+    return f"{replaced(report)} {'left out of the graph' if chosen.fit == 'drop' else how}"
 
 
 def verdict_line(report: Report) -> str:
@@ -116,17 +115,15 @@ def numbered(blocks: Sequence[Block]) -> str:
 
 
 def _loss(loss: MethodLoss | Likeness | None) -> Iterator[Headline]:
-    if loss is None:
-        return
-    some = loss.documents > 1
+    found: list[tuple[str, str, str, str]] = []
     if isinstance(loss, Likeness):
-        for m in loss.measures[:1]:
-            error = f"± {number(m.se, '.4f')}, " if some else ""
-            yield Headline(m.what, number(m.value, ".4f"), f"{error}held-out {loss.unit}")
-        return
-    error = f"± {number(loss.perplexity_ratio_se, '.3f')}, " if some else ""
-    shown = f"× {number(loss.perplexity_ratio, '.3f')}"
-    yield Headline("Perplexity", shown, f"{error}{loss.tokens:,} held-out tokens")
+        held_out = f"held-out {loss.unit}"
+        found = [(m.what, number(m.value, ".4f"), number(m.se, ".4f"), held_out) for m in loss.measures[:1]]
+    elif loss:
+        ratio, se = number(loss.perplexity_ratio, ".3f"), number(loss.perplexity_ratio_se, ".3f")
+        found = [("Perplexity", f"× {ratio}", se, f"{loss.tokens:,} held-out tokens")]
+    for name, value, error, on in found:
+        yield Headline(name, value, (f"± {error}, " if loss and loss.documents > 1 else "") + on)
 
 
 def _speedups(speed: Speed | None, where: str, against: str) -> Iterator[Headline]:

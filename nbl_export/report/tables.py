@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import GraphSummary
@@ -35,24 +34,26 @@ def verdicts_table(checks: Sequence[Check]) -> Table:
 
 def graph_table(before: GraphSummary, after: GraphSummary) -> Table:
     """The graph before and after: sizes, the cache, and each op whose count changed."""
-    rows: list[tuple[str, str, str, str]] = []
-
-    def row(name: str, a: float, b: float, text: Any = lambda v: f"{v:,}") -> None:
-        change = f"{(b - a) / a:+.1%}" if a else ""
-        rows.append((name, text(a), text(b), change if a != b else "="))
-
-    row("size on disk", before.file_bytes, after.file_bytes, mebibytes)
-    row("parameters", before.parameters, after.parameters)
-    if before.kv_pairs:
-        row("KV pairs (layers with a cache)", before.kv_pairs, after.kv_pairs)
-        row("KV cache, bytes per token", before.kv_bytes_per_token, after.kv_bytes_per_token)
-    row("inputs", before.inputs, after.inputs)
-    row("outputs", before.outputs, after.outputs)
-    row("nodes", before.nodes, after.nodes)
-    for op in sorted(before.ops.keys() | after.ops.keys()):
-        a, b = before.ops.get(op, 0), after.ops.get(op, 0)
-        if a != b:
-            row(f"  {op}", a, b)
+    figures = {
+        "size on disk": "file_bytes",
+        "parameters": "parameters",
+        **({"KV pairs (layers with a cache)": "kv_pairs"} if before.kv_pairs else {}),
+        **({"KV cache, bytes per token": "kv_bytes_per_token"} if before.kv_pairs else {}),
+        **{name: name for name in ("inputs", "outputs", "nodes")},
+    }
+    ops = ((op, before.ops.get(op, 0), after.ops.get(op, 0)) for op in sorted({**before.ops, **after.ops}))
+    counts = [
+        *((name, getattr(before, of), getattr(after, of)) for name, of in figures.items()),
+        *((f"  {op}", a, b) for op, a, b in ops if a != b),
+    ]
+    rows = (
+        (
+            name,
+            *(mebibytes(v) if name == "size on disk" else f"{v:,}" for v in (a, b)),
+            "=" if a == b else f"{(b - a) / a:+.1%}" if a else "",
+        )
+        for name, a, b in counts
+    )
     return Table("Graph", ("", "base", "linearized", "change"), tuple(rows))
 
 
@@ -77,42 +78,44 @@ def parity_table(parity: DecoderParity | EncoderParity, brief: bool = False) -> 
     """One row for each step or output of the parity run; ``brief`` keeps what 80 columns hold."""
     found: Sequence[StepParity | OutputParity]
     if isinstance(parity, EncoderParity):
-        found, heads = parity.outputs, any(o.output == LOGITS for o in parity.outputs)
+        found, last = parity.outputs, []
         lengths = ", ".join(map(str, parity.lengths))
-        what = (
-            f"Texts of {lengths} tokens, padded to one batch"
-            if lengths
-            else f"One batch of {parity.rows} images"
-        )
+        batch = f"One batch of {parity.rows} images"
+        what = f"Texts of {lengths} tokens, padded to one batch" if lengths else batch
         rest = "; only real tokens are compared."
     else:
-        found, heads = parity.steps, True
+        found, last = parity.steps, ["KV rel"]
         what = f"Prompts of {', '.join(map(str, parity.prompt_lengths))} tokens, ragged in one batch"
         rest = (
             "; then teacher-forced decode steps with each side's own cache. Changing the embeddings' last bit moves "
             f"the PyTorch model's own logits by {figure(parity.rounding_noise)}."
+            f"{f' {parity.routing.said}.' if parity.routing else ''}"
         )
-        if parity.routing:
-            rest += f" {parity.routing.said}."
+    names = [
+        o.output if isinstance(o, OutputParity) else f"step {o.step}" if o.step else "prefill" for o in found
+    ]
+    heads = bool(last) or LOGITS in names
     columns = [name for name in (_BRIEF if brief else _FIGURES) if heads or name not in _OF_LOGITS]
-    rows = []
-    for one in found:
-        step = [figure(one.kv_max_rel)] if isinstance(one, StepParity) else []
-        name = one.output if isinstance(one, OutputParity) else f"step {one.step}" if one.step else "prefill"
-        cells = [_FIGURES[c](one) if name == LOGITS or step or c not in _OF_LOGITS else "" for c in columns]
-        rows.append((name, str(one.tokens), *cells, *step))
+    rows = [
+        (
+            name,
+            str(one.tokens),
+            *(_FIGURES[c](one) if name == LOGITS or last or c not in _OF_LOGITS else "" for c in columns),
+            *([figure(one.kv_max_rel)] if isinstance(one, StepParity) else []),
+        )
+        for name, one in zip(names, found, strict=True)
+    ]
     if prompts := sorted({prompt for one in parity.crossings for prompt in one.prompts}):
         what += f", and of {', '.join(map(str, prompts))} tokens each by itself"
-    lengths = "; ".join(c.said for c in parity.crossings)
+    crossed = "; ".join(c.said for c in parity.crossings)
     notes = [
         _gates_in_words(parity.gates),
         what + rest,
         _own_loss(parity),
-        f"Lengths from which on the model computes something else: {lengths}." if lengths else "",
+        f"Lengths from which on the model computes something else: {crossed}." if crossed else "",
     ]
-    headings = ("", "n", *columns, *([] if isinstance(parity, EncoderParity) else ["KV rel"]))
     title = "Parity: linearized PyTorch against the rewritten graph"
-    return Table(title, headings, tuple(rows), " ".join(filter(None, notes)))
+    return Table(title, ("", "n", *columns, *last), tuple(rows), " ".join(filter(None, notes)))
 
 
 def _gates_in_words(gates: Gates) -> str:
@@ -129,15 +132,14 @@ def _own_loss(parity: DecoderParity | EncoderParity) -> str:
         means = "; ".join(f"{o.output} {figure(o.mean_abs)}" for o in parity.pytorch_in_precision or ())
         whose = f"PyTorch itself in {parity.precision}, on the same batch"
         return f"{whose}, has a mean |Δ| of: {means}; this graph's {times}." if means else ""
-    whose = f"PyTorch itself in {parity.precision}, on the same tokens"
-    if not parity.pytorch_in_precision:
-        whose = f"The unmodified {parity.precision} graph against unmodified PyTorch, on the same tokens"
     if not (own := parity.pytorch_in_precision or parity.base_graph):
         return ""
+    whose = f"The unmodified {parity.precision} graph against unmodified PyTorch"
+    whose = f"PyTorch itself in {parity.precision}" if parity.pytorch_in_precision else whose
     theirs = Parity(parity.prompt_lengths, own, parity.gates)
     return (
-        f"{whose}: max |Δlogit| {figure(theirs.worst)}, mean {figure(theirs.mean_abs)}; this graph's mean, "
-        f"{figure(parity.mean_abs)}, {times}."
+        f"{whose}, on the same tokens: max |Δlogit| {figure(theirs.worst)}, mean {figure(theirs.mean_abs)}; "
+        f"this graph's mean, {figure(parity.mean_abs)}, {times}."
     )
 
 
@@ -184,21 +186,20 @@ def loss_table(loss: MethodLoss | Likeness) -> Table:
 
 def engines_table(manifests: Sequence[Manifest]) -> Table:
     """What was built: one row for each engine."""
-    rows = []
-    for m in manifests:
-        network = m.network
-        count = network.attention
-        rows.append(
-            (
-                m.role,
-                mebibytes(m.size),
-                f"{count} {m.attention}" if count else "decomposed" if m.kv_layers else "none",
-                str(network.kv_cache_updates or ""),
-                f"{sum(t.name.startswith('past_key') for t in network.inputs)}",
-                f"{network.layers:,}",
-                f"{m.build_seconds:.1f}",
-            )
+    rows = (
+        (
+            m.role,
+            mebibytes(m.size),
+            f"{m.network.attention} {m.attention}"
+            if m.network.attention
+            else ("decomposed" if m.kv_layers else "none"),
+            str(m.network.kv_cache_updates or ""),
+            f"{sum(t.name.startswith('past_key') for t in m.network.inputs)}",
+            f"{m.network.layers:,}",
+            f"{m.build_seconds:.1f}",
         )
+        for m in manifests
+    )
     first = manifests[0]
     limits = first.limits
     return Table(
