@@ -153,7 +153,7 @@ def show_evaluation(value: Evaluation, out: Path) -> None:
 
 def show_bench(value: BenchReport, out: Path) -> None:
     """The table of a bench, its verdicts, and where to look next."""
-    from nbl_export.report.speed import BENCH, speed_table
+    from nbl_export.report.tables import BENCH, speed_table
 
     answer("bench", value.as_json())
     show_tables([speed_table(BENCH, value.speed, brief=True)])

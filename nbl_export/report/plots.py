@@ -21,7 +21,7 @@ from nbl_export.linearize.selection import Candidate, Curve
 from nbl_export.report.drawing import finite, listed, number
 from nbl_export.report.schema import Report
 from nbl_export.report.selection import Score, bounds_of, scored_by, speedups_of
-from nbl_export.report.speed import BENCH, ENGINES, VERIFIED
+from nbl_export.report.tables import BENCH, ENGINES, VERIFIED
 from nbl_export.verify.speed.values import Speed
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _place(block: Block) -> float:
 
 
 def speed_plot(race: str, speed: Speed) -> Plot:
-    """What a race gave, by cell; ``race`` is its name (:mod:`nbl_export.report.speed`)."""
+    """What a race gave, by cell; ``race`` is its name (:mod:`nbl_export.report.tables`)."""
     up_to = "the 99th percentile" if speed.has_percentiles else "the upper one"
     each = ", ".join(f"{cell.name} {number(over.value, '.2f')}×" for cell, _, over in speed.speedups())
     text = (

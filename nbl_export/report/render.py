@@ -19,9 +19,8 @@ from nbl_export.models.source import ModelIdentity
 from nbl_export.report.drawing import Table, finite
 from nbl_export.report.plots import PLOTS, Plot, report_plots, speed_plot
 from nbl_export.report.schema import BenchReport, Header, Report
-from nbl_export.report.speed import BENCH, speed_table
 from nbl_export.report.summary import headlines, making, measured_on, model_name, replaced_line, verdict_line
-from nbl_export.report.tables import report_tables, verdicts_table
+from nbl_export.report.tables import BENCH, report_tables, speed_table, verdicts_table
 
 M = TypeVar("M", bound=ModelIdentity)
 CARD = "README.md"

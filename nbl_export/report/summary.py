@@ -11,9 +11,8 @@ from nbl_export.models.source import ModelIdentity
 from nbl_export.report.drawing import figure, listed, number
 from nbl_export.report.schema import Environment, Report
 from nbl_export.report.selection import fit_in_words
-from nbl_export.report.speed import ceiling_in_words
 from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, Likeness, MethodLoss
-from nbl_export.verify.speed.values import Speed
+from nbl_export.verify.speed.values import Result, Speed
 
 
 class Headline(NamedTuple):
@@ -138,6 +137,19 @@ def _speedups(speed: Speed | None, where: str, against: str) -> Iterator[Headlin
             f"{number(over.value, '.2f')}×",
             f"at {cell.context:,} tokens{against}{noise}{ceiling}",
         )
+
+
+def ceiling_in_words(result: Result) -> str:
+    """The ceiling of a speedup and, if that is above it, why; empty if there is none."""
+    over, limit = result.over_base, result.ceiling
+    if limit is None or over is None:
+        return ""
+    shown = f"{number(limit, '.2f')}×"
+    if not over.value > limit:
+        return f"ceiling {shown}"
+    if over.least > limit:
+        return f"above its ceiling of {shown}, which counts multiplications and bytes only"
+    return f"ceiling {shown}, exceeded within the noise"
 
 
 def _parity(parity: DecoderParity | EncoderParity | None) -> Iterator[Headline]:

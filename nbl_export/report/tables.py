@@ -9,10 +9,18 @@ from dataclasses import replace
 from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import GraphSummary
 from nbl_export.records import Check
-from nbl_export.report.drawing import Table, figure, mebibytes, number, percent
+from nbl_export.report.drawing import (
+    Table,
+    decimals,
+    figure,
+    finite,
+    mebibytes,
+    milliseconds,
+    number,
+    percent,
+)
 from nbl_export.report.schema import Conversion, Graph, Report
 from nbl_export.report.selection import curve_table, layers_table, result_table
-from nbl_export.report.speed import BENCH, ENGINES, VERIFIED, speed_table
 from nbl_export.verify.parity.figures import (
     LOGITS,
     DecoderParity,
@@ -25,6 +33,7 @@ from nbl_export.verify.parity.figures import (
     Parity,
     StepParity,
 )
+from nbl_export.verify.speed.values import DECODE, ENCODE, PREFILL, Ratio, Result, Speed, Timing
 
 
 def verdicts_table(checks: Sequence[Check]) -> Table:
@@ -143,9 +152,6 @@ def _own_loss(parity: DecoderParity | EncoderParity) -> str:
     )
 
 
-# loss --------------------------------------------------------------------------------------------
-
-
 def loss_table(loss: MethodLoss | Likeness) -> Table:
     """What linearizing cost on held-out text or images; of one document there is no standard error."""
     title, some = "Method loss: original against linearized, held-out", loss.documents > 1
@@ -179,6 +185,109 @@ def loss_table(loss: MethodLoss | Likeness) -> Table:
         f"{loss.tokens:,} tokens of {loss.documents:,} documents that calibration did not see; "
         "standard errors over documents.",
     )
+
+
+# The three races of a report, by the names of their plots.
+VERIFIED, ENGINES, BENCH = "speed", "engines", "bench"
+_TITLES = {
+    VERIFIED: "Speed on ONNX Runtime, batch 1",
+    ENGINES: "Speed on {device}, batch 1",
+    BENCH: "Bench",
+}
+_MEANING = {
+    PREFILL: "Prefill from an empty cache: the time to the first token.",
+    DECODE: "Decode: one token per row after that many, with a filled cache.",
+    ENCODE: "Encode: one pass over that many tokens.",
+}
+
+
+def speed_table(race: str, speed: Speed, brief: bool = False) -> Table:
+    """Of the ``race`` :data:`VERIFIED`, :data:`ENGINES` or :data:`BENCH`: a row for each candidate in each cell.
+
+    ``brief`` keeps what 80 columns hold; a column that nobody has a figure for is left out.
+    """
+    every = [(cell, i, result) for cell in speed.cells for i, result in enumerate(cell.results)]
+    # Over the base alone that is the linearized one's own speedup, which stands beside it.
+    others = any(r.linearized_over for _, _, r in every if r.name != speed.base)
+    noise = " ~" if brief else " not resolved"
+    columns: Sequence[tuple[str, Callable[[Result], str], bool]] = (
+        ("ms", lambda r: spread(r.timing), True),
+        ("p99", lambda r: "" if r.timing.p99_ms is None else milliseconds(r.timing.p99_ms), True),
+        ("tokens/s", lambda r: f"{r.tokens_per_second:,.0f}", True),
+        ("over own base", lambda r: _ratio(r.over_base, noise), True),
+        (
+            "quartiles",
+            lambda r: (
+                "" if (o := r.over_base) is None or finite(o.low) is None else f"{o.low:.2f}–{o.high:.2f}"
+            ),
+            False,
+        ),
+        ("ceiling", lambda r: "" if r.ceiling is None else f"{number(r.ceiling, '.2f')}×", True),
+        ("of roofline", lambda r: f"{r.of_roofline:.0%}" if r.of_roofline else "", False),
+        ("linearized over it", lambda r: _ratio(r.linearized_over, noise) if others else "", False),
+        ("cache MiB", lambda r: f"{r.cache_bytes / 2**20:,.1f}" if r.cache_bytes else "", False),
+        ("peak MiB", lambda r: f"{r.peak_bytes / 2**20:,.0f}" if r.peak_bytes else "", False),
+        ("rounds", lambda r: str(r.rounds), False),
+    )
+    shown = [
+        (heading, text)
+        for heading, text, always in columns
+        if (always or not brief) and any(text(result) for _, _, result in every)
+    ]
+    rows = tuple(
+        # Where there is little room, a cell is named once.
+        ("" if brief and i else cell.name, result.name, *(text(result) for _, text in shown))
+        for cell, i, result in every
+    )
+    title = _TITLES[race].format(device=speed.machine.device)
+    headings = ("", "candidate", *(heading for heading, _ in shown))
+    return Table(title, headings, rows, _note(speed, [r for _, _, r in every], brief), plot=race)
+
+
+def _note(speed: Speed, results: list[Result], brief: bool) -> str:
+    machine = speed.machine
+    threads = f", {machine.threads} threads" if machine.threads else ""
+    on = "any machine"
+    if found := machine.roofline:
+        on = (
+            f"a machine that does {2e-9 * found.macs_per_second:,.0f} GFLOP/s and reads "
+            f"{1e-9 * found.bytes_per_second:,.1f} GB/s, measured in the same run"
+        )
+    said = {
+        f"{machine.device}{threads}: interleaved in one process, {speed.rounds} rounds, and more if needed; medians "
+        "± half the interquartile range.": True,
+        **{_MEANING[phase]: True for phase in speed.phases},
+        f"{'~: not' if brief else 'Not'} resolved, the noise exceeds the effect, by a 95 % interval of the median of "
+        "at least six rounds.": any(r.over_base for r in results),
+        f"Ceiling: what the multiplications of both graphs, and the bytes that they read, allow on {on}. It does not "
+        "count transposes, masks, softmax and copies of the cache, which are gone too: a speedup can be above it.": any(
+            r.ceiling for r in results
+        ),
+        "Of roofline: over 100 % where what is read lies in the processor's caches.": not brief
+        and any((r.of_roofline or 0) > 1 for r in results),
+        "p99: of single passes and steps.": speed.has_percentiles,
+        "Cache: filled, with an engine's work space, without weights.": not brief,
+        **{
+            f"Not timed: {name} in {', '.join(cell.name for cell in cells)} ({why}).": True
+            for (name, why), cells in speed.absent().items()
+        },
+    }
+    return " ".join(sentence for sentence, there in said.items() if there)
+
+
+def spread(timing: Timing) -> str:
+    """The median and half the interquartile range, in milliseconds; the median alone where quartiles are not known."""
+    half = finite((timing.high_ms - timing.low_ms) / 2)
+    shown = milliseconds(timing.median_ms)
+    return shown if half is None else f"{shown} ± {half:.{decimals(timing.median_ms)}f}"
+
+
+def _ratio(found: Ratio | None, noise: str) -> str:
+    return "" if found is None else f"{number(found.value, '.2f')}×" + ("" if found.resolved else noise)
+
+
+def _quartiles(found: Ratio | None) -> str:
+    return "" if found is None or finite(found.low) is None else f"{found.low:.2f}–{found.high:.2f}"
 
 
 # engines, forms, precision -----------------------------------------------------------------------

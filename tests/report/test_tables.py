@@ -14,20 +14,18 @@ from nbl_export.report.schema import Report
 from nbl_export.report.selection import (
     curve_table,
 )
-from nbl_export.report.speed import (
-    VERIFIED,
-    ceiling_in_words,
-    speed_table,
-)
 from nbl_export.report.summary import (
+    ceiling_in_words,
     headlines,
     verdict_line,
 )
 from nbl_export.report.tables import (
+    VERIFIED,
     graph_table,
     loss_table,
     parity_table,
     report_tables,
+    speed_table,
 )
 from nbl_export.verify.parity.figures import (
     Crossing,
