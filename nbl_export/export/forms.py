@@ -109,16 +109,17 @@ class Form:
             else torch.zeros([sizes[d] for d in dims.values()], dtype=torch.long)
             for name, dims in self.inputs.items()
         ]
-        named: list[Any] = [dict(dims) for dims in self.inputs.values()]
+        free = torch.export.Dim.DYNAMIC
+        named: list[Any] = [dict.fromkeys(dims, free) for dims in self.inputs.values()]
         if PER_LAYER in self.inputs:  # which is the second, and goes together with the first
             args[:2], named[:2] = [tuple(args[:2])], [tuple(named[:2])]
         if self.past:
             batch, length = sizes[self.past[0]], sizes[self.past[2]]
             blocks = dummy_run(decoder.model).cache
             args.append([block.empty(torch.zeros(()), batch, length) for block in blocks])
-            of_pair = (dict(self.past),) * 2
-            named.append([(*(of_pair if b.kv else ()), *({0: BATCH} for _ in b.states)) for b in blocks])
-        program = torch.export.export(decoder, tuple(args), dynamic_shapes=_free(tuple(named)), strict=False)
+            of_pair = (dict.fromkeys(self.past, free),) * 2
+            named.append([(*(of_pair if b.kv else ()), *({0: free} for _ in b.states)) for b in blocks])
+        program = torch.export.export(decoder, tuple(args), dynamic_shapes=tuple(named), strict=False)
         _check_lengths(program, decoder.model, cached=bool(self.past))
         return program
 
@@ -141,13 +142,6 @@ def _check_lengths(program: torch.export.ExportedProgram, model: torch.nn.Module
             f"{type(model).__name__} computes texts of more than {bound:,} tokens in another way than shorter ones, by "
             "a branch of its code, and a graph would hold the way of the shorter ones alone: it is not supported yet."
         )
-
-
-def _free(named: Any) -> Any:
-    """``named`` axes, each of them dynamic."""
-    if isinstance(named, dict):
-        return dict.fromkeys(named, torch.export.Dim.DYNAMIC)
-    return type(named)(_free(part) for part in named)
 
 
 # concat ------------------------------------------------------------------------------------------
@@ -348,21 +342,15 @@ def encoder_form(model: torch.nn.Module, task: Task, pooling: Pooling | None, in
 
 class _Embedding(CachedDecoder):
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = embedded(self.model, input_ids)
-        if PER_LAYER in found and (instead := _instead(self.model)) is not None:
+        found, config = embedded(self.model, input_ids), self.model.config
+        if PER_LAYER in found and family_of(self.model).padding_stands_in:
+            # Another token's embeddings of each layer stand in the places of images and sounds.
             body: Any = backbone(self.model)
+            instead = int(config.get_text_config().pad_token_id)  # type: ignore[operator, union-attr]
             for token in placeholders(self.model).values():
                 input_ids = torch.where(input_ids == token, instead, input_ids)
             found[PER_LAYER] = body.get_per_layer_inputs(input_ids)
         return tuple(found.values())
-
-
-def _instead(model: torch.nn.Module) -> int | None:
-    """The token whose embeddings of each layer stand in the places of images and sounds, if it is another."""
-    if not family_of(model).padding_stands_in:
-        return None
-    config: Any = model.config
-    return int(config.get_text_config().pad_token_id)
 
 
 def embedding_form(model: torch.nn.Module) -> Form:

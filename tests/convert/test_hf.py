@@ -31,7 +31,6 @@ from tests.tiny_types import tiny_model
 
 RandomPlan = Callable[[Any, Sequence[Block]], Plan]
 PROMPT = torch.tensor([[7, 8, 9, 10, 11]])
-TEXT = torch.arange(2 * 16).reshape(2, 16) % 200 + 5
 
 
 @pytest.fixture
@@ -80,18 +79,6 @@ def by_whole_passes(model: Any, plan: Plan, count: int) -> list[int]:
     return tokens
 
 
-def trained(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
-    """The losses of three steps on one text."""
-    losses = []
-    for _ in range(3):
-        loss = model(input_ids=TEXT, labels=TEXT).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 def test_it_generates_with_remote_code_and_registered(
     model: Any, folder: Path, tmp_path: Path, random_plan: RandomPlan
 ) -> None:
@@ -117,21 +104,6 @@ def test_its_own_cache_gives_the_tokens_of_whole_passes(
     expected = by_whole_passes(model, plan, 12)
     given = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     assert loaded(tmp_path / "hf").generate(PROMPT, **given)[0].tolist() == expected
-
-
-def test_adapters_of_peft_are_trained(folder: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
-    model = peft.get_peft_model(
-        loaded(folder), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    names = {name.split(".lora_A")[0].rsplit("model.layers.", 1)[-1] for name, _ in model.named_parameters()}
-    assert {"0.self_attn.linear", "1.self_attn.q_proj"} <= names
-    losses = trained(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05))
-    assert losses[-1] < losses[0]
-    model.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(loaded(folder), tmp_path / "adapter")
-    with torch.inference_mode():
-        torch.testing.assert_close(again(input_ids=TEXT).logits, model.eval()(input_ids=TEXT).logits)
 
 
 def test_the_numbers_are_those_of_the_model_and_the_plan(
