@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.names import MASK, TOKEN_TYPES, TOKENS
-from nbl_export.batch.rows import Inputs, prefix_mask, right_padded
+from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError, NblError, first_line
 from nbl_export.export.forms import ENCODER, FORMS, NONE, STATIC, Branches, Form
 from nbl_export.export.functions import attention, exportable, is_replaced
@@ -49,7 +49,7 @@ from nbl_export.models.lengths import (
 from nbl_export.models.libraries import quiet
 from nbl_export.models.weights import resident, room
 from nbl_export.progress import Listener, Silent
-from nbl_export.runtime.ort import OrtEncoder, ort_stream
+from nbl_export.runtime.ort import OrtEncoder, OrtStaticStream, ort_stream
 from nbl_export.runtime.stream import DecoderOutput, PastStream, Stream, UncachedStream
 from nbl_export.runtime.torch import TorchEncoder, torch_stream
 
@@ -183,31 +183,20 @@ class _Eager:
         return DecoderOutput(found[0].numpy(), found[1]) if isinstance(found, tuple) else found.numpy()
 
 
-class _StaticStream(Stream):
-    """What the static form traces, with ``slots``: rows are padded on the right."""
+class _StaticStream(OrtStaticStream):
+    """What the static form traces in the place of a graph of it."""
 
-    def __init__(self, decoder: _Eager, slots: int) -> None:
-        self.decoder, self.slots = decoder, slots
+    def __init__(self, decoder: _Eager, capacity: int) -> None:
+        self.decoder, self.capacity = decoder, capacity
 
-    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
-        self._past, self._lengths = (
-            self.decoder.empty_past(len(rows), self.slots),
-            np.zeros(len(rows), np.int64),
-        )
-        ids, positions = right_padded(rows)
-        logits = self._run(ids, positions)
-        self._lengths = np.array([len(row) for row in rows])
-        return logits[prefix_mask(self._lengths, ids.shape[1])]
+    def buffers(self, batch: int, length: int) -> Any:
+        return self.decoder.empty_past(batch, length)
 
-    def decode(self, tokens: Sequence[int]) -> F32:
-        logits = self._run(np.array(tokens)[:, None], self._lengths[:, None])[:, 0]
-        self._lengths = self._lengths + 1
-        return logits
+    def named(self, inputs: Mapping[str, Any], past: Any) -> dict[str, Any]:
+        return {**inputs, "past": past}
 
-    def _run(self, ids: NDArray[Any], positions: NDArray[Any]) -> F32:
-        found = self.decoder(ids, positions, self._lengths, self._past)
-        self._past = found.present
-        return np.asarray(found.logits)
+    def run(self, feeds: Mapping[str, Any]) -> Any:
+        return self.decoder(*feeds.values())
 
 
 def _expected(model: torch.nn.Module, form: Form, batches: Iterable[_Batch], apart: bool) -> list[F32]:
