@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Generic, TypeVar
 
 import numpy as np
 
 from nbl_export.blocks import Block, Span, all_parts, with_block
 from nbl_export.errors import BudgetError, InputError
+from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.scores import CRITERIA, ranking, with_loss
 from nbl_export.linearize.search import (
     GREEDY_TRIES,
@@ -25,27 +25,20 @@ from nbl_export.linearize.search import (
     ranked_path,
     single_layer_losses,
 )
-from nbl_export.linearize.selection import Candidate, Curve, CurvePoint, Loss, keeps, per_saving
+from nbl_export.linearize.selection import Candidate, Curve, CurvePoint, Loss, PlanLoss, keeps, per_saving
 from nbl_export.settings import Budget
 from nbl_export.settings.definition import bytes_of
 from nbl_export.stages.select.measure import Measuring
 from nbl_export.stages.select.speeds import SpeedMeter
 from nbl_export.verify.speed.savings import Savings
 
-T = TypeVar("T")
 # The best blocks that replace at most K attentions and MLPs, for any K.
 Prefix = Callable[[int], Sequence[Block]]
 
 
-@dataclass(frozen=True)
-class Shipped(Generic[T]):
-    """What was ``made`` of the chosen layers, and its ``loss``: None where it is that of the K curve."""
-
-    made: T
-    loss: Loss | None
-
-
-Ship = Callable[[Sequence[Block]], Shipped[T]]
+# The plan of what was chosen, and its loss: None where it is that of the K curve.
+Shipped = tuple[Plan, PlanLoss | None]
+Ship = Callable[[Sequence[Block]], Shipped]
 
 
 class Choosing:
@@ -119,8 +112,8 @@ class Choosing:
         return Prefixes(path(), any(isinstance(block, Span) for block in blocks))
 
     def choose(
-        self, candidates: Sequence[Candidate], speeds: Callable[[Prefix], SpeedMeter], ship: Ship[T]
-    ) -> tuple[T, Curve | None]:
+        self, candidates: Sequence[Candidate], speeds: Callable[[Prefix], SpeedMeter], ship: Ship
+    ) -> tuple[Shipped, Curve | None]:
         """What ``ship`` makes of the layers to linearize, ascending, and the K curve, if one was measured.
 
         Layers are chosen by the fits that the curve is of. Where what ships is something else, its own loss is weighed,
@@ -138,7 +131,7 @@ class Choosing:
                     f"--k {self._settings.k} is less than the best block replaces, which is a span of layers: ask for "
                     "a larger K, or calibrate without spans (--blocks both)."
                 )
-            return ship(best).made, self._curve(points, len(all_parts(best)))
+            return ship(best), self._curve(points, len(all_parts(best)))
         count, meter = len(all_parts(blocks)), speeds(prefix)
         why, least = meter.missing, self._least_k(prefix, count)
         if budget.min_speedup is not None:
@@ -262,8 +255,8 @@ class Choosing:
         return replace(point, workload_speedup=self._used.speedup(point.layers)) if self._used else point
 
     def _first_within(
-        self, ks: Sequence[int], prefix: Prefix, meter: SpeedMeter, ship: Ship[T]
-    ) -> tuple[T, int]:
+        self, ks: Sequence[int], prefix: Prefix, meter: SpeedMeter, ship: Ship
+    ) -> tuple[Shipped, int]:
         """What ships of the first of ``ks`` that is within the budget as it ships, and that K."""
         cost, least = "", self._budget.min_speedup
         for k in ks:
@@ -274,9 +267,10 @@ class Choosing:
                 )
                 continue
             shipped = ship(sorted(prefix(k)))
-            if shipped.loss is None or keeps(self._budget, shipped.loss):
-                return shipped.made, k
-            cost = f"K = {k} costs {_cost(shipped.loss)} as it ships"
+            loss = shipped[1].loss if shipped[1] else None
+            if loss is None or keeps(self._budget, loss):
+                return shipped, k
+            cost = f"K = {k} costs {_cost(loss)} as it ships"
             self._listener.note(f"{cost}, more than the budget.")
         raise BudgetError(
             f"No K meets the budget with the fit, the repair or the rank asked for: {cost}: allow more loss, or ask "

@@ -39,10 +39,9 @@ def make_plan(of: Measuring) -> list[Path]:
     empty = _without_layers(of)
     savings = _savings(of, empty)
 
-    def ship(layers: Sequence[Block]) -> Shipped[tuple[Plan, PlanLoss | None]]:
+    def ship(layers: Sequence[Block]) -> Shipped:
         predicted = None if settings.layers is not None else predicted_excess(candidates, layers)
-        made = _fitted(of, empty, layers, predicted)
-        return Shipped(made, made[1].loss if made[1] else None)
+        return _fitted(of, empty, layers, predicted)
 
     def speeds(prefix: Prefix) -> SpeedMeter:
         limit = positions(run.model.model)
@@ -53,7 +52,7 @@ def make_plan(of: Measuring) -> list[Path]:
     curve: Curve | None = None
     kl_tokens: int | None = None
     if settings.layers is not None:
-        plan, result = ship(sorted(settings.layers)).made
+        plan, result = ship(sorted(settings.layers))
     else:
         if savings and settings.workload:
             listener.note(_in_words(savings))
@@ -78,9 +77,7 @@ def make_plan(of: Measuring) -> list[Path]:
     return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
 
 
-def _fitted(
-    of: Measuring, empty: Plan, chosen: Sequence[Block], predicted: float | None
-) -> tuple[Plan, PlanLoss | None]:
+def _fitted(of: Measuring, empty: Plan, chosen: Sequence[Block], predicted: float | None) -> Shipped:
     """The plan of the chosen layers, and its loss on the selection text.
 
     The loss of a decoder is measured if it is not known from the choice of layers, or if it was only ``predicted`` (the
