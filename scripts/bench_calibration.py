@@ -35,7 +35,6 @@ from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.report.schema import environment
 from nbl_export.settings import CalibrateSettings
-from nbl_export.verify.speed.memory import peak_in_bytes
 
 SEQ_LEN = 512
 BATCH = 2
@@ -110,7 +109,7 @@ def measure(way: str, model_name: str, text: str, count: int) -> dict[str, float
     WAYS[way](model, tokens)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "mib": peak_in_bytes(peak - before, sys.platform) / 2**20}
+    return {"seconds": seconds, "mib": (peak - before) / (2**20 if sys.platform == "darwin" else 2**10)}
 
 
 def in_separate_process(way: str, model: str, text: str, count: int) -> dict[str, float]:

@@ -36,9 +36,9 @@ from nbl_export.runtime.stream import Stream  # noqa: E402
 from nbl_export.runtime.torch import torch_stream  # noqa: E402
 from nbl_export.settings import VerifySettings  # noqa: E402
 from nbl_export.verify.case import PROMPTS, DecoderCase  # noqa: E402
-from nbl_export.verify.decoder import unlike  # noqa: E402
+from nbl_export.verify.measure import unlike  # noqa: E402
+from nbl_export.verify.parity.compare import log_softmax  # noqa: E402
 from nbl_export.verify.parity.unmodified import differences  # noqa: E402
-from nbl_export.verify.parity.vectors import log_softmax  # noqa: E402
 from nbl_export.workspace import Workspace  # noqa: E402
 from tests import mutations  # noqa: E402
 from tests.fixtures_graph import load, plan_by_hand  # noqa: E402
@@ -73,8 +73,9 @@ class Table:
         folder.mkdir(parents=True, exist_ok=True)
         rewrite_file(self.baseline, self.plan, self.right)
         self.proofs = proven_regions(self.baseline, self.plan).proofs
+        self.tensors = {layer: proof.tensors for layer, proof in self.proofs.items()}
         text = load_text(Workspace.open(out).text)
-        self.case = DecoderCase(model, self.plan, self.baseline, self.right, SETTINGS, Silent(), text, ())
+        self.case = DecoderCase(model, self.plan, self.baseline, self.right, SETTINGS, Silent(), text)
         self.rows = self.case.rows(PROMPTS)
         self.logits = self._logits(ort_stream(self.right, 80))
         with linearized(model, self.plan):
@@ -110,7 +111,7 @@ class Table:
     def _failures(self, path: Path) -> list[str]:
         case = replace(self.case, rewritten=path)
         return differences(
-            self.baseline, path, self.plan, self.proofs, lambda other: unlike(case, other, self.rows)
+            self.baseline, path, self.plan, self.tensors, lambda other: unlike(case, other, self.rows)
         )
 
     def _logits(self, stream: Stream) -> Any:

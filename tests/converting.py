@@ -15,7 +15,7 @@ from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import hidden_size, layer_count
 from nbl_export.packages import part
 from nbl_export.stages.forms import Form
-from nbl_export.verify.parity.decoder import compare, record
+from nbl_export.verify.parity.compare import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.pytorch import record_pytorch
 from tests.fixtures_graph import ragged_rows
@@ -69,7 +69,7 @@ def assert_as_in_pytorch(open_stream: Callable[[], Any], model: Any, plan: Plan)
     assert found.failures() == [] and all(step.kv_max_rel > 0 for step in found.steps)
     stream = open_stream()
     stream.prefill(ragged_rows([5], model.config.vocab_size))
-    assert stream.kv_layers == plan.attention_layers and stream.cached == len(plan.attention_layers)
+    assert stream.kv_layers == plan.attention_layers and len(stream.cache()[0]) == len(plan.attention_layers)
 
 
 def stream_parity(stream: Any, model: Any, plan: Plan | None, steps: int = 4) -> Parity:

@@ -26,7 +26,7 @@ from nbl_export.settings import VerifySettings
 from nbl_export.verify.case import DecoderCase
 from tests.exporters import GRAPH
 from tests.families import VOCAB, Calibrated, calibrated, unsaved
-from tests.fixtures_graph import ragged_rows
+from tests.fixtures_graph import ragged_rows, tensors_of
 from tests.tiny import save_tokenizer
 
 CHOSEN = (1,)
@@ -62,7 +62,9 @@ class Experts:
         none = np.zeros_like(rows)
         text = CalibrationText(none, none, none, rows, none, np.array([5], np.int32))
         settings = VerifySettings(decode_steps=3, quality=False, speed=False)
-        return DecoderCase(self.model, self.plan, self.graph(precision), linear, settings, Silent(), text)
+        base = self.graph(precision)
+        tensors = tensors_of(base, self.plan)
+        return DecoderCase(self.model, self.plan, base, linear, settings, Silent(), text, tensors=tensors)
 
     def rewritten(self, precision: str, target: Path, plan: Plan | None = None) -> Path:
         """The graph with the plan's layers linear, in the folder ``target``."""

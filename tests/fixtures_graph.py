@@ -16,17 +16,25 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from nbl_export.batch.rows import real_positions, rows_of_batch
 from nbl_export.blocks import Block, Mlp, layer_of
 from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.probe import load_probe
 from nbl_export.export.forms import STATIC
 from nbl_export.export.torch import export_torch
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.summary import ProvenTensors
 from nbl_export.linearize.lmmse import fit_lmmse
 from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
+from nbl_export.rewrite.replace import proven_regions
+from nbl_export.runtime.intermediates import compute_tensors, prefill_rows, unbatched
+from nbl_export.runtime.stream import Stream
 from nbl_export.settings.choices import FitInput
 from nbl_export.stage_record import STAGES
+from nbl_export.verify.parity.compare import compare, record
+from nbl_export.verify.parity.figures import Gates, Parity
 from nbl_export.workspace import Workspace
 
 
@@ -212,3 +220,40 @@ def low_rank(plan: Plan, rank: int) -> Plan:
         u, s, v = np.linalg.svd(layer.w)
         layers[index] = LinearLayer.of_rank(u[:, :rank] * s[:rank], v[:rank], layer.b)
     return replace(plan, layers=layers, rank=rank)
+
+
+_PROVEN: dict[Any, dict[Block, ProvenTensors]] = {}
+
+
+def tensors_of(baseline: Path, plan: Plan) -> dict[Block, ProvenTensors]:
+    """What the record of a rewrite has of ``baseline``: the names of its proven tensors."""
+    key = (baseline, baseline.stat().st_mtime_ns, plan.chosen, plan.fit_input)
+    if key not in _PROVEN:
+        proofs = proven_regions(baseline, plan).proofs.values()
+        _PROVEN[key] = {p.layer: p.tensors for p in proofs if p.u is not None and p.y is not None}
+    return _PROVEN[key]
+
+
+def compare_streams(
+    reference: Stream, candidate: Stream, rows: Any, steps: int, gates: Gates, alone: Any = ()
+) -> Parity:
+    """The figures of ``candidate`` against ``reference``, run one after the other."""
+    return compare(
+        record(reference, rows, steps, alone=alone), record(candidate, rows, steps, alone=alone), gates
+    )
+
+
+def intermediate_tensors(path: Path, names: Sequence[str], inputs: Any) -> dict[str, np.ndarray]:
+    """Intermediate tensors ``names`` [batch, sequence, …] of the graph at ``path``, padded with zeros as ``inputs``."""
+    model = load_graph(path)
+    wanted = list(dict.fromkeys(names))
+    found = compute_tensors(model, wanted, prefill_rows(model, rows_of_batch(inputs)))
+
+    def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+        real = real_positions(inputs, rows[0].shape[-2])
+        flat = [unbatched(row, int(own.sum())) for row, own in zip(rows, real, strict=True)]
+        result = np.zeros((*real.shape, *flat[0].shape[1:]), dtype=np.float32)
+        result[real] = np.concatenate(flat)
+        return result
+
+    return {name: padded([row[name] for row in found]) for name in wanted}

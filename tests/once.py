@@ -18,7 +18,7 @@ from nbl_export.export import torch as exporting
 from nbl_export.export.forms import CONCAT, FORMS, Form
 from nbl_export.models.weights import resident
 from nbl_export.progress import Listener, Silent
-from nbl_export.verify.speed import roofline
+from nbl_export.verify.speed import ceiling
 
 # Here it is tested what a trace gives, how long it takes, or what it needs.
 _TRACED = ("export/", "gpu/", "models/", "scripts/", "test_families.py", "end_to_end/test_virtual_device.py")
@@ -96,5 +96,5 @@ def graphs_are_traced_once() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def rates_are_measured_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roofline, "measure_roofline", cache(roofline.measure_roofline))
+        patch.setattr(ceiling, "measure_roofline", cache(ceiling.measure_roofline))
         yield

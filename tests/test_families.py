@@ -27,7 +27,7 @@ from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.layers import attention_layers
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages.build import check_states
-from nbl_export.verify.parity.decoder import Parity
+from nbl_export.verify.parity.compare import Parity
 from tests.end_to_end.matrix import CHOSEN, ROWS, crossed, parity, rewritten
 from tests.exhaustive import ALL, exhaustive
 from tests.exporters import GRAPH, Graphs

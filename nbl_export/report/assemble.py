@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nbl_export.engine.build import EngineFile
     from nbl_export.linearize.plan import Plan
     from nbl_export.models.source import ModelSource
-    from nbl_export.verify.measurement import Measurement
+    from nbl_export.verify.case import Measurement
 
 
 def assemble(

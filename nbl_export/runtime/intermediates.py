@@ -24,13 +24,11 @@ from nbl_export.batch.rows import (
     Inputs,
     left_padded,
     prefix_padded,
-    real_positions,
     right_padded,
-    rows_of_batch,
 )
 from nbl_export.errors import InputError
 from nbl_export.graph.interface import Interface, interface_of
-from nbl_export.graph.io import INLINE_BYTES, DataFile, external_files, follow_links, load_graph
+from nbl_export.graph.io import INLINE_BYTES, DataFile, external_files, follow_links
 from nbl_export.graph.operators import captured
 from nbl_export.graph.rounding import HALF, compute_in_float32, float32_name, needs_emulation
 from nbl_export.runtime.session import (
@@ -293,17 +291,6 @@ def _session(
     return load(proto.SerializeToString(), options, "the graph", folded=False), kept
 
 
-def intermediate_tensors(path: Path, names: Sequence[str], inputs: Inputs) -> dict[str, NDArray[np.float32]]:
-    """Intermediate tensors ``names`` [batch, sequence, …] of the graph at ``path``, with an empty cache.
-
-    ``inputs`` are padded ids and their mask, or images; the results are padded in the same way, with zeros.
-    """
-    model = load_graph(path)
-    wanted = list(dict.fromkeys(names))
-    found = compute_tensors(model, wanted, prefill_rows(model, rows_of_batch(inputs)))
-    return {name: _padded([row[name] for row in found], inputs) for name in wanted}
-
-
 def batch_rows(model: ir.Model, rows: Sequence[NDArray[Any] | Inputs] | Inputs) -> list[Arrays]:
     """The feeds of :func:`compute_tensors` for ``rows`` padded to one batch, row by row; or for an encoder's batch.
 
@@ -342,14 +329,6 @@ def prefill_rows(model: ir.Model, rows: Sequence[NDArray[Any] | Inputs]) -> list
     """The feeds of :func:`compute_tensors` for each of ``rows``, token ids or named inputs; batch 1, no padding."""
     interface = interface_of(model)
     return [interface.row(row, np.float32) for row in rows]
-
-
-def _padded(rows: Sequence[NDArray[Any]], inputs: Inputs) -> NDArray[np.float32]:
-    real = real_positions(inputs, rows[0].shape[-2])
-    flat = [unbatched(row, int(own.sum())) for row, own in zip(rows, real, strict=True)]
-    result = np.zeros((*real.shape, *flat[0].shape[1:]), dtype=np.float32)
-    result[real] = np.concatenate(flat)
-    return result
 
 
 def unbatched(value: NDArray[Any], length: int) -> NDArray[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,6 @@ from nbl_export.runtime.stream import KV, Stream
 if TYPE_CHECKING:
     from typing import Self
 
-PACKAGE = "llama-cpp-py-sync"
 _BATCH = 256  # tokens of one call
 
 
@@ -33,8 +33,29 @@ def require_llama_cpp() -> tuple[Any, Any]:
     try:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
     except ImportError:
-        raise missing(PACKAGE, "Running a GGUF file") from None
+        raise missing("llama-cpp-py-sync", "Running a GGUF file") from None
     return get_lib(), get_ffi()
+
+
+class _Log:
+    """What the library says from now on. It is kept as long as the library may call it."""
+
+    def __init__(self) -> None:
+        lib, ffi = require_llama_cpp()
+        self.said: list[str] = []
+        self._call = ffi.callback(
+            "void(enum ggml_log_level, const char *, void *)",
+            lambda _level, text, _data: self.said.append(ffi.string(text).decode(errors="replace")),
+        )
+        lib.llama_log_set(self._call, ffi.NULL)
+        lib.llama_backend_init()
+
+    @property
+    def why(self) -> str:
+        """The first line that speaks of a failure, or the last one."""
+        lines = [line.strip() for line in "".join(self.said).splitlines() if line.strip()]
+        failed = [line for line in lines if "error" in line or "fail" in line]
+        return (failed or lines[::-1] or ["it does not say why"])[0].rstrip(".")[:300]
 
 
 class LlamaCppStream(Stream):
@@ -48,19 +69,13 @@ class LlamaCppStream(Stream):
     def __init__(
         self, path: Path, rows: int, length: int, fused: bool = False, defaults: bool = False
     ) -> None:
-        self._lib, self._ffi = require_llama_cpp()
-        lib, ffi = self._lib, self._ffi
-        self._said: list[str] = []
-        # Kept as long as the library may call it.
-        self._log = ffi.callback("void(enum ggml_log_level, const char *, void *)", self._listen)
-        lib.llama_log_set(self._log, ffi.NULL)
-        lib.llama_backend_init()
-        self._context = ffi.NULL
+        (lib, ffi), self._log = require_llama_cpp(), _Log()
+        self._lib, self._ffi = lib, ffi
         asked = lib.llama_model_default_params()
         asked.n_gpu_layers = 0
         self._model = lib.llama_model_load_from_file(os.fsencode(path), asked)
         if self._model == ffi.NULL:
-            raise BuildError(f"llama.cpp does not load {path}: {self._why()}.")
+            raise BuildError(f"llama.cpp does not load {path}: {self._log.why}.")
         self._vocabulary = lib.llama_model_get_vocab(self._model)
         self._width = lib.llama_vocab_n_tokens(self._vocabulary)
         wanted = lib.llama_context_default_params()
@@ -68,15 +83,15 @@ class LlamaCppStream(Stream):
         wanted.n_threads = wanted.n_threads_batch = cores()
         if not defaults:
             wanted.n_batch = wanted.n_ubatch = _BATCH
-            wanted.flash_attn_type = (
-                lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if fused else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            )
+            attention = "ENABLED" if fused else "DISABLED"
+            wanted.flash_attn_type = getattr(lib, f"LLAMA_FLASH_ATTN_TYPE_{attention}")
             wanted.type_k = wanted.type_v = lib.GGML_TYPE_F32
         self._batch = int(wanted.n_batch)
         self._context = lib.llama_init_from_model(self._model, wanted)
         if self._context == ffi.NULL:
-            self.close()
-            raise BuildError(f"llama.cpp has no room for {rows} rows of {length} tokens: {self._why()}.")
+            lib.llama_model_free(self._model)
+            raise BuildError(f"llama.cpp has no room for {rows} rows of {length} tokens: {self._log.why}.")
+        self.close = weakref.finalize(self, _free, lib, self._context, self._model)
         self._lengths: list[int] = []
 
     def __enter__(self) -> Self:
@@ -85,28 +100,10 @@ class LlamaCppStream(Stream):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Free the context and the model."""
-        if self._context != self._ffi.NULL:
-            self._lib.llama_free(self._context)
-        if self._model != self._ffi.NULL:
-            self._lib.llama_model_free(self._model)
-        self._context = self._model = self._ffi.NULL
-
-    def _listen(self, _level: Any, text: Any, _data: Any) -> None:
-        self._said.append(self._ffi.string(text).decode(errors="replace"))
-
-    def _why(self) -> str:
-        """The last error that the library said."""
-        lines = [
-            line.strip() for line in "".join(self._said).splitlines() if "error" in line or "fail" in line
-        ]
-        return (lines[0] if lines else "it does not say why").rstrip(".")
-
     @property
-    def cache_bytes(self) -> int:
-        """The bytes of keys and values that the context has, as the library says."""
-        sizes = re.findall(r"KV buffer size = +([\d.]+) MiB", "".join(self._said))
+    def memory_bytes(self) -> int:  # type: ignore[override]  # as the library says it
+        """The bytes of keys and values that the context has."""
+        sizes = re.findall(r"KV buffer size = +([\d.]+) MiB", "".join(self._log.said))
         return round(sum(map(float, sizes)) * 2**20)
 
     @property
@@ -114,31 +111,24 @@ class LlamaCppStream(Stream):
         """The tokens that each layer's cache has room for."""
         return int(self._lib.llama_n_ctx(self._context))
 
-    def _begin(self, rows: Sequence[NDArray[Any]]) -> None:
-        """Have an empty cache for ``rows``."""
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-        self._lengths = [0] * len(rows)
-
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
         self._begin(rows)
         return np.concatenate([self._read([n] * len(row), row) for n, row in enumerate(rows)])
 
     def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
         self._begin(rows)
-        found = []
-        for n, row in enumerate(rows):
-            for first in range(0, len(row), self._batch):
-                some = row[first : first + self._batch]
-                last = np.arange(first, first + len(some)) == len(row) - 1
-                found.append(self._pass([n] * len(some), some, last))
-        return np.concatenate(found)
+        return np.concatenate([self._read([n] * len(row), row, last=True) for n, row in enumerate(rows)])
 
-    def forget(self, length: int) -> None:
-        """Have of each row its first ``length`` tokens alone."""
+    def _begin(self, rows: Sequence[NDArray[Any]]) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self._lengths = [0] * len(rows)
+
+    def rewind(self, length: int) -> bool:
         memory = self._lib.llama_get_memory(self._context)
         for n in range(len(self._lengths)):
             self._lib.llama_memory_seq_rm(memory, n, length, -1)
-            self._lengths[n] = length
+        self._lengths = [length] * len(self._lengths)
+        return True
 
     def decode(self, tokens: Sequence[int]) -> F32:
         return self._read(range(len(tokens)), tokens)
@@ -146,39 +136,29 @@ class LlamaCppStream(Stream):
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return (), np.zeros((len(self._lengths), 0), dtype=bool)
 
-    def _read(self, owners: Sequence[int], tokens: Sequence[int] | NDArray[Any]) -> F32:
-        """Logits [tokens, vocab] of ``tokens``, each of which goes on the row that is its owner."""
-        parts = []
-        for first in range(0, len(tokens), self._batch):
-            some = slice(first, first + self._batch)
-            parts.append(self._pass(owners[some], tokens[some]))
+    def _read(self, owners: Sequence[int], tokens: Sequence[int] | NDArray[Any], last: bool = False) -> F32:
+        """Logits [tokens, vocab] of ``tokens``, each on the row that is its owner; or the last ones alone."""
+        lib, count, parts = self._lib, len(tokens), []
+        for first in range(0, count, self._batch):
+            some = range(first, min(first + self._batch, count))
+            wanted = [n for n in some if not last or n == count - 1]
+            batch = lib.llama_batch_init(len(some), 0, 1)
+            try:
+                batch.n_tokens = len(some)
+                for place, n in enumerate(some):
+                    owner = owners[n]
+                    batch.token[place], batch.pos[place] = int(tokens[n]), self._lengths[owner]
+                    batch.n_seq_id[place], batch.seq_id[place][0], batch.logits[place] = 1, owner, n in wanted
+                    self._lengths[owner] += 1
+                if code := lib.llama_decode(self._context, batch):
+                    why = f"(llama_decode returns {code}): {self._log.why}"
+                    raise BuildError(f"llama.cpp does not run the file {why}.")
+                size = 4 * len(wanted) * self._width
+                logits = self._ffi.buffer(lib.llama_get_logits(self._context), size)
+                parts.append(np.frombuffer(logits, np.float32).reshape(-1, self._width).copy())
+            finally:
+                lib.llama_batch_free(batch)
         return np.concatenate(parts)
-
-    def _pass(
-        self,
-        owners: Sequence[int],
-        tokens: Sequence[int] | NDArray[Any],
-        wanted: NDArray[np.bool_] | None = None,
-    ) -> F32:
-        """Logits [tokens, vocab] of ``tokens``, or of those that are ``wanted``."""
-        lib, count = self._lib, len(tokens)
-        said = np.ones(count, bool) if wanted is None else wanted
-        batch = lib.llama_batch_init(count, 0, 1)
-        try:
-            batch.n_tokens = count
-            for n, (owner, token) in enumerate(zip(owners, tokens, strict=True)):
-                batch.token[n], batch.pos[n] = int(token), self._lengths[owner]
-                batch.n_seq_id[n], batch.seq_id[n][0], batch.logits[n] = 1, owner, int(said[n])
-                self._lengths[owner] += 1
-            if code := lib.llama_decode(self._context, batch):
-                raise BuildError(
-                    f"llama.cpp does not run the file (llama_decode returns {code}): {self._why()}."
-                )
-            rows = int(said.sum())
-            logits = self._ffi.buffer(lib.llama_get_logits(self._context), 4 * rows * self._width)
-            return np.frombuffer(logits, np.float32).reshape(rows, self._width).copy()
-        finally:
-            lib.llama_batch_free(batch)
 
     def tokenize(self, text: str, special: bool = True) -> list[int]:
         """The tokens of ``text``, with those that the file says stand around every text if ``special``."""
@@ -189,20 +169,18 @@ class LlamaCppStream(Stream):
         return [int(token) for token in found[0 : max(count, 0)]]
 
 
+def _free(lib: Any, context: Any, model: Any) -> None:
+    lib.llama_free(context)
+    lib.llama_model_free(model)
+
+
 def quantize(source: Path, target: Path, form: str, kept: Sequence[str] = ()) -> None:
     """Write the GGUF file ``source`` to ``target`` by llama.cpp's quantizer, in a format such as ``Q4_K_M``.
 
     The matrices named ``kept`` are float16. Raises :class:`BuildError` if it fails, :class:`MissingDependencyError`
     without the library.
     """
-    lib, ffi = require_llama_cpp()
-    said: list[str] = []
-    log = ffi.callback(
-        "void(enum ggml_log_level, const char *, void *)",
-        lambda _level, text, _data: said.append(ffi.string(text).decode(errors="replace")),
-    )
-    lib.llama_log_set(log, ffi.NULL)
-    lib.llama_backend_init()
+    (lib, ffi), log = require_llama_cpp(), _Log()
     asked = lib.llama_model_quantize_default_params()
     asked.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{form}")
     asked.nthread = cores()
@@ -215,5 +193,4 @@ def quantize(source: Path, target: Path, form: str, kept: Sequence[str] = ()) ->
     failed = lib.llama_model_quantize(os.fsencode(source), os.fsencode(target), ffi.addressof(asked))
     lib.llama_log_set(ffi.NULL, ffi.NULL)
     if failed:
-        why = next((line.strip() for line in reversed(said) if line.strip()), "it does not say why")
-        raise BuildError(f"llama.cpp does not quantize {source.name}: {why[:300]}.")
+        raise BuildError(f"llama.cpp does not quantize {source.name}: {log.why}.")

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.names import MASK, POSITIONS, SIDES, TOKENS
-from nbl_export.batch.rows import left_padded, one_more
 from nbl_export.errors import BuildError
 from nbl_export.packages import missing
-from nbl_export.runtime.stream import KV, Stream
+from nbl_export.runtime.stream import KV, LeftPadded
 
 PACKAGE, TOKENIZERS_PACKAGE = "openvino", "openvino-tokenizers"
 # The model's file as openvino-genai calls it, the tokenizers', and the input that picks rows.
@@ -54,7 +52,7 @@ def cpu() -> Any:
     return ov.Core()
 
 
-class OpenVinoStream(Stream):
+class OpenVinoStream(LeftPadded):
     """The folder at ``path``; with ``defaults`` its products and its cache are what OpenVINO chooses, and a prefill has
     the last logits alone: to be timed, not compared.
 
@@ -74,29 +72,11 @@ class OpenVinoStream(Stream):
         self.kv_layers = tuple(map(int, told.split(","))) if told else ()
         self._names = {port.any_name for port in compiled.inputs}
         self._request = compiled.create_infer_request()
-        self._tensor = require_openvino().Tensor
-        self._mask = np.zeros((0, 0), dtype=np.int64)
-        self._positions = self._mask
 
-    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
-        logits: F32 = self._run(self._begin(rows))[self._mask.astype(bool)]
-        return logits
-
-    def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
-        """Like :meth:`prefill`, but only the logits [rows, vocab] of each row's last token."""
-        return self._run(self._begin(rows))[:, -1]
-
-    def _begin(self, rows: Sequence[NDArray[Any]]) -> I64:
+    def _empty(self, rows: int) -> None:
         self._request.reset_state()
-        ids, self._mask, self._positions = left_padded(rows)
-        return ids
 
-    def decode(self, tokens: Sequence[int]) -> F32:
-        ids, self._mask, self._positions = one_more(tokens, self._mask, self._positions)
-        return self._run(ids)[:, 0]
-
-    def _run(self, ids: I64) -> F32:
-        """Logits [rows, tokens, vocab]."""
+    def _run(self, ids: I64, num_logits: int = 0) -> F32:
         given = {
             TOKENS: ids,
             MASK: self._mask,
@@ -108,16 +88,9 @@ class OpenVinoStream(Stream):
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         states = {state.name: np.array(state.state.data) for state in self._request.query_state()}
-        found = [
-            tuple(states[f"past_key_values.{n}.{side}present.{n}.{side}"] for side in SIDES)
-            for n in range(len(self.kv_layers or ()))
-        ]
-        return [(keys, values) for keys, values in found], self._mask.astype(bool)
-
-    @property
-    def cached(self) -> int:
-        """The layers that have any keys and values after a prefill."""
-        return sum(int(state.state.get_shape()[2] > 0) for state in self._request.query_state()) // len(SIDES)
+        layers = range(len(self.kv_layers or ()))
+        pairs = [[f"past_key_values.{n}.{side}present.{n}.{side}" for side in SIDES] for n in layers]
+        return [tuple(states[name] for name in pair) for pair in pairs], self._mask.astype(bool)
 
 
 def _last_logits_alone(model: Any) -> None:

@@ -63,37 +63,32 @@ class OrtModel:
             )
         return np.dtype(_NUMPY[kind])
 
-    def buffers(self, batch: int, length: int) -> list[KV]:
+    def empty_past(self, batch: int, length: int = 0) -> list[KV]:
         """Keys and values of every cached layer, zeros with ``length`` slots, and states of zeros."""
-        return list(
-            self.interface.entries(list(self.interface.empty_cache(batch, length, self.cache_dtype).values()))
-        )
+        empty = self.interface.empty_cache(batch, length, self.cache_dtype)
+        return list(self.interface.entries(list(empty.values())))
 
-    def named(self, inputs: Mapping[str, I64], past: Sequence[KV]) -> dict[str, Any]:
+    def feeds(
+        self, inputs: Mapping[str, I64], past: Sequence[KV], num_logits: int = ALL_LOGITS
+    ) -> dict[str, Any]:
         """The session's inputs by name; inputs that the graph does not have are left out."""
         feeds: dict[str, Any] = dict(zip(self.past_names, [a for entry in past for a in entry], strict=True))
-        return feeds | self.interface.named(inputs)
+        feeds |= self.interface.named(inputs)
+        if NUM_LOGITS_TO_KEEP in feeds:
+            feeds[NUM_LOGITS_TO_KEEP] = np.array(num_logits, dtype=np.int64)
+        return feeds
 
     def run(self, feeds: Mapping[str, Any]) -> DecoderOutput:
         """Logits and the extended cache for the session's inputs ``feeds``."""
-        names = [*self.output_names, *self.watch.names]
-        logits, *present = run_session(self.session, names, feeds)
+        own = len(self.output_names)
+        found = run_session(self.session, [*self.output_names, *self.watch.names], feeds)
         if self.watch.names:
-            own = len(self.output_names) - 1
-            present, seen = present[:own], present[own:]
-            self.watch.passes.append(seen)
-        return DecoderOutput(np.asarray(logits), self.interface.entries(present))
+            self.watch.passes.append(found[own:])
+        return DecoderOutput(np.asarray(found[0]), self.interface.entries(found[1:own]))
 
 
 class OrtDecoder(OrtModel):
     """A decoder graph with a growing cache, passed in and out as arrays."""
-
-    def empty_past(self, batch: int) -> list[KV]:
-        return self.buffers(batch, 0)
-
-    def feeds(self, ids: I64, mask: I64, positions: I64, past: Sequence[KV]) -> dict[str, Any]:
-        """The session's inputs by name."""
-        return self.named({TOKENS: ids, MASK: mask, POSITIONS: positions}, past)
 
     def __call__(
         self,
@@ -103,10 +98,8 @@ class OrtDecoder(OrtModel):
         past: Sequence[KV],
         num_logits: int = ALL_LOGITS,
     ) -> DecoderOutput:
-        feeds = self.feeds(input_ids, attention_mask, position_ids, past)
-        if NUM_LOGITS_TO_KEEP in feeds:
-            feeds[NUM_LOGITS_TO_KEEP] = np.array(num_logits, dtype=np.int64)
-        return self.run(feeds)
+        inputs = {TOKENS: input_ids, MASK: attention_mask, POSITIONS: position_ids}
+        return self.run(self.feeds(inputs, past, num_logits))
 
 
 class OrtEncoder(OrtModel):
@@ -118,88 +111,12 @@ class OrtEncoder(OrtModel):
         return {name: np.asarray(a, dtype=np.float32) for name, a in zip(names, found, strict=True)}
 
 
-class OrtRaggedStream(Stream):
-    """A decoder graph that takes the length of each row, such as one with GroupQueryAttention, as a stream.
+class OrtRowsStream(OrtModel, Stream):
+    """A decoder graph that knows how long each row is, as a stream: rows are padded on the right.
 
-    Rows are padded on the right, and the next token of a row overwrites its padding in the cache.
+    Its cache is static, of ``capacity`` slots, and the graph is told where to write; or it grows, as with
+    GroupQueryAttention, and the next token of a row overwrites its padding.
     """
-
-    extends = True
-
-    def __init__(
-        self, path: Path, rounded: bool = True, small: bool = False, watch: Watch | None = None
-    ) -> None:
-        self.decoder = OrtDecoder(path, rounded=rounded, small=small, watch=watch)
-        self.kv_layers = self.decoder.kv_layers
-        self._past: Sequence[KV] = ()
-        self._lengths = np.zeros(0, dtype=np.int64)
-        self._slots = 0
-
-    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
-        logits = self._begin(rows)
-        return logits[prefix_mask(self._lengths, logits.shape[1])]
-
-    def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
-        lengths = [len(row) for row in rows]
-        logits = self._begin(rows, num_logits=max(lengths) - min(lengths) + 1)
-        return logits[np.arange(len(rows)), self._lengths - max(lengths) - 1]
-
-    def decode(self, tokens: Sequence[int]) -> F32:
-        positions, self._lengths = self._lengths[:, None], self._lengths + 1
-        return self._run(np.array(tokens, dtype=np.int64)[:, None], positions)[:, 0]
-
-    def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
-        # Row by row: onnxruntime's operator can append several tokens only at batch size 1.
-        starts = self._lengths[np.asarray(owners)]
-        found = [
-            self._one(owner, int(start), row) for owner, start, row in zip(owners, starts, rows, strict=True)
-        ]
-        self._lengths = starts + np.array([len(row) for row in rows])
-        self._slots = int(np.max(self._lengths))
-        self._past = [
-            tuple(
-                self._stacked(side, grows=place < len(self.decoder.kv_layers))
-                for side in zip(*rows, strict=True)
-            )
-            for place, rows in enumerate(zip(*(output.present for output in found), strict=True))
-        ]
-        return np.concatenate([output.logits[0] for output in found])
-
-    def _one(self, owner: int, start: int, row: NDArray[Any]) -> DecoderOutput:
-        own = slice(owner, owner + 1)
-        kv = len(self.decoder.kv_layers)
-        past: list[KV] = [(key[own, :, :start], value[own, :, :start]) for key, value in self._past[:kv]]
-        past += [(state[own],) for (state,) in self._past[kv:]]
-        ids, mask = row[None].astype(np.int64), np.ones((1, start + len(row)), dtype=np.int64)
-        return self.decoder(ids, mask, start + np.arange(len(row))[None], past)
-
-    def _stacked(self, arrays: Sequence[F32], grows: bool) -> F32:
-        if not grows:
-            return np.concatenate(arrays)
-        _, heads, _, size = arrays[0].shape
-        stacked = np.zeros((len(arrays), heads, self._slots, size), dtype=arrays[0].dtype)
-        for i, array in enumerate(arrays):
-            stacked[i, :, : array.shape[2]] = array[0]
-        return stacked
-
-    def cache(self) -> tuple[Sequence[KV], BOOL]:
-        return self._past, prefix_mask(self._lengths, self._slots)
-
-    def _begin(self, rows: Sequence[NDArray[Any]], num_logits: int = ALL_LOGITS) -> F32:
-        self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self._past, self._slots = self.decoder.empty_past(len(rows)), 0
-        return self._run(*right_padded(rows), num_logits)
-
-    def _run(self, ids: I64, positions: I64, num_logits: int = ALL_LOGITS) -> F32:
-        self._slots += ids.shape[1]
-        mask = prefix_mask(self._lengths, self._slots).astype(np.int64)
-        output = self.decoder(ids, mask, positions, self._past, num_logits)
-        self._past = output.present
-        return output.logits
-
-
-class OrtStaticStream(OrtModel, Stream):
-    """A decoder graph with a static cache of ``capacity`` slots, as a stream."""
 
     kv_layers: tuple[int, ...]
     extends = True
@@ -216,57 +133,92 @@ class OrtStaticStream(OrtModel, Stream):
         self.capacity = capacity
         self._past: Sequence[KV] = ()
         self._lengths = np.zeros(0, dtype=np.int64)
-
-    def prefill_feeds(self, rows: Sequence[NDArray[Any]]) -> dict[str, Any]:
-        """The session's inputs for ``rows`` and an empty cache."""
-        ids, positions = right_padded(rows)
-        start = np.zeros(len(rows), dtype=np.int64)
-        inputs = {TOKENS: ids, POSITIONS: positions, WRITE_INDICES: start}
-        return self.named(inputs, self.buffers(len(rows), self.capacity))
+        self._slots = 0
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
-        self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        longest = int(np.max(self._lengths))
-        self._check_capacity(longest)
-        return self._run(self.prefill_feeds(rows))[prefix_mask(self._lengths, longest)]
+        logits = self._begin(rows)
+        return logits[prefix_mask(self._lengths, logits.shape[1])]
+
+    def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
+        lengths = [len(row) for row in rows]
+        logits = self._begin(rows, num_logits=max(lengths) - min(lengths) + 1)
+        return logits[np.arange(len(rows)), self._lengths - max(lengths) - 1]
+
+    def _begin(self, rows: Sequence[NDArray[Any]], num_logits: int = ALL_LOGITS) -> F32:
+        ids, positions = right_padded(rows)
+        start = np.zeros(len(rows), dtype=np.int64)
+        self._past = self.empty_past(len(rows), self.capacity if self.interface.static else 0)
+        self._slots = 0
+        return self._run(ids, positions, start, np.array([len(row) for row in rows]), num_logits)
 
     def decode(self, tokens: Sequence[int]) -> F32:
-        self._check_capacity(int(np.max(self._lengths)) + 1)
-        inputs = {
-            TOKENS: np.array(tokens, dtype=np.int64)[:, None],
-            POSITIONS: self._lengths[:, None],
-            WRITE_INDICES: self._lengths,
-        }
-        logits = self._run(self.named(inputs, self._past))
-        self._lengths = self._lengths + 1
-        return logits[:, 0]
+        start, ids = self._lengths, np.array(tokens, dtype=np.int64)[:, None]
+        return self._run(ids, start[:, None], start, np.ones_like(start))[:, 0]
 
     def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
-        picked = np.asarray(owners)
-        start, lengths = self._lengths[picked], np.array([len(row) for row in rows], dtype=np.int64)
-        ids, offsets = right_padded(rows)
-        self._check_capacity(int(start.max()) + ids.shape[1])
-        inputs = {TOKENS: ids, POSITIONS: start[:, None] + offsets, WRITE_INDICES: start}
-        past = [tuple(side[picked] for side in entry) for entry in self._past]
-        logits = self._run(self.named(inputs, past))
-        self._lengths = start + lengths
-        return logits[prefix_mask(lengths, ids.shape[1])]
+        picked, lengths = np.asarray(owners), np.array([len(row) for row in rows])
+        if self.interface.static:
+            start, (ids, offsets) = self._lengths[picked], right_padded(rows)
+            self._past = [tuple(side[picked] for side in entry) for entry in self._past]
+            return self._run(ids, start[:, None] + offsets, start, lengths)[
+                prefix_mask(lengths, ids.shape[1])
+            ]
+        # Row by row: onnxruntime's operator can append several tokens only at batch size 1.
+        forks = [self._alone(owner) for owner in owners]
+        logits = [fork.extended(row) for fork, row in zip(forks, rows, strict=True)]
+        self._lengths = self._lengths[picked] + lengths
+        self._slots = int(self._lengths.max())
+        entries = zip(*(fork._past for fork in forks), strict=True)
+        self._past = [
+            tuple(self._stacked(sides, grows=n < len(self.kv_layers)) for sides in zip(*parts, strict=True))
+            for n, parts in enumerate(entries)
+        ]
+        return np.concatenate(logits)
+
+    def _alone(self, owner: int) -> OrtRowsStream:
+        """One row of this stream, without the padding of its keys and values."""
+        fork, slots, kv = self.fork(), int(self._lengths[owner]), len(self.kv_layers)
+        fork._past = [
+            tuple(side[owner : owner + 1, :, :slots] if n < kv else side[owner : owner + 1] for side in entry)
+            for n, entry in enumerate(self._past)
+        ]
+        fork._lengths, fork._slots = self._lengths[owner : owner + 1], slots
+        return fork
+
+    def extended(self, row: NDArray[Any]) -> F32:
+        """Logits [tokens, vocab] of the tokens ``row`` after the only row."""
+        positions = self._lengths[:, None] + np.arange(len(row))
+        logits: F32 = self._run(row[None].astype(np.int64), positions, self._lengths, np.array([len(row)]))[0]
+        return logits
+
+    def _stacked(self, arrays: Sequence[F32], grows: bool) -> F32:
+        """States, or keys and values, with zeros where a row is shorter."""
+        missing = [((0, 0), (0, 0), (0, self._slots - one.shape[2]), (0, 0)) for one in arrays if grows]
+        padded = map(np.pad, arrays, missing) if grows else arrays
+        stacked: F32 = np.concatenate(list(padded))
+        return stacked
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
-        return self._past, prefix_mask(self._lengths, self.capacity)
+        return self._past, prefix_mask(self._lengths, self._slots)
 
     def reserve(self, tokens: int) -> None:
         # The cache is allocated for each prefill; the current batch needs no more slots than its rows.
         self.capacity = tokens
 
-    def _check_capacity(self, tokens: int) -> None:
-        if tokens > self.capacity:
-            raise InputError(
-                f"{tokens} tokens do not fit into a static cache of {self.capacity} slots: use shorter rows."
-            )
-
-    def _run(self, feeds: Mapping[str, Any]) -> F32:
-        output = self.run(feeds)
+    def _run(self, ids: I64, positions: I64, start: I64, lengths: I64, num_logits: int = ALL_LOGITS) -> F32:
+        """Logits [rows, tokens, vocab] of rows of these ``lengths``, padded to ``ids``, after ``start`` tokens."""
+        self._lengths, self._slots = start + lengths, self._slots + ids.shape[1]
+        inputs = {TOKENS: ids, POSITIONS: positions}
+        if self.interface.static:
+            tokens, self._slots = int(start.max()) + ids.shape[1], self.capacity
+            if tokens > self.capacity:
+                raise InputError(
+                    f"{tokens} tokens do not fit into a static cache of {self.capacity} slots: use shorter rows."
+                )
+            inputs[WRITE_INDICES] = start
+        else:
+            inputs[MASK] = prefix_mask(self._lengths, self._slots).astype(np.int64)
+        output = self.run(self.feeds(inputs, self._past, num_logits))
         self._past = output.present
         return output.logits
 
@@ -279,10 +231,8 @@ def ort_stream(
     ``rounded`` and ``small``: see :func:`~nbl_export.runtime.session.session`.
     """
     interface = interface_of(load_graph(path))
-    if interface.static:
-        return OrtStaticStream(path, capacity, rounded, small, watch)
-    if interface.ragged:
-        return OrtRaggedStream(path, rounded, small, watch)
+    if interface.static or interface.ragged:
+        return OrtRowsStream(path, capacity, rounded, small, watch)
     decoder = OrtDecoder(path, rounded=rounded, small=small, watch=watch)
     if interface.cacheless:
         return UncachedStream(lambda ids, mask, positions: decoder(ids, mask, positions, ()).logits)

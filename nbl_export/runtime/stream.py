@@ -27,16 +27,13 @@ KV = tuple[F32, ...]
 class Stream:
     """What can be stepped. ``kv_layers`` are the model's layers of the cache entries, in order; None without a cache.
 
-    One that ``extends`` adds several tokens at once, and several continuations to one row.
+    One that ``extends`` adds several tokens at once, and several continuations to one row. ``memory_bytes`` are those
+    of cache and work space, as far as the runtime tells.
     """
 
     kv_layers: tuple[int, ...] | None = None
     extends = False
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the cache, as far as the runtime tells; 0 where it does not."""
-        return 0
+    memory_bytes = 0
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
         """Start a new batch with ``rows`` of token ids: logits [all tokens of all rows, vocab], row after row."""
@@ -51,6 +48,18 @@ class Stream:
     def decode(self, tokens: Sequence[int]) -> F32:
         """One more token for each row: logits [rows, vocab]."""
         raise NotImplementedError
+
+    def time_prefill(self, rows: Sequence[NDArray[Any]]) -> None:
+        """What of a prefill is timed: it is finished on return, its logits may stay on the device."""
+        self.prefill_last(rows)
+
+    def time_step(self, tokens: Sequence[int]) -> None:
+        """The same of a decode step."""
+        self.decode(tokens)
+
+    def rewind(self, length: int) -> bool:
+        """Have of each row its first ``length`` tokens alone; returns False where that needs a new prefill."""
+        return False
 
     def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
         """Replace the batch by new rows: row ``owners[i]`` of the batch followed by ``rows[i]`` (at least one token).
@@ -75,6 +84,37 @@ class Stream:
 
     def reserve(self, tokens: int) -> None:
         """From the next prefill on, no row is longer than ``tokens``; a growing cache has nothing to do."""
+
+
+class LeftPadded(Stream):
+    """A stream whose runtime takes all rows as one batch, padded on the left."""
+
+    _mask: I64
+    _positions: I64
+
+    def _empty(self, rows: int) -> None:
+        """Have an empty cache for so many rows."""
+        raise NotImplementedError
+
+    def _run(self, ids: I64, num_logits: int = 0) -> F32:
+        """Logits [rows, tokens, vocab] of ``ids``, all or the last ``num_logits``; mask and positions know them."""
+        raise NotImplementedError
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        logits: F32 = self._run(self._begin(rows))[self._mask.astype(bool)]
+        return logits
+
+    def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
+        return self._run(self._begin(rows), num_logits=1)[:, -1]
+
+    def _begin(self, rows: Sequence[NDArray[Any]]) -> I64:
+        self._empty(len(rows))
+        ids, self._mask, self._positions = left_padded(rows)
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        ids, self._mask, self._positions = one_more(tokens, self._mask, self._positions)
+        return self._run(ids)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -105,8 +145,8 @@ class Decoder(Protocol):
         """
 
 
-class PastStream(Stream):
-    """A stream over a stateless :class:`Decoder`: padding on the left, the returned cache is the next input."""
+class PastStream(LeftPadded):
+    """A stream over a stateless :class:`Decoder`: the returned cache is the next input."""
 
     extends = True
 
@@ -114,21 +154,8 @@ class PastStream(Stream):
         self.decoder, self.kv_layers = decoder, decoder.kv_layers
         self._past: Any = ()
 
-    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
-        logits: F32 = self._run(self._begin(rows))[self._mask.astype(bool)]
-        return logits
-
-    def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
-        return self._run(self._begin(rows), num_logits=1)[:, -1]
-
-    def _begin(self, rows: Sequence[NDArray[Any]]) -> I64:
-        self._past = self.decoder.empty_past(len(rows))
-        ids, self._mask, self._positions = left_padded(rows)
-        return ids
-
-    def decode(self, tokens: Sequence[int]) -> F32:
-        ids, self._mask, self._positions = one_more(tokens, self._mask, self._positions)
-        return self._run(ids)[:, 0]
+    def _empty(self, rows: int) -> None:
+        self._past = self.decoder.empty_past(rows)
 
     def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
         lengths = np.array([len(row) for row in rows])
@@ -175,45 +202,3 @@ class UncachedStream(Stream):
     def _run(self) -> tuple[F32, BOOL]:
         ids, mask, positions = left_padded(self._rows)
         return self._forward(ids, mask, positions), mask.astype(bool)
-
-
-class RowStream(Stream):
-    """A stream whose runtime takes one row at a time: each has a cache of its own.
-
-    A subclass has ``_empty()``, the cache of a row that has not begun; ``_logits(tokens, cache)`` [tokens, vocab] of
-    the next tokens of its row; ``_length(cache)``; ``_sides(cache, number)``, keys and values [1, heads, tokens,
-    head_dim] of the attention ``number`` of those that have any.
-    """
-
-    kv_layers: tuple[int, ...]
-    _empty: Callable[[], Any]
-    _logits: Callable[[NDArray[Any], Any], F32]
-    _length: Callable[[Any], int]
-    _sides: Callable[[Any, int], tuple[F32, F32]]
-
-    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
-        self._caches = [self._empty() for _ in rows]
-        return self._read(rows)
-
-    def decode(self, tokens: Sequence[int]) -> F32:
-        return self._read([np.array([token]) for token in tokens])
-
-    def _read(self, rows: Sequence[NDArray[Any]]) -> F32:
-        read = [self._logits(row, cache) for row, cache in zip(rows, self._caches, strict=True)]
-        return np.concatenate(read)
-
-    def cache(self) -> tuple[Sequence[KV], BOOL]:
-        lengths = np.array([self._length(cache) for cache in self._caches])
-        longest = int(lengths.max(initial=0))
-
-        def joined(side: Sequence[F32]) -> F32:
-            # Zeros where a row is shorter.
-            return np.concatenate(
-                [np.pad(own, ((0, 0), (0, 0), (0, longest - own.shape[2]), (0, 0))) for own in side]
-            )
-
-        found: list[KV] = []
-        for number in range(len(self.kv_layers)):
-            sides = zip(*(self._sides(cache, number) for cache in self._caches), strict=True)
-            found.append(tuple(map(joined, sides)))
-        return found, prefix_mask(lengths, longest)

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32
-from nbl_export.batch.names import WRITE_INDICES
-from nbl_export.batch.rows import left_padded, prefix_mask, right_padded
-from nbl_export.engine.library import Library, find_gpu
+from nbl_export.batch.names import MASK, POSITIONS, TOKENS, WRITE_INDICES
+from nbl_export.batch.rows import left_padded, one_more, prefix_mask, right_padded
+from nbl_export.engine.library import find_gpu
 from nbl_export.engine.manifest import Manifest, check_runs, load_manifest
 from nbl_export.engine.network import DECODE, PREFILL
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
@@ -146,9 +146,12 @@ def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
                 f"{path}: {tensor.name} is {found}, the network it was built from {tensor.dtype}: build the "
                 "engine again."
             )
-    contexts = {}
+    contexts, how = {}, []
+    if library.ahead_of_time:  # it captures by itself
+        how = [engine.create_runtime_config()]
+        how[0].cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     for index, profile in enumerate(manifest.profiles):
-        context = _context(library, engine)
+        context = engine.create_execution_context(*how)
         if context is None or not context.set_optimization_profile_async(index, device.stream):
             raise BuildError(
                 f"{path}: no execution context for the {profile.name} profile: free GPU memory, or build for a "
@@ -157,14 +160,6 @@ def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
         contexts[profile.name] = context
     device.synchronize()
     return LoadedEngine(manifest, engine, contexts, device, not library.ahead_of_time, runtime)
-
-
-def _context(library: Library, engine: Any) -> Any:
-    if not library.ahead_of_time:
-        return engine.create_execution_context()
-    config = engine.create_runtime_config()
-    config.cuda_graph_strategy = library.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-    return engine.create_execution_context(config)
 
 
 class EngineStream(Stream):
@@ -186,15 +181,12 @@ class EngineStream(Stream):
         self._replay: Callable[[], None] | None = None
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes of the cache's buffers on the device."""
+    def memory_bytes(self) -> int:  # type: ignore[override]  # of this batch
+        """Bytes of the cache's buffers on the device, and of the scratch memory, which every context allocates."""
         buffers = {t.data_ptr(): t for name in self._past for t in self._buffers[name]} if self._batch else {}
-        return sum(t.numel() * t.element_size() for t in buffers.values())
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Bytes of the engine's scratch memory on the device, which every context allocates."""
-        return len(self._contexts) * int(self._engine.device_memory_size_v2)
+        return sum(t.nbytes for t in buffers.values()) + len(self._contexts) * int(
+            self._engine.device_memory_size_v2
+        )
 
     # Stream ----------------------------------------------------------------------------------
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
@@ -210,9 +202,17 @@ class EngineStream(Stream):
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         width = self.manifest.limits.max_context if self.static else self._length
-        sides = [self.device.get(self._view(name, width)) for name in self._past]
+        sides = [self.device.get(self._view(name, width, self._turn)) for name in self._past]
         real = prefix_mask(self._lengths, width) if self.static else self._mask.astype(bool)
         return list(zip(sides[::2], sides[1::2], strict=True)), real
+
+    def time_prefill(self, rows: Sequence[NDArray[Any]]) -> None:
+        self.prefill_on_device(rows)
+        self.device.synchronize()
+
+    def time_step(self, tokens: Sequence[int]) -> None:
+        self.decode_on_device(tokens)
+        self.device.synchronize()
 
     # on the device ---------------------------------------------------------------------------
     def prefill_on_device(self, rows: Sequence[NDArray[Any]]) -> torch.Tensor:
@@ -222,36 +222,30 @@ class EngineStream(Stream):
         self._lengths = np.array([len(r) for r in rows], dtype=np.int64)
         if self.static:
             ids, positions = right_padded(rows)
-            self._feed(
-                PREFILL,
-                {"input_ids": ids, "position_ids": positions, WRITE_INDICES: np.zeros_like(self._lengths)},
-            )
+            inputs = {TOKENS: ids, POSITIONS: positions, WRITE_INDICES: np.zeros_like(self._lengths)}
         else:
-            ids, self._mask, positions = left_padded(rows)
-            self._feed(PREFILL, {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions})
+            ids, self._mask, self._positions = left_padded(rows)
+            inputs = {TOKENS: ids, MASK: self._mask, POSITIONS: self._positions}
         self._length = 0
+        self._feed(PREFILL, inputs)
         self._run(PREFILL, ids.shape[1])
         self._length = ids.shape[1]
         return self._bound[PREFILL]["logits"]
 
     def decode_on_device(self, tokens: Sequence[int]) -> torch.Tensor:
         """One more token for each row: logits [rows, 1, vocab]."""
-        if len(tokens) != self._batch:
-            raise InputError(f"{len(tokens)} tokens for a batch of {self._batch} rows.")
-        if self._length_after_next() > self.manifest.limits.max_context:
+        longest = int(np.max(self._lengths)) if self.static else self._length
+        if longest + 1 > self.manifest.limits.max_context:
             raise InputError(
                 f"The engine's context of {self.manifest.limits.max_context} tokens is full: build it for more."
             )
         ids = np.array(tokens, dtype=np.int64)[:, None]
         if self.static:
-            self._feed(
-                DECODE,
-                {"input_ids": ids, "position_ids": self._lengths[:, None], WRITE_INDICES: self._lengths},
-            )
+            inputs = {TOKENS: ids, POSITIONS: self._lengths[:, None], WRITE_INDICES: self._lengths}
         else:
-            self._mask = np.concatenate([self._mask, np.ones_like(ids)], axis=1)
-            positions = self._mask.sum(axis=1, keepdims=True) - 1
-            self._feed(DECODE, {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions})
+            ids, self._mask, self._positions = one_more(tokens, self._mask, self._positions)
+            inputs = {TOKENS: ids, MASK: self._mask, POSITIONS: self._positions}
+        self._feed(DECODE, inputs)
         if self._replay is not None:
             self._replay()
         else:
@@ -262,9 +256,6 @@ class EngineStream(Stream):
         self._length += 1
         self._lengths = self._lengths + 1
         return self._bound[DECODE]["logits"]
-
-    def _length_after_next(self) -> int:
-        return int(np.max(self._lengths)) + 1 if self.static else self._length + 1
 
     def _check_fits(self, rows: Sequence[NDArray[Any]]) -> None:
         limits, longest = self.manifest.limits, max(len(r) for r in rows)
@@ -287,22 +278,20 @@ class EngineStream(Stream):
         self._batch, self._turn, self._replay = batch, 0, None
         self._bound = {PREFILL: {}, DECODE: {}}
         self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        length = self.manifest.limits.max_context
         for name in self._past:
-            _, heads, _, dim = self._inputs[name].shape
+            size = int(np.prod(self._shape(name, self.manifest.limits.max_context)))
             dtype = _DTYPES[self._inputs[name].dtype]
-            first = self.device.zeros([batch * heads * length * dim], dtype)
-            second = first if self.static else self.device.zeros([batch * heads * length * dim], dtype)
-            self._buffers[name] = (first, second)
+            first = self.device.zeros([size], dtype)
+            self._buffers[name] = (first, first if self.static else self.device.zeros([size], dtype))
 
-    def _view(self, name: str, length: int) -> torch.Tensor:
-        """The buffer with the current cache, as [batch, heads, length, head_dim]."""
-        return self._shaped(self._buffers[name][self._turn], name, length)
-
-    def _shaped(self, buffer: torch.Tensor, name: str, length: int) -> torch.Tensor:
+    def _shape(self, name: str, length: int) -> tuple[int, ...]:
         _, heads, _, dim = self._inputs[name].shape
-        shape = (self._batch, heads, length, dim)
-        return buffer[: int(np.prod(shape))].view(shape)
+        return (self._batch, heads, length, dim)
+
+    def _view(self, name: str, length: int, turn: int) -> torch.Tensor:
+        """One of the buffers of a cache, as [batch, heads, length, head_dim]."""
+        shape = self._shape(name, length)
+        return self._buffers[name][turn][: int(np.prod(shape))].view(shape)
 
     def _feed(self, profile: str, arrays: dict[str, NDArray[np.int64]]) -> None:
         bound = self._bound[profile]
@@ -321,11 +310,10 @@ class EngineStream(Stream):
             bound["logits"] = self.device.zeros(shape, _DTYPES[self._outputs["logits"].dtype])
         capacity = self.manifest.limits.max_context
         before, after = (capacity, capacity) if self.static else (self._length, self._length + sequence)
-        other = 0 if self.static else 1 - self._turn
+        other = 1 - self._turn
         for name in self._past:
-            bound[name] = self._view(name, before)
-            present = name.replace("past_key_values", "present")
-            bound[present] = self._shaped(self._buffers[name][other], name, after)
+            bound[name] = self._view(name, before, self._turn)
+            bound[name.replace("past_key_values", "present")] = self._view(name, after, other)
         for name, tensor in bound.items():
             if name in self._inputs and not context.set_input_shape(name, tuple(tensor.shape)):
                 raise InputError(

@@ -90,9 +90,8 @@ def _measured(
     from nbl_export.report.assemble import created
     from nbl_export.report.render import write_bench
     from nbl_export.report.schema import BenchReport, environment
-    from nbl_export.verify.speed.checks import bench_checks
-    from nbl_export.verify.speed.memory import Memory, measure_memory
-    from nbl_export.verify.speed.pair import phases_of
+    from nbl_export.verify.speed.candidates import Memory, measure_memory
+    from nbl_export.verify.speed.pair import bench_checks, phases_of
     from nbl_export.verify.speed.race import Harness, Rounds
 
     ws = run.workspace
@@ -157,7 +156,7 @@ def _machine(settings: BenchSettings, ws: Workspace) -> Machine:
     """What is timed on, and its roofline: half graphs run as they are on a GPU only."""
     from nbl_export.graph.io import load_graph
     from nbl_export.graph.precision import graph_precision
-    from nbl_export.verify.speed.roofline import cpu_machine, measure_roofline
+    from nbl_export.verify.speed.ceiling import cpu_machine, measure_roofline
 
     if settings.device == "cpu":
         return cpu_machine()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from nbl_export.stage_record import StageRecord
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.stages.run import Run
-from nbl_export.verify.speed.checks import CONTROL
+from nbl_export.verify.speed.values import CONTROL
 from nbl_export.workspace import Workspace, is_workspace
 
 if TYPE_CHECKING:
@@ -184,28 +184,38 @@ def _peers(run: Run, peer: str, stack: ExitStack) -> Iterator[Candidate]:
     from nbl_export.linearize.plan import load_plan
     from nbl_export.stages.convert import unmodified_form
     from nbl_export.stages.forms import FORMS
-    from nbl_export.verify.speed.candidates import Candidate, LlamaCppPrompt, openvino_prompt
+    from nbl_export.verify.speed.candidates import Candidate
 
-    prompts: dict[str, Callable[[Path, int, int], Prompt]] = {
-        LLAMA_CPP: LlamaCppPrompt,
-        OPENVINO: openvino_prompt,
-    }
     plan = load_plan(run.workspace.plan)
     for precision in peer_records(run.workspace, peer):
         form = FORMS[PEER_FORMS[peer]](run, precision)
         name, base = _peer_names(peer, precision)
         unmodified = stack.enter_context(unmodified_form(form, plan, run.listener))()
-        yield Candidate(base, partial(prompts[peer], unmodified))
-        yield Candidate(name, partial(prompts[peer], form.place), base)
+        yield Candidate(base, partial(_peer_prompt, peer, unmodified))
+        yield Candidate(name, partial(_peer_prompt, peer, form.place), base)
+
+
+def _peer_prompt(peer: str, path: Path, context: int, batch: int) -> Prompt:
+    """A form in its engine, with the attention, the cache and the batches that it chooses itself."""
+    from nbl_export.verify.speed.candidates import TIMED_STEPS, StreamPrompt
+
+    if peer == OPENVINO:
+        from nbl_export.runtime.openvino import OpenVinoStream
+
+        return StreamPrompt(OpenVinoStream(path, defaults=True), context, batch)
+    from nbl_export.runtime.llama_cpp import LlamaCppStream
+
+    stream = LlamaCppStream(path, batch, context + TIMED_STEPS, defaults=True)
+    return StreamPrompt(stream, context, batch)
 
 
 def _engines(ws: Workspace, base: Candidate, linearized: Candidate) -> Iterator[Candidate]:
     from nbl_export.runtime.tensorrt import EngineStream, load_engine
     from nbl_export.verify.engines import BASE_ENGINE, LINEARIZED_ENGINE
-    from nbl_export.verify.speed.candidates import Candidate, EnginePrompt
+    from nbl_export.verify.speed.candidates import Candidate, StreamPrompt
 
     for engine in current_engines(ws):
-        make = partial(EnginePrompt, EngineStream(load_engine(engine.path)))
+        make = partial(StreamPrompt, EngineStream(load_engine(engine.path)))
         if engine.manifest.role == BASE:
             yield Candidate(BASE_ENGINE, make, cost=base.cost)
         else:

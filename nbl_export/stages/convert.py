@@ -74,7 +74,7 @@ def _convert(run: Run, settings: ConvertSettings) -> Conversion:
 def _verified(form: Form, plan: Plan, listener: Listener) -> tuple[tuple[Check, ...], Parity | None]:
     from nbl_export.calibrate.text import load_text
     from nbl_export.verify.case import DecoderCase
-    from nbl_export.verify.converted import measure_converted
+    from nbl_export.verify.engines import measure_converted
 
     if not form.is_here():
         return (Check("parity", "skipped", f"{form.engine} is not here: {part(form.package).pip}"),), None

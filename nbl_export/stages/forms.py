@@ -159,7 +159,7 @@ class Gguf(Form):
         return LlamaCppStream(place, rows, length)
 
     def more(self, case: DecoderCase) -> tuple[Check, ...]:
-        from nbl_export.verify.converted import check_gguf
+        from nbl_export.verify.engines import check_gguf
 
         return check_gguf(case, self.place, self.run.model.tokenizer)
 
@@ -203,12 +203,12 @@ class Mlx(Folder):
 
     @staticmethod
     def require() -> object:
-        from nbl_export.runtime.mlx import require_mlx
+        from nbl_export.runtime.rows import require_mlx
 
         return require_mlx()
 
     def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
-        from nbl_export.runtime.mlx import MlxStream
+        from nbl_export.runtime.rows import MlxStream
 
         return nullcontext(MlxStream(place))
 
@@ -237,7 +237,7 @@ class DeciLm(Mlx):
 
     def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
         from nbl_export.convert.mlx import IN_MLX
-        from nbl_export.runtime.mlx import MlxStream
+        from nbl_export.runtime.rows import MlxStream
 
         return nullcontext(MlxStream(place, IN_MLX))
 
@@ -281,7 +281,7 @@ class Hf(Folder):
         """Without it nothing could have been calibrated."""
 
     def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
-        from nbl_export.runtime.transformers import TransformersStream
+        from nbl_export.runtime.rows import TransformersStream
 
         return nullcontext(TransformersStream(place))
 
@@ -323,7 +323,7 @@ class OpenVino(Folder):
 
     def more(self, case: DecoderCase) -> tuple[Check, ...]:
         from nbl_export.runtime.openvino import TOKENIZERS, tokenize
-        from nbl_export.verify.converted import check_tokens
+        from nbl_export.verify.engines import check_tokens
 
         if not (self.place / TOKENIZERS[0]).exists():
             return (Check("tokens", "skipped", "it has no tokenizer of OpenVINO's: give it token ids"),)

@@ -57,7 +57,7 @@ from nbl_export.workspace import PACKAGE, Places, Workspace, is_package, kept_di
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from nbl_export.verify.measurement import Measurement
+    from nbl_export.verify.case import Measurement
 
 SCHEMA = "nbl-export/package/1"
 _SAME = (
@@ -264,10 +264,7 @@ def verify_package(
     Nothing is written. Raises :class:`InputError` for a file that is not as it was packaged, and for another model.
     """
     from nbl_export.models.device import find_device
-    from nbl_export.models.media_tokens import seeing
-    from nbl_export.verify.case import DecoderCase
-    from nbl_export.verify.decoder import measure_decoder
-    from nbl_export.verify.encoder import measure_encoder
+    from nbl_export.verify.measure import measure
 
     settings, listener, root = settings or VerifySettings(), listener or Silent(), Path(package)
     settings.check()
@@ -284,11 +281,6 @@ def verify_package(
     loaded.device = device = find_device(settings.device)
     with graphs_on(device, listener):
         asked, graph = settings.resolve(loaded.task), root / found.graph
-        case = case_of(places, graph, None, loaded, plan, asked, listener)
-        if isinstance(case, DecoderCase):
-            with seeing(case.model, case.text.media):
-                result = measure_decoder(case)
-        else:
-            result = measure_encoder(case)
+        result = measure(case_of(places, graph, None, loaded, plan, asked, listener))
     whole = Check("package", "passed", f"all {len(found.files)} files are as they were packaged")
     return Verified(found, result, (whole, *result.checks))

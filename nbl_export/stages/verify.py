@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.errors import InputError
-from nbl_export.files import sha256_of_file
+from nbl_export.files import read_json, sha256_of_file
+from nbl_export.graph.summary import RewriteRecord
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
+from nbl_export.records import from_json
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.stage_record import STAGES, StageRecord
@@ -41,12 +43,10 @@ def verify(
     """
     from nbl_export.calibrate.text import load_text
     from nbl_export.models.device import as_setting
-    from nbl_export.models.media_tokens import seeing
     from nbl_export.report.assemble import assemble, keeping
     from nbl_export.report.render import write_report
     from nbl_export.verify.case import DecoderCase, fitting_prompts
-    from nbl_export.verify.decoder import measure_decoder
-    from nbl_export.verify.encoder import measure_encoder
+    from nbl_export.verify.measure import measure
 
     asked = settings or VerifySettings()
     with opened(out, asked, listener, trust_remote_code, rehash, model=model) as (run, asked):
@@ -71,10 +71,8 @@ def verify(
                 with graphs_on(device, work):
                     case = case_of(ws, ws.model, ws.baseline, run.model, plan, asked, work)
                     if isinstance(case, DecoderCase):
-                        with seeing(case.model, case.text.media):
-                            found = measure_decoder(replace(case, engines=engines, passed_over=why))
-                    else:
-                        found = measure_encoder(case)
+                        case = replace(case, engines=engines, passed_over=why)
+                    found = measure(case)
                 report = assemble(ws, run.model.source, plan, recorded, found, engines)
                 graphs = _files(ws, "calibrate", "select", "export", "rewrite")
                 work.files = write_report(ws.report, keeping(report, earlier, graphs, _files(ws, "build")))
@@ -96,10 +94,15 @@ def case_of(
     from nbl_export.stages.calibration_data import loader_for
     from nbl_export.verify.case import DecoderCase, EncoderCase
 
-    copies, model, task = exported_of(places).copies, loaded.in_float32, loaded.task
+    copies, model, task, tensors = exported_of(places).copies, loaded.in_float32, loaded.task, {}
+    if baseline:
+        what, remedy = "The record of the rewrite", "run `nbl-export rewrite` again"
+        record = from_json(RewriteRecord, read_json(places.rewrite_summary, what, remedy), what, remedy)
+        tensors = {one.layer: one for one in record.tensors}
     if task.causal:
         text = load_text(places.text)
-        return DecoderCase(model, plan, baseline, graph, settings, listener, text, copies=copies)
+        asked = (model, plan, baseline, graph, settings, listener, text)
+        return DecoderCase(*asked, tensors=tensors, copies=copies)
     material = loader_for(loaded.source)
     heldout = material.heldout(material.load(material.path(places)), plan.probe)
     case = EncoderCase(
@@ -113,6 +116,7 @@ def case_of(
         loaded.pooling,
         heldout,
         material.unit,
+        tensors=tensors,
         copies=copies,
     )
     if loaded.source.reads != TOKENS:

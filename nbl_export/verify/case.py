@@ -1,4 +1,4 @@
-"""State what is verified: a model, the plan, both graphs, the text, and how they are asked to be judged.
+"""State what is verified, on which text, and collect what is found.
 
 The text has ragged prompts in one batch, and for each length that a model knows prompts that cross it. A row longer
 than the length shows that a prefill computes what begins there, a row that is decoded across it that the steps do. A
@@ -8,9 +8,11 @@ which it is small. An encoder has no steps: each of its rows that cross a length
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +23,14 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import words
 from nbl_export.batch.names import BASE, LINEARIZED, PIXELS, TOKENS
 from nbl_export.batch.rows import Inputs, batch_of_rows
+from nbl_export.blocks import Block
 from nbl_export.calibrate.text import CalibrationText
 from nbl_export.engine.build import EngineFile
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.rounding import UNTIMED, needs_emulation
-from nbl_export.graph.summary import OnCopy
+from nbl_export.graph.summary import OnCopy, ProvenTensors
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.layers import positions
 from nbl_export.models.lengths import Crossed, crossed_by, crossing_prompts
@@ -35,7 +38,15 @@ from nbl_export.models.tasks import Pooling, Task
 from nbl_export.progress import Listener
 from nbl_export.records import Check, Status
 from nbl_export.settings import VerifySettings
-from nbl_export.verify.parity.figures import Crossing
+from nbl_export.verify.parity.figures import (
+    Crossing,
+    DecoderParity,
+    EncoderParity,
+    EngineParity,
+    Likeness,
+    MethodLoss,
+)
+from nbl_export.verify.speed.values import Speed
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +58,8 @@ Rows = list[NDArray[np.int32]]
 class Case:
     """The graph ``rewritten`` from ``baseline`` by ``plan``, held against ``model`` as the ``settings`` say.
 
-    ``baseline`` is None where the unmodified graph is not there: what is measured against it is left out.
+    ``baseline`` is None where the unmodified graph is not there: what is measured against it is left out. ``tensors``
+    are those that were proven in it; ``copies`` are the model's lengths that its exporter crossed on a copy of it.
     """
 
     model: torch.nn.Module
@@ -56,6 +68,8 @@ class Case:
     rewritten: Path
     settings: VerifySettings
     listener: Listener
+    tensors: Mapping[Block, ProvenTensors] = field(default_factory=dict, kw_only=True)
+    copies: tuple[OnCopy, ...] = field(default=(), kw_only=True)
 
     @cached_property
     def graph(self) -> ir.Model:
@@ -86,14 +100,12 @@ class Case:
 class DecoderCase(Case):
     """A decoder, the ``text`` whose held-out part it is judged on, and the ``engines`` built of its graphs, if any.
 
-    ``passed_over`` says why there are none if there are others. ``copies`` are the model's lengths that its exporter
-    crossed on a copy of it.
+    ``passed_over`` says why there are none if there are others.
     """
 
     text: CalibrationText
     engines: tuple[EngineFile, ...] = ()
     passed_over: str | None = None
-    copies: tuple[OnCopy, ...] = ()
 
     def rows(self, prompts: Sequence[int]) -> Rows:
         """Rows of held-out text: prompts of these lengths, and as many tokens after each as steps are decoded.
@@ -108,10 +120,7 @@ class DecoderCase(Case):
 
 @dataclass(frozen=True)
 class EncoderCase(Case):
-    """An encoder: ``heldout`` are batches of one ``unit`` each, padded together with the token ``pad``.
-
-    ``copies`` as of a :class:`DecoderCase`.
-    """
+    """An encoder: ``heldout`` are batches of one ``unit`` each, padded together with the token ``pad``."""
 
     task: Task
     pooling: Pooling | None
@@ -119,7 +128,6 @@ class EncoderCase(Case):
     unit: str
     pad: int = 0
     left: bool = False
-    copies: tuple[OnCopy, ...] = ()
 
     def row(self, tokens: int) -> dict[str, NDArray[Any]]:
         """A row of held-out text with that many tokens, the ends of the first document around several."""
@@ -186,17 +194,15 @@ def crossing_batches(case: EncoderCase, ragged: Inputs) -> tuple[list[Inputs], t
 
 def _said(crossed: Crossed, copies: Sequence[OnCopy]) -> Crossing:
     length = crossed.length
-    facts = (length.key, length.tokens, length.layers)
+    said = partial(Crossing, length.key, length.tokens, length.layers)
     if not crossed.why:
-        return Crossing(*facts, "rows", crossed.prompts)
+        return said("rows", crossed.prompts)
     if not crossed.reached:
-        return Crossing(*facts, "never", why=crossed.why)
-    for copy in copies:
-        if (copy.key, copy.tokens) == (length.key, length.tokens):
-            if copy.small is not None:
-                return Crossing(*facts, "copy", small=copy.small)
-            return Crossing(*facts, "not", why=copy.why)
-    return Crossing(*facts, "not", why=crossed.why)
+        return said("never", why=crossed.why)
+    copy = next((one for one in copies if (one.key, one.tokens) == (length.key, length.tokens)), None)
+    if copy is not None and copy.small is not None:
+        return said("copy", small=copy.small)
+    return said("not", why=copy.why if copy else crossed.why)
 
 
 def crossing_check(crossings: Sequence[Crossing]) -> tuple[Check, ...]:
@@ -211,3 +217,44 @@ def only_beyond(crossings: Sequence[Crossing]) -> str:
     """Where parity is lost if it holds for the ragged rows, which are as short as a text of every day."""
     names = ", ".join(f"{one.key} {one.tokens:,}" for one in crossings if one.prompts)
     return f"only the rows that cross {names} differ: what begins there is not in the graph as it is in the model"
+
+
+# what is found ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measurement:
+    """The sections, verdicts and notes of a report, in their order.
+
+    A section that was not run is None, and a check says why; ``divergence`` is where parity is lost, if it is.
+    """
+
+    parity: DecoderParity | EncoderParity | None = None
+    divergence: str | None = None
+    method_loss: MethodLoss | Likeness | None = None
+    speed: Speed | None = None
+    engine_parity: EngineParity | None = None
+    engine_speed: Speed | None = None
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def check(self, name: str, status: Status, detail: str) -> None:
+        self.checks.append(Check(name, status, detail))
+
+    def check_parity(self, failures: Sequence[str], within: str, lost: Callable[[], str | None]) -> None:
+        """Parity's verdict: ``within`` says what passed; ``lost`` finds where what failed is lost."""
+        if failures:
+            self.divergence = lost()
+            failures = [*failures, *([self.divergence] if self.divergence else [])]
+        self.check("parity", "failed" if failures else "passed", "; ".join(failures) or within)
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        """Give the first check that is added meanwhile the seconds it took: the others judge what was measured with it.
+
+        A part that was skipped has no time.
+        """
+        first, begin = len(self.checks), time.perf_counter()
+        yield
+        if len(self.checks) > first and self.checks[first].status != "skipped":
+            self.checks[first] = replace(self.checks[first], seconds=time.perf_counter() - begin)

@@ -29,8 +29,8 @@ from nbl_export.progress import Listener, Silent
 from nbl_export.records import Check
 from nbl_export.runtime.torch import TorchEncoder
 from nbl_export.settings import LossBound
+from nbl_export.verify.parity.compare import log_softmax, vectors
 from nbl_export.verify.parity.figures import LOGITS, Likeness, Measure, MethodLoss
-from nbl_export.verify.parity.vectors import log_softmax, vectors
 
 if TYPE_CHECKING:
     import torch
@@ -46,24 +46,22 @@ def measure_method_loss(
     """The method loss of ``plan`` on ``heldout`` [rows, seq_len], whose tokens belong to ``document``."""
     import torch
 
-    before, kl, excess = [], [], []
     rows = [torch.from_numpy(row.astype(np.int64)).to(device_of(model)) for row in heldout]
+    found: list[tuple[F64, F64, F64]] = []
     with (
         (listener or Silent()).task("Measuring method loss", heldout.size, "tokens") as task,
         torch.inference_mode(),
     ):
         for ids, (logits, changed) in zip(rows, _both(model, plan, rows, listener), strict=True):
             original = reference(logits, written(ids))
-            row_kl, row_excess = compare(original, changed, written(ids))
-            before.append(original.nll.double().cpu().numpy())
-            kl.append(row_kl)
-            excess.append(row_excess)
+            own = original.nll.double().cpu().numpy()
+            found.append((own, *compare(original, changed, written(ids))))
             task.advance(len(ids))
     # Nobody predicts the embeddings of images, whose tokens are of no document.
-    counted = document[:, 1:].reshape(-1) >= 0
-    owner = document[:, 1:].reshape(-1)[counted]
-    loss = loss_over_documents(np.concatenate(kl)[counted], np.concatenate(excess)[counted], owner)
-    nll = float(np.concatenate(before)[counted].mean())
+    owner = document[:, 1:].reshape(-1)
+    before, kl, excess = (np.concatenate(figure)[owner >= 0] for figure in zip(*found, strict=True))
+    owner = owner[owner >= 0]
+    loss, nll = loss_over_documents(kl, excess, owner), float(before.mean())
     return MethodLoss(
         documents=len(np.unique(owner)),
         tokens=len(owner),
@@ -138,28 +136,22 @@ def loss_checks(loss: MethodLoss | Likeness, bound: LossBound) -> list[Check]:
     What is no number is within no bound.
     """
     if isinstance(loss, Likeness):
-        figures = {m.what: m.value for m in loss.measures}
+        figures, bounds = {m.what: m.value for m in loss.measures}, []
     else:
-        figures = {"perplexity ratio": loss.perplexity_ratio, "KL": loss.kl}
+        ratio, ratio_se, kl, kl_se = loss.perplexity_ratio, loss.perplexity_ratio_se, loss.kl, loss.kl_se
+        figures = {"perplexity ratio": ratio, "KL": kl}
+        bounds = [
+            ("perplexity bound", "perplexity × ", ratio, ratio_se, bound.max_perplexity_ratio),
+            ("KL bound", "KL ", kl, kl_se, bound.max_kl),
+        ]
     wrong = [f"{what} is {value:g}" for what, value in figures.items() if not math.isfinite(value)]
     found = [Check("method loss", "failed", f"{'; '.join(wrong)} on held-out data")] if wrong else []
-    if isinstance(loss, Likeness):
-        return found
-    for name, what, value, error, most in (
-        (
-            "perplexity bound",
-            "perplexity × ",
-            loss.perplexity_ratio,
-            loss.perplexity_ratio_se,
-            bound.max_perplexity_ratio,
-        ),
-        ("KL bound", "KL ", loss.kl, loss.kl_se, bound.max_kl),
-    ):
-        if most is None:
-            continue
-        within = value <= most
-        # Of one document no error is known; 0 would look certain.
-        known = f" ± {error:.4f}" if loss.documents > 1 else ""
-        said = f"{what}{value:.4f}{known} on held-out text, {'within' if within else 'above'} the {most:g} asked for"
-        found.append(Check(name, "passed" if within else "failed", said))
+    for name, what, value, error, most in bounds:
+        if most is not None:
+            within = value <= most
+            # Of one document no error is known; 0 would look certain.
+            known = f" ± {error:.4f}" if loss.documents > 1 else ""
+            side = "within" if within else "above"
+            said = f"{what}{value:.4f}{known} on held-out text, {side} the {most:g} asked for"
+            found.append(Check(name, "passed" if within else "failed", said))
     return found

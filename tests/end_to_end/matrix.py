@@ -22,11 +22,10 @@ from nbl_export.rewrite.replace import RewriteResult
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
-from nbl_export.verify.parity.decoder import compare_streams
 from nbl_export.verify.parity.figures import Parity, gates_for
 from tests.exporters import GRAPH, METADATA
 from tests.families import FAMILIES, LAYERS, VOCAB
-from tests.fixtures_graph import ragged_rows
+from tests.fixtures_graph import compare_streams, ragged_rows
 
 DECODE = 4
 ROWS = ragged_rows((20, 13, 7), VOCAB - 10, seed=3)

@@ -14,7 +14,7 @@ from nbl_export.evaluate import scoring
 from nbl_export.evaluate.scoring import Limits, Pair, Scored, greedy, log_likelihoods
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
-from nbl_export.runtime.ort import OrtRaggedStream, ort_stream
+from nbl_export.runtime.ort import OrtRowsStream, ort_stream
 from nbl_export.runtime.stream import Stream
 from tests.export.exported import graph_logits
 from tests.exporters import GRAPH, Graphs
@@ -103,7 +103,7 @@ def test_a_quantized_graph_is_scored_as_it_computes(path_of: Callable[[str], Pat
     """The reference is the graph itself, one row at a time in a bare session."""
     path = path_of("genai-int4")
     stream = ort_stream(path, 64)
-    assert isinstance(stream, OrtRaggedStream)
+    assert isinstance(stream, OrtRowsStream)
     pairs = [p for p in pairs_of_all_kinds() if p.continuation]
     wanted = []
     for pair in pairs:

@@ -175,7 +175,9 @@ def logits(path: Path, keep: int | None) -> np.ndarray:
     """Logits of a padded prefill, ``keep`` positions asked for; None leaves the input out."""
     decoder = OrtDecoder(path)
     ids, mask, positions = pad_left(ROWS)
-    feeds = decoder.feeds(ids, mask, positions, decoder.empty_past(len(ROWS)))
+    feeds = decoder.feeds(
+        {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, decoder.empty_past(len(ROWS))
+    )
     del feeds[NUM_LOGITS_TO_KEEP]
     if keep is not None:
         feeds[NUM_LOGITS_TO_KEEP] = np.array(keep, dtype=np.int64)

@@ -16,8 +16,11 @@ from nbl_export.blocks import Block, Mlp
 from nbl_export.graph.branches import find_branches, mlp_regions
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import Refusal, Region, find_regions
-from nbl_export.runtime.intermediates import intermediate_tensors
-from tests.fixtures_graph import pad_left, ragged_rows
+from tests.fixtures_graph import (
+    intermediate_tensors,
+    pad_left,
+    ragged_rows,
+)
 from tests.variants import Variant
 
 

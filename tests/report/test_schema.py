@@ -27,7 +27,7 @@ from nbl_export.report.render import license_of, model_card, without_paths, writ
 from nbl_export.report.schema import BenchReport, Report, environment, load_bench, load_report
 from nbl_export.report.summary import headlines, model_name
 from nbl_export.settings import BenchSettings
-from nbl_export.verify.measurement import Measurement
+from nbl_export.verify.case import Measurement
 from nbl_export.verify.speed.values import Speed
 from nbl_export.workspace import Workspace
 from scripts.json_schemas import KINDS, file_of, schema_of

@@ -44,15 +44,21 @@ from nbl_export.rewrite.replace import (
     rewrite_file,
     rewrite_summary,
 )
-from nbl_export.runtime.intermediates import intermediate_tensors
 from nbl_export.runtime.ort import OrtDecoder, ort_stream
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.settings.choices import FitInput
-from nbl_export.verify.parity.decoder import compare_streams
 from nbl_export.verify.parity.figures import gates_for
 from tests.families import Calibrated, calibrated
-from tests.fixtures_graph import low_rank, maps_in_place, pad_left, plan_by_hand, ragged_rows
+from tests.fixtures_graph import (
+    compare_streams,
+    intermediate_tensors,
+    low_rank,
+    maps_in_place,
+    pad_left,
+    plan_by_hand,
+    ragged_rows,
+)
 from tests.listening import Notes
 from tests.rewrite.by_hand import assert_clean, baseline, prompts
 from tests.sessions import cpu_session, empty_past

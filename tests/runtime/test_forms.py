@@ -19,15 +19,14 @@ from nbl_export.convert.hf import write_hf
 from nbl_export.convert.mlx import write_mlx
 from nbl_export.convert.openvino import write_openvino
 from nbl_export.errors import BuildError
-from nbl_export.linearize.plan import DROPPED, LinearLayer, Plan
+from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.registered import TYPES
 from nbl_export.progress import Silent
 from nbl_export.runtime.llama_cpp import LlamaCppStream, quantize
-from nbl_export.runtime.mlx import MlxStream
 from nbl_export.runtime.openvino import FILE, OpenVinoStream
-from nbl_export.runtime.transformers import TransformersStream
+from nbl_export.runtime.rows import MlxStream, TransformersStream
 from nbl_export.stages.forms import Gguf, Mlx, OpenVino
-from nbl_export.verify.parity.decoder import compare, record
+from nbl_export.verify.parity.compare import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.pytorch import record_pytorch
 from tests.convert.test_mlx import NoTokenizer
@@ -91,24 +90,6 @@ def test_a_wrong_file_is_seen(
 
 
 @GGUF
-def test_spans_and_what_is_dropped(
-    tmp_path: Path,
-    random_plan: RandomPlan,
-    no_tokenizer: Fields,
-) -> None:
-    model = tiny_model("llama", num_hidden_layers=5)
-    plan = random_plan(model, [Span(1, 2)])
-    first = plan.layers[1]
-    plan = plan.with_replaced({Span(1, 2): first, 0: DROPPED, Mlp(4): DROPPED})
-    path = tmp_path / "model.gguf"
-    write_gguf(path, model, plan, no_tokenizer, "F32", Silent())
-    assert parity(path, model, plan).failures() == []
-    with LlamaCppStream(path, 1, 256, fused=True) as stream:
-        heads, size = model.config.num_key_value_heads, 32 // model.config.num_attention_heads
-        assert abs(stream.cache_bytes - 2 * 2 * heads * size * 4 * stream.slots) <= 0.01 * 2**20
-
-
-@GGUF
 def test_tokens_are_those_of_the_models_tokenizer(
     stories_folder: Path,
     stories_model: Any,
@@ -143,7 +124,7 @@ def test_what_is_timed_reads_the_prompt_goes_on_and_comes_back(
         for _ in range(2):
             for tokens, expected in zip(([7, 9], [3, 3]), steps, strict=True):
                 np.testing.assert_allclose(stream.decode(tokens), expected, rtol=0, atol=1e-5)
-            stream.forget(40)
+            assert stream.rewind(40)
         # Without forgetting, it is another text.
         stream.decode([3, 3])
         assert np.abs(stream.decode([7, 9]) - steps[0]).max() > 1e-3
@@ -285,7 +266,7 @@ def test_every_kind_of_attention(name: str, tmp_path: Path) -> None:
     stream = opened(tmp_path / "form", case, plan)
     found = stream_parity(stream, case.model, plan)
     assert found.failures() == [] and all(step.kv_max_rel > 0 for step in found.steps)
-    assert stream.cached == len(stream.kv_layers) and 1 not in stream.kv_layers
+    assert len(stream._request.query_state()) == 2 * len(stream.kv_layers) and 1 not in stream.kv_layers
 
 
 @OPENVINO

@@ -5,28 +5,23 @@ from __future__ import annotations
 import itertools
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nbl_export.engine.library import Gpu
 from nbl_export.engine.manifest import load_manifest
-from nbl_export.errors import BuildError, InputError, MissingDependencyError
+from nbl_export.errors import BuildError, InputError
 from nbl_export.linearize.swap import linearized
 from nbl_export.runtime import tensorrt as module
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.tensorrt import EngineStream, LoadedEngine, load_engine
 from nbl_export.runtime.torch import TorchDecoder
-from nbl_export.verify.parity.decoder import compare_streams
 from nbl_export.verify.parity.figures import gates_for
-from tests.fixtures_graph import plan_by_hand, ragged_rows
+from tests.fixtures_graph import compare_streams, plan_by_hand, ragged_rows
 from tests.runtime.fake_tensorrt import (
     LIMITS,
     TYPES,
@@ -134,51 +129,6 @@ def test_static_decode_is_recorded_after_its_first_step_and_then_replayed(graphs
     device.events.clear()
     run(stream, (5, 4, 9), 5)
     assert [event for event in device.events if event[0] != "zeros"] == [first[0], *["replay"] * 5]
-
-
-class InStream(TorchDispatchMode):
-    """Notes every operation on tensors that writes memory, and whether it was put into the stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inside, self.outside, self.seen = False, [], []  # type: ignore[var-annotated]
-
-    @contextmanager
-    def stream(self, _stream: Any) -> Iterator[None]:
-        before, self.inside = self.inside, True
-        try:
-            yield
-        finally:
-            self.inside = before
-
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("zeros", "zero_", "fill_", "copy_", "clone", "full", "zeros_like"):
-            self.seen.append(name)
-            if not self.inside:
-                self.outside.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_whatever_writes_on_the_device_goes_through_its_stream(
-    graphs: Graphs, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch's streams do not wait for its default stream: zeros from there would come at any time."""
-    loaded = replace(loaded_engine(graphs(form)), captures=False)
-    loaded.device._stream = types.SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
-    stream, mode = EngineStream(loaded), InStream()
-    monkeypatch.setattr(torch.cuda, "stream", mode.stream)
-    monkeypatch.setattr(FakeEngine, "run", lambda _engine, _launch: None)  # only what torch is asked for
-    rows = ragged_rows((4, 2), 500)
-    with mode:
-        for _ in range(2):
-            stream.prefill_on_device(rows)
-            stream.decode_on_device([1, 2])
-    assert {"zeros", "copy_"} <= set(mode.seen)
-    assert mode.outside == []
-    calls = [c for context in loaded.contexts.values() for c in context.calls]
-    assert {c[1] for c in calls if c[0] == "execute"} == {7}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -307,26 +257,3 @@ def test_an_engine_of_other_types_than_its_network_is_refused(
     with pytest.raises(BuildError, match=rf"{name} is BF16, the network it was built from {before}"):
         load_engine(path, device)
     assert not library.engine.contexts
-
-
-def test_the_manifest_is_checked_before_the_library_is_asked(
-    installed: Callable[..., Installed], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library, path, device = installed()
-    good = path.read_bytes()
-    for bad, why in ((good[:-1] + b"?", "was changed after it was built"), (good[:-5], "truncated")):
-        path.write_bytes(bad)
-        with pytest.raises(InputError, match=why):
-            load_engine(path, device)
-    path.write_bytes(good)
-    monkeypatch.setattr(module, "find_gpu", lambda: None)
-    with pytest.raises(MissingDependencyError, match="no NVIDIA GPU is visible"):
-        load_engine(path, device)
-    monkeypatch.setattr(module, "find_gpu", lambda: Gpu("NVIDIA T4", "7.5"))
-    with pytest.raises(InputError, match=r"built for SM89; NVIDIA T4 has compute capability 7\.5"):
-        load_engine(path, device)
-    monkeypatch.setattr(module, "find_gpu", lambda: L4)
-    library.__version__ = "10.16.1"
-    with pytest.raises(InputError, match=r"built by tensorrt 10\.16\.0, installed is 10\.16\.1"):
-        load_engine(path, device)
-    assert library.given == []

@@ -15,9 +15,8 @@ from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Silent
 from nbl_export.records import Check
 from nbl_export.settings import VerifySettings
-from nbl_export.verify.case import DecoderCase
-from nbl_export.verify.measurement import Measurement
-from tests.fixtures_graph import external_entry
+from nbl_export.verify.case import DecoderCase, Measurement
+from tests.fixtures_graph import external_entry, tensors_of
 from tests.runtime.fake_tensorrt import Graphs
 
 LAYERS = (0, 3)
@@ -33,7 +32,8 @@ def case_of(
     settings: VerifySettings,
     engines: Sequence[EngineFile] = (),
 ) -> DecoderCase:
-    return DecoderCase(graphs.model, plan, base, linear, settings, Silent(), text, tuple(engines))
+    built, tensors = tuple(engines), tensors_of(base, plan)
+    return DecoderCase(graphs.model, plan, base, linear, settings, Silent(), text, built, tensors=tensors)
 
 
 def checks(result: Measurement) -> dict[str, Check]:

@@ -19,7 +19,7 @@ from nbl_export.progress import Silent
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.settings import VerifySettings
 from nbl_export.verify.case import DecoderCase
-from nbl_export.verify.converted import check_gguf, check_tokens, measure_converted
+from nbl_export.verify.engines import check_gguf, check_tokens, measure_converted
 from nbl_export.workspace import Workspace
 
 
@@ -29,7 +29,7 @@ def measured(stories_out: Path, stories_model: Any) -> Callable[..., tuple[str, 
     ws = Workspace.open(stories_out)
     plan, text = load_plan(ws.plan), load_text(ws.text)
     settings = VerifySettings(decode_steps=2)
-    case = DecoderCase(stories_model, plan, ws.baseline, ws.model, settings, Silent(), text)
+    case = DecoderCase(stories_model, plan, None, ws.model, settings, Silent(), text)
 
     def measure(precision: str, change: Callable[[LinearLayer], LinearLayer]) -> tuple[str, str]:
         whole = plan.layers
@@ -77,9 +77,9 @@ CASE: Any = SimpleNamespace(
 def test_a_cache_of_other_layers_is_seen(
     monkeypatch: pytest.MonkeyPatch, layers: tuple[int, ...], status: str
 ) -> None:
-    stream = SimpleNamespace(cache_bytes=3 * 2 * 4 * 8 * 4 * 512, slots=512, tokenize=None)
+    stream = SimpleNamespace(memory_bytes=3 * 2 * 4 * 8 * 4 * 512, slots=512, tokenize=None)
     monkeypatch.setattr("nbl_export.runtime.llama_cpp.LlamaCppStream", lambda *_, **__: nullcontext(stream))
-    monkeypatch.setattr("nbl_export.verify.converted.check_tokens", lambda *_: None)
+    monkeypatch.setattr("nbl_export.verify.engines.check_tokens", lambda *_: None)
     case: Any = SimpleNamespace(model=CASE.model, plan=SimpleNamespace(attention_layers=layers))
     assert check_gguf(case, Path("model.gguf"), None)[1].status == status
 

@@ -30,14 +30,13 @@ from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.settings import VerifySettings
 from nbl_export.verify import case as crossing
-from nbl_export.verify import encoder as module
-from nbl_export.verify.case import DecoderCase, EncoderCase, crossing_check, parity_text
-from nbl_export.verify.decoder import measure_parity
-from nbl_export.verify.encoder import measure_encoder
-from nbl_export.verify.measurement import Measurement
+from nbl_export.verify import measure as module
+from nbl_export.verify.case import DecoderCase, EncoderCase, Measurement, crossing_check, parity_text
+from nbl_export.verify.measure import decoder_parity, measure_encoder
 from tests.beyond import BEYOND, ENCODERS, SWITCH, VOCAB
 from tests.exhaustive import exhaustive
 from tests.families import Calibrated
+from tests.fixtures_graph import tensors_of
 
 STEPS, LAYER = 8, 1
 ROWS = np.random.default_rng(5).integers(3, VOCAB - 5, (12, 160)).astype(np.int32)
@@ -68,7 +67,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         export_torch(other, base, form=FORMS[form])
         rewrite_file(base, plan, linear)
         settings = VerifySettings(decode_steps=STEPS, quality=False, speed=False)
-        return DecoderCase(model, plan, base, linear, settings, Silent(), TEXT)
+        tensors = tensors_of(base, plan)
+        return DecoderCase(model, plan, base, linear, settings, Silent(), TEXT, tensors=tensors)
 
     return made
 
@@ -83,7 +83,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 )
 def test_a_graph_that_has_it_passes(case: Case, name: str, form: str) -> None:
     found = Measurement()
-    section = measure_parity(case(name, False, form), found)
+    section = decoder_parity(case(name, False, form), found)
     assert found.checks[0].status == "passed", found.checks[0].detail
     assert [(c.name, c.status) for c in found.checks[1:]] == [("lengths", "passed")]
     assert found.checks[1].detail == f"{BEYOND[name].key} {SWITCH}: crossed by the rows"
@@ -100,7 +100,7 @@ def test_a_graph_without_it_is_refused_and_short_text_would_not_see_it(
     case: Case, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong, found = case(name, True, "concat"), Measurement()
-    measure_parity(wrong, found)
+    decoder_parity(wrong, found)
     assert found.checks[0].status == "failed"
     assert found.divergence == (
         f"only the rows that cross {BEYOND[name].key} {SWITCH} differ: what begins there is not in the graph as it is "
@@ -108,7 +108,7 @@ def test_a_graph_without_it_is_refused_and_short_text_would_not_see_it(
     )
     monkeypatch.setattr(crossing, "crossed_by", lambda *_: ())
     short = Measurement()
-    measure_parity(wrong, short)
+    decoder_parity(wrong, short)
     assert [c.status for c in short.checks] == ["passed"]
 
 
@@ -120,7 +120,7 @@ def test_decoding_across_alone_sees_it_too(case: Case, name: str, monkeypatch: p
     original = crossing.crossed_by
     monkeypatch.setattr(crossing, "crossed_by", across)
     found = Measurement()
-    measure_parity(case(name, True, "concat"), found)
+    decoder_parity(case(name, True, "concat"), found)
     assert found.checks[0].status == "failed"
 
 
@@ -203,7 +203,8 @@ def encoder_case(tmp_path_factory: pytest.TempPathFactory) -> EncoderMade:
         rewrite_file(base, plan, linear)
         settings = VerifySettings(quality=False, speed=False)
         heldout = [{TOKENS: row[None, :40]} for row in TOKEN_ROWS[:4]]
-        return EncoderCase(model, plan, base, linear, settings, Silent(), TASK, None, heldout, "documents", 1)
+        asked = (settings, Silent(), TASK, None, heldout, "documents", 1)
+        return EncoderCase(model, plan, base, linear, *asked, tensors=tensors_of(base, plan))
 
     return made
 

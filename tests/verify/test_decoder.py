@@ -19,17 +19,14 @@ from nbl_export.engine.network import Limits
 from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.graph.rounding import UNTIMED
 from nbl_export.linearize.plan import Plan
-from nbl_export.models.lengths import Crossed, Length
 from nbl_export.models.load import in_precision
 from nbl_export.progress import Silent
-from nbl_export.records import Check
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.settings import VerifySettings
-from nbl_export.verify import decoder as module
 from nbl_export.verify import engines as engines_module
-from nbl_export.verify.case import DecoderCase, fitting_prompts
-from nbl_export.verify.decoder import measure_decoder
-from nbl_export.verify.measurement import Measurement
+from nbl_export.verify import measure as module
+from nbl_export.verify.case import DecoderCase, Measurement, fitting_prompts
+from nbl_export.verify.measure import measure_decoder
 from nbl_export.verify.parity.figures import DecoderParity, gates_for
 from nbl_export.verify.speed.pair import fitting_contexts
 from tests.runtime.fake_tensorrt import Graphs, loaded_engine, manifest_of
@@ -152,12 +149,6 @@ def test_rows_are_pieces_of_the_text_with_room_for_the_steps() -> None:
     assert {row.dtype for row in found} == {np.dtype(np.int32)}
 
 
-@pytest.mark.parametrize("start", [(), (7,), (7, 8)])
-def test_rows_begin_as_prompts_of_this_model_do(start: tuple[int, ...]) -> None:
-    found = case(np.arange(10, 22).reshape(3, 4), start, decode_steps=1).rows((2, 2))
-    assert [row.tolist() for row in found] == [[*start, 10, 11, 12], [*start, 13, 14, 15]]
-
-
 @pytest.mark.parametrize(
     ("precision", "speed", "why"),
     [
@@ -171,13 +162,6 @@ def test_why_a_graph_is_not_timed(graphs: Graphs, precision: str, speed: bool, w
     found = case(path=graphs("concat", precision, (0, 3)), speed=speed)
     assert found.precision.name == precision
     assert found.why_not_timed == why
-
-
-@pytest.mark.parametrize(("where", "said"), [("at layer 3", "one; two; at layer 3"), (None, "one; two")])
-def test_what_is_not_says_each_gate_and_where_it_is_lost(where: str | None, said: str) -> None:
-    found = Measurement()
-    found.check_parity(["one", "two"], "all within", lambda: where)
-    assert found.checks == [Check("parity", "failed", said)] and found.divergence == where
 
 
 @pytest.mark.parametrize(
@@ -269,19 +253,6 @@ def test_rows_are_as_long_as_the_engine_takes(
     assert checks(result)["engine parity"].status == "passed"
     assert result.engine_parity is not None and result.engine_parity.linearized is not None
     assert result.engine_parity.linearized.prompt_lengths == lengths
-
-
-def test_rows_that_cross_a_length_are_run_where_they_fit(
-    on_gpu: Measure, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    crossed = Crossed(Length("window", 50, (0,)), (60, 90, 48))
-    monkeypatch.setattr(engines_module, "crossed_by", lambda *_: (crossed,))
-    result = on_gpu(limits=Limits(3, 70, 80))
-    assert checks(result)["engine parity"].status == "passed"
-    assert result.engine_parity is not None and result.engine_parity.linearized is not None
-    found = result.engine_parity.linearized
-    assert found.steps[0].tokens == sum(found.prompt_lengths) + 60 + 48
-    assert {s.tokens for s in found.steps[1:]} == {3 + 2}
 
 
 @pytest.mark.parametrize("factor", [1.05, float("nan")])

@@ -30,7 +30,7 @@ from nbl_export.settings import Budget
 from nbl_export.settings.definition import bytes_of
 from nbl_export.stages.select.measure import Measuring
 from nbl_export.stages.select.speeds import SpeedMeter
-from nbl_export.verify.speed.savings import Savings
+from nbl_export.verify.speed.ceiling import Savings
 
 # The best blocks that replace at most K attentions and MLPs, for any K.
 Prefix = Callable[[int], Sequence[Block]]

@@ -22,9 +22,7 @@ from nbl_export.stages.build import model_positions
 from nbl_export.stages.select.choose import Choosing, Prefix, Shipped
 from nbl_export.stages.select.measure import Measuring
 from nbl_export.stages.select.speeds import SpeedMeter
-from nbl_export.verify.speed.ceiling import graph_cost
-from nbl_export.verify.speed.roofline import measure_roofline
-from nbl_export.verify.speed.savings import Savings, block_savings, stored_bytes
+from nbl_export.verify.speed.ceiling import Savings, block_savings, graph_cost, measure_roofline, stored_bytes
 from nbl_export.verify.speed.values import Roofline
 from nbl_export.workspace import Workspace
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.blocks import Block
 from nbl_export.errors import BudgetError
 from nbl_export.files import TEMPORARY
@@ -78,10 +77,10 @@ class SpeedMeter:
             with self._rewritten(k) as graph:
                 anew = pair.anew_or_why_not(base, graph) is not False
                 if self.context is None:
-                    took = pair.workload_ms(base, {LINEARIZED: graph}, self._workloads, listener, anew)
-                    self.found[k] = Speedups(None, None, took[BASE] / took[LINEARIZED])
+                    own, other = pair.workload_ms(base, graph, self._workloads, listener, anew)
+                    self.found[k] = Speedups(None, None, own / other)
                 else:
-                    speed = pair.measure_speed(pair.Pair(base, graph), [self.context], ROUNDS, listener, anew)
+                    speed = pair.measure_speed(base, graph, [self.context], ROUNDS, listener, anew)
                     by_phase = {cell.phase: over.value for cell, _, over in speed.speedups()}
                     self.found[k] = Speedups(by_phase["prefill"], by_phase.get("decode"))
         return self.found[k]

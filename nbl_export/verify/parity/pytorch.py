@@ -6,22 +6,26 @@ block before the next block is read, each with the cache that the steps before i
     block i in memory ─► prefill ─► cache of i ─► step 1 ─► cache of i ─► step 2 ─► … ─► block i + 1
 
 The model's own code runs with the same cache as in a stream.
+
+On texts with images and sounds, a graph that reads embeddings is given theirs among those of its tokens. PyTorch and
+the graph run the same rows of held-out text, each by itself, up to a while after their first one. The graph attends to
+earlier tokens only; so does PyTorch here, also where a model lets the tokens of an image see each other both ways.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import count, repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, I64
-from nbl_export.batch.rows import left_padded
+from nbl_export.batch.rows import left_padded, one_more
 from nbl_export.graph.precision import Precision
-from nbl_export.linearize.swap import ORIGINAL, linearized, version_of, within
+from nbl_export.linearize.swap import ORIGINAL, Version, linearized, version_of, within
 from nbl_export.models.caches import Entry, cache_layer, cache_with, entry_in, limited_steps
 from nbl_export.models.dummy_run import cache_shapes, dummy_run
 from nbl_export.models.libraries import accepted_arguments, cache_argument
@@ -29,16 +33,33 @@ from nbl_export.models.load import in_precision
 from nbl_export.models.routers import Routers
 from nbl_export.models.walk import Segment, through
 from nbl_export.models.weights import device_of, resident, room, streams, weights_like
-from nbl_export.progress import Listener, Silent
+from nbl_export.progress import Listener
 from nbl_export.runtime.stream import KV
 from nbl_export.runtime.torch import torch_stream
-from nbl_export.verify.parity.decoder import Recorded, Step, compare, joined, record
+from nbl_export.verify.parity.compare import Pass, Recorded, Rows, compare, record, record_passes
 from nbl_export.verify.parity.figures import Parity, gates_for
 
 if TYPE_CHECKING:
     from nbl_export.linearize.plan import Plan
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-Rows = Sequence[NDArray[np.int32]]
+from numpy.typing import NDArray
+
+from nbl_export.batch.arrays import FIRST, are_media
+from nbl_export.batch.names import EMBEDDINGS, POSITIONS
+from nbl_export.linearize.swap import sweep
+from nbl_export.models.media_tokens import MediaTokens, seeing
+from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.verify.parity.compare import LAST, compare_vectors
+from nbl_export.verify.parity.figures import Gates, StepParity
+
+if TYPE_CHECKING:
+    import torch
+
+    from nbl_export.linearize.plan import Plan
+
 _TITLE = "Running PyTorch"
 OWN = "PyTorch's own in this precision"
 _LAST_BIT = 2.0**-24  # relative, half a unit in the last place of float32
@@ -59,42 +80,39 @@ def record_pytorch(
     The ``routers`` of a mixture of experts are those of all passes, in their order.
     """
     if streams(model):
-        batches = [rows, *([row] for row in alone)]
-        total, found = len(batches) * (decode_steps + 1), []
-        with (listener or Silent()).task(_TITLE, total, "steps") as task:
-            for batch, first in zip(batches, range(0, total, decode_steps + 1), strict=True):
-                found.append(_by_blocks(model, plan, batch, decode_steps, cached, routers, first, listener))
-                task.advance(decode_steps + 1)
-        return joined(found)
+        version = version_of(model, plan) if plan else ORIGINAL
+        layers = tuple(i for i in cache_shapes(model) if i not in version.layers) if cached else None
+        starts = count(0, decode_steps + 1)
+
+        def passes(batch: Rows) -> Iterator[Pass]:
+            fed = list(_fed(batch, decode_steps, cached))
+            return _by_blocks(model, version, fed, layers, routers, next(starts), plan, listener)
+
+        return record_passes(passes, layers, rows, decode_steps, listener, alone, _TITLE)
     with linearized(model, plan) if plan else nullcontext():
         stream = torch_stream(model, plan.linear_attention if plan else (), cached)
-        with _each_pass(model, routers) if routers else nullcontext():
+        if routers is None:
             return record(stream, rows, decode_steps, listener, alone, _TITLE)
-
-
-@contextmanager
-def _each_pass(model: torch.nn.Module, routers: Routers) -> Iterator[None]:
-    hook = model.register_forward_pre_hook(lambda *_: routers.begin())
-    try:
-        with routers:
-            yield
-    finally:
-        hook.remove()
+        hook = model.register_forward_pre_hook(lambda *_: routers.begin())
+        try:
+            with routers:
+                return record(stream, rows, decode_steps, listener, alone, _TITLE)
+        finally:
+            hook.remove()
 
 
 def _by_blocks(
     model: torch.nn.Module,
+    version: Version,
+    fed: Sequence[tuple[I64, I64, I64]],
+    kv_layers: tuple[int, ...] | None,
+    routers: Routers | None,
+    first: int,
     plan: Plan | None,
-    rows: Rows,
-    decode_steps: int,
-    cached: bool,
-    routers: Routers | None = None,
-    first: int = 0,
-    listener: Listener | None = None,
-) -> Recorded:
-    version = version_of(model, plan) if plan else ORIGINAL
-    fed = list(_fed(rows, decode_steps, cached))
-    cache = _Cache(model, len(rows), version.layers) if cached else None
+    listener: Listener | None,
+) -> Iterator[Pass]:
+    """The passes over what is ``fed``; ``first`` is the number of the first one, as ``routers`` count."""
+    cache = None if kv_layers is None else _Cache(model, len(fed[0][0]), kv_layers)
     batches = [_batch(model, one, cache) for one in fed]
     current: list[Segment] = []  # none once the head is run
 
@@ -119,30 +137,25 @@ def _by_blocks(
         if cache and current:
             cache.step(current[0])
 
-    steps: list[Step] = []
     with limited_steps(model):
         outputs = through(model, batches, of_block, of_step, listener)
-        for (_ids, mask, _), output in zip(fed, outputs, strict=True):
+        for number, ((_ids, mask, _), output) in enumerate(zip(fed, outputs, strict=True)):
             logits: F32 = output.logits.float().cpu().numpy()
             real: BOOL = mask.astype(bool)
-            kept = (cache.after(len(steps), mask.shape[1]), real) if cache else ((), real[:, :0])
-            steps.append(Step(logits[real] if not steps else logits[:, -1], (kept,)))
-    lengths = tuple(len(row) - decode_steps for row in rows)
-    return Recorded(cache.kv_layers if cache else None, lengths, tuple(steps))
+            kept = (cache.after(number, mask.shape[1]), real) if cache else ((), real[:, :0])
+            yield logits[:, -1] if number else logits[real], repeat(kept).__next__
 
 
 def _fed(rows: Rows, decode_steps: int, cached: bool) -> Iterator[tuple[I64, I64, I64]]:
     """Ids, mask and positions of the prefill and of each step; without a cache a step has all tokens so far."""
-    first = [row[: len(row) - decode_steps] for row in rows]
-    ids, mask, positions = left_padded(first)
+    ids, mask, positions = left_padded([row[: len(row) - decode_steps] for row in rows])
     yield ids, mask, positions
     for step in range(1, decode_steps + 1):
         if not cached:
             yield left_padded([row[: len(row) - decode_steps + step] for row in rows])
             continue
-        ids = np.array([[row[len(row) - decode_steps + step - 1]] for row in rows], dtype=np.int64)
-        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-        positions = positions[:, -1:] + 1
+        taught = [int(row[step - decode_steps - 1]) for row in rows]
+        ids, mask, positions = one_more(taught, mask, positions)
         yield ids, mask, positions
 
 
@@ -155,13 +168,12 @@ def _batch(model: torch.nn.Module, fed: tuple[I64, I64, I64], cache: _Cache | No
 class _Cache:
     """The cache of a model for ``rows`` rows whose blocks are run one after the other, with all steps each.
 
-    ``linear`` are the layers without keys and values.
+    ``kv_layers`` are the layers whose keys and values are kept.
     """
 
-    def __init__(self, model: torch.nn.Module, rows: int, linear: Any) -> None:
+    def __init__(self, model: torch.nn.Module, rows: int, kv_layers: tuple[int, ...]) -> None:
         facts = dummy_run(model)
-        self._blocks = facts.cache
-        self.kv_layers = tuple(i for i in cache_shapes(model) if i not in linear)
+        self._blocks, self.kv_layers = facts.cache, kv_layers
         self._taken: dict[int, Entry] = {}
         self._states: dict[int, list[Entry]] = {}
         self._empty = [block.empty(weights_like(model), rows) for block in facts.cache]
@@ -210,15 +222,15 @@ def pytorch_in_precision(
     precision: Precision,
     model: torch.nn.Module,
     plan: Plan,
-    rows: Sequence[NDArray[np.int32]],
+    rows: Rows,
     steps: int,
     cached: bool = True,
     exact: Recorded | None = None,
-    alone: Sequence[NDArray[np.int32]] = (),
+    alone: Rows = (),
     routers: Routers | None = None,
     listener: Listener | None = None,
 ) -> Parity:
-    """The decoder ``model`` in ``precision`` against itself, both by ``plan``, as :func:`.compare_streams` does it.
+    """The decoder ``model`` in ``precision`` against itself, both by ``plan``.
 
     ``exact`` is what the model itself gives, if it is known; ``routers`` are those of the half one's run.
     """
@@ -244,7 +256,7 @@ def rounding_noise(
     exact = record_pytorch(model, plan, rows, 0, cached=False, listener=listener)
     with _disturbed(model, seed):
         disturbed = record_pytorch(model, plan, rows, 0, cached=False, listener=listener)
-    return float(np.abs(exact.steps[0].logits - disturbed.steps[0].logits).max())
+    return float(np.abs(exact.batches[0][0].logits - disturbed.batches[0][0].logits).max())
 
 
 @contextmanager
@@ -261,3 +273,78 @@ def _disturbed(model: torch.nn.Module, seed: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+# images and sounds ---------------------------------------------------------------------------------
+
+
+I32 = NDArray[np.int32]
+_ROWS, _AFTER = 2, 32  # rows that are compared, and how many tokens after the first image of each
+
+
+def rows_with_media(heldout: I32) -> list[I32]:
+    """The first rows of ``heldout`` that have images or sounds, each up to a while after its first one."""
+    found = []
+    for row in heldout:
+        there = np.flatnonzero(are_media(row))
+        if len(there):
+            after = there[0] + int(np.argmin(np.append(are_media(row[there[0] :]), False)))
+            found.append(row[: after + _AFTER])
+    return found[:_ROWS]
+
+
+def media_parity(
+    model: torch.nn.Module,
+    plan: Plan | None,
+    graph: Path,
+    rows: Sequence[I32],
+    media: MediaTokens,
+    gates: Gates,
+    listener: Listener | None = None,
+) -> Parity:
+    """The last logits of each of ``rows`` by the ``graph`` against ``model`` with ``plan``, a step each."""
+    import torch
+
+    causal = replace(media, both_ways=np.zeros(1, np.int32))
+    ids = [torch.from_numpy(row.astype(np.int64)).to(device_of(model)) for row in rows]
+    with seeing(model, causal):
+        by_pytorch = _by_pytorch(model, plan, ids, listener)
+        expected = [logits[-LAST:].float().cpu().numpy() for logits in by_pytorch]
+    decoder, steps = OrtDecoder(graph, small=True), []
+    for number, (row, reference) in enumerate(zip(rows, expected, strict=True)):
+        figures = compare_vectors(reference, _by_graph(decoder, row, causal), gates.near_tie)
+        steps.append(StepParity(**vars(figures), step=number))
+    return Parity(tuple(map(len, rows)), tuple(steps), gates)
+
+
+def _by_pytorch(
+    model: torch.nn.Module, plan: Plan | None, rows: Sequence[torch.Tensor], listener: Listener | None
+) -> Iterator[torch.Tensor]:
+    import torch
+
+    if streams(model):
+        version = version_of(model, plan) if plan else ORIGINAL
+        fit_input = plan.fit_input if plan else "normed"
+        for _, _, logits in sweep(model, rows, [version], fit_input, listener=listener):
+            yield logits
+        return
+    with torch.inference_mode(), linearized(model, plan) if plan else nullcontext():
+        for row in rows:
+            yield model(input_ids=row[None], use_cache=False).logits[0]
+
+
+def _by_graph(decoder: OrtDecoder, row: I32, media: MediaTokens) -> F32:
+    import torch
+
+    ids = row.astype(np.int64)[None]
+    there = are_media(ids)
+    assert decoder.interface.embedding is not None
+    index = np.where(there, ids - FIRST, 0)
+    # The embeddings of each layer are those of other tokens.
+    given = dict(decoder.interface.embedding(np.where(there, media.stand_in[index], ids)))
+    given[EMBEDDINGS] = decoder.interface.embedding(np.where(there, 0, ids))[EMBEDDINGS]
+    given[EMBEDDINGS][there] = media.features[index[there]]
+    positions = media.positions(torch.from_numpy(ids)).numpy()
+    inputs = {**given, POSITIONS: positions if len(positions) > 1 else positions[0]}
+    logits: F32 = decoder.run(decoder.interface.row(inputs, decoder.cache_dtype)).logits
+    return logits[0, -LAST:]

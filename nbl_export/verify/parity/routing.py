@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, I64
 from nbl_export.batch.rows import by_token, differing, left_padded, moved, prefix_mask, shortfall
@@ -25,10 +24,9 @@ from nbl_export.graph.io import follow_links, load_graph, scratch
 from nbl_export.models.routers import Routers
 from nbl_export.rewrite.routers import places_of, routers
 from nbl_export.runtime.ort import Watch
-from nbl_export.verify.parity.decoder import Recorded
+from nbl_export.verify.parity.compare import Recorded, Rows
 from nbl_export.verify.parity.figures import Routing
 
-Rows = Sequence[NDArray[np.int32]]
 # What each router of each pass has chosen.
 Choices = list[list[I64 | None]]
 # How much further than the measured rounding moves a score a choice may fall short, and the same of float32, of the

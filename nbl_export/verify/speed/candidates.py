@@ -1,22 +1,24 @@
-"""Make what is timed: a graph in ONNX Runtime, a TensorRT engine, a model in PyTorch, a file of another engine.
+"""Make what is timed, and tell which of it finds room: graphs in ONNX Runtime, PyTorch, whatever else can be stepped.
 
 A :class:`Candidate` makes a :class:`Prompt` for each cell, a number of rows and of tokens in each. What it needs beyond
 that (a session, a copy of the model) is made when it is first asked for, and kept from cell to cell.
+
+The peak memory of a graph is measured in a process of its own: the resident bytes at their highest, Python and runtime
+included, or the reason why it did not run. Cells are run in ascending order: a runtime keeps what it once took.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.names import NUM_LOGITS_TO_KEEP, WRITE_INDICES
+from nbl_export.batch.names import MASK, NUM_LOGITS_TO_KEEP, POSITIONS, TOKENS, WRITE_INDICES
 from nbl_export.batch.rows import Inputs
 from nbl_export.errors import NblError
 from nbl_export.runtime.ort import OrtModel
@@ -27,9 +29,17 @@ from nbl_export.verify.speed.values import CandidateInfo, GraphCost
 
 if TYPE_CHECKING:
     import torch
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import field
 
-    from nbl_export.runtime.llama_cpp import LlamaCppStream
-    from nbl_export.runtime.tensorrt import EngineStream
+from nbl_export.child_process import OUT_OF_MEMORY, ChildError, Tell, in_child
+from nbl_export.machine import free_memory
+from nbl_export.progress import Listener, Silent
+from nbl_export.runtime.session import USABLE
+from nbl_export.verify.speed.values import reason_of
 
 TIMED_STEPS = 16  # the most decode steps between two prefills: a static cache has that much room
 _DEVICES = {CPU: "cpu", CUDA: "cuda"}
@@ -81,33 +91,11 @@ class Candidate:
         return CandidateInfo(self.name, self.base, self.cost)
 
 
-class OrtGraph:
-    """The graph at ``path`` in ONNX Runtime, its cache kept on the device; ``run`` makes a cell of it.
-
-    The session is ``kept`` from cell to cell, or made anew in each.
-
-    Called, it raises :class:`NblError` if this machine has no such ``provider``.
-    """
-
-    def __init__(
-        self, path: Path, provider: str = CPU, run: RunGraph | None = None, kept: bool = True
-    ) -> None:
-        self._path, self._provider, self._kept = path, provider, kept
-        self._run = run or (
-            lambda *cell: OrtPrompt(cell[0], cell[1], TIMED_STEPS, _DEVICES[provider], cell[2])
-        )
-
-    @cached_property
-    def model(self) -> OrtModel:
-        return self._loaded()
-
-    def _loaded(self) -> OrtModel:
-        if self._provider not in require_onnxruntime().get_available_providers():
-            raise NblError(f"onnxruntime has no {self._provider} here")
-        return OrtModel(self._path, _CONFIG, self._provider, rounded=False)
-
-    def __call__(self, context: int, batch: int = 1) -> Prompt:
-        return self._run(self.model if self._kept else self._loaded(), context, batch)
+def loaded(path: Path, provider: str = CPU) -> OrtModel:
+    """The graph at ``path`` as it is timed; raises :class:`NblError` if this machine has no such ``provider``."""
+    if provider not in require_onnxruntime().get_available_providers():
+        raise NblError(f"onnxruntime has no {provider} here")
+    return OrtModel(path, _CONFIG, provider, rounded=False)
 
 
 def graph_candidate(
@@ -118,66 +106,51 @@ def graph_candidate(
     run: RunGraph | None = None,
     kept: bool = True,
 ) -> Candidate:
-    """The graph at ``path`` in ONNX Runtime (``kept``: see :class:`OrtGraph`), with what it costs."""
-    return Candidate(name, OrtGraph(path, provider, run, kept), base, path, graph_cost(path))
+    """The graph at ``path`` in ONNX Runtime, with what it costs; its session is ``kept``, ``run`` makes a cell."""
+    made = cache(loaded) if kept else loaded
 
+    def make(context: int, batch: int) -> Prompt:
+        model = made(path, provider)
+        return (run or partial(OrtPrompt, device=_DEVICES[provider]))(model, context, batch)
 
-@dataclass
-class Anew:
-    """One candidate in a cell that is made for each round and gone after it, where not all find room at once."""
-
-    make: Make
-    context: int
-    batch: int
-    bytes: int = 0
-
-    def measured(self, measure: Callable[[Prompt], tuple[float, ...]]) -> tuple[float, ...]:
-        prompt = self.make(self.context, self.batch)
-        prompt.prefill()  # the first run of a session is not as fast as the others
-        found = measure(prompt)
-        self.bytes = prompt.memory_bytes()
-        return found
-
-    def memory_bytes(self) -> int:
-        return self.bytes
+    return Candidate(name, make, base, path, graph_cost(path))
 
 
 class OrtPrompt(Prompt):
     """A graph in a session with ``batch`` prompts of ``context`` tokens; an in-place cache has ``room`` more slots.
 
-    Inputs and KV cache stay bound on the device (I/O binding). The cache of the timed decode step is filled by a real
-    prefill. A growing cache is bound as the runtime returned it; if the graph can write it in place, one buffer is
-    bound as past and as present at once.
+    Inputs and KV cache stay bound on the device. A real prefill fills the cache of the timed decode step: a growing one
+    is bound as the runtime returned it, of one that the graph writes in place a buffer is past and present at once.
     """
 
-    def __init__(self, model: OrtModel, context: int, room: int, device: str = "cpu", batch: int = 1) -> None:
-        self.model, self.device = model, device
+    def __init__(
+        self, model: OrtModel, context: int, batch: int = 1, room: int = TIMED_STEPS, device: str = "cpu"
+    ) -> None:
+        self.model, self.device, self._interface = model, device, model.interface
         # The past input for each present output.
-        self._pairs = dict(zip(model.interface.present_names, model.past_names, strict=True))
+        self._pairs = dict(zip(self._interface.present_names, model.past_names, strict=True))
         # A state is read after it is written, so it has a buffer of its own.
-        self._kv = {name for entry in model.interface.cache for name in entry.present}
+        self._kv = {name for entry in self._interface.cache for name in entry.present}
         one = np.ones((batch, 1), dtype=np.int64)
         ids = one * timed_row(context).astype(np.int64)
-        prefill = {"input_ids": ids, "position_ids": one * np.arange(context, dtype=np.int64)}
-        step = {"input_ids": one, "position_ids": one * context}
-        if model.interface.static:
+        prefill = {TOKENS: ids, POSITIONS: one * np.arange(context, dtype=np.int64)}
+        step = {TOKENS: one, POSITIONS: one * context}
+        if self._interface.static:
             prefill[WRITE_INDICES], step[WRITE_INDICES] = one[:, 0] * 0, one[:, 0] * context
         else:
-            prefill["attention_mask"] = np.ones_like(ids)
-            step["attention_mask"] = np.ones((batch, context + 1), dtype=np.int64)
+            prefill[MASK], step[MASK] = np.ones_like(ids), np.ones((batch, context + 1), dtype=np.int64)
         # Generation needs the logits of the last position only.
         prefill[NUM_LOGITS_TO_KEEP] = step[NUM_LOGITS_TO_KEEP] = np.array(1, dtype=np.int64)
         self.step_inputs = step
         # What is bound lies in the memory of NumPy's arrays, which not every release of onnxruntime keeps alive.
         self._bound: list[Any] = []
-        length = context + room if model.interface.in_place else 0
-        empty = model.interface.empty_cache(batch, length, model.cache_dtype)
+        length = context + room if self._interface.in_place else 0
+        empty = self._interface.empty_cache(batch, length, model.cache_dtype)
         self._prefill = self._bind(prefill, {name: self._on_device(array) for name, array in empty.items()})
         self._step: Any = None
         self.past: dict[str, Any] = {}
 
     def prefill(self) -> None:
-        """Run the prompt from an empty cache, and bind the cache that it fills."""
         self._run(self._prefill)
         if not self.past:
             outputs = dict(zip(self.model.output_names, self._prefill.get_outputs(), strict=True))
@@ -185,28 +158,26 @@ class OrtPrompt(Prompt):
             self._step = self._bind(self.step_inputs, self.past)
 
     def rewind(self) -> None:
-        """Restore the cache as filled by the prompt; nothing to do, since steps do not advance it."""
+        if self._step is None:  # steps do not advance the cache
+            self.prefill()
 
     def step(self) -> None:
-        """Run one token after the prompt; the cache does not advance, so every step costs the same."""
-        self._run(self._step)
+        self._run(self._step)  # the cache does not advance, so every step costs the same
 
     def memory_bytes(self) -> int:
-        """Bytes of the filled cache."""
         return sum(int(np.prod(v.shape())) for v in self.past.values()) * self.model.cache_dtype.itemsize
 
     def _bind(self, inputs: Mapping[str, Any], past: Mapping[str, Any]) -> Any:
         binding = self.model.session.io_binding()
         asked = {name: array for name, array in inputs.items() if name == NUM_LOGITS_TO_KEEP}
-        for name, array in {**self.model.interface.named(inputs), **asked}.items():
-            if name in self.model.interface.inputs:
-                self._bound.append(value := self._on_device(array))
-                binding.bind_ortvalue_input(name, value)
-        for name, value in past.items():
-            self._bound.append(value)
+        given = {**self._interface.named(inputs), **asked}
+        fed = {n: self._on_device(a) for n, a in given.items() if n in self._interface.inputs}
+        values = {**fed, **past}
+        self._bound += values.values()
+        for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for name in self.model.output_names:
-            if self.model.interface.in_place and name in self._kv:
+            if self._interface.in_place and name in self._kv:
                 binding.bind_ortvalue_output(name, past[self._pairs[name]])
             else:
                 binding.bind_output(name, self.device)
@@ -239,52 +210,17 @@ class StreamPrompt(Prompt):
         self.stream, self.rows = stream, [timed_row(context)] * batch
 
     def prefill(self) -> None:
-        self.stream.prefill_last(self.rows)
-
-    def step(self) -> None:
-        self.stream.decode([1] * len(self.rows))
-
-    def memory_bytes(self) -> int:
-        return self.stream.cache_bytes
-
-
-class EnginePrompt(StreamPrompt):
-    """An engine; its logits stay on the device, as they would in use."""
-
-    stream: EngineStream
-
-    def prefill(self) -> None:
-        self.stream.prefill_on_device(self.rows)
-        self.stream.device.synchronize()
-
-    def step(self) -> None:
-        self.stream.decode_on_device([1] * len(self.rows))
-        self.stream.device.synchronize()
-
-    def memory_bytes(self) -> int:
-        return self.stream.cache_bytes + self.stream.workspace_bytes
-
-
-class LlamaCppPrompt(StreamPrompt):
-    """A GGUF file in llama.cpp, with the attention, the cache and the batches that it chooses itself."""
-
-    stream: LlamaCppStream
-
-    def __init__(self, path: Path, context: int, batch: int = 1) -> None:
-        from nbl_export.runtime.llama_cpp import LlamaCppStream
-
-        super().__init__(LlamaCppStream(path, batch, context + TIMED_STEPS, defaults=True), context, batch)
-        weakref.finalize(self, self.stream.close)
+        self.stream.time_prefill(self.rows)
 
     def rewind(self) -> None:
-        self.stream.forget(len(self.rows[0]))
+        if not self.stream.rewind(len(self.rows[0])):
+            self.prefill()
 
+    def step(self) -> None:
+        self.stream.time_step([1] * len(self.rows))
 
-def openvino_prompt(path: Path, context: int, batch: int = 1) -> StreamPrompt:
-    """A folder in OpenVINO, with the precisions of products and cache that it chooses itself."""
-    from nbl_export.runtime.openvino import OpenVinoStream
-
-    return StreamPrompt(OpenVinoStream(path, defaults=True), context, batch)
+    def memory_bytes(self) -> int:
+        return self.stream.memory_bytes
 
 
 class TorchPrompt(Prompt):
@@ -299,14 +235,12 @@ class TorchPrompt(Prompt):
     ) -> None:
         import torch
 
-        from nbl_export.models.libraries import accepted_arguments
+        from nbl_export.models.libraries import accepted_arguments, cache_argument
         from nbl_export.models.weights import device_of
 
-        self._model, self._forward = model, model if forward is None else forward
-        self._device = device_of(model)
+        self._forward, self._name = forward or model, cache_argument(model)
         row = torch.from_numpy(timed_row(context).astype(np.int64))
-        self._rows = row.repeat(batch, 1).to(self._device)
-        self._one = self._rows[:, :1]
+        self._rows = row.repeat(batch, 1).to(device_of(model))
         self._last = accepted_arguments(model, logits_to_keep=1)
         self._cache: Any = None
         self._steps = 0
@@ -316,30 +250,149 @@ class TorchPrompt(Prompt):
         self._run(self._rows)
 
     def rewind(self) -> None:
+        if self._cache is None:
+            self.prefill()
         if self._steps:
             self._cache.crop(-self._steps)  # the last tokens go
         self._steps = 0
 
     def step(self) -> None:
-        self._run(self._one)
+        self._run(self._rows[:, :1])
         self._steps += 1
 
     def _run(self, ids: torch.Tensor) -> None:
         import torch
 
-        from nbl_export.models.libraries import cache_argument
-
         with torch.inference_mode():
-            argument = {cache_argument(self._model): self._cache} if self._cache is not None else {}
-            output = self._forward(input_ids=ids, use_cache=True, **argument, **self._last)
-        self._cache = output[cache_argument(self._model)]
-        if self._device.type == "cuda":
+            past = {self._name: self._cache} if self._cache is not None else {}
+            output = self._forward(input_ids=ids, use_cache=True, **past, **self._last)
+        self._cache = output[self._name]
+        if ids.device.type == "cuda":
             torch.cuda.synchronize()
 
     def memory_bytes(self) -> int:
-        return sum(
-            t.numel() * t.element_size()
-            for layer in self._cache.layers
-            for t in (layer.keys, layer.values)
-            if t is not None
-        )
+        sides = (side for layer in self._cache.layers for side in (layer.keys, layer.values))
+        return sum(side.nbytes for side in sides if side is not None)
+
+
+# memory --------------------------------------------------------------------------------------------
+
+
+NO_ROOM = "out of memory"
+# What the runtime, numpy and C++ say of it.
+_ALLOCATION = ("allocate", "bad_alloc")
+
+
+def ordered(cells: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Cells (batch, context) by what attention's scores take in them, each once."""
+    return sorted(set(cells), key=lambda cell: (cell[0] * cell[1] ** 2, cell))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes of each candidate by (batch, context), or why its process did not run that cell.
+
+    ``free`` says how many bytes there are to be had. Without peaks everything fits.
+    """
+
+    peaks: Mapping[str, Mapping[tuple[int, int], int | str]] = field(default_factory=dict)
+    free: Callable[[], int] = free_memory
+
+    def peak(self, name: str, cell: tuple[int, int]) -> int | None:
+        """The peak bytes of one that runs the cell, if they were measured."""
+        found = self.peaks.get(name, {}).get(cell)
+        return found if isinstance(found, int) else None
+
+    def fitting(
+        self,
+        candidates: Sequence[Candidate],
+        cell: tuple[int, int],
+        held: dict[str, int],
+        absent: dict[str, str],
+    ) -> list[Candidate]:
+        """Those that fit beside each other, the first before the last; reasons go into ``absent``.
+
+        ``held`` is what each has taken in earlier cells and keeps; it is told what they take in this one.
+        """
+        largest = max((self.peak(name, cell) or 0 for name in self.peaks), default=0)
+        found, left = [], self.free() * USABLE
+        for one in candidates:
+            # PyTorch, which has no process of its own, is taken for as large as the largest.
+            peak = self.peaks.get(one.name, {}).get(cell, largest)
+            if isinstance(peak, str):
+                absent[one.name] = peak
+                continue
+            before = held.get(one.name, 0)
+            if (more := max(0, peak - before)) > left:
+                need = f"{peak / 2**30:.1f} GiB"
+                absent[one.name] = f"does not fit into memory with the others: it needs {need}"
+                continue
+            left -= more
+            held[one.name] = max(peak, before)
+            found.append(one)
+        return found
+
+
+def measure_memory(
+    candidates: Sequence[Candidate],
+    cells: Sequence[tuple[int, int]],
+    positions: int | None = None,
+    listener: Listener | None = None,
+) -> Memory:
+    """Peaks of the candidates' graphs on the CPU, each in a process of its own: see :func:`peak_bytes`."""
+    peaks: dict[Path, Mapping[tuple[int, int], int | str]] = {}
+    graphs = dict.fromkeys(c.graph for c in candidates if c.graph is not None)
+    with (listener or Silent()).task("Measuring peak memory", len(graphs), "graphs") as task:
+        for graph in graphs:
+            peaks[graph] = peak_bytes(graph, ordered(cells), positions)
+            task.advance(1)
+    return Memory({c.name: peaks[c.graph] for c in candidates if c.graph is not None})
+
+
+def peak_bytes(
+    path: Path, cells: Sequence[tuple[int, int]], positions: int | None = None
+) -> dict[tuple[int, int], int | str]:
+    """Peaks of the graph at ``path`` in each of ``cells`` (batch, context), or why it has none there.
+
+    After the last of the ``positions`` there is no token to decode. Raises :class:`ChildError` for other faults.
+    """
+    told: list[int | str] = []
+    asked = [str(path.resolve()), [list(cell) for cell in cells], positions]
+    what, remedy, missing = f"Measuring the peak memory of {path}", "leave it out with --no-memory", NO_ROOM
+    try:
+        in_child(measure, asked, what, remedy, heard=told.append)
+    except ChildError as error:
+        if error.signal is None and error.reason != OUT_OF_MEMORY:
+            raise
+        # A process that is killed wanted more than there is, as C++ does that aborts; a crash may have others.
+        if error.signal not in (None, signal.SIGKILL, signal.SIGABRT):
+            missing = error.reason
+    return dict(zip(cells, [*told, *[missing] * (len(cells) - len(told))], strict=True))
+
+
+def measure(asked: Any, tell: Tell) -> None:
+    """In the child: tell the peak after each cell, or why there is none."""
+    path, cells, positions = asked
+    model = loaded(Path(path))  # a graph that does not load is not one without room
+    for index, (batch, context) in enumerate(cells):
+        try:
+            prompt = OrtPrompt(model, context, batch)
+            prompt.prefill()
+            if context != positions:
+                prompt.step()
+        except Exception as error:  # the runtime's own kind of out-of-memory, or what it does not run
+            reason = reason_of(error)
+            reason = NO_ROOM if any(word in reason for word in _ALLOCATION) else reason
+            for _ in cells[index:]:
+                tell(reason)
+            return
+        tell(_highest())
+        del prompt
+
+
+def _highest() -> int:
+    """The process's highest resident bytes so far."""
+    if (status := Path("/proc/self/status")).exists():  # getrusage counts what the parent took
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

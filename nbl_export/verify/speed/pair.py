@@ -1,39 +1,31 @@
-"""Time base and linearized graph in ONNX Runtime on the CPU, and how long workloads take in graphs."""
+"""Time base and linearized graph in ONNX Runtime on the CPU, and workloads in them; judge measured speedups."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.machine import free_memory
 from nbl_export.progress import Listener
+from nbl_export.records import Check
 from nbl_export.runtime.session import fit, require_onnxruntime, session_bytes
 from nbl_export.settings.workload import Workload
-from nbl_export.verify.speed.candidates import Candidate, Prompt, RunGraph, graph_candidate
-from nbl_export.verify.speed.checks import speed_check
+from nbl_export.verify.speed.candidates import RunGraph, graph_candidate
+from nbl_export.verify.speed.ceiling import cpu_machine
 from nbl_export.verify.speed.race import MORE, Harness, Rounds
-from nbl_export.verify.speed.roofline import cpu_machine
-from nbl_export.verify.speed.values import DECODE, PREFILL, GraphCost, Machine, Speed
+from nbl_export.verify.speed.values import CONTROL, DECODE, PREFILL, GraphCost, Speed
 
 if TYPE_CHECKING:
-    from nbl_export.verify.case import Case
-    from nbl_export.verify.measurement import Measurement
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Both graphs; ``phases`` are the decoder's own unless they are given; ``run`` runs a cell in a session."""
-
-    base: Path
-    linearized: Path
-    phases: tuple[str, ...] = ()
-    run: RunGraph | None = None
-
+    from nbl_export.verify.case import Case, Measurement
 
 IN_TURNS = "Both graphs do not fit into memory together: for its speed each is loaded anew in every round."
+# Rounds of each cell of a workload, as many as fit into so many seconds, of which three are always run.
+ROUNDS, SECONDS = 9, 120.0
+# Of the speedup measured, what may be the luck of a session: where it lies in memory.
+_UNLIKE = 0.5
 
 
 def anew_or_why_not(*graphs: Path) -> bool | str:
@@ -46,28 +38,28 @@ def anew_or_why_not(*graphs: Path) -> bool | str:
 
 
 def measure_speed(
-    pair: Pair,
+    base: Path,
+    linearized: Path,
     contexts: Sequence[int],
     rounds: int,
     listener: Listener | None = None,
     anew: bool = False,
+    phases: tuple[str, ...] = (),
+    run: RunGraph | None = None,
 ) -> Speed:
-    """Both graphs of ``pair`` at each context length, ``rounds`` times in turn and more where needed.
+    """Both graphs at each context length, ``rounds`` times in turn and more where needed.
 
-    The decode cache is really filled, by a prefill. With ``anew`` one session is in memory at a time. Raises what a
-    graph that does not run raises.
+    The decode cache is really filled, by a prefill. With ``anew`` one session is in memory at a time. ``phases`` are
+    the decoder's own unless they are given; ``run`` runs a cell in a session. Raises what a graph that does not run
+    raises.
     """
     require_onnxruntime()
-    base = graph_candidate(BASE, pair.base, run=pair.run, kept=not anew)
-    linearized = graph_candidate(LINEARIZED, pair.linearized, BASE, run=pair.run, kept=not anew)
-    harness = Harness(
-        [base, linearized],
-        cpu_machine(),
-        Rounds(rounds, MORE * rounds),
-        pair.phases or phases_of(base.cost),
-        strict=True,
-        anew=anew,
-    )
+    pair = [
+        graph_candidate(BASE, base, run=run, kept=not anew),
+        graph_candidate(LINEARIZED, linearized, BASE, run=run, kept=not anew),
+    ]
+    phases, most = phases or phases_of(pair[0].cost), Rounds(rounds, MORE * rounds)
+    harness = Harness(pair, cpu_machine(), most, phases, strict=True, anew=anew)
     return harness.measure([(1, context) for context in contexts], listener)
 
 
@@ -87,16 +79,15 @@ def verify_speed(
 
     Where both do not fit into memory they take turns.
     """
-    why = case.why_not_timed
+    why: bool | str | None = case.why_not_timed
     if why is None and case.baseline is not None:
-        anew = anew_or_why_not(case.baseline, case.rewritten)
+        why = anew = anew_or_why_not(case.baseline, case.rewritten)
         if not isinstance(anew, str):
-            pair = Pair(case.baseline, case.rewritten, phases, run)
-            speed = measure_speed(pair, contexts, case.settings.rounds, case.listener, anew)
+            both, rounds = (case.baseline, case.rewritten), case.settings.rounds
+            speed = measure_speed(*both, contexts, rounds, case.listener, anew, phases, run)
             found.checks.append(speed_check(speed))
             found.notes += [IN_TURNS] * anew
             return speed
-        why = anew
     found.check("speed", "skipped", str(why))
     return None
 
@@ -113,82 +104,100 @@ def fitting_contexts(
     return fitting or [max(2, (limit or 16) // 2)]
 
 
-# workloads ----------------------------------------------------------------------------------------
-
-# Rounds of each cell, as many as fit into so many seconds, of which three are always run.
-ROUNDS, SECONDS = 9, 120.0
-
-
 def workload_ms(
     base: Path,
-    others: Mapping[str, Path],
+    linearized: Path,
     workloads: Sequence[Workload],
     listener: Listener | None = None,
     anew: bool = False,
-) -> dict[str, float]:
-    """Milliseconds of the ``workloads``, weighted, in the graph ``base`` and in each of ``others`` by their names.
+) -> tuple[float, float]:
+    """Milliseconds of the ``workloads``, weighted, in the graph ``base`` and in the ``linearized`` one.
 
-    Those of ``base`` are medians; those of another are these, divided by the median ratio of both in the same round.
-    With ``anew`` one session is in memory at a time. Raises what a graph that does not run raises.
+    Those of ``base`` are medians; the others are these, divided by the median ratio of both in the same round. With
+    ``anew`` one session is in memory at a time. Raises what a graph that does not run raises.
     """
-    candidates = [
+    pair = [
         graph_candidate(BASE, base, kept=not anew),
-        *(graph_candidate(name, path, BASE, kept=not anew) for name, path in others.items()),
+        graph_candidate(LINEARIZED, linearized, BASE, kept=not anew),
     ]
-    machine = cpu_machine()
-    prefills = {(w.batch, w.prefill) for w in workloads if w.prefill}
-    decodes = {(w.batch, w.middle) for w in workloads if w.decode}
-    # One that is made anew has had its prefill before it is measured.
-    decoding = candidates if anew else [_filled(c) for c in candidates]
-    took = {
-        **_took(candidates, machine, PREFILL, prefills, listener, anew),
-        **_took(decoding, machine, DECODE, decodes, listener, anew),
-    }
-    found = {}
-    for candidate in candidates:
-        name = candidate.name
-        found[name] = sum(
-            w.weight
-            * (
-                (took[PREFILL, w.batch, w.prefill][name] if w.prefill else 0.0)
-                + (w.decode * took[DECODE, w.batch, w.middle][name] if w.decode else 0.0)
-            )
-            for w in workloads
-        )
-    return found
+    machine, took = cpu_machine(), {}
+    for phase, cells in (
+        (PREFILL, {(w.batch, w.prefill) for w in workloads if w.prefill}),
+        (DECODE, {(w.batch, w.middle) for w in workloads if w.decode}),
+    ):
+        race = Harness(pair, machine, Rounds(ROUNDS, ROUNDS, SECONDS), (phase,), strict=True, anew=anew)
+        for cell in race.measure(sorted(cells), listener).cells if cells else ():
+            first, second = cell.results
+            ms = first.timing.median_ms
+            over = second.over_base.value if second.over_base else 1.0
+            took[phase, cell.batch, cell.context] = (ms, ms / over)
+
+    def milliseconds(which: int, w: Workload) -> float:
+        prefill = took[PREFILL, w.batch, w.prefill][which] if w.prefill else 0.0
+        return prefill + (w.decode * took[DECODE, w.batch, w.middle][which] if w.decode else 0.0)
+
+    own, other = (sum(w.weight * milliseconds(which, w) for w in workloads) for which in (0, 1))
+    return own, other
 
 
-def _took(
-    candidates: Sequence[Candidate],
-    machine: Machine,
-    phase: str,
-    cells: set[tuple[int, int]],
-    listener: Listener | None,
-    anew: bool,
-) -> dict[tuple[str, int, int], dict[str, float]]:
-    """Milliseconds of each candidate by phase, rows and tokens."""
-    if not cells:
-        return {}
-    rounds = Rounds(ROUNDS, ROUNDS, SECONDS)
-    race = Harness(candidates, machine, rounds, (phase,), candidates[-1].name, strict=True, anew=anew)
-    speed: Speed = race.measure(sorted(cells), listener)
-    found = {}
+# verdicts -----------------------------------------------------------------------------------------
+
+
+def speed_check(speed: Speed) -> Check:
+    """How much of the speedups is more than noise, what is slower, and what is above its ceiling."""
+    found = speed.speedups()
+    if not found:
+        return Check("speed", "skipped", "nothing was timed beside its base")
+    slower = [f"{cell.name} {over.value:.2f}×" for cell, _, over in found if over.resolved and over.value < 1]
+    said = [
+        _above(speed),
+        f"{sum(over.resolved for _, _, over in found)} of {len(found)} speedups are resolved",
+        *([f"slower: {', '.join(slower)}"] if slower else []),
+    ]
+    return Check("speed", "passed", "; ".join(said))
+
+
+def bench_checks(speed: Speed) -> Sequence[Check]:
+    """Whether anything got slower, and the base graph is as fast in a second session."""
+    every = [(cell, r, over) for cell in speed.cells for r in cell.results if (over := r.over_base)]
+    slower = [f"{c.name}, {r.name}: {o.value:.2f}×" for c, r, o in every if o.resolved and o.value < 1]
+    resolved = sum(over.resolved for _, _, over in every)
+    return (
+        Check("ceilings", "passed", _above(speed)),
+        Check(
+            "nowhere slower",
+            "failed" if slower else "passed" if resolved else "skipped",
+            "; ".join(slower) or f"{resolved} of {len(every)} comparisons with their base are resolved",
+        ),
+        _control_check(speed),
+    )
+
+
+def _above(speed: Speed) -> str:
+    """How many speedups are certainly above their ceilings, which count products and bytes alone."""
+    every = [r.above_ceiling for cell in speed.cells for r in cell.results if r.over_base and r.ceiling]
+    if not (count := every.count(True)):
+        return "no speedup is certainly above its ceiling"
+    return f"{count} of {len(every)} speedups above the ceiling, which counts multiplications and bytes alone"
+
+
+def _control_check(speed: Speed) -> Check:
+    """Whether the base graph, in the race twice, is as fast both times, as far as the effect measured goes."""
+    unlike, compared = [], 0
     for cell in speed.cells:
-        base = cell.of(BASE)
-        assert base is not None
-        took = {
-            r.name: base.timing.median_ms / (r.over_base.value if r.over_base else 1.0) for r in cell.results
-        }
-        found[phase, cell.batch, cell.context] = took
-    return found
-
-
-def _filled(candidate: Candidate) -> Candidate:
-    """``candidate`` with its cache filled by a prefill, for a race that has decode alone."""
-
-    def make(context: int, batch: int) -> Prompt:
-        prompt = candidate.make(context, batch)
-        prompt.prefill()
-        return prompt
-
-    return replace(candidate, make=make)
+        both = [r.linearized_over for name in (speed.base, CONTROL) if (r := cell.of(str(name)))]
+        known = [one for one in both if one and isfinite(one.most)]
+        if len(known) < 2:
+            continue  # of too few rounds nothing is known
+        (first, again), compared = known, compared + 1
+        apart = first.least > again.most or again.least > first.most
+        if apart and abs(first.value - again.value) > _UNLIKE * abs(first.value - 1):
+            unlike.append(
+                f"{cell.name}: linearized is {first.value:.2f}× as fast as the base graph, "
+                f"{again.value:.2f}× as fast as the same graph in another session"
+            )
+    return Check(
+        "same graph twice",
+        "failed" if unlike else "passed" if compared else "skipped",
+        "; ".join(unlike) or f"the base graph is as fast in a second session, in {compared} cells",
+    )

@@ -15,17 +15,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from itertools import repeat
 from math import ceil, inf
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from nbl_export.batch.names import LINEARIZED
 from nbl_export.progress import Listener, Silent
-from nbl_export.verify.speed.candidates import Anew, Candidate, Prompt
+from nbl_export.verify.speed.candidates import Candidate, Memory, Prompt, ordered
 from nbl_export.verify.speed.ceiling import ceiling, timed
-from nbl_export.verify.speed.memory import Memory, ordered
 from nbl_export.verify.speed.values import (
     DECODE,
     LEAST_ROUNDS,
@@ -79,7 +79,15 @@ def race(
     """
     running, start, number = dict(candidates), time.perf_counter(), 0
     values: dict[str, list[T]] = {name: [] for name in candidates}
-    while running and not _done(number - 1, rounds, time.perf_counter() - start, values, enough):
+
+    def done(timed: int, seconds: float) -> bool:
+        if timed < min(3, rounds.least):
+            return False
+        if timed >= rounds.most or seconds > rounds.seconds:
+            return True
+        return _looked_at(timed, rounds.least) and enough(values)
+
+    while running and not done(number - 1, time.perf_counter() - start):
         for name, candidate in list(running.items()):
             time.sleep(_SETTLE)
             try:
@@ -101,20 +109,6 @@ def race(
     return {name: values[name] for name in running}
 
 
-def _done(
-    timed: int,
-    rounds: Rounds,
-    seconds: float,
-    values: Mapping[str, list[T]],
-    enough: Callable[[Mapping[str, list[T]]], bool],
-) -> bool:
-    if timed < min(3, rounds.least):
-        return False
-    if timed >= rounds.most or seconds > rounds.seconds:
-        return True
-    return _looked_at(timed, rounds.least) and enough(values)
-
-
 def _looked_at(timed: int, least: int) -> bool:
     """Whether there is a look for a verdict after so many rounds: after ``least``, then after half as many more.
 
@@ -128,12 +122,8 @@ def _looked_at(timed: int, least: int) -> bool:
 
 def timing(seconds: Sequence[float], passes: Sequence[float] = ()) -> Timing:
     """Median and quartiles of the rounds' ``seconds``; the 99th percentile of single ``passes``, if there are any."""
-    median, low, high = (_milliseconds(float(q)) for q in np.quantile(seconds, (0.5, 0.25, 0.75)))
-    return Timing(median, low, high, _milliseconds(float(np.quantile(passes, 0.99))) if passes else None)
-
-
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1e3, 4)
+    figures = [*np.quantile(seconds, (0.5, 0.25, 0.75)), *([np.quantile(passes, 0.99)] if passes else [])]
+    return Timing(*(round(float(one) * 1e3, 4) for one in figures))
 
 
 def ratio(base: Sequence[float], other: Sequence[float]) -> Ratio:
@@ -153,8 +143,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     Between two order statistics, whatever the distribution (the number of draws below its median is binomial). Even
     the range of fewer than six values holds it less often (75 % of three, 94 % of five): then it has no bounds.
     """
-    ranks = _ranks(len(values))
-    if ranks is None:
+    if (ranks := _ranks(len(values))) is None:
         return -inf, inf
     ordered = np.sort(values)
     return float(ordered[ranks[0]]), float(ordered[ranks[1]])
@@ -171,6 +160,9 @@ def _ranks(count: int) -> tuple[int, int] | None:
 
 # one round ----------------------------------------------------------------------------------------
 
+# Seconds of each pass of one round, and the bytes of cache and work space after it.
+Round = tuple[tuple[float, ...], int]
+
 
 def prefill_seconds(prompt: Prompt) -> tuple[float, ...]:
     """Seconds of one prefill: the time to the first token."""
@@ -184,11 +176,13 @@ def decode_seconds(prompt: Prompt, steps: int = DECODE_STEPS) -> tuple[float, ..
     return tuple(timed(prompt.step) for _ in range(steps))
 
 
+def _means(rounds: Sequence[Round]) -> list[float]:
+    """Seconds a pass, the mean of each round."""
+    return [sum(passes) / len(passes) for passes, _ in rounds]
+
+
 # all cells ----------------------------------------------------------------------------------------
 
-# Seconds of each pass of one round.
-Passes = tuple[float, ...]
-_Advance = Callable[[int], None]
 _NO_PEAKS = Memory()
 
 
@@ -238,86 +232,74 @@ class Harness:
                 yield list(self._cell(batch, context, held, task.advance))
 
     def _cell(
-        self, batch: int, context: int, held: dict[str, int], advance: _Advance
+        self, batch: int, context: int, held: dict[str, int], advance: Callable[[int], None]
     ) -> Iterator[CellResult]:
         absent: dict[str, str] = {}
         taking = self.memory.fitting(self.candidates, (batch, context), held, absent)
-        prompts: dict[str, Any] = (
-            {c.name: Anew(c.make, context, batch) for c in taking}
-            if self.anew
-            else self._made(taking, context, batch, absent)
-        )
+        running: dict[str, Callable[[], Prompt]] = {c.name: partial(c.make, context, batch) for c in taking}
+        if not self.anew:
+            running = self._made(running, absent)
         for phase in self.phases:
             if phase == DECODE and context == self.positions:
                 advance(self.rounds.least + 1)
                 continue
+
+            def run(made: Callable[[], Prompt], phase: str = phase) -> Round:
+                prompt = made()
+                if self.anew:
+                    prompt.prefill()  # the first run of a session is not as fast as the others
+                passes = decode_seconds(prompt, self.steps) if phase == DECODE else prefill_seconds(prompt)
+                return passes, prompt.memory_bytes()
+
             reasons = None if self.strict else absent
-            rounds = race(prompts, self._measure(phase), self.rounds, advance, self._resolved, reasons)
-            prompts = {name: prompts[name] for name in rounds}
+            rounds = race(running, run, self.rounds, advance, self._resolved, reasons)
+            running = {name: running[name] for name in rounds}
             cell = CellResult(phase, batch, context, (), dict(absent))
-            results = tuple(
-                self._result(c, cell, rounds, prompts[c.name].memory_bytes())
-                for c in taking
-                if c.name in rounds
-            )
+            results = tuple(self._result(c, cell, rounds) for c in taking if c.name in rounds)
             yield replace(cell, results=results)
 
     def _made(
-        self, candidates: Sequence[Candidate], context: int, batch: int, absent: dict[str, str]
-    ) -> dict[str, Prompt]:
-        """What runs the cell, by name in the candidates' order; the reason of one that cannot be made is noted."""
-        found: dict[str, Prompt] = {}
+        self, makers: Mapping[str, Callable[[], Prompt]], absent: dict[str, str]
+    ) -> dict[str, Callable[[], Prompt]]:
+        """What gives each cell, made once, in the order of ``makers``; why one cannot be made goes into ``absent``."""
+        found: dict[str, Callable[[], Prompt]] = {}
         # Whose session is made first may get the worst memory: that is never to favour the linearized graph.
-        for one in sorted(candidates, key=lambda c: c.name != self.linearized):
+        for name in sorted(makers, key=lambda name: name != self.linearized):
             try:
-                found[one.name] = one.make(context, batch)
+                found[name] = repeat(makers[name]()).__next__
             except Exception as error:  # each runtime has exceptions of its own
                 if self.strict:
                     raise
-                absent[one.name] = reason_of(error)
-        return {c.name: found[c.name] for c in candidates if c.name in found}
+                absent[name] = reason_of(error)
+        return {name: found[name] for name in makers if name in found}
 
-    def _measure(self, phase: str) -> Callable[[Any], Passes]:
-        def measure(prompt: Prompt) -> Passes:
-            return decode_seconds(prompt, self.steps) if phase == DECODE else prefill_seconds(prompt)
-
-        return (lambda one: one.measured(measure)) if self.anew else measure
-
-    def _resolved(self, rounds: Mapping[str, list[Passes]]) -> bool:
+    def _resolved(self, rounds: Mapping[str, list[Round]]) -> bool:
         """Whether every comparison of a candidate with its own base is."""
         pairs = ((rounds.get(str(c.base)), rounds.get(c.name)) for c in self.candidates)
         return all(ratio(_means(base), _means(own)).resolved for base, own in pairs if base and own)
 
-    def _result(
-        self, candidate: Candidate, cell: CellResult, rounds: Mapping[str, list[Passes]], cache: int
-    ) -> Result:
+    def _result(self, candidate: Candidate, cell: CellResult, rounds: Mapping[str, list[Round]]) -> Result:
         """Of one ``candidate``; ``cell`` says which it is, ``rounds`` what all of them took in it."""
         phase, batch, context, cost = cell.phase, cell.batch, cell.context, candidate.cost
-        own, roofline = _means(rounds[candidate.name]), self.machine.roofline
-        passes = [seconds for one in rounds[candidate.name] for seconds in one] if self.percentile else []
-        shown = timing(own, passes)
+        ran, roofline = rounds[candidate.name], self.machine.roofline
+        own = _means(ran)
+        shown = timing(own, [seconds for one, _ in ran for seconds in one] if self.percentile else [])
         base, linearized = rounds.get(str(candidate.base)), rounds.get(self.linearized)
         base_cost = next((c.cost for c in self.candidates if c.name == candidate.base), None)
-        least = roofline.seconds(cost.work(phase, context, batch)) if cost and roofline else None
+        of_roofline = best = None
+        if cost and roofline:
+            of_roofline = 1e3 * roofline.seconds(cost.work(phase, context, batch)) / shown.median_ms
+            best = ceiling(base_cost, cost, roofline, phase, context, batch) if base_cost else None
         others = linearized if candidate.name != self.linearized else None
         return Result(
             name=candidate.name,
             timing=shown,
             rounds=len(own),
             tokens_per_second=1e3 * batch * (1 if phase == DECODE else context) / shown.median_ms,
-            cache_bytes=cache,
+            cache_bytes=ran[-1][1],
             peak_bytes=self.memory.peak(candidate.name, (batch, context)),
-            of_roofline=None if least is None else 1e3 * least / shown.median_ms,
+            of_roofline=of_roofline,
             over_base=ratio(_means(base), own) if base else None,
-            ceiling=(
-                ceiling(base_cost, cost, roofline, phase, context, batch)
-                if base_cost and cost and roofline
-                else None
-            ),
+            ceiling=best,
             linearized_over=ratio(own, _means(others)) if others else None,
         )
-
-
-def _means(rounds: Sequence[Passes]) -> list[float]:
-    """Seconds a pass, the mean of each round."""
-    return [sum(passes) / len(passes) for passes in rounds]

@@ -7,11 +7,13 @@ bench, engines and the K curve all give a :class:`Speed`; what differs between t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from nbl_export.batch.names import LINEARIZED
 
 PREFILL, DECODE, ENCODE = "prefill", "decode", "encode"
+# The base graph in a second session.
+CONTROL = "base again"
 # Rounds of which a 95 % interval of the median is known: fewer have none.
 LEAST_ROUNDS = 6
 
@@ -19,12 +21,8 @@ LEAST_ROUNDS = 6
 # the machine and the work -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Work:
-    """Multiply-adds, and bytes read or written, that can go on at the same time."""
-
-    macs: float
-    bytes: float
+# Multiply-adds, and bytes read or written, that can go on at the same time.
+Work = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Roofline:
 
     def seconds(self, work: Sequence[Work]) -> float:
         """The least time for pieces of work that follow each other."""
-        return sum(max(w.macs / self.macs_per_second, w.bytes / self.bytes_per_second) for w in work)
+        return sum(max(macs / self.macs_per_second, size / self.bytes_per_second) for macs, size in work)
 
 
 @dataclass(frozen=True)
@@ -68,22 +66,25 @@ class GraphCost:
     last_macs: int = 0
     last_bytes: int = 0
 
+    def __sub__(self, saved: GraphCost) -> GraphCost:
+        return GraphCost(*(getattr(self, f.name) - getattr(saved, f.name) for f in fields(GraphCost)))
+
     def prefill(self, tokens: int, batch: int = 1) -> list[Work]:
         """A prefill of ``batch`` rows of ``tokens``: attention over the full square, as runtimes compute it."""
         every = self.weight_macs - self.last_macs
         rows = batch * tokens
         return [
-            Work(rows * every, self.weight_bytes - self.last_bytes),
-            Work(batch * self.last_macs, self.last_bytes),
-            Work(rows * tokens * self.attention_macs_per_context, rows * self.kv_bytes_per_token),
+            (rows * every, self.weight_bytes - self.last_bytes),
+            (batch * self.last_macs, self.last_bytes),
+            (rows * tokens * self.attention_macs_per_context, rows * self.kv_bytes_per_token),
         ]
 
     def decode(self, context: int, batch: int = 1) -> list[Work]:
         """One token for each of ``batch`` rows after ``context`` tokens."""
         cache = batch * context
         return [
-            Work(batch * self.weight_macs, self.weight_bytes),
-            Work(cache * self.attention_macs_per_context, cache * self.kv_bytes_per_token),
+            (batch * self.weight_macs, self.weight_bytes),
+            (cache * self.attention_macs_per_context, cache * self.kv_bytes_per_token),
         ]
 
     def work(self, phase: str, context: int, batch: int = 1) -> list[Work]:

@@ -398,13 +398,13 @@ def test_a_trial_graph_has_only_its_own_weights_and_is_gone_afterwards(
     written: list[int] = []
     before = (out / "baseline" / "model.onnx").read_bytes()
 
-    def measured(pair: Any, contexts: Any, rounds: int, listener: Any, anew: bool) -> Any:
-        graph = onnx.load(str(pair.linearized), load_external_data=False).graph
+    def measured(base: Path, linear: Path, *asked: Any) -> Any:
+        graph = onnx.load(str(linear), load_external_data=False).graph
         places = Counter(e.value for t in graph.initializer for e in t.external_data if e.key == "location")
         (own,) = set(places) - {"baseline/model.onnx.data"}
         written.append((out / own).stat().st_size)
         assert 4 * 64 * 8 * places[own] == written[-1], "up and down of each layer; b is in the graph"
-        return measure_speed(pair, contexts, rounds, listener, anew)
+        return measure_speed(base, linear, *asked)
 
     monkeypatch.setattr(pair_module, "measure_speed", measured)
     monkeypatch.setattr(speeds, "CONTEXT", 16)
@@ -456,10 +456,9 @@ def test_a_workload_must_run_in_the_graph(both_out: Path) -> None:
 def test_a_speed_that_is_asked_for_is_that_of_the_workload(
     both_out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def took(base: Path, others: Mapping[str, Path], workloads: Any, *_: Any) -> dict[str, float]:
+    def took(base: Path, graph: Path, workloads: Any, *_: Any) -> tuple[float, float]:
         assert [w.context for w in workloads] == [200]
-        (name,) = others
-        return {"base": 100.0, name: 100.0 - 5 * int(others[name].name.split(".")[0][1:])}
+        return 100.0, 100.0 - 5 * int(graph.name.split(".")[0][1:])
 
     monkeypatch.setattr("nbl_export.verify.speed.pair.workload_ms", took)
     monkeypatch.setattr("nbl_export.verify.speed.pair.measure_speed", lambda *_: pytest.fail("512 tokens"))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nbl_export.verify.speed.candidates import Candidate
-from nbl_export.verify.speed.memory import Memory
+from nbl_export.verify.speed.candidates import Candidate, Memory
 from nbl_export.verify.speed.race import Harness, Rounds
 from nbl_export.verify.speed.values import CellResult, GraphCost, Machine, Roofline, Speed
 

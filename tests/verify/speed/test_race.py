@@ -15,11 +15,10 @@ import torch
 
 from nbl_export.child_process import Tell
 from nbl_export.errors import InputError
-from nbl_export.verify.speed import memory as module
-from nbl_export.verify.speed.candidates import Candidate
+from nbl_export.verify.speed import candidates as module
+from nbl_export.verify.speed.candidates import NO_ROOM, Candidate, Memory, ordered, peak_bytes
 from nbl_export.verify.speed.ceiling import ceiling, timed
-from nbl_export.verify.speed.checks import bench_checks
-from nbl_export.verify.speed.memory import NO_ROOM, Memory, ordered, peak_bytes
+from nbl_export.verify.speed.pair import bench_checks
 from nbl_export.verify.speed.race import Harness, Rounds, median_interval, race, ratio, timing
 from nbl_export.verify.speed.values import CellResult
 from tests.verify.speed.raced import COST, HALF, MACHINE, PAIR, ROOFLINE, Timed, raced, ran

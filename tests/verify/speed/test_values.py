@@ -15,19 +15,24 @@ from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.settings.workload import Workload
-from nbl_export.verify.speed import roofline as module
+from nbl_export.verify.speed import ceiling as module
 from nbl_export.verify.speed.candidates import Candidate
-from nbl_export.verify.speed.ceiling import ceiling, graph_cost
-from nbl_export.verify.speed.checks import CONTROL, bench_checks
-from nbl_export.verify.speed.roofline import measure_roofline
-from nbl_export.verify.speed.savings import Savings, block_savings, stored_bytes
+from nbl_export.verify.speed.ceiling import (
+    Savings,
+    block_savings,
+    ceiling,
+    graph_cost,
+    measure_roofline,
+    stored_bytes,
+)
+from nbl_export.verify.speed.pair import bench_checks
 from nbl_export.verify.speed.values import (
+    CONTROL,
     GraphCost,
     Ratio,
     Result,
     Roofline,
     Timing,
-    Work,
 )
 from tests.end_to_end.matrix import CHOSEN
 from tests.exporters import GRAPH
@@ -38,24 +43,24 @@ from tests.verify.speed.raced import HALF, PAIR, UNEVEN, lasting, raced
 
 def test_the_work_of_a_pass_by_hand() -> None:
     assert UNEVEN.prefill(10, 2) == [
-        Work(20 * 40, 160),
-        Work(2 * 60, 240),  # the logits of the last position of each row
-        Work(20 * 10 * 3, 20 * 7),
+        (20 * 40, 160),
+        (2 * 60, 240),  # the logits of the last position of each row
+        (20 * 10 * 3, 20 * 7),
     ]
-    assert UNEVEN.decode(10, 2) == [Work(2 * 100, 400), Work(2 * 10 * 3, 2 * 10 * 7)]
-    assert UNEVEN.decode(0) == [Work(100, 400), Work(0, 0)]
+    assert UNEVEN.decode(10, 2) == [(2 * 100, 400), (2 * 10 * 3, 2 * 10 * 7)]
+    assert UNEVEN.decode(0) == [(100, 400), (0, 0)]
     for phase, work in (("prefill", UNEVEN.prefill), ("encode", UNEVEN.prefill), ("decode", UNEVEN.decode)):
         assert UNEVEN.work(phase, 10, 2) == work(10, 2)
     every = replace(UNEVEN, last_macs=0, last_bytes=0)
-    assert sum(w.macs for w in every.prefill(10)) == 10 * 100 + 10 * 10 * 3
+    assert sum(macs for macs, _ in every.prefill(10)) == 10 * 100 + 10 * 10 * 3
 
 
 def test_the_least_time_is_the_sum_over_pieces_of_what_bounds_each() -> None:
     machine = Roofline("cpu", "float32", 2, macs_per_second=4.0, bytes_per_second=10.0)
     # 8/4 against 10/10, then 4/4 against 30/10: the pieces follow each other.
-    assert machine.seconds([Work(8, 10), Work(4, 30)]) == 2 + 3
+    assert machine.seconds([(8, 10), (4, 30)]) == 2 + 3
     # As one piece they would overlap.
-    assert machine.seconds([Work(12, 40)]) == 4 and machine.seconds([]) == 0
+    assert machine.seconds([(12, 40)]) == 4 and machine.seconds([]) == 0
 
 
 def result(name: str, over: Ratio | None = None, p99: float | None = None) -> Result:
