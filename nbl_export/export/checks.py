@@ -17,6 +17,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ from nbl_export.models.lengths import (
 from nbl_export.models.libraries import quiet
 from nbl_export.models.weights import resident, room
 from nbl_export.progress import Listener, Silent
-from nbl_export.runtime.ort import OrtEncoder, OrtStaticStream, ort_stream
+from nbl_export.runtime.ort import OrtEncoder, OrtRowsStream, ort_stream
 from nbl_export.runtime.stream import DecoderOutput, PastStream, Stream, UncachedStream
 from nbl_export.runtime.torch import TorchEncoder, torch_stream
 
@@ -183,16 +184,17 @@ class _Eager:
         return DecoderOutput(found[0].numpy(), found[1]) if isinstance(found, tuple) else found.numpy()
 
 
-class _StaticStream(OrtStaticStream):
+class _StaticStream(OrtRowsStream):
     """What the static form traces in the place of a graph of it."""
 
     def __init__(self, decoder: _Eager, capacity: int) -> None:
         self.decoder, self.capacity = decoder, capacity
+        self.interface: Any = SimpleNamespace(static=True)
 
-    def buffers(self, batch: int, length: int) -> Any:
+    def empty_past(self, batch: int, length: int = 0) -> Any:
         return self.decoder.empty_past(batch, length)
 
-    def named(self, inputs: Mapping[str, Any], past: Any) -> dict[str, Any]:
+    def feeds(self, inputs: Mapping[str, Any], past: Any, num_logits: int = 0) -> dict[str, Any]:
         return {**inputs, "past": past}
 
     def run(self, feeds: Mapping[str, Any]) -> Any:
