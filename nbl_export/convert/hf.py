@@ -7,7 +7,8 @@ entry in the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,15 @@ def write_hf(
     told, paths = configuration(model, plan, dtype), _paths(model)
     gone = tuple(f"{path}." for path in told["nbl"]["modules"])
     names = [name for name, _ in model.named_parameters() if not name.startswith(gone)]
-
-    def tensors() -> Iterator[tuple[str, F32]]:
-        for name in names:
-            yield name, numbers(model, plan, name)
-        for block, linear in plan.layers.items():
-            yield f"{paths[block]}.linear.weight", linear.w
-            yield f"{paths[block]}.linear.bias", linear.b
-
+    tensors: dict[str, Callable[[], F32]] = {name: partial(numbers, model, plan, name) for name in names}
+    for block, linear in plan.layers.items():
+        for end, side in (("weight", "w"), ("bias", "b")):
+            tensors[f"{paths[block]}.linear.{end}"] = partial(getattr, linear, side)
     own: Any = model
     generation = getattr(own, "generation_config", None)
     texts = {} if generation is None else {"generation_config.json": generation.to_json_string()}
     texts[FILE] = source_of(own.config.model_type)
-    count = len(names) + 2 * len(plan.layers)
-    return write_folder(folder, tensors(), count, dtype, "pt", tokenizer, texts, told, listener)
+    return write_folder(folder, tensors, dtype, "pt", tokenizer, texts, told, listener)
 
 
 def check_held(model: torch.nn.Module, plan: Plan) -> None:

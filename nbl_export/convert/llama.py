@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,7 @@ def numbers(model: torch.nn.Module, plan: Plan, name: str) -> F32:
 
 def write_folder(
     folder: Path,
-    tensors: Iterable[tuple[str, F32]],
-    count: int,
+    tensors: Mapping[str, Callable[[], F32]],
     dtype: str,
     made_by: str,
     tokenizer: Any,
@@ -88,7 +87,7 @@ def write_folder(
     config: Mapping[str, Any],
     listener: Listener,
 ) -> list[Path]:
-    """Write ``count`` named ``tensors``, a tokenizer, ``texts`` by file name and ``config`` into ``folder``.
+    """Write ``tensors``, each what gives its numbers, a tokenizer, ``texts`` and ``config`` into ``folder``.
 
     Returns the files, of which ``config.json`` is the last: without it nothing loads the folder. Weights are in a
     ``dtype`` of torch such as ``float16``, in files ``made_by`` such as ``mlx``, of which memory has one at a time.
@@ -106,9 +105,9 @@ def write_folder(
             save_file(kept, temporary, metadata={"format": made_by})
         kept.clear()
 
-    with listener.task("Writing weights", count, "tensors") as task:
-        for name, value in tensors:
-            tensor = torch.tensor(value, dtype=getattr(torch, dtype))
+    with listener.task("Writing weights", len(tensors), "tensors") as task:
+        for name, read in tensors.items():
+            tensor = torch.tensor(read(), dtype=getattr(torch, dtype))
             if not all_finite(tensor):
                 raise InputError(f"{name} has numbers that {dtype} does not have: use --precision bf16.")
             if kept and sum(other.nbytes for other in kept.values()) + tensor.nbytes > _SHARD:

@@ -74,8 +74,8 @@ def write_mlx(
     Returns the files. Raises :class:`InputError`, before anything is written, for what the architecture cannot hold.
     """
     check_held(model, plan)
-    tensors = dict(_tensors(model, plan, _IN_MLX))
-    return _write(folder, tensors, dtype, "mlx", tokenizer, {}, configuration(model, plan), listener)
+    tensors, told = dict(_tensors(model, plan, _IN_MLX)), configuration(model, plan)
+    return write_folder(folder, tensors, dtype, "mlx", tokenizer, {}, told, listener)
 
 
 def write_decilm(
@@ -91,11 +91,7 @@ def write_decilm(
         "dtype": dtype,
     }
     tensors = dict(_tensors(model, plan, _IN_DECILM))
-    return _write(folder, tensors, dtype, "pt", tokenizer, {FILE: _CONFIGURATION}, told, listener)
-
-
-def _write(folder: Path, tensors: Mapping[str, Callable[[], F32]], *others: Any) -> list[Path]:
-    return write_folder(folder, ((name, read()) for name, read in tensors.items()), len(tensors), *others)
+    return write_folder(folder, tensors, dtype, "pt", tokenizer, {FILE: _CONFIGURATION}, told, listener)
 
 
 def check_held(model: torch.nn.Module, plan: Plan) -> None:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from nbl_export.errors import BuildError, MissingDependencyError
 from nbl_export.files import TEMPORARY, publish, read_json, sync
 from nbl_export.graph.io import delete_graphs
 from nbl_export.models.folder import CONFIG, TOKENIZER, make_readable, readable_folder
-from nbl_export.models.libraries import quiet
+from nbl_export.models.libraries import quiet, replaced
 from nbl_export.models.weights import resident
 from nbl_export.packages import part
 from nbl_export.progress import Listener
@@ -187,13 +188,8 @@ def as_hf_folder(model: LoadedModel, folder: Path) -> Path:
         return readable_folder(Path(model.source.path), folder)
     folder.mkdir(parents=True, exist_ok=True)
     loaded: Any = model.model
-    before = dict(vars(loaded.config))
-    try:
-        with quiet(), resident(loaded):
-            loaded.save_pretrained(folder)  # this changes the configuration
-            model.tokenizer.save_pretrained(folder)
-    finally:
-        vars(loaded.config).clear()
-        vars(loaded.config).update(before)
+    with quiet(), resident(loaded), replaced(loaded, "config", copy.deepcopy(loaded.config)):
+        loaded.save_pretrained(folder)  # this changes the configuration
+        model.tokenizer.save_pretrained(folder)
     make_readable(folder)
     return folder

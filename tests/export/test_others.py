@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,28 +179,6 @@ def test_a_module_that_is_missing_is_named_with_the_remedy(
     monkeypatch.setattr(sys, "executable", bare_python)
     with pytest.raises(MissingDependencyError, match=re.escape(pip_line("genai"))):
         find_exporter("genai")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a child learns of its parent's death on Linux only")
-def test_a_killed_parent_takes_the_child_with_it(
-    fake_python: FakePython, target: Path, tiny_folder: Path, tmp_path: Path
-) -> None:
-    pid_file = tmp_path / "pid"
-    python = fake_python(f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 60")
-    parent = os.fork()
-    if not parent:
-        try:
-            export(python, target, tiny_folder)
-        finally:
-            os._exit(1)
-    while not pid_file.exists():
-        time.sleep(0.01)
-    os.kill(parent, signal.SIGKILL)
-    os.waitpid(parent, 0)
-    child, deadline = Path(f"/proc/{int(pid_file.read_text())}/stat"), time.monotonic() + 10
-    while child.exists() and child.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("moved", [0, 2])
