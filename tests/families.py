@@ -264,7 +264,7 @@ class Calibrated:
             ridge=1e-6,
             calibration_tokens=next(iter(self.moments.layers.values())).n,
             layers={},
-            probe={n: getattr(self.probe, n) for n in ("input_ids", "attention_mask", "position_ids")},
+            probe=dict(self.probe.inputs),
             probe_u=self.probe.x if fit_input == "normed" else self.probe.h,
             probe_y=self.probe.y,
             probe_routes=self.probe.routes,

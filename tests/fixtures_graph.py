@@ -91,7 +91,7 @@ def plan_by_hand(out: Path, layers: Sequence[int], fit_input: FitInput = "normed
         ridge=1e-6,
         calibration_tokens=first.calibration_tokens,
         layers={},
-        probe={n: getattr(probe, n) for n in ("input_ids", "attention_mask", "position_ids")},
+        probe=dict(probe.inputs),
         probe_u=probe.x if fit_input == "normed" else probe.h,
         probe_y=probe.y,
     ).with_replaced({i: LinearLayer(f.w.astype(np.float32), f.b.astype(np.float32)) for i, f in fits.items()})
