@@ -14,7 +14,7 @@ from nbl_export.convert.gguf import Fields
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import hidden_size, layer_count
 from nbl_export.packages import part
-from nbl_export.stages.forms import Form
+from nbl_export.stages.forms import FORMS
 from nbl_export.verify.parity.compare import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.pytorch import record_pytorch
@@ -58,8 +58,9 @@ def random_plan() -> Callable[[Any, Sequence[Block]], Plan]:
     return made
 
 
-def needs(form: type[Form]) -> pytest.MarkDecorator:
+def needs(to: str) -> pytest.MarkDecorator:
     """Skips a test where the engine of a form is not."""
+    form = FORMS[to]
     return pytest.mark.skipif(not form.is_here(), reason=f"needs {form.engine}: {part(form.package).pip}")
 
 

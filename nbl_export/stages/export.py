@@ -42,7 +42,7 @@ def export(
     """
     from nbl_export.export.checks import crossed_on_copy
 
-    with opened(out, settings or ExportSettings(), listener, trust_remote_code, rehash, _check) as (
+    with opened(out, settings or ExportSettings(), listener, trust_remote_code, rehash, check_export) as (
         run,
         asked,
     ):
@@ -63,9 +63,13 @@ def export(
                 copies = check_model(run, asked)
                 if not task.causal:
                     copies = crossed_on_copy(model.model, _form(run, asked), work)
-                not_seen = not_given(model.model) if asked.embeds else ""
-                for note in filter(None, [left_out(source), not_seen]):
-                    work.note(note)
+                if source.wrapper:
+                    work.note(
+                        f"{source.wrapper} is multimodal: its language model is exported; left to you are "
+                        f"{', '.join(source.towers) or 'nothing else'}."
+                    )
+                if asked.embeds and (unseen := not_given(model.model)):
+                    work.note(unseen)
                 check_disk(ws, sizes_of_source(source), RunSettings.of(exporting=asked), ["export"])
                 exported = _export_torch if asked.exported_by == "torch" else _export_elsewhere
                 files, float32 = exported(run, asked, work)
@@ -74,37 +78,23 @@ def export(
         return ws.baseline
 
 
-def check_exporter(settings: ExportSettings) -> None:
-    """Raise :class:`MissingDependencyError` if this machine does not have the exporter that was asked for."""
+def check_export(source: ModelSource | None, settings: ExportSettings) -> None:
+    """Refuse, before any work, an exporter that is not here, what reads a model in another way than it is read here,
+    and what does not run here.
+    """
     from nbl_export.export.others import find_exporter
+    from nbl_export.models.load import check_processor
 
     if settings.exported_by != "torch":
         find_exporter(settings.exported_by, settings.python)
-
-
-def _check(source: ModelSource, settings: ExportSettings) -> None:
-    check_exporter(settings)
-    check_export_of(source, settings)
-
-
-def check_export_of(source: ModelSource, settings: ExportSettings) -> None:
-    """Refuse, before any work, what reads a model in another way than it is read here, or does not run here."""
-    from nbl_export.models.load import check_processor
-
+    if source is None:
+        return
     if source.wrapper and settings.exported_by != "torch":
         raise InputError(
             f"--exporter {settings.exported_by} reads a multimodal model ({source.wrapper}) in its own way: leave it "
             "out."
         )
     check_processor(source)
-
-
-def left_out(source: ModelSource) -> str:
-    """What of a multimodal model is not exported, in one sentence; nothing for any other model."""
-    if not source.wrapper:
-        return ""
-    towers = ", ".join(source.towers) or "nothing else"
-    return f"{source.wrapper} is multimodal: its language model is exported; left to you are {towers}."
 
 
 def not_given(model: torch.nn.Module) -> str:
@@ -130,15 +120,29 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
     from nbl_export.export.checks import check_form
     from nbl_export.models.dummy_run import check_supported
 
-    task = run.model.task
-    check_export_of(run.model.source, settings)
-    model = run.model.tried
+    task, model = run.model.task, run.model.tried
     if settings.exported_by != "torch" or not task.causal:
         check_supported(model, task=task, pooled=run.model.pooling is not None)
         return ()
     if run.checked is None or run.checked[0] != settings:
-        run.checked = settings, check_form(model, _decoder_form(run, settings), run.listener)
+        run.checked = settings, check_form(model, _form(run, settings), run.listener)
     return run.checked[1]
+
+
+def _form(run: Run, settings: ExportSettings) -> Form:
+    from nbl_export.calibrate.probe import load_probe
+    from nbl_export.export.forms import FORMS, encoder_form, reading_embeds
+
+    model = run.model
+    if not model.task.causal:
+        inputs = load_probe(run.workspace.probe).inputs
+        return _of_opset(encoder_form(model.model, model.task, model.pooling, inputs), settings)
+    form = _of_opset(FORMS[str(settings.kv_cache)], settings)
+    return reading_embeds(form, model.model) if settings.embeds else form
+
+
+def _of_opset(form: Form, settings: ExportSettings) -> Form:
+    return replace(form, opset=settings.opset or min(form.opset, OPSETS[str(settings.kv_cache)]))
 
 
 def _export_torch(
@@ -154,47 +158,22 @@ def _export_torch(
     from nbl_export.models.multimodal import placeholders
     from nbl_export.stages.calibration_data import loader_for
 
-    ws, precision = run.workspace, precision_of(str(settings.precision))
-    form = _form(run, settings)
-    loader = loader_for(run.model.source)
-    rows = []
+    ws, model, precision = run.workspace, run.model.model, precision_of(str(settings.precision))
+    form, loader, rows = _form(run, settings), loader_for(run.model.source), []
     if precision.name == "fp16":
-        rows = loader.ranges(run.model.model, loader.load(loader.path(ws)), form.inputs)
+        rows = loader.ranges(model, loader.load(loader.path(ws)), form.inputs)
     beside: list[Path] = []
     if settings.embeds:
-        made = _of_opset(embedding_form(run.model.model), settings)
-        embedding = trace(run.model.model, made, listener)
+        made = _of_opset(embedding_form(model), settings)
         tokens = [row for row in rows if not isinstance(row, Mapping)]
+        embedding = trace(model, made, listener)
         save_in_precision(embedding, ws.embedding, precision, tokens, made.outputs, listener=listener)
-        beside = add_features(ws.embedding, placeholders(run.model.model))
-    graph = trace(run.model.model, form, listener)
+        beside = add_features(ws.embedding, placeholders(model))
+    graph = trace(model, form, listener)
     set_folder(graph, ws.baseline.parent)
     wide = {*form.outputs, PIXELS, EMBEDDINGS, PER_LAYER}
     files, float32 = save_in_precision(graph, ws.baseline, precision, rows, wide, [ws.model], listener)
     return [*files, *beside], float32
-
-
-def _decoder_form(run: Run, settings: ExportSettings) -> Form:
-    from nbl_export.export.forms import FORMS, reading_embeds
-
-    form = _of_opset(FORMS[str(settings.kv_cache)], settings)
-    return reading_embeds(form, run.model.model) if settings.embeds else form
-
-
-def _form(run: Run, settings: ExportSettings) -> Form:
-    from nbl_export.calibrate.probe import load_probe
-    from nbl_export.export.forms import encoder_form
-
-    model = run.model
-    if model.task.causal:
-        return _decoder_form(run, settings)
-    inputs = load_probe(run.workspace.probe).inputs
-    return _of_opset(encoder_form(model.model, model.task, model.pooling, inputs), settings)
-
-
-def _of_opset(form: Form, settings: ExportSettings) -> Form:
-    newest = min(form.opset, OPSETS[str(settings.kv_cache)])
-    return replace(form, opset=settings.opset or newest)
 
 
 def _export_elsewhere(
@@ -204,65 +183,64 @@ def _export_elsewhere(
     from nbl_export.export.lm_head import add_num_logits_input_to_file
     from nbl_export.export.others import as_hf_folder, export_with, find_exporter
 
-    readers = [run.workspace.model]
-    target, trust = run.workspace.baseline.parent, run.model.source.trust_remote_code
-    with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=run.workspace.root) as folder:
+    ws, trust = run.workspace, run.model.source.trust_remote_code
+    with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=ws.root) as folder:
         model = as_hf_folder(run.model, Path(folder))
-        exporter = find_exporter(settings.exported_by, settings.python)
-        files = export_with(exporter, model, target, str(settings.precision), listener, trust, readers)
-    return sorted({*files, *add_num_logits_input_to_file(run.workspace.baseline)}), []
+        exporter, precision = find_exporter(settings.exported_by, settings.python), str(settings.precision)
+        files = export_with(exporter, model, ws.baseline.parent, precision, listener, trust, [ws.model])
+    return sorted({*files, *add_num_logits_input_to_file(ws.baseline)}), []
 
 
 def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> list[Path]:
     """Write the configuration and tokenizer files that the exporter did not write itself."""
     from nbl_export.batch.names import TOKENS
-    from nbl_export.export.sidecars import GENAI, genai_config, with_embeds, with_states
-    from nbl_export.models.dummy_run import cache_shapes, dummy_run
+    from nbl_export.export.sidecars import GENAI
     from nbl_export.models.folder import save_tokenizer
-    from nbl_export.models.layers import backbone, has_per_layer, position_rows
     from nbl_export.models.libraries import quiet
-    from nbl_export.models.multimodal import placeholders, whole_config
 
-    graph = run.workspace.baseline
-    pooling = run.model.pooling
-    config: Any = run.model.model.config
-    names = {path.name for path in exported}
-    with tempfile.TemporaryDirectory(prefix=".configs.", suffix=TEMPORARY, dir=graph.parent) as temporary:
+    loaded, target = run.model, run.workspace.baseline.parent
+    model: Any = loaded.model
+    names, written = {path.name for path in exported}, []
+    has_tokenizer = any(name.startswith("tokenizer") for name in names)
+    with tempfile.TemporaryDirectory(prefix=".configs.", suffix=TEMPORARY, dir=target) as temporary:
         folder = Path(temporary)
         with quiet():
-            config.save_pretrained(folder)
-            generation: Any = getattr(run.model.model, "generation_config", None)
-            if generation is not None:
+            model.config.save_pretrained(folder)
+            if generation := getattr(model, "generation_config", None):
                 generation.save_pretrained(folder)
-            processor = run.model.tokenizer if run.model.source.reads == TOKENS else run.model.image_processor
-            save_tokenizer(processor, folder)
-        shared = settings.kv_cache == "shared"
-        # genai does not know write_indices.
-        if settings.exported_by == "torch" and (shared or settings.kv_cache == "concat"):
-            shapes = list(cache_shapes(run.model.model).values())
-            if (
-                len({(s.heads, s.key_size, s.value_size) for s in shapes}) == 1
-            ):  # genai needs the same shape for all layers
-                heads, size = shapes[0].heads, shapes[0].key_size
-                known = genai_config(config.get_text_config(), len(shapes), heads, size, shared, generation)
-                if settings.embeds:
-                    whole = whole_config(run.model.model)
-                    given = placeholders(run.model.model)
-                    rows, per_layer = position_rows(run.model.model), has_per_layer(backbone(run.model.model))
-                    known = with_embeds(known, whole, given, rows, per_layer)
-                if (told := with_states(known, dummy_run(run.model.model).cache)) is not None:
-                    write_json(folder / GENAI, told)
-        has_tokenizer = any(name.startswith("tokenizer") for name in names)
-        written = []
+            save_tokenizer(
+                loaded.tokenizer if loaded.source.reads == TOKENS else loaded.image_processor, folder
+            )
+        if told := _genai(model, settings):
+            write_json(folder / GENAI, told)
         for path in sorted(folder.iterdir()):
             ours = path.name in ("config.json", "generation_config.json", GENAI) or not has_tokenizer
             if ours and path.name not in names:
-                publish(path, graph.parent / path.name)
-                written.append(graph.parent / path.name)
-    for name in pooling.files if pooling else ():
-        target = graph.parent / name
-        target.parent.mkdir(exist_ok=True)
-        with atomic_path(target) as copy:
-            shutil.copyfile(Path(run.model.source.path) / name, copy)
-        written.append(target)
+                publish(path, target / path.name)
+                written.append(target / path.name)
+    for name in loaded.pooling.files if loaded.pooling else ():
+        (target / name).parent.mkdir(exist_ok=True)
+        with atomic_path(target / name) as copy:
+            shutil.copyfile(Path(loaded.source.path) / name, copy)
+        written.append(target / name)
     return written
+
+
+def _genai(model: Any, settings: ExportSettings) -> dict[str, Any] | None:
+    """The configuration for onnxruntime-genai, which knows no write_indices, and layers of one shape alone."""
+    from nbl_export.export.sidecars import genai_config, with_embeds, with_states
+    from nbl_export.models.dummy_run import cache_shapes, dummy_run
+    from nbl_export.models.layers import backbone, has_per_layer, position_rows
+    from nbl_export.models.multimodal import placeholders, whole_config
+
+    if settings.exported_by != "torch" or settings.kv_cache not in ("shared", "concat"):
+        return None
+    shapes, shared = list(cache_shapes(model).values()), settings.kv_cache == "shared"
+    if len({(s.heads, s.key_size, s.value_size) for s in shapes}) != 1:
+        return None
+    text, generation = model.config.get_text_config(), getattr(model, "generation_config", None)
+    known = genai_config(text, len(shapes), shapes[0].heads, shapes[0].key_size, shared, generation)
+    if settings.embeds:
+        whole, rows = whole_config(model), position_rows(model)
+        known = with_embeds(known, whole, placeholders(model), rows, has_per_layer(backbone(model)))
+    return with_states(known, dummy_run(model).cache)

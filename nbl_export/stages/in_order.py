@@ -25,7 +25,7 @@ from nbl_export.settings import (
 )
 from nbl_export.stages.build import build, check_engines, check_limits, check_states
 from nbl_export.stages.calibrate import calibrate, check_calibration, check_text
-from nbl_export.stages.export import check_export_of, check_exporter, check_model, export
+from nbl_export.stages.export import check_export, check_model, export
 from nbl_export.stages.needs import check_disk, order, sizes_of_source
 from nbl_export.stages.rewrite import drop_baseline, rewrite
 from nbl_export.stages.run import Run, check_machine, opened
@@ -79,7 +79,7 @@ def check_asked(model: str, asked: RunSettings) -> None:
     check_alone()
     asked.check()
     check_machine(asked)
-    check_exporter(asked.exporting)
+    check_export(None, asked.exporting)
     if asked.engines:
         check_engines(None, asked.engines)
     check_text(model, asked.calibration)
@@ -93,7 +93,7 @@ def check_source(out: Path, source: ModelSource, asked: RunSettings) -> None:
     """
     from nbl_export.linearize.scores import check_selection
 
-    check_export_of(source, asked.exporting)
+    check_export(source, asked.exporting)
     config = check_calibration(out, source, asked.calibration)
     if isinstance(layers := getattr(config, "num_hidden_layers", None), int):
         most = most_blocks(layers, asked.calibration.parts)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.blocks import Block
-from nbl_export.errors import InputError
+from nbl_export.errors import InputError, NblError
 from nbl_export.files import read_json
-from nbl_export.graph.summary import ProofErrors
+from nbl_export.linearize.plan import load_plan
 from nbl_export.report.assemble import conversions_in, rewrite_of, selection_of
 from nbl_export.report.drawing import Table, mebibytes
 from nbl_export.report.selection import layers_table
 from nbl_export.report.tables import engines_table, forms_table, graph_table
 from nbl_export.tensorfile import format_of
-from nbl_export.workspace import ENGINE_SUFFIX as ENGINE
-from nbl_export.workspace import Workspace, is_package, is_workspace
+from nbl_export.workspace import ENGINE_SUFFIX, Workspace, is_package, is_workspace
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-    from nbl_export.linearize.plan import Plan
 
 
 def inspect(path: str | Path) -> list[Table]:
@@ -28,32 +26,24 @@ def inspect(path: str | Path) -> list[Table]:
 
     Raises :class:`InputError` for anything else.
     """
-    path = Path(path)
+    from nbl_export.export.sidecars import graph_in
+
+    path, kind = Path(path), ""
     if not path.exists():
         raise InputError(f"{path} does not exist: check the path.")
     if path.is_dir():
-        if is_workspace(path):
-            return _folder(path)
-        if is_package(path):
-            return _package(path)
+        if is_workspace(path) or is_package(path):
+            return _folder(path) if is_workspace(path) else _package(path)
         files = sorted(path.glob("*.safetensors"))
-        if files and _kind(files[0]).startswith("nbl-export/moments"):
-            return _moments(path)
-        from nbl_export.export.sidecars import graph_in
-
-        return _onnx(graph_in(path))
-    if path.suffix == ".onnx":
-        return _onnx(path)
-    if path.suffix == ENGINE:
-        return _engine(path)
-    if path.suffix in (".json", ".safetensors"):
-        kind = _kind(path)
-        if kind.startswith("nbl-export/engine"):
-            return _engine(path.with_suffix(ENGINE))
-        if kind.startswith("nbl-export/plan"):
-            return _plan(path)
-        if kind.startswith("nbl-export/moments"):
-            return _moments(path)
+        moments = bool(files) and format_of(files[0]).startswith(_MOMENTS)
+        return _moments(path) if moments else _onnx(graph_in(path))
+    if path.suffix == ".safetensors":
+        kind = format_of(path)
+    elif path.suffix == ".json" and isinstance(header := read_json(path, "The file", "check its path"), dict):
+        kind = str(header.get("format", ""))
+    for known, shown in _KINDS.items():
+        if path.suffix == known or kind.startswith(known):
+            return shown(path)
     raise InputError(
         f"{path} is not an ONNX file, engine, plan, moments file or output folder of nbl-export: check the path."
     )
@@ -74,20 +64,13 @@ def _package(path: Path) -> list[Table]:
     return [Table(f"Package {path}", ("", "value"), facts), *_onnx(path / found.graph)]
 
 
-def _kind(path: Path) -> str:
-    if path.suffix == ".json":
-        header = read_json(path, "The file", "check its path")
-        return str(header.get("format", "")) if isinstance(header, dict) else ""
-    return format_of(path)
-
-
 def _onnx(path: Path) -> list[Table]:
     from nbl_export.graph.cache import LAYERS_KEY, state_pairs
     from nbl_export.graph.facts import summarize
     from nbl_export.graph.io import load_graph
 
     model = load_graph(path)
-    s = summarize(model, path)
+    s, states = summarize(model, path), len(state_pairs(model))
     facts = (
         ("size on disk", mebibytes(s.file_bytes)),
         ("parameters", f"{s.parameters:,}"),
@@ -96,7 +79,7 @@ def _onnx(path: Path) -> list[Table]:
         ("nodes", f"{s.nodes:,}"),
         ("inputs / outputs", f"{s.inputs} / {s.outputs}"),
         ("KV pairs", str(s.kv_pairs)),
-        *((("states", str(states)),) if (states := len(state_pairs(model))) else ()),
+        *[("states", str(states))] * bool(states),
         ("rewritten by nbl-export", "yes" if LAYERS_KEY in model.metadata_props else "no"),
     )
     ops = tuple((op, f"{count:,}") for op, count in s.ops.items())
@@ -111,12 +94,12 @@ def _regions(model: ir.Model) -> Table:
     from nbl_export.graph.summary import DescribedLayer
 
     described = metadata_list(model, LAYERS_KEY, DescribedLayer)
-    replaced = ("linear", "dropped")
     rows: dict[Block, tuple[str, ...]] = {
-        r.layer: (str(r.layer), r.kind, "", "none", "done already") for r in described if r.kind in replaced
+        one.layer: (str(one.layer), one.kind, "", "none", "done already")
+        for one in described
+        if one.kind in ("linear", "dropped")
     }
-    pairs = {pair.index: pair for pair in kv_pairs(model)}
-    found = find_regions(model)
+    pairs, found = {pair.index: pair for pair in kv_pairs(model)}, find_regions(model)
     # Without a cache, and where layers attend to another's, the retained attention layers are numbered from 0.
     left = (i for i in range(len(found) + len(rows)) if i not in rows)
     every = len(pairs) == len(found) > 0
@@ -126,11 +109,10 @@ def _regions(model: ir.Model) -> Table:
         pair = pairs.get(region.pair) if region.pair is not None else None
         cache = str(pair.past[0].name) if pair else "none"
         if isinstance(region, Region):
-            how, stored = f"{region.style}, {region.ops} nodes", weight_format(region.projection)
-            facts = (how, stored, cache, "yes")
+            how = f"{region.style}, {region.ops} nodes"
+            rows[layer] = (str(layer), how, weight_format(region.projection), cache, "yes")
         else:
-            facts = ("", "", cache, f"no: {region.check} (found: {region.found})")
-        rows[layer] = (str(layer), *facts)
+            rows[layer] = (str(layer), "", "", cache, f"no: {region.check} (found: {region.found})")
     header = ("layer", "attention", "weights", "KV cache", "rewritable")
     return Table("Attention", header, tuple(rows[layer] for layer in sorted(rows)))
 
@@ -138,8 +120,8 @@ def _regions(model: ir.Model) -> Table:
 def _engine(path: Path) -> list[Table]:
     from nbl_export.engine.library import find_gpu
     from nbl_export.engine.manifest import check_runs, load_manifest
-    from nbl_export.errors import NblError
 
+    path = path.with_suffix(ENGINE_SUFFIX)
     manifest = load_manifest(path)
     try:
         here = f"yes, on {check_runs(manifest, gpu := find_gpu()) and gpu and gpu.name}"
@@ -172,9 +154,8 @@ def _engine(path: Path) -> list[Table]:
 
 
 def _plan(path: Path) -> list[Table]:
-    from nbl_export.linearize.plan import load_plan
-
     plan = load_plan(path)
+    ranks = ", ".join(f"{layer}: {rank}" for layer, rank in plan.ranks.items())
     facts = (
         ("model fingerprint", plan.model[:16]),
         ("layers", str(plan.layer_count)),
@@ -185,16 +166,10 @@ def _plan(path: Path) -> list[Table]:
         ("fit", plan.fit),
         ("ridge", "by held-out error" if plan.ridge is None else f"{plan.ridge:g}"),
         ("repair", f"{plan.repair:,} steps" if plan.repair else "none"),
-        ("rank", _ranks(plan)),
+        ("rank", ranks or ("full" if plan.rank is None else str(plan.rank))),
         ("calibration tokens", f"{plan.calibration_tokens:,}"),
     )
     return [Table(str(path), ("", "value"), facts)]
-
-
-def _ranks(plan: Plan) -> str:
-    if plan.ranks:
-        return ", ".join(f"{layer}: {rank}" for layer, rank in plan.ranks.items())
-    return "full" if plan.rank is None else str(plan.rank)
 
 
 def _moments(path: Path) -> list[Table]:
@@ -202,13 +177,7 @@ def _moments(path: Path) -> list[Table]:
 
     moments, metadata = load_moments(path)
     rows = tuple(
-        (
-            str(i),
-            f"{m.n:,}",
-            f"{m.xx.trace() / m.n:.4g}",
-            f"{m.hh.trace() / m.n:.4g}",
-            f"{m.yy.trace() / m.n:.4g}",
-        )
+        (str(i), f"{m.n:,}", *(f"{one.trace() / m.n:.4g}" for one in (m.xx, m.hh, m.yy)))
         for i, m in moments.layers.items()
     )
     note = f"Of the model {metadata['model'][:16]}. Energies are mean squared norms per token."
@@ -217,45 +186,42 @@ def _moments(path: Path) -> list[Table]:
 
 
 def _folder(path: Path) -> list[Table]:
-    workspace = Workspace.open(path)
-    info = workspace.model_info or {}
-    rows = []
-    for stage in workspace.stages:
-        record = workspace.record(stage)
-        if record is None:
-            rows.append((stage, "not yet", "", ""))
-        else:
-            damaged, stale = workspace.damaged_file(record), workspace.stale(stage)
+    ws = Workspace.open(path)
+    info, rows, tables = ws.model_info or {}, [], list[Table]()
+    for stage in ws.stages:
+        if record := ws.record(stage):
+            damaged, stale = ws.damaged_file(record), ws.stale(stage)
             done = "done, deleted" if record.dropped else "done"
             state = f"out of date: {stale}" if stale else f"damaged: {damaged}" if damaged else done
-            rows.append((stage, state, f"{record.seconds:.1f}", _settings(record.settings)))
-    proofs: tuple[ProofErrors, ...] = ()
-    inside = f", the language model of {info['wrapper']}" if info.get("wrapper") else ""
-    tables = [
-        Table(
-            f"{path}: {info.get('source', '?')}{inside}",
-            ("stage", "state", "seconds", "settings"),
-            tuple(rows),
-        )
-    ]
-    if workspace.record("rewrite") and workspace.rewrite_summary.exists():
-        rewritten = rewrite_of(workspace)
+            asked = ((key, _shown(value)) for key, value in record.settings.items())
+            rows.append((stage, state, f"{record.seconds:.1f}", " ".join(f"{k}={v}" for k, v in asked if v)))
+        else:
+            rows.append((stage, "not yet", "", ""))
+    rewritten = rewrite_of(ws) if ws.record("rewrite") and ws.rewrite_summary.exists() else None
+    if rewritten:
         tables.append(graph_table(rewritten.before, rewritten.after))
-        proofs = rewritten.proofs
-    if workspace.record("select"):
-        from nbl_export.linearize.plan import load_plan
-
-        tables.append(layers_table(selection_of(workspace, load_plan(workspace.plan)), proofs))
-    if forms := conversions_in(workspace):
+    if ws.record("select"):
+        proofs = rewritten.proofs if rewritten else ()
+        tables.append(layers_table(selection_of(ws, load_plan(ws.plan)), proofs))
+    if forms := conversions_in(ws):
         tables.append(forms_table(forms))
-    return tables
+    inside = f", the language model of {info['wrapper']}" if info.get("wrapper") else ""
+    title = f"{path}: {info.get('source', '?')}{inside}"
+    return [Table(title, ("stage", "state", "seconds", "settings"), tuple(rows)), *tables]
 
 
-def _settings(settings: dict[str, object]) -> str:
-    def shown(value: object) -> str:
-        if isinstance(value, dict):
-            return ",".join(f"{k}:{v}" for k, v in value.items() if v is not None)
-        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{k}:{v}" for k, v in value.items() if v is not None)
+    return ",".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
-    texts = ((k, shown(v)) for k, v in settings.items() if v is not None)
-    return " ".join(f"{k}={text}" for k, text in texts if text)
+
+_MOMENTS = "nbl-export/moments"
+# By the suffix of a file, or by the format that it says.
+_KINDS: dict[str, Callable[[Path], list[Table]]] = {
+    ".onnx": _onnx,
+    ENGINE_SUFFIX: _engine,
+    "nbl-export/engine": _engine,
+    "nbl-export/plan": _plan,
+    _MOMENTS: _moments,
+}

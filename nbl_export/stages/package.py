@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +54,6 @@ from nbl_export.stages.verify import case_of
 from nbl_export.workspace import PACKAGE, Places, Workspace, is_package, kept_digests
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
 
     from nbl_export.verify.case import Measurement
 
@@ -121,12 +119,8 @@ def package(
     and ``triton`` for Triton; with ``base`` it has the unmodified graph as well. The model that ``out`` was made from
     is not needed. Raises :class:`InputError` if the output folder has no report of its graph that says PASS.
     """
-    from nbl_export.export.layouts import LAYOUTS
-
     ws, to = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener)), Path(to)
     with ws.lock():
-        if layout not in LAYOUTS:
-            raise InputError(f"--layout {layout} is unknown: choose {', '.join(LAYOUTS)}.")
         ws.require("verify")
         report = load_report(ws.report / "report.json")
         if not report.passed:
@@ -137,8 +131,20 @@ def package(
         _check_place(ws, to)
         if base:
             check_baseline(ws)
-        with _made(to) as root:
-            return _write(ws, root, report, layout, base, listener or Silent())
+        beside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", suffix=TEMPORARY, dir=to.parent))
+        root, old = beside / "new", beside / "old"
+        try:
+            root.mkdir()
+            made = _write(ws, root, report, layout, base, listener or Silent())
+            if to.exists():
+                to.rename(old)
+            root.rename(to)
+            sync(to.parent)
+        finally:
+            if old.exists() and not to.exists():  # between the two renames
+                old.rename(to)
+            shutil.rmtree(beside, ignore_errors=True)
+    return made
 
 
 def _write(ws: Workspace, root: Path, report: Report, layout: str, base: bool, listener: Listener) -> Package:
@@ -146,45 +152,50 @@ def _write(ws: Workspace, root: Path, report: Report, layout: str, base: bool, l
     from nbl_export.engine.manifest import manifest_path
     from nbl_export.export.layouts import LAYOUTS
     from nbl_export.export.sidecars import GENAI
+    from nbl_export.graph.io import load_graph, save_graph
+    from nbl_export.runtime.session import check_like
 
-    shape, precision = LAYOUTS[layout], report.graph.precision
-    names = {LINEARIZED: shape.names(LINEARIZED, precision)}
-    if base:
-        names[BASE] = shape.names(BASE, precision)
-    graph, own = names[LINEARIZED][0], {LINEARIZED: ws.model, BASE: ws.baseline}
-    for role, (name, data) in names.items():
-        _write_graph(own[role], root / name, data, listener, shape.change)
+    shape, precision, info = LAYOUTS[layout], report.graph.precision, ws.model_info or {}
+    graphs = []
+    for role, own in ((LINEARIZED, ws.model), (BASE, ws.baseline))[: 1 + base]:
+        name, data = shape.names(role, precision)
+        graphs.append(root / name)
+        model = load_graph(own)
+        shape.change(model)
+        weights = (v.const_value for v in model.graph.initializers.values() if v.const_value is not None)
+        graphs[-1].parent.mkdir(parents=True, exist_ok=True)
+        with listener.task("Writing the graph", sum(one.nbytes for one in weights), "bytes") as task:
+            save_graph(model, graphs[-1], check_like(own), task.advance, data=data)
     records = [record for stage in ("export", "rewrite") if (record := ws.record(stage))]
     beside = (path for record in records for path in ws.paths(record) if path.parent == ws.root)
     copied = [path for path in beside if not path.name.startswith(ws.model.name)]
+    copied += [ws.plan, ws.plan.with_suffix(".safetensors"), ws.export_summary]
     if current_engines(ws):
         copied += [ws.engine, manifest_path(ws.engine)]
-    for path in (*copied, ws.plan, ws.plan.with_suffix(".safetensors"), ws.export_summary):
+    for path in copied:
         target = root / path.relative_to(ws.root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    shape.finish(root, [root / name for name, _ in names.values()], precision, report.graph.task is None)
+    shape.finish(root, graphs, precision, report.graph.task is None)
     engine = root / ws.engine.relative_to(ws.root)
-    if engine.exists() and (why := shape.engine(root, root / graph, engine)):
+    if engine.exists() and (why := shape.engine(root, graphs[0], engine)):
         listener.note(f"The engine {why}.")
     if not shape.genai:
         (root / GENAI).unlink(missing_ok=True)
-    source = part_from_json(ModelIdentity, ws.model_info or {}, "The record of the model", "start again")
+    source = part_from_json(ModelIdentity, info, "The record of the model", "start again")
     _write_heldout(ws, Places(root), source)
 
-    def name_of(path: Path) -> str:
-        return path.relative_to(root).as_posix()
+    def digests(paths: Iterable[Path]) -> dict[str, str]:
+        return {p.relative_to(root).as_posix(): sha256_of_file(p) for p in sorted(paths) if p.is_file()}
 
-    files = {name_of(path): sha256_of_file(path) for path in sorted(root.rglob("*")) if path.is_file()}
+    files = digests(root.rglob("*"))
     notes = (*(note.replace(str(ws.root), ws.root.name) for note in report.notes), _SAME)
     others = {n: d for n, d in report.hashes.items() if not n.startswith(ws.model.name)}
     public = without_paths(replace(report, hashes={**others, **files}, notes=notes))
-    files |= {name_of(path): sha256_of_file(path) for path in write_report(root / ws.report.name, public)}
-    named = replace(source, source=public.model.source)
+    files |= digests(write_report(root / ws.report.name, public))
+    named, graph = replace(source, source=public.model.source), graphs[0].relative_to(root).as_posix()
     made = Package(created(), __version__, named, report.selection.layers, precision, files, graph)
-    info = ws.model_info or {}
-    place, gguf = info.get("path"), info.get("gguf_file")
-    license = license_of(Path(place), gguf) if isinstance(place, str) else None
+    license = license_of(Path(info["path"]), info.get("gguf_file")) if info.get("path") else None
     write_text(root / CARD, model_card(public, license, layout))
     write_json(root / PACKAGE, {"schema": SCHEMA, **to_json(made)})
     return made
@@ -199,39 +210,6 @@ def _check_place(ws: Workspace, to: Path) -> None:
         raise InputError(f"{to} is not a folder: choose another --output.")
     if to.is_dir() and not is_package(to) and any(to.iterdir()):
         raise InputError(f"{to} has files that are no package: choose another --output, or an empty folder.")
-
-
-@contextmanager
-def _made(to: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes ``to`` if the block succeeds."""
-    beside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", suffix=TEMPORARY, dir=to.parent))
-    root, old = beside / "new", beside / "old"
-    root.mkdir()
-    try:
-        yield root
-        if to.exists():
-            to.rename(old)
-        root.rename(to)
-        sync(to.parent)
-    finally:
-        if old.exists() and not to.exists():  # between the two renames
-            old.rename(to)
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _write_graph(
-    source: Path, to: Path, data: str, listener: Listener, change: Callable[[ir.Model], None]
-) -> None:
-    """The graph at ``source`` with all its weights in its own file."""
-    from nbl_export.graph.io import load_graph, save_graph
-    from nbl_export.runtime.session import check_like
-
-    graph = load_graph(source)
-    change(graph)
-    size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with listener.task("Writing the graph", size, "bytes") as task:
-        save_graph(graph, to, check_like(source), task.advance, data=data)
 
 
 def _write_heldout(ws: Workspace, places: Places, source: ModelIdentity) -> None:

@@ -31,7 +31,6 @@ from nbl_export.errors import InputError
 from nbl_export.linearize.plan import DROPPED, Adapter, LinearLayer, Plan
 from nbl_export.progress import Silent
 from nbl_export.runtime.rows import MlxStream
-from nbl_export.stages.forms import DeciLm
 from tests.converting import WRONG, assert_as_in_pytorch, needs, stream_parity, wrongly
 from tests.tiny_types import tiny_model
 
@@ -126,7 +125,7 @@ def test_names_and_configuration_are_those_of_its_readers(
     assert again.block_configs == config.block_configs
 
 
-@needs(DeciLm)
+@needs("decilm")
 def test_it_computes_what_pytorch_does(tmp_path: Path, random_plan: RandomPlan) -> None:
     """In mlx-lm, which has the same form by other names."""
     model = tiny_model("llama", num_hidden_layers=4)

@@ -11,7 +11,6 @@ from nbl_export.convert.openvino import check_held, write_openvino
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.progress import Silent
 from nbl_export.runtime.openvino import FILE, TOKENIZERS
-from nbl_export.stages.forms import OpenVino
 from tests.convert.test_mlx import NoTokenizer
 from tests.converting import needs
 from tests.families import Calibrated, build, calibrated, unsaved
@@ -28,7 +27,7 @@ def case(folder: Path) -> Calibrated:
     return calibrated(folder)
 
 
-@needs(OpenVino)
+@needs("openvino")
 def test_an_earlier_file_is_gone_when_a_new_one_cannot_be_made(
     case: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,7 +40,7 @@ def test_an_earlier_file_is_gone_when_a_new_one_cannot_be_made(
     assert list(tmp_path.iterdir()) == []
 
 
-@needs(OpenVino)
+@needs("openvino")
 def test_a_tokenizer_that_is_not_converted_is_said(
     case: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -330,7 +330,7 @@ def test_what_an_encoder_cannot_have_is_refused_before_work(
     exporting: dict[str, Any],
     said: str,
 ) -> None:
-    monkeypatch.setattr("nbl_export.stages.in_order.check_exporter", lambda *_: None)
+    monkeypatch.setattr("nbl_export.stages.in_order.check_export", lambda *_: None)
     monkeypatch.setattr("nbl_export.stages.in_order.check_engines", lambda *_: None)
     model = Path(shutil.copytree(place / name, tmp_path / name))
     change: Callable[[Path], None] | None = changes.pop("change", None)

@@ -25,7 +25,6 @@ from nbl_export.progress import Silent
 from nbl_export.runtime.llama_cpp import LlamaCppStream, quantize
 from nbl_export.runtime.openvino import FILE, OpenVinoStream
 from nbl_export.runtime.rows import MlxStream, TransformersStream
-from nbl_export.stages.forms import Gguf, Mlx, OpenVino
 from nbl_export.verify.parity.compare import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.pytorch import record_pytorch
@@ -36,7 +35,7 @@ from tests.families import DECODERS, Calibrated, build, calibrated
 from tests.fixtures_graph import ragged_rows
 from tests.tiny_types import tiny_model
 
-GGUF = needs(Gguf)
+GGUF = needs("gguf")
 RandomPlan = Callable[[Any, Sequence[Block]], Plan]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -201,7 +200,7 @@ def test_a_weight_that_is_missing_is_said(tmp_path: Path, random_plan: RandomPla
         TransformersStream(tmp_path)
 
 
-MLX = needs(Mlx)
+MLX = needs("mlx")
 MLX_MODELS: dict[str, tuple[str, dict[str, Any], tuple[Block, ...]]] = {
     "llama": ("llama", {}, (0, 2, Mlp(3))),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, (1,)),
@@ -239,7 +238,7 @@ def test_a_wrong_folder_for_mlx_is_seen(change: str, tmp_path: Path, random_plan
     assert mlx_parity(tmp_path, model, plan).failures() != []
 
 
-OPENVINO = needs(OpenVino)
+OPENVINO = needs("openvino")
 # What keeps states of another kind; tests/convert/test_openvino.py sees it refused.
 USUAL = ("gemma2", "gpt_oss", "falcon-alibi")
 HYBRIDS = {"lfm2", "bamba", "nemotron_h", "falcon_h1", "qwen3_next", "minimax"}

@@ -23,8 +23,7 @@ from nbl_export.report.schema import load_bench, load_report
 from nbl_export.rewrite.replace import drop_layers
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.settings import BenchSettings
-from nbl_export.stages.bench_candidates import Against, bench_candidates, graphs_against
-from nbl_export.stages.forms import Gguf
+from nbl_export.stages.bench import bench_candidates, graphs_against
 from nbl_export.verify.speed.race import Harness
 from nbl_export.verify.speed.values import CellResult
 from tests.converting import needs
@@ -180,20 +179,20 @@ def test_bad_settings_are_refused_in_one_sentence(
 
 def test_an_output_folder_is_both_its_graphs(stories_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = [
-        Against("x, base", None, stories_out / "baseline" / "model.onnx"),
-        Against("x, linearized", "x, base", stories_out / "model.onnx"),
+        ("x, base", None, stories_out / "baseline" / "model.onnx"),
+        ("x, linearized", "x, base", stories_out / "model.onnx"),
     ]
     assert list(graphs_against([f"x={stories_out}"])) == both
     # Without a name it is the folder's, also where that is not written out.
     monkeypatch.chdir(stories_out / "baseline")
-    assert list(graphs_against(["."])) == [Against("baseline", None, Path("model.onnx"))]
-    assert [a.name for a in graphs_against([str(stories_out)])] == [
+    assert list(graphs_against(["."])) == [("baseline", None, Path("model.onnx"))]
+    assert [name for name, *_ in graphs_against([str(stories_out)])] == [
         "stories260K, base",
         "stories260K, linearized",
     ]
     # The last sign parts a name from its folder.
     (named,) = graphs_against([f"a=b={stories_out / 'baseline'}"])
-    assert (named.name, named.base) == ("a=b", None)
+    assert named[:2] == ("a=b", None)
 
 
 def test_graphs_that_cannot_be_told_apart_are_refused(stories_out: Path) -> None:
@@ -246,7 +245,7 @@ def test_who_takes_part_in_which_order(stories_out: Path, stories_copy: Path) ->
     settings = BenchSettings(peers=("dropped", "compile", "eager"))
     against = list(graphs_against([f"x={stories_out}"]))
     with ExitStack() as stack:
-        found = bench_candidates(resumed(stories_copy), against, settings, stack)
+        found = list(bench_candidates(resumed(stories_copy), against, settings, stack))
         assert [(c.name, c.base) for c in found] == [
             ("base", None),
             ("linearized", "base"),
@@ -265,11 +264,11 @@ def test_who_takes_part_in_which_order(stories_out: Path, stories_copy: Path) ->
         assert linearized.kv_bytes_per_token * 5 == base.kv_bytes_per_token * 3
         assert linearized.weight_macs - dropped.weight_macs == 2 * 64 * 64
     with ExitStack() as stack:
-        plain = bench_candidates(resumed(stories_copy), [], BenchSettings(), stack)
+        plain = list(bench_candidates(resumed(stories_copy), [], BenchSettings(), stack))
     assert [c.name for c in plain] == ["base", "linearized", "base again"]
 
 
-@needs(Gguf)
+@needs("gguf")
 def test_forms_take_part_each_with_its_own_base(stories_copy: Path) -> None:
     peer, to, precisions, called = "llama.cpp", "gguf", ("fp32", "q8_0"), ("F32", "Q8_0")
     settings = BenchSettings(peers=(peer,), contexts=(16,), batches=(2,), rounds=3, most=1)

@@ -24,15 +24,18 @@ from nbl_export.linearize.swap import linearized
 from nbl_export.packages import part
 from nbl_export.report.schema import load_report
 from nbl_export.settings.graphs import PRECISIONS
-from nbl_export.stages import forms as stage
-from nbl_export.stages.forms import FORMS, Form
+from nbl_export.stages.forms import FORMS, place_of
 from nbl_export.stages.inspection import inspect
+from nbl_export.workspace import Workspace
 from tests.converting import needs
 from tests.exhaustive import exhaustive
-from tests.finished import resumed
 from tests.listening import Notes
 
-here = needs(stage.Gguf)
+here = needs("gguf")
+
+
+def away() -> None:
+    raise MissingDependencyError("away")
 
 
 @pytest.fixture(scope="module")
@@ -101,18 +104,18 @@ def test_a_wrong_file_fails_and_the_exit_code_says_so(
     converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     out = Path(shutil.copytree(converted, tmp_path / "out", copy_function=shutil.copy2))
-    real = stage.Gguf.write
+    real = FORMS["gguf"].write
 
-    def wrong(self, place, plan, listener):  # type: ignore[no-untyped-def]
+    def wrong(model, place, plan, precision, listener):  # type: ignore[no-untyped-def]
         layers = {
             i: LinearLayer(one.w * np.float32(1.05), one.b)
             if change == "scaled W"
             else LinearLayer(one.w, 0 * one.b)
             for i, one in plan.layers.items()
         }
-        return real(self, place, replace(plan, layers=layers), listener)
+        return real(model, place, replace(plan, layers=layers), precision, listener)
 
-    monkeypatch.setattr(stage.Gguf, "write", wrong)
+    monkeypatch.setitem(FORMS, "gguf", replace(FORMS["gguf"], write=wrong))
     monkeypatch.setattr("sys.argv", ["nbl-export", "convert", str(out), "--precision", "q8_0", "--quiet"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -124,7 +127,7 @@ def test_a_wrong_file_fails_and_the_exit_code_says_so(
 def test_without_llama_cpp_the_file_is_written_and_the_check_says_what_to_install(
     stories_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage.Gguf, "is_here", classmethod(lambda _: False))
+    monkeypatch.setitem(FORMS, "gguf", replace(FORMS["gguf"], require=away))
     value = api.convert(stories_copy, api.ConvertSettings(precision="fp32"))
     stored, check = value.checks
     assert (
@@ -136,7 +139,7 @@ def test_without_llama_cpp_the_file_is_written_and_the_check_says_what_to_instal
     assert (stories_copy / value.file).is_file()
 
 
-@needs(stage.Mlx)
+@needs("mlx")
 def test_a_folder_for_mlx_is_proven_with_its_cache(stories_copy: Path) -> None:
     value = api.convert(stories_copy, api.ConvertSettings("mlx", "fp32"))
     assert value.passed and value.file == "mlx/fp32" and value.parity is not None
@@ -200,7 +203,7 @@ def test_what_llama_cpp_must_quantize_is_refused_without_it_before_any_work(
     assert sorted(stories_copy.rglob("*")) == before and not heard.tasks
 
 
-@needs(stage.DeciLm)
+@needs("decilm")
 def test_a_folder_for_decilm_says_what_leaving_b_out_costs(stories_copy: Path) -> None:
     value = api.convert(stories_copy, api.ConvertSettings("decilm", "fp32"))
     assert value.passed and value.file == "decilm/fp32" and value.parity is not None, value.checks
@@ -213,7 +216,7 @@ def test_a_folder_for_decilm_says_what_leaving_b_out_costs(stories_copy: Path) -
     assert list(report.forms) == ["decilm fp32"]
 
 
-@needs(stage.OpenVino)
+@needs("openvino")
 def test_a_folder_for_openvino_is_proven_with_its_cache_and_its_tokens(stories_copy: Path) -> None:
     value = api.convert(stories_copy, api.ConvertSettings("openvino", "fp16"))
     assert value.passed and value.file == "openvino/fp16" and value.parity is not None, value.checks
@@ -230,27 +233,17 @@ def test_a_folder_for_openvino_is_proven_with_its_cache_and_its_tokens(stories_c
 CASES = [(to, precision) for to, precisions in PRECISIONS.items() for precision in precisions]
 
 
-def form_of(to: str, precision: str, out: Path) -> Form:
-    return FORMS[to](resumed(out), precision)
-
-
 def test_no_two_are_in_one_place(stories_out: Path) -> None:
-    places = [form_of(*case, stories_out).place for case in CASES]
+    places = [place_of(Workspace.open(stories_out), *case) for case in CASES]
     assert len(set(places)) == len(CASES) and all(stories_out in place.parents for place in places)
 
 
 @pytest.mark.parametrize("to", FORMS)
-def test_an_engine_that_is_not_here(to: str, stories_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    form = form_of(to, PRECISIONS[to][-1], stories_out)
-    assert part(form.package).use
-
-    def away() -> Any:
-        raise MissingDependencyError("away")
-
-    monkeypatch.setattr(FORMS[to], "require", staticmethod(away))
-    assert not form.is_here() and not FORMS[to].is_here()
-    if form.written_without:
-        form.check_engine()
-    else:
-        with pytest.raises(MissingDependencyError, match=f"{form.needing} needs {form.package}: pip install"):
-            form.check_engine()
+def test_an_engine_that_is_not_here(to: str, stories_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = replace(FORMS[to], require=away)
+    monkeypatch.setitem(FORMS, to, form)
+    assert part(form.package).use and not form.is_here()
+    if form.needed(precision := PRECISIONS[to][-1]):
+        said = f"--to {to} --precision {precision} needs {form.package}: pip install"
+        with pytest.raises(MissingDependencyError, match=said):
+            api.convert(stories_copy, api.ConvertSettings(to, precision))  # type: ignore[arg-type]
