@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,27 +25,14 @@ from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.evaluate.retrieval import Answers, Question
-    from nbl_export.evaluate.tasks import EvalTask, Outcome
+    from nbl_export.evaluate.retrieval import Question
+    from nbl_export.evaluate.tasks import EvalTask
     from nbl_export.report.evaluation import Evaluation
 
 # What a kept answer is worth depends on how it was asked; a change there makes this another number.
 _ASKED = 1
 # A context for a model whose configuration sets no bound: what the longest default question needs, doubled.
 _UNBOUNDED = 2048
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What both graphs are asked: a task, or the questions of a context length; ``digest`` of its content.
-
-    ``answer`` takes a stream, the title of the progress and who listens to it, and gives a ``kind``.
-    """
-
-    title: str
-    digest: str
-    kind: type[Any]
-    answer: Callable[[Any, str, Listener], Any]
 
 
 def evaluate(
@@ -60,8 +47,64 @@ def evaluate(
     What one graph answered on one task is kept in ``nbl/eval``, so that an interrupted run goes on from
     there and the baseline is asked once for all plans. A failed gate is in the value (``passed``), not an exception.
     """
-    with opened(out, settings, listener, trust_remote_code, rehash, _check) as (run, resolved):
-        return _evaluate(run, resolved)
+    from nbl_export.evaluate.tasks import find_tasks
+    from nbl_export.report.evaluation import load_evaluation, write_evaluation
+    from nbl_export.runtime.session import require_onnxruntime
+
+    with opened(out, settings, listener, trust_remote_code, rehash, _check) as (run, asked):
+        require_onnxruntime()
+        ws, source = run.workspace, run.model.source
+        check_baseline(ws)
+        rewritten, exported = current_rewrite(ws), ws.require("export")
+        base = _files(ws, ws.baseline, exported)
+        # The linearized graph reads the data of the other.
+        shared = {name: digest for name, digest in base.items() if not name.endswith(ws.baseline.name)}
+        linearized = _files(ws, ws.model, rewritten) | shared
+        hashes = {"base": sha256_of_json(base), "linearized": sha256_of_json(linearized)}
+        if asked.chat_template and not run.model.tokenizer.chat_template:
+            raise InputError("This model's tokenizer has no chat template: leave out --chat-template.")
+        positions = model_positions(ws)
+        questions = _questions(run, asked, positions) if asked.retrieval else []
+        tasks = find_tasks(asked.tasks, asked) if asked.tasks else []
+        # The text of calibration is what retrieval hides its answers in.
+        made_of = {
+            MODEL: source.model,
+            SIDECARS: source.sidecars,
+            "rewrite": rewritten.result,
+            "calibrate": ws.require("calibrate").result,
+            "tasks": sha256_of_json([t.digest for t in tasks]),
+            "positions": str(positions),
+        }
+        device = run.on(asked.device)
+        where = graphs_setting(device)
+        with run.stage("eval", asked.as_json() | where, made_of, device) as work:
+            if work:
+                with graphs_on(device, work):
+                    common = {
+                        "model": [source.model, source.sidecars],
+                        "version": _ASKED,
+                        "positions": positions,
+                        **where,
+                    }
+                    answers = [
+                        _answers(
+                            run,
+                            asked,
+                            role,
+                            common | {"graph": digest},
+                            [*tasks, *questions],
+                            positions,
+                            work,
+                        )
+                        for role, digest in hashes.items()
+                    ]
+                if kept := sum(count for _, count in answers):
+                    work.note(f"eval: {kept} of {2 * len(answers[0][0])} results kept from before.")
+                pairs = list(zip(*(values for values, _ in answers), strict=True))
+                work.files = write_evaluation(
+                    ws.report, _compared(run, hashes, tasks, questions, asked, pairs)
+                )
+        return load_evaluation(ws.report / "eval.json")
 
 
 def _check(source: ModelSource, settings: EvalSettings) -> None:
@@ -71,119 +114,59 @@ def _check(source: ModelSource, settings: EvalSettings) -> None:
         check_tasks(settings.tasks)
 
 
-def _evaluate(run: Run, settings: EvalSettings) -> Evaluation:
-    from nbl_export.evaluate.tasks import find_tasks
-    from nbl_export.report.evaluation import load_evaluation, write_evaluation
-    from nbl_export.runtime.session import require_onnxruntime
-
-    require_onnxruntime()
-    ws = run.workspace
-    check_baseline(ws)
-    rewritten, exported = current_rewrite(ws), ws.require("export")
-    base = _files(ws, ws.baseline, exported)
-    # The linearized graph reads the data of the other.
-    shared = {name: digest for name, digest in base.items() if not name.endswith(ws.baseline.name)}
-    linearized = _files(ws, ws.model, rewritten) | shared
-    hashes = {"base": sha256_of_json(base), "linearized": sha256_of_json(linearized)}
-    if settings.chat_template and not run.model.tokenizer.chat_template:
-        raise InputError("This model's tokenizer has no chat template: leave out --chat-template.")
-    positions = model_positions(ws)
-    questions = _questions(run, settings, positions) if settings.retrieval else []
-    tasks = find_tasks(settings.tasks, settings) if settings.tasks else []
-    # The text of calibration is what retrieval hides its answers in.
-    made_of = {
-        MODEL: run.model.source.model,
-        SIDECARS: run.model.source.sidecars,
-        "rewrite": rewritten.result,
-        "calibrate": ws.require("calibrate").result,
-        "tasks": sha256_of_json([t.digest for t in tasks]),
-        "positions": str(positions),
-    }
-    device = run.on(settings.device)
-    where = graphs_setting(device)
-    asked = _asked(run, settings, tasks, questions, positions or _UNBOUNDED)
-
-    with run.stage("eval", settings.as_json() | where, made_of, device) as work:
-        if work:
-            answers: dict[str, list[Any]] = {}
-            kept = 0
-            with graphs_on(device, work):
-                for role, path in (("base", ws.baseline), ("linearized", ws.model)):
-                    stream: Any = None  # one graph is in memory at a time, and none if nothing is asked of it
-                    answers[role] = []
-                    for one in asked:
-                        key = {
-                            "graph": hashes[role],
-                            "model": [run.model.source.model, run.model.source.sidecars],
-                            "asked": one.digest,
-                            "version": _ASKED,
-                            "positions": positions,
-                            **where,
-                        }
-                        file = ws.evaluations / f"{sha256_of_json(key)[:32]}.json"
-                        value = _kept(one.kind, file)
-                        kept += value is not None
-                        if value is None:
-                            stream = stream or _opened(path, positions or _UNBOUNDED)
-                            value = one.answer(stream, f"{role}: {one.title}", work)
-                            write_sealed(file, to_json(value))
-                        answers[role].append(value)
-            if kept:
-                work.note(f"eval: {kept} of {2 * len(asked)} results kept from before.")
-            pairs = list(zip(answers["base"], answers["linearized"], strict=True))
-            found = _compared(run, hashes, tasks, questions, settings, pairs)
-            work.files = write_evaluation(ws.report, found)
-    return load_evaluation(ws.report / "eval.json")
-
-
 def _files(ws: Workspace, graph: Path, record: StageRecord) -> dict[str, str]:
     """The digests of a graph and its data files; what lies beside them is for consumers."""
     prefix = graph.relative_to(ws.root).as_posix()
     return {name: digest for name, digest in record.files.items() if name.startswith(prefix)}
 
 
-def _asked(
+def _answers(
     run: Run,
     settings: EvalSettings,
-    tasks: Sequence[EvalTask],
-    questions: Sequence[Sequence[Question]],
-    positions: int,
-) -> list[_Asked]:
+    role: str,
+    common: Mapping[str, Any],
+    asked: Sequence[EvalTask | list[Question]],
+    positions: int | None,
+    listener: Listener,
+) -> tuple[list[Any], int]:
+    """What one graph answers to each task and to the questions of each length, and how many were kept."""
     from nbl_export.evaluate.retrieval import HIDDEN, Answers, answer
     from nbl_export.evaluate.scoring import Limits, log_likelihoods
     from nbl_export.evaluate.tasks import Outcome, run_task
-
-    limits = Limits(positions, len(run.model.tokenizer), settings.batch_size)
-
-    def task(of: EvalTask, stream: Any, title: str, listener: Listener) -> Outcome:
-        from nbl_export.evaluate.harness import DecoderLM
-
-        return run_task(DecoderLM(stream, run.model.tokenizer, limits, listener, title), of, settings)
-
-    def retrieval(of: Sequence[Question], stream: Any, title: str, listener: Listener) -> Answers:
-        with listener.task(title, len(of) * HIDDEN, "answers") as progress:
-            return answer(lambda pairs: log_likelihoods(stream, pairs, limits, progress.advance), of)
-
-    found = [_Asked(one.name, one.digest, Outcome, partial(task, one)) for one in tasks]
-    for same in questions:
-        digest = sha256_of_json([asdict(question) for question in same])
-        found.append(_Asked(f"{same[0].context} tokens", digest, Answers, partial(retrieval, same)))
-    return found
-
-
-def _opened(graph: Path, positions: int) -> Any:
     from nbl_export.runtime.ort import ort_stream
     from nbl_export.runtime.session import fit, session_bytes
 
-    # A small session is slower: in half precision it converts its weights in each pass.
-    return ort_stream(graph, positions, small=not fit(session_bytes(graph)))
+    ws, tokenizer, most = run.workspace, run.model.tokenizer, positions or _UNBOUNDED
+    graph, limits = (
+        ws.baseline if role == "base" else ws.model,
+        Limits(most, len(tokenizer), settings.batch_size),
+    )
+    stream: Any = None  # one graph is in memory at a time, and none if nothing is asked of it
+    values, kept = [], 0
+    for one in asked:
+        kind = Answers if isinstance(one, list) else Outcome
+        digest = sha256_of_json([asdict(q) for q in one]) if isinstance(one, list) else one.digest
+        file = ws.evaluations / f"{sha256_of_json({**common, 'asked': digest})[:32]}.json"
+        value: Any = None
+        with suppress(InputError):  # a damaged file is asked anew
+            value = from_json(kind, read_sealed(file, "", ""), "", "")  # type: ignore[arg-type]
+        kept += value is not None
+        if value is None:
+            # A small session is slower: in half precision it converts its weights in each pass.
+            stream = stream or ort_stream(graph, most, small=not fit(session_bytes(graph)))
+            if isinstance(one, list):
+                title = f"{role}: {one[0].context} tokens"
+                with listener.task(title, len(one) * HIDDEN, "answers") as progress:
+                    score = partial(log_likelihoods, stream, limits=limits, advance=progress.advance)
+                    value = answer(score, one)
+            else:
+                from nbl_export.evaluate.harness import DecoderLM  # needs lm-eval, which retrieval does not
 
-
-def _kept(kind: type[Any], path: Path) -> Any:
-    """What was kept; a damaged file is asked anew."""
-    with suppress(InputError):
-        return from_json(kind, read_sealed(path, "", ""), "", "")
-    return None
+                lm = DecoderLM(stream, tokenizer, limits, listener, f"{role}: {one.name}")
+                value = run_task(lm, one, settings)
+            write_sealed(file, to_json(value))
+        values.append(value)
+    return values, kept
 
 
 def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[list[Question]]:
