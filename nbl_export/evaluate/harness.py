@@ -13,7 +13,6 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from nbl_export.errors import InputError
 from nbl_export.evaluate.chat import in_chat_template
 from nbl_export.evaluate.scoring import Limits, Pair, greedy, log_likelihoods
 from nbl_export.progress import Listener
@@ -114,10 +113,6 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         kinds: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for i, request in enumerate(requests):
             kwargs = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
-            if kwargs["do_sample"]:
-                raise InputError(
-                    "A task samples its answers, but nbl-export decodes greedily: leave that task out."
-                )
             stops = tuple(handle_stop_sequences(list(kwargs["until"]), eos=end))
             kinds.setdefault((self._max_tokens(kwargs["max_gen_toks"]), stops), []).append(i)
         with self.listener.task(self.title, len(requests), "answers") as task:

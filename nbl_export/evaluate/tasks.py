@@ -14,14 +14,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.calibrate.documents import documents
-from nbl_export.errors import InputError, MissingDependencyError, NblError, first_line
+from nbl_export.errors import InputError, NblError, first_line
 from nbl_export.files import jsonable, read_table, sha256_of_json, user_path
 from nbl_export.models.libraries import quiet
-from nbl_export.packages import part
+from nbl_export.packages import missing
 from nbl_export.settings import EvalSettings
 
 if TYPE_CHECKING:
@@ -30,16 +31,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # The metric whose recovery is reported, for a task that does not define one: the first of these it has.
 _HEADLINES = ("acc_norm", "acc", "exact_match", "f1")
-_LETTERS = 26
 # Few-shot examples are drawn from this many rows that are not asked; more would only enlarge the digest.
 _POOL = 64
-
-
-def require_lm_eval() -> None:
-    """Raise :class:`MissingDependencyError` with the pip command if the harness is not installed."""
-    for name in ("lm_eval", "datasets"):
-        if importlib.util.find_spec(name) is None:
-            raise MissingDependencyError(f"Tasks need {name}: {part('lm-eval').pip}.")
 
 
 @dataclass(frozen=True)
@@ -77,11 +70,12 @@ class EvalTask:
 def check_tasks(sources: Sequence[str]) -> None:
     """Refuse, before any work, ``sources`` that are no tasks: files and folders that are not there, unknown names.
 
-    Raises the errors of :func:`find_tasks`, as far as no task has to be read for them.
+    Raises the errors of :func:`find_tasks`, as far as no task has to be read for them, and
+    :class:`MissingDependencyError` with the pip command if the harness is not installed.
     """
     named = [source for source in sources if task_files(source) is None]
-    if sources:
-        require_lm_eval()
+    if sources and importlib.util.find_spec("lm_eval") is None:
+        raise missing("lm-eval", "A task")
     for name in named:
         if not name.endswith((".yaml", ".yml")) and name not in _manager().all_tasks:
             close = difflib.get_close_matches(name, _manager().all_tasks, 3)
@@ -111,17 +105,6 @@ def find_tasks(sources: Sequence[str], settings: EvalSettings) -> list[EvalTask]
     return list(found.values())
 
 
-def _asked(settings: EvalSettings) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    return {
-        "few_shot": settings.few_shot,
-        "seed": settings.seed,
-        "chat_template": settings.chat_template,
-        "lm_eval": version("lm_eval"),
-    }
-
-
 # local rows ---------------------------------------------------------------------------------------
 
 
@@ -133,16 +116,12 @@ def shapes() -> Mapping[str, Any]:
 
 def task_files(source: str) -> list[Path] | None:
     """The files of a local source; None for a name. Raises :class:`InputError` for a path without tasks."""
-    path = user_path(source, "The task")
-    if path.is_file() and not path.name.endswith((".yaml", ".yml")):
-        if not path.name.lower().endswith(SUFFIXES):
-            raise InputError(f"{source} is not a task: give a {', '.join(SUFFIXES)} file.")
-        return [path]
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file() and p.name.lower().endswith(SUFFIXES))
-        if not files:
-            raise InputError(f"The folder {source} has no tasks: no {', '.join(SUFFIXES)} file in it.")
-        return files
+    path, yaml = user_path(source, "The task"), source.endswith((".yaml", ".yml"))
+    if path.is_dir() or (path.is_file() and not yaml):
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        if found := [p for p in files if p.is_file() and p.name.lower().endswith(SUFFIXES)]:
+            return found
+        raise InputError(f"{source} has no tasks: give a {', '.join(SUFFIXES)} file, or a folder of them.")
     ends = source.lower().endswith((*SUFFIXES, ".json", ".gz", ".zst"))
     if (source.startswith((".", "/", "~")) or ends) and not path.exists():
         raise InputError(f"The task {source} does not exist: check the path.")
@@ -184,8 +163,18 @@ def task_of_rows(path: Path, settings: EvalSettings) -> EvalTask:
     }
     with quiet():
         built = ConfigurableTask(config=config)
-    digest = sha256_of_json([splits, shape, _asked(settings)])
+    digest = _digest(splits, shape, settings)
     return EvalTask(name, path.name, digest, len(rows), built, scored=shape["scored"])
+
+
+def _digest(content: Any, how: Any, settings: EvalSettings) -> str:
+    asked = {
+        "few_shot": settings.few_shot,
+        "seed": settings.seed,
+        "chat_template": settings.chat_template,
+        "lm_eval": version("lm_eval"),
+    }
+    return sha256_of_json([content, how, asked])
 
 
 def _read_rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
@@ -202,29 +191,27 @@ def _read_rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
     return rows
 
 
+_WANTED = {
+    "choices": "a list of two or more texts, none of them empty",
+    "gold": "the number of one of the choices, counted from 0",
+}
+
+
 def _problem(row: Mapping[str, Any], shape: Mapping[str, Any]) -> str:
     """What is wrong with a row, in words; nothing if it can be asked."""
     for name in shape["fields"]:
-        if name not in row:
-            return f"no field {name!r}, unlike the rows before it; all rows of a file need the same fields"
-        if name not in ("choices", "gold") and not isinstance(row[name], str):
-            return f"{name!r} is not text"
-        if name in ("target", "answer") and not row[name].strip():
-            return f"{name!r} is empty"
+        value = row.get(name)
+        if name == "choices":
+            good = isinstance(value, list) and len(value) > 1 and all(isinstance(c, str) and c for c in value)
+        elif name == "gold":
+            good = type(value) is int and 0 <= value < len(row["choices"])
+        else:
+            good = isinstance(value, str) and bool(value.strip() or name not in ("target", "answer"))
+        if not good:
+            said = f"it must be {_WANTED.get(name, 'text')}, as in every row of the file"
+            return f"{name!r} is {value!r:.80}; {said}" if name in row else f"no field {name!r}; {said}"
     if "blank" in shape and "_" not in row[shape["blank"]]:
         return f"{shape['blank']!r} has no blank (_) for the choices"
-    if "choices" not in shape["fields"]:
-        return ""
-    choices, gold = row["choices"], row["gold"]
-    good = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
-    if not good or len(choices) < 2:
-        return "'choices' must be a list of two or more texts, none of them empty"
-    if "subject" in shape["fields"] and len(choices) > _LETTERS:
-        return f"{len(choices)} choices; there are letters for {_LETTERS}"
-    if type(gold) is not int or not 0 <= gold < len(choices):
-        return (
-            f"'gold' is {gold!r}; it must be the number of one of the {len(choices)} choices, counted from 0"
-        )
     return ""
 
 
@@ -286,7 +273,7 @@ def _from_harness(own: str, task: Any, source: str, settings: EvalSettings) -> E
     # A function without source code is shown with its address, which changes in every run.
     config = re.sub(r" at 0x[0-9a-fA-F]+", "", str(sorted(task.dump_config().items())))
     documents = [jsonable(dict(task.eval_docs[i])) for i in indices]
-    digest = sha256_of_json([documents, config, _asked(settings)])
+    digest = _digest(documents, config, settings)
     return EvalTask(own, source, digest, total, task, None if len(indices) == total else indices)
 
 

@@ -54,7 +54,6 @@ from nbl_export.stages.verify import case_of
 from nbl_export.workspace import PACKAGE, Places, Workspace, is_package, kept_digests
 
 if TYPE_CHECKING:
-
     from nbl_export.verify.case import Measurement
 
 SCHEMA = "nbl-export/package/1"

@@ -244,14 +244,6 @@ def takes_the_last(prompt: str) -> str:
     return str(re.findall(r"door is (\d+)\.", prompt)[-1])
 
 
-def windowed(prompt: str) -> str:
-    """Sees the last half only, and takes the last code where the right one lies before it."""
-    half = prompt[len(prompt) // 2 :]
-    door = prompt.rsplit(" door", 1)[0].rsplit(" ", 1)[1]
-    found = re.findall(rf"The code of the {door} door is (\d+)\.", half)
-    return str(found[0]) if found else takes_the_last(prompt)
-
-
 def test_who_looks_up_is_always_right(filler: Filler) -> None:
     found = answer(model(looks_up), ask(filler, encode, 1000, 40, seed=0))
     assert found.choice == found.exact == (1.0,) * 40
@@ -265,16 +257,6 @@ def test_who_only_copies_some_code_is_right_by_chance(filler: Filler) -> None:
         lambda pairs: [Scored(-3.0, False)] * len(pairs), ask(filler, encode, 1000, 40, seed=0)
     )
     assert sum(indifferent.choice) == 40 / HIDDEN and sum(indifferent.exact) == 0
-
-
-def test_who_sees_half_of_the_context_is_right_about_half_of_the_depths(filler: Filler) -> None:
-    questions = ask(filler, encode, 1200, 80, seed=0)
-    found = answer(model(windowed), questions)
-    by_part = [
-        np.mean([c for c, q in zip(found.choice, questions, strict=True) if q.gold == p])
-        for p in range(HIDDEN)
-    ]
-    assert by_part[0] == 0 and by_part[3] == 1
 
 
 def test_questions_are_as_long_as_asked_and_hide_what_they_ask(filler: Filler) -> None:

@@ -148,20 +148,6 @@ def test_a_run_that_would_be_refused_is_refused(
     assert snapshot(stories_copy) == before
 
 
-def test_a_disk_without_room_refuses_what_is_still_to_do(
-    ahead: Callable[..., DryRun],
-    stories_folder: Path,
-    tmp_path: Path,
-    calibration: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As the run would, before its first minute; a run that keeps its calibration and export needs little."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 1 << 20))
-    with pytest.raises(InputError, match="has 1 MiB free, and this run needs about"):
-        api.dry_run(stories_folder, tmp_path / "new", TWO, calibration, VERIFY)
-    assert whys(ahead(THREE))["calibrate"] is None
-
-
 # dry run asked -------------------------------------------------------------------------------------
 
 

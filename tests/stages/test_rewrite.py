@@ -68,22 +68,6 @@ def test_the_graph_is_the_baseline_rewritten_by_the_plan(stories_copy: Path, tmp
     assert again.kept == ["rewrite"]
 
 
-def test_the_disk_has_one_model(stories_copy: Path) -> None:
-    """Beside the baseline's data, the linearized graph has W and b alone."""
-    replan(stories_copy, (1, 3))
-    rewrite(resumed(stories_copy))
-    ws = Workspace.open(stories_copy)
-    files = external_files(load_graph(ws.model))
-    shared = ws.baseline.with_name("model.onnx.data")
-    assert files == [shared, ws.model.with_name("model.onnx.data")]
-    assert files[1].stat().st_size == 2 * 64 * 64 * 4
-    record = ws.record("rewrite")
-    assert record is not None and "baseline/model.onnx.data" not in record.files
-    summary = json.loads(ws.rewrite_summary.read_text())
-    whole = ws.baseline.stat().st_size + shared.stat().st_size
-    assert summary["before"]["file_bytes"] == whole > summary["after"]["file_bytes"] > 0.8 * whole
-
-
 def test_another_export_takes_the_rewritten_graph_away(stories_copy: Path) -> None:
     """It reads the weights that are replaced."""
     api.export(stories_copy, api.ExportSettings("bf16"))
@@ -92,19 +76,6 @@ def test_another_export_takes_the_rewritten_graph_away(stories_copy: Path) -> No
         current_rewrite(Workspace.open(stories_copy))
     api.rewrite(stories_copy)
     assert current_rewrite(Workspace.open(stories_copy)).key
-
-
-def test_files_beside_the_graph_follow_the_plan(stories_copy: Path) -> None:
-    replan(stories_copy, (0, 2))
-    rewrite(resumed(stories_copy))
-    beside = {p.name for p in (stories_copy / "baseline").iterdir() if not p.name.startswith("model.onnx")}
-    assert beside <= {p.name for p in stories_copy.iterdir()}
-    found = json.loads((stories_copy / "genai_config.json").read_text())["model"]["decoder"]
-    before = json.loads((stories_copy / "baseline" / "genai_config.json").read_text())["model"]["decoder"]
-    assert (before.pop("num_hidden_layers"), found.pop("num_hidden_layers")) == (5, 3)
-    assert found == before
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (stories_copy / name).read_bytes() == (stories_copy / "baseline" / name).read_bytes()
 
 
 def test_a_plan_of_another_model_is_refused_and_the_old_graph_stays(stories_copy: Path) -> None:

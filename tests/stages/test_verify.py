@@ -19,7 +19,7 @@ from nbl_export.stages.run import Run, redrawn
 from nbl_export.stages.verify import verify
 from nbl_export.verify.parity.figures import DecoderParity, MethodLoss
 from nbl_export.workspace import Workspace
-from tests.finished import QUICK, TWO, VERIFY, resumed, state, times
+from tests.finished import QUICK, TWO, VERIFY, resumed
 from tests.fixtures_graph import perturb, rerecord
 from tests.interruptions import killed_at_change
 from tests.listening import Notes
@@ -200,16 +200,6 @@ def test_the_run_passes_and_exactly_two_kv_pairs_are_gone(stories_out: Path) -> 
     assert len(plan.chosen) == 2 and plan.attention_layers == tuple(
         i for i in range(5) if i not in plan.chosen
     )
-
-
-def test_a_second_run_does_no_work(stories_copy: Path, stories_folder: Path, calibration: Any) -> None:
-    before, files = state(stories_copy), times(stories_copy)
-    notes = Notes()
-    report = api.run(stories_folder, stories_copy, TWO, calibration, VERIFY, notes)
-    assert report.passed
-    assert notes.kept == ["calibrate", "select", "export", "rewrite", "verify"]
-    assert state(stories_copy) == before
-    assert times(stories_copy) == files
 
 
 @pytest.mark.parametrize(
