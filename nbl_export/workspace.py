@@ -22,7 +22,7 @@ from nbl_export.digests import Digests
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.files import locked, member, read_json, sweep, write_json
 from nbl_export.progress import Listener
-from nbl_export.records import T, from_json, part_from_json
+from nbl_export.records import from_json
 from nbl_export.stage_record import STAGES, StageRecord, input_in_words, key_of, kind_of
 
 STATE_VERSION = 1
@@ -227,14 +227,6 @@ class Workspace(Places):
     def record(self, stage: str) -> StageRecord | None:
         """The record of a finished stage, or None; its names are files of this folder."""
         return self._state.stages.get(stage)
-
-    def asked(self, stage: str, kind: type[T]) -> T:
-        """Of what was asked of a stage, the settings that the dataclass ``kind`` has, or its defaults."""
-        record = self.record(stage)
-        what = f"The record of what was asked of stage {stage} in {self.state_path}"
-        return part_from_json(
-            kind, record.settings if record else {}, what, f"run `nbl-export {stage}` again"
-        )
 
     def paths(self, record: StageRecord) -> list[Path]:
         """The files of a record."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +22,6 @@ if TYPE_CHECKING:
     from nbl_export.engine.build import EngineFile
     from nbl_export.engine.network import Limits
     from nbl_export.models.source import ModelSource
-
-_EXPORT_AGAIN = "run `nbl-export export` again"
-
-
-@dataclass(frozen=True)
-class _Exported:
-    precision: str
 
 
 def build(
@@ -62,13 +55,12 @@ def build(
             "gpu": None if library.ahead_of_time or gpu is None else asdict(gpu),
             **asdict(shapes),
         }
-        ws.require("export")
-        exported = ws.asked("export", _Exported)
+        exported = ws.require("export").settings
         with run.stage("build", recorded, {"rewrite": rewritten.result}) as work:
             if work:
                 check_baseline(ws)
                 plan = load_plan(ws.plan)
-                if exported.precision == "fp32":
+                if exported["precision"] == "fp32":
                     work.note(
                         "The graphs are fp32, so the engines are too, without fused attention; for half precision: "
                         f"nbl-export export {ws.root} --precision fp16 --kv-cache static, then rewrite and build."
@@ -121,16 +113,15 @@ def check_limits(settings: EngineSettings, positions: int | None) -> Limits:
 def model_positions(ws: Workspace) -> int | None:
     """The model's number of positions, from the configuration of the baseline graph, or of the other one without it."""
     path = (ws.baseline if ws.baseline.exists() else ws.model).with_name("config.json")
-    config = read_json(path, "The baseline's configuration", _EXPORT_AGAIN)
-    text = config.get("text_config") or {} if isinstance(config, dict) else None
-    if not isinstance(text, dict):
-        raise InputError(f"{path} is not a configuration of a model: {_EXPORT_AGAIN}.")
-    both = {**config, **text}
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    found = next((both[name] for name in names if both.get(name)), None)
-    if found and type(found) is not int:
-        raise InputError(f"{path} has {found!r:.100} positions, which is no number: {_EXPORT_AGAIN}.")
-    return found or None
+    config = read_json(path, "The baseline's configuration", "run `nbl-export export` again")
+    try:
+        both = {**config, **(config.get("text_config") or {})}
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        return next((int(both[name]) for name in names if both.get(name)), None)
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(
+            f"{path} is not a configuration of a model: run `nbl-export export` again."
+        ) from None
 
 
 def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
@@ -149,8 +140,6 @@ def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
 
 def passed_over(ws: Workspace) -> str | None:
     """Why the engines in the folder are not those of its graphs, if there are such."""
-    why = ws.stale("build") if ws.record("build") else None
-    return (
-        why
-        and f"the engines in {ws.engine.parent} are of other graphs ({why}): run `nbl-export build {ws.root}`"
-    )
+    if ws.record("build") is None or not (why := ws.stale("build")):
+        return None
+    return f"the engines in {ws.engine.parent} are of other graphs ({why}): run `nbl-export build {ws.root}`"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +40,8 @@ def rewrite(
         ws = run.workspace
         made_of = {stage: ws.require(stage).result for stage in ("select", "export")}
         if whole is None:
-            whole = ws.asked("rewrite", _Asked).whole
+            before = ws.record("rewrite")
+            whole = before is not None and bool(before.settings.get("whole"))
         with run.stage("rewrite", {"whole": True} if whole else {}, made_of) as work:
             if work:
                 check_baseline(ws)
@@ -73,13 +73,6 @@ def rewrite_onnx(
 
     check_alone()
     return rewrite_foreign(Path(onnx), Path(plan), Path(out), listener)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What a rewrite was asked for."""
-
-    whole: bool = False
 
 
 def check_baseline(ws: Workspace) -> None:

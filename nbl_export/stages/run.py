@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from nbl_export.errors import InputError, os_error_in_words
+from nbl_export.errors import os_error_in_words
 from nbl_export.files import sha256_of_file, write_json
 from nbl_export.models.device import check_device
 from nbl_export.models.loaded import LoadedModel
@@ -160,16 +160,13 @@ def opened(
             workspace.set_model(source.as_json())
             return workspace, source
         workspace = Workspace.open(place, digests)
-        info = workspace.model_info
-        if info is None:
-            raise InputError(f"{out} records no model: start with `nbl-export calibrate MODEL -o {out}`.")
 
         def early(one: ModelSource) -> None:
             for stage in read_by(wanted := resolved(one), task_named(one.task)):
                 workspace.finished(stage)
             check(one, wanted)
 
-        source = same_model(info, trust_remote_code, workspace.digests, early, at)
+        source = same_model(workspace.model_info or {}, trust_remote_code, workspace.digests, early, at)
         if at is None:
             workspace.found_model(source.as_json())
         else:

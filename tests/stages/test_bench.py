@@ -10,18 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
 import pytest
 
 from nbl_export import api
 from nbl_export.errors import InputError
-from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.records import from_json
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_bench, load_report
-from nbl_export.rewrite.replace import drop_layers
-from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.settings import BenchSettings
 from nbl_export.stages.bench import bench_candidates, graphs_against
 from nbl_export.verify.speed.race import Harness
@@ -29,36 +24,6 @@ from nbl_export.verify.speed.values import CellResult
 from tests.converting import needs
 from tests.finished import resumed
 from tests.listening import Notes
-
-
-def test_layers_left_out_write_nothing(stories_out: Path, tmp_path: Path) -> None:
-    """The graph equals the linearized one whose W and b are zero."""
-    dropped, nothing = load_graph(stories_out / "model.onnx"), load_graph(stories_out / "model.onnx")
-    drop_layers(dropped)
-    assert len(list(dropped.graph)) < len(list(nothing.graph))
-    assert not any("nbl_linear" in str(v.name) for node in dropped.graph for v in node.outputs)
-    for node in nothing.graph:
-        if any("nbl_linear" in str(v.name) for v in node.outputs):
-            for value in node.inputs:
-                if value is not None and value.const_value is not None:
-                    zeros = np.zeros(value.const_value.shape.numpy(), np.float32)
-                    value.const_value = ir.tensor(zeros, name=value.name)
-    ids = np.arange(12)[None]
-    inputs = ids, np.ones_like(ids), ids
-    logits = []
-    for name, graph in (("dropped", dropped), ("nothing", nothing)):
-        path = tmp_path / name / "model.onnx"
-        save_graph(graph, path)
-        decoder = OrtDecoder(path)
-        logits.append(decoder(*inputs, decoder.empty_past(1)).logits)
-    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=1e-5)
-    with pytest.raises(InputError, match="not simply added"):
-        twice = load_graph(stories_out / "model.onnx")
-        output = next(v for n in twice.graph for v in n.outputs if "nbl_linear.output" in str(v.name))
-        twice.graph.outputs.append(output)
-        next(iter(output.uses())).node.op_type = "Sub"
-        drop_layers(twice)
-
 
 # the stage ---------------------------------------------------------------------------------------
 

@@ -369,13 +369,3 @@ def test_a_stage_that_fails_is_not_done(
     assert Workspace.open(out).record("calibrate") is None
     assert work_on(tiny_folder, out, 1)
     assert Workspace.open(out).is_done("calibrate", key_of("calibrate", {"a": 1}, {}))
-
-
-def test_a_folder_that_records_no_model(tiny_folder: Path, out: Path) -> None:
-    work_on(tiny_folder, out, 1)
-    state = json.loads((out / "nbl" / "workspace.json").read_text())
-    (out / "nbl" / "workspace.json").write_text(json.dumps({**state, "model": None}))
-    with pytest.raises(
-        InputError, match=rf"records no model: start with `nbl-export calibrate MODEL -o {out}`"
-    ):
-        api.export(out)
