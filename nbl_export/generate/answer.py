@@ -57,16 +57,6 @@ class Figures:
     decoded_tokens: int
     decode_seconds: float
 
-    @property
-    def prefill_rate(self) -> float | None:
-        """Tokens per second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None
-
-    @property
-    def decode_rate(self) -> float | None:
-        """Tokens per second; None if none was decoded, since the first one comes of the prefill."""
-        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else None
-
 
 @dataclass(frozen=True)
 class Generated:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +44,14 @@ def stop_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
 
     Models name several, for the end of a text and of a turn, and not all in one place.
     """
-    found = set(_ids(tokenizer.eos_token_id))
+    found = {tokenizer.eos_token_id}
     for path in (folder / name for name in _CONFIGS):
         if path.is_file():
             config = read_json(path, "The configuration of the graph", "export the model again")
-            nested = config.get("text_config") if isinstance(config, dict) else None
-            for each in (config, nested):
-                found |= set(_ids(each.get("eos_token_id") if isinstance(each, dict) else None))
-    return frozenset(found)
-
-
-def _ids(value: Any) -> Iterable[int]:
-    return [v for v in (value if isinstance(value, list | tuple) else [value]) if type(v) is int and v >= 0]
+            for each in (config, config.get("text_config") or {}):
+                ids = each.get("eos_token_id")
+                found |= set(ids if isinstance(ids, list) else [ids])
+    return frozenset(found - {None})
 
 
 class TextOfTokens:

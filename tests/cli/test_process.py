@@ -148,28 +148,25 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored(source: Source) -
     assert_rewritten(source.out / "model.onnx", source.plan)
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
-def test_an_interrupt_that_a_library_swallows_ends_the_work_at_its_next_step(signum: int) -> None:
+def test_an_interrupt_that_a_library_swallows_ends_the_work_at_its_next_step() -> None:
     reached: list[str] = []
 
     def work() -> None:
         with process.signals(), TerminalListener().task("Exporting ONNX", 3, "steps") as task:
             with suppress(KeyboardInterrupt):
-                send(signum)()
+                send(signal.SIGTERM)()
             reached.append("behind the library")
             task.advance(1)
             reached.append("the next step")
 
     with pytest.raises(Interrupted) as ended:
         work()
-    assert ended.value.exit_code == SIGNALS[signal.Signals(signum)]
+    assert ended.value.exit_code == 143
     process.stop_if_asked()  # of an earlier command
     assert reached == ["behind the library"]
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
 def test_an_interrupt_that_a_library_makes_an_error_of_is_one(
-    signum: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -178,7 +175,7 @@ def test_an_interrupt_that_a_library_makes_an_error_of_is_one(
 
     def library(*_: object, **__: object) -> int:
         try:
-            send(signum)()
+            send(signal.SIGTERM)()
         except KeyboardInterrupt as interrupt:
             logging.getLogger("a library").error("fake tensor raised TypeError")
             raise InputError("torch.onnx.export cannot export LlamaForCausalLM") from interrupt
@@ -190,7 +187,7 @@ def test_an_interrupt_that_a_library_makes_an_error_of_is_one(
     monkeypatch.setattr(main, "words_of", list)
     with pytest.raises(SystemExit) as ended:
         main.main()
-    assert ended.value.code == SIGNALS[signal.Signals(signum)]
+    assert ended.value.code == 143
     said = capsys.readouterr().err
     assert said.startswith("error: Interrupted; run the same command again") and said.count("\n") == 1
     logging.getLogger("a library").error("of the next command")
@@ -361,10 +358,6 @@ def manifest(out: Path, name: str = "model") -> Any:
     return json.loads((out / "engine" / f"{name}.json").read_text())
 
 
-def stage(out: Path, name: str) -> Any:
-    return json.loads((out / "nbl" / "workspace.json").read_text())["stages"].get(name)
-
-
 # a run with --trt --------------------------------------------------------------------------------
 
 
@@ -373,16 +366,16 @@ def test_a_run_with_trt_builds_and_reports(place: Path) -> None:
     text = (place / "first.txt").read_text()
     assert "Engines: tensorrt-rtx" in text and "fp16, static cache" in text
     assert re.search(r"PASS  \(graph rewrite, .*\n +2 of 5 attention layers", text, re.S)
-    settings = stage(out, "export")["settings"]
+    stages = json.loads((out / "nbl" / "workspace.json").read_text())["stages"]
+    settings = stages["export"]["settings"]
     assert (settings["precision"], settings["kv_cache"], settings["opset"]) == ("fp16", "static", 24)
     for name, attention in (("baseline", 5), ("model", 3)):
         found = manifest(out, name)
         assert found["network"]["attention"] == attention
         assert (found["precision"], found["kv_cache"]) == ("fp16", "static")
         assert found["limits"] == {"max_batch": 4, "max_seq": 512, "max_context": 512}  # it has 512 positions
-    recorded = stage(out, "build")
     kinds = ("{}.engine", "{}.json", "{}.trtexec.sh", "{}_rows.py")
-    assert set(recorded["files"]) == {
+    assert set(stages["build"]["files"]) == {
         "model.fixed.onnx",
         "baseline/model.fixed.onnx",
         *(f"engine/{kind.format(n)}" for n in ("baseline", "model") for kind in kinds),
@@ -403,15 +396,12 @@ REFUSED = {
         ("no NVIDIA GPU", "--trt rtx", pip_line("rtx")),
     ),
     "unknown capability": (["--sm", "90"], 2, ("--sm '90'", "SM86")),
-    "empty capability": (["--sm", "86,"], 2, ("--sm is empty",)),
     "context beyond the model": (["--max-context", "513"], 2, ("--max-context is 513", "512 positions")),
     "prefill beyond the context": (
         ["--max-seq", "65", "--max-context", "64"],
         2,
         ("--max-seq is 65", "(64)"),
     ),
-    "no batch": (["--max-batch", "0"], 2, ("--max-batch is 0",)),
-    "context is no number": (["--max-context", "many"], 2, ("--max-context", "--help")),
 }
 
 
