@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -55,9 +54,9 @@ def facts_of(path: Path) -> GraphFacts:
     return GraphFacts(
         summary=summarize(model, path),
         opsets={domain or "ai.onnx": version for domain, version in sorted(model.opset_imports.items())},
-        initializers=_by_dtype(v.const_value for v in graph.initializers.values()),
-        inputs=tuple(_shown(v) for v in graph.inputs if v not in past),
-        outputs=tuple(_shown(v) for v in graph.outputs if v not in present),
+        initializers=_by_dtype(model),
+        inputs=tuple(f"{v.name}: {_type(v)}" for v in graph.inputs if v not in past),
+        outputs=tuple(f"{v.name}: {_type(v)}" for v in graph.outputs if v not in present),
         cache=_type(pairs[0].past[0]) if pairs else "none",
         kv_layers=kv_layers(model),
         linear=grouped(
@@ -66,24 +65,20 @@ def facts_of(path: Path) -> GraphFacts:
     )
 
 
-def _by_dtype(tensors: Iterable[ir.TensorProtocol | None]) -> dict[str, Stored]:
+def _by_dtype(model: ir.Model) -> dict[str, Stored]:
     sizes: dict[str, list[int]] = {}
-    for tensor in tensors:
+    for tensor in (v.const_value for v in model.graph.initializers.values()):
         if tensor is not None:
             sizes.setdefault(_dtype(tensor.dtype), []).append(tensor.nbytes)
     return {name: Stored(len(own), sum(own)) for name, own in sorted(sizes.items())}
 
 
-def _shown(value: ir.Value) -> str:
-    return f"{value.name}: {_type(value)}"
-
-
 def _type(value: ir.Value) -> str:
     """As ``float32[batch, 4, past, 8]``; what the graph does not say is ``?``."""
     dtype = "?" if value.dtype is None else _dtype(value.dtype)
-    if value.shape is None:
-        return f"{dtype}[?]"
-    sizes = (d if isinstance(d, int) else d.value or "?" for d in value.shape)
+    sizes = (
+        ["?"] if value.shape is None else [d if isinstance(d, int) else d.value or "?" for d in value.shape]
+    )
     return f"{dtype}[{', '.join(map(str, sizes))}]"
 
 

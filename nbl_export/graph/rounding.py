@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.graph.operators import MICROSOFT, constant_tensor, infer_types, int_attribute, key
+from nbl_export.graph.operators import MICROSOFT, constant_tensor, infer_types, int_attribute, key, upstream
 
 HALF, F32 = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16), ir.DataType.FLOAT
 # Operators whose output dtype is set by an attribute, whatever their inputs are.
@@ -80,13 +80,17 @@ def compute_in_float32(model: ir.Model) -> None:
     wide: dict[ir.Value | None, ir.Value] = {}
     originals, outputs = list(graph), list(graph.outputs)
     first = originals[0]
+
+    def widened(half: ir.Value, name: str) -> ir.Node:
+        """The Cast of ``half`` to the float32 tensor that stands for ``name``."""
+        return cast(half, F32, float32_name(name))
+
     for entry in [v for v in graph.inputs if v.dtype in HALF]:
-        half = entry.dtype
-        # A new type: a clone of the graph shares its own with this one.
-        entry.type = ir.TensorType(F32)
         # Round the input: it may have more digits than the half-precision format.
-        narrow = cast(entry, half, f"{entry.name}.rounded")
-        again = cast(narrow.outputs[0], F32, float32_name(str(entry.name)))
+        half, name = entry.dtype, str(entry.name)
+        entry.type = ir.TensorType(F32)  # a new type: a clone of the graph shares its own with this one
+        narrow = cast(entry, half, f"{name}.rounded")
+        again = widened(narrow.outputs[0], name)
         first.prepend([narrow, again])
         wide[entry] = again.outputs[0]
     for node in originals:
@@ -94,25 +98,22 @@ def compute_in_float32(model: ir.Model) -> None:
         # An embedding lookup computes nothing, and a float32 table would be twice as large.
         looks_up = table is not None and table.is_initializer()
         for index, value in enumerate(node.inputs):
-            if index == 0 and looks_up:
+            if value is None or (index == 0 and looks_up):
                 continue
-            if value is not None and value.dtype in HALF and value not in wide:  # a weight
-                made = cast(value, F32, float32_name(str(value.name)))
+            if value.dtype in HALF and value not in wide:  # a weight
+                made = widened(value, str(value.name))
                 first.prepend(made)
                 wide[value] = made.outputs[0]
             if value in wide:
                 node.replace_input_with(index, wide[value])
         for value in [v for v in node.outputs if v.dtype in HALF]:
-            rounded, last = value, node
+            nodes, half, name = [], value.dtype, str(value.name)
             if node.op_type not in _EXPLICIT_DTYPE and not looks_up:
-                half = value.dtype
                 value.type = ir.TensorType(F32)
-                last = cast(value, half, f"{value.name}.rounded")
-                node.append(last)
-                rounded = last.outputs[0]
-            again = cast(rounded, F32, float32_name(str(value.name)))
-            last.append(again)
-            wide[value] = again.outputs[0]
+                nodes.append(cast(value, half, f"{name}.rounded"))
+            nodes.append(widened(nodes[0].outputs[0] if nodes else value, name))
+            node.append(nodes)
+            wide[value] = nodes[-1].outputs[0]
     for index, value in enumerate(outputs):
         if value in wide:
             result = wide[value]
@@ -126,11 +127,10 @@ def nudge(model: ir.Model, seed: int = 0) -> None:
     bits = _quantized(model)
     constants = [v for node in model.graph if node.op_type == "Constant" for v in node.outputs]
     for value in (*model.graph.initializers.values(), *constants):
-        tensor = constant_tensor(value)
+        tensor, node = constant_tensor(value), value.producer()
         if tensor is None or not (value in bits or (tensor.dtype in HALF and tensor.size > 1)):
             continue
         moved = _lazy(str(value.name), tensor, bits.get(value, 0), seed)
-        node = value.producer()
         if node is None:
             value.const_value = moved
         else:
@@ -141,9 +141,8 @@ def nudged_values(
     array: NDArray[np.float32], dtype: ir.DataType | None, seed: int | list[int]
 ) -> NDArray[np.float32]:
     """Activations that are fed to a tensor of ``dtype``: rounded to half precision and moved; otherwise as they are."""
-    if dtype not in HALF:
+    if dtype is None or dtype not in HALF:
         return array
-    assert dtype is not None
     return _moved(array.astype(dtype.numpy()), None, np.random.default_rng(seed)).astype(np.float32)
 
 
@@ -151,12 +150,11 @@ def _quantized(model: ir.Model) -> dict[ir.Value, int]:
     """Constants with quantized weights, and the bits of each number in their bytes; 0 for typed numbers."""
     found: dict[ir.Value, int] = {}
     for node in model.graph:
-        index = QUANTIZED_INPUT.get(key(node))
-        value = node.inputs[index] if index is not None and index < len(node.inputs) else None
-        while value is not None and constant_tensor(value) is None:
-            maker = value.producer()  # a Reshape or a Transpose of a shared weight
-            value = maker.inputs[0] if maker is not None and maker.inputs else None
-        tensor = None if value is None else constant_tensor(value)
+        index = QUANTIZED_INPUT.get(key(node), len(node.inputs))
+        # Behind a Reshape or a Transpose of a shared weight.
+        behind = upstream(node.inputs[index]) if index < len(node.inputs) else ()
+        tensors = ((value, tensor) for value in behind if (tensor := constant_tensor(value)) is not None)
+        value, tensor = next(tensors, (None, None))
         if value is not None and tensor is not None and tensor.dtype in _RANGES:
             packed = node.op_type in _PACKED and tensor.dtype == ir.DataType.UINT8
             found[value] = int_attribute(node, "bits", 4) if packed else 0

@@ -32,28 +32,22 @@ def info(name: str, *shape: Any, kind: int = TensorProto.FLOAT) -> Any:
 def grouped(
     names: tuple[str, ...] = ("past_key_values.0.key", "past_key_values.0.value"),
     outputs: tuple[str, ...] = ("present.0.key", "present.0.value"),
-    packed: bool = True,
     inputs: tuple[str, ...] = (),
 ) -> ir.Model:
-    """One GroupQueryAttention of 4 heads of 16 over 2, whose cache does not say how large a head is."""
-    width = 16 * (4 + 2 * 2)
+    """One GroupQueryAttention of 4 heads of 16 over 2."""
     weights = {
-        "w": np.zeros((8, width), np.float32),
-        "k": np.zeros((8, 32), np.float32),
+        "w": np.zeros((8, 16 * (4 + 2 * 2)), np.float32),
         "o": np.zeros((64, 5), np.float32),
         "e": np.zeros((9, 8), np.float32),
         "lengths": np.zeros(1, np.int32),
         "total": np.int32(1),
     }
-    query, keys, values = ("qkv", "", "") if packed else ("q4", "k", "k2")
-    weights["q"] = np.zeros((8, 64), np.float32)
     nodes = [
         helper.make_node("Gather", ["e", "input_ids"], ["x"]),
-        helper.make_node("MatMul", ["x", "w" if packed else "q"], [query]),
-        *(helper.make_node("MatMul", ["x", "k"], [name]) for name in (keys, values) if name),
+        helper.make_node("MatMul", ["x", "w"], ["qkv"]),
         helper.make_node(
             "GroupQueryAttention",
-            [query, keys, values, *names, "lengths", "total"],
+            ["qkv", "", "", *names, "lengths", "total"],
             ["a", *outputs],
             domain=MS,
             num_heads=4,
@@ -61,20 +55,16 @@ def grouped(
         ),
         helper.make_node("MatMul", ["a", "o"], ["scores"]),
     ]
-    if not packed:
-        weights["key"] = weights.pop("k")
-        for node in nodes[2:4]:
-            node.input[1] = "key"
     proto = helper.make_model(
         helper.make_graph(
             nodes,
             "g",
             [
                 info("input_ids", "b", "s", kind=TensorProto.INT64),
-                *(info(name, "b", "h", "p", "d") for name in names),
+                *(info(name, "b", 2, "p", 16) for name in names),
                 *(info(name, kind=TensorProto.INT64) for name in inputs),
             ],
-            [*(info(name, "b", 2, "t", "d") for name in outputs), info("scores", "b", "s", 5)],
+            [*(info(name, "b", 2, "t", 16) for name in outputs), info("scores", "b", "s", 5)],
             [numpy_helper.from_array(v, n) for n, v in weights.items()],
         ),
         opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(MS, 1)],
@@ -94,18 +84,13 @@ def test_our_own_graph(tiny_graph: Path) -> None:
     assert row["past_key_values.3.value"].shape == (1, 2, 0, 8)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_the_head_size_of_a_fused_attention_comes_from_its_projections(packed: bool) -> None:
-    found = interface_of(grouped(packed=packed))
-    assert [(e.heads, e.sizes) for e in found.cache] == [(2, (16, 16))]
-    assert found.ragged and found.logits == "scores"
-
-
 def test_a_cache_of_other_names_is_seen_by_what_is_done_with_it() -> None:
     found = interface_of(grouped(("v_in", "k_in"), ("v_out", "k_out")))
     # The operator says which is the key, not the name.
     assert [(e.past, e.present) for e in found.cache] == [(("v_in", "k_in"), ("v_out", "k_out"))]
     assert found.past_names == ["v_in", "k_in"] and found.present_names == ["v_out", "k_out"]
+    assert [(e.heads, e.sizes) for e in found.cache] == [(2, (16, 16))]
+    assert found.ragged and found.logits == "scores"
 
 
 def test_an_input_of_unknown_meaning_is_named() -> None:
