@@ -15,7 +15,6 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper
 
 from nbl_export.blocks import PARTS, Block, Mlp, Span
 from nbl_export.calibrate.collect import collect_moments
@@ -33,7 +32,6 @@ from nbl_export.graph.summary import DescribedLayer
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.rewrite import replace as rewrite_module
-from nbl_export.rewrite.confirm import check_layers
 from nbl_export.rewrite.leave_out import leave_out
 from nbl_export.rewrite.prove import PROOF_TOLERANCE
 from nbl_export.rewrite.replace import (
@@ -122,8 +120,6 @@ def test_stories(
     result = rewrite_file(baseline(stories_out), plan, path)
     rows = prompts(stories_out, (40, 27, 12))
     assert_computes_the_plan(path, stories_model, plan, rows, 3)
-    assert parity(path, stories_model, plan, stories_out, "fp32").failures() == []
-
     kept = [i for i in range(LAYERS) if i not in layers]
     assert_clean(path, kept, LAYERS)
     assert result.files == [path, path.with_name("model.onnx.data")]
@@ -175,11 +171,10 @@ def test_a_graph_that_fails_the_last_checks_replaces_nothing(
 # rank --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fit_input", ["normed", "residual"])
 def test_maps_of_low_rank_are_written_as_two_factors(
-    stories_out: Path, stories_model: Any, tmp_path: Path, fit_input: FitInput
+    stories_out: Path, stories_model: Any, tmp_path: Path
 ) -> None:
-    plan = low_rank(plan_by_hand(stories_out, (1, 3), fit_input), 8)
+    plan = low_rank(plan_by_hand(stories_out, (1, 3), "residual"), 8)
     path = tmp_path / "model.onnx"
     rewrite_file(baseline(stories_out), plan, path)
     assert_computes_the_plan(path, stories_model, plan, prompts(stories_out, (40, 27, 12)), 3)
@@ -258,7 +253,6 @@ def parity(path: Path, model: Any, plan: Plan, out: Path, name: str) -> Any:
         return compare_streams(reference, ort_stream(path, 40), rows, 4, gates_for(PRECISIONS[name].gates))
 
 
-# The growing float32 cache is in test_replace.
 @pytest.mark.parametrize(
     ("layers", "form", "name"),
     [
@@ -277,22 +271,11 @@ def test_parity(
     path = tmp_path / "model.onnx"
     result = rewrite_file(graphs[form, name], plan, path)
     assert parity(path, stories_model, plan, stories_out, name).failures() == []
-    # The same against a plain pass over each row: no stream of ours on that side.
-    tolerance = {"fp32": 1e-3, "fp16": 0.1, "bf16": 1.0}[name]
-    rows = prompts(stories_out, (30, 11))
-    stream = ort_stream(path, 30)
-    found = np.split(stream.prefill([r[:-1] for r in rows]), [29])
-    last = stream.decode([int(r[-1]) for r in rows])
-    for number, row in enumerate(rows):
-        expected = full_recompute(stories_model, plan, row)
-        logits = np.r_[found[number], last[number : number + 1]]
-        assert np.abs(logits - expected).max() < tolerance
     kept = [i for i in range(LAYERS) if i not in layers]
     assert_clean(path, kept, LAYERS)
     assert result.before.kv_pairs - result.after.kv_pairs == len(layers)
     assert result.after.ops.get("Attention", 0) == len(kept)
     assert result.after.ops.get("TensorScatter", 0) == 2 * len(kept) * (form == "static")
-    assert list(path.parent.iterdir()) and not list(path.parent.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -323,10 +306,6 @@ def test_maps_are_stored_in_the_graphs_precision(
     before = onnx.load(str(graphs[form, name]), load_external_data=False)
     casts = [Counter(n.op_type for n in p.graph.node)["Cast"] for p in (before, proto)]
     assert casts[0] == casts[1]
-    values = (*proto.graph.input, *proto.graph.output)
-    dtypes = {v.name: v.type.tensor_type.elem_type for v in values if "." in v.name}
-    assert set(dtypes.values()) == {DATA[name]} and len(dtypes) == 4 * (LAYERS - 2)
-    assert json.loads(next(p.value for p in proto.metadata_props if p.key == KV_LAYERS_KEY)) == [0, 2, 4]
 
 
 # A map that float16 cannot hold ------------------------------------------------------------------
@@ -343,7 +322,7 @@ def beyond_float16(plan: Plan, layer: int) -> Plan:
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(("name", "form"), zip(HALVES, FORMS, strict=True))
 def test_a_map_beyond_float16_is_computed_in_float32(
-    graphs: Any, stories_out: Path, stories_model: Any, tmp_path: Path, form: str, name: str
+    graphs: Any, stories_out: Path, tmp_path: Path, form: str, name: str
 ) -> None:
     plan = beyond_float16(plan_by_hand(stories_out, (0, 3), "residual"), 0)
     path = tmp_path / "model.onnx"
@@ -369,7 +348,6 @@ def test_a_map_beyond_float16_is_computed_in_float32(
     assert np.abs(expected).max() < 65_504
     scale = np.abs(u)[real] @ np.abs(linear.w.T) + np.abs(linear.b)
     assert (np.abs(y[real] - expected) <= {"fp16": 2.0**-10, "bf16": 2.0**-6}[name] * scale).all()
-    assert parity(path, stories_model, plan, stories_out, name).failures() == []
 
 
 # A residual stream that float16 cannot hold --------------------------------------------------------
@@ -428,7 +406,6 @@ def test_spans_of_a_real_model(
     result = rewrite_file(baseline(stories_out), plan, path)
     rows = prompts(stories_out, (40, 27, 12))
     assert_computes_the_plan(path, case.model, plan, rows, 3)
-    assert parity(path, case.model, plan, stories_out, "fp32").failures() == []
 
     graph = load_graph(path)
     kept = plan.attention_layers
@@ -649,26 +626,3 @@ def test_an_mlp_that_is_not_proven_is_not_replaced(
     with pytest.raises(BuildError, match="not proven"):
         rewrite_file(tiny_graph, wrong(mixed_plan), tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
-
-
-@pytest.mark.parametrize(("name", "change"), [("weight", 1.01), ("bias", 0.0)])
-def test_another_w_or_b_in_the_place_of_an_mlp_is_noticed(
-    tiny_graph: Path, mixed_plan: Plan, tmp_path: Path, name: str, change: float
-) -> None:
-    target = tmp_path / "model.onnx"
-    proofs = rewrite_file(tiny_graph, mixed_plan, target).proofs
-    tensors = {layer: proofs[layer].tensors for layer in mixed_plan.linear}
-    assert not [check.failure for check in check_layers(target, tensors, mixed_plan) if check.failure]
-    model = onnx.load(str(target))
-    (tensor,) = [
-        t
-        for t in model.graph.initializer
-        if t.name == f"layers.2.mlp.nbl_linear.{name}"
-        or (name == "weight" and t.name.startswith("layers.2.mlp.nbl_linear.") and len(t.dims) == 2)
-    ]
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(change), tensor.name))
-    onnx.save_model(model, str(tmp_path / "changed.onnx"))
-    bad = [
-        check.layer for check in check_layers(tmp_path / "changed.onnx", tensors, mixed_plan) if check.failure
-    ]
-    assert bad == [Mlp(2)]
