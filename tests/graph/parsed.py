@@ -36,7 +36,3 @@ def casts(proto: onnx.ModelProto) -> Counter[tuple[str, int]]:
 
 def weight_types(proto: onnx.ModelProto) -> dict[str, int]:
     return {t.name: t.data_type for t in proto.graph.initializer}
-
-
-def interface_types(proto: onnx.ModelProto) -> dict[str, int]:
-    return {v.name: v.type.tensor_type.elem_type for v in (*proto.graph.input, *proto.graph.output)}

@@ -369,21 +369,6 @@ def test_float32_islands_keep_their_digits(tmp_path: Path) -> None:
     assert np.array_equal(found["q"], 2 * bf16(found["p"]).float().numpy())
 
 
-# which graphs ------------------------------------------------------------------------------------
-
-
-# exported ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def exported(tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = load_graph(tiny_graph)
-    to_precision(model, PRECISIONS["bf16"], {})
-    path: Path = tmp_path_factory.mktemp("bf16") / "model.onnx"
-    save_graph(model, path)
-    return path
-
-
 def moved(model: ir.Model, name: str, seed: int = 0) -> tuple[Any, Any]:
     """The values of an initializer before and after."""
     value = model.graph.initializers[name]
