@@ -138,18 +138,18 @@ LAYERS = 5
 # Kills the process VICTIM when it has passed AT blocks.
 KILLED = """
 import os, signal
-from nbl_export.calibrate import collect
+from nbl_export.calibrate.moments import Accumulator
 from nbl_export.cli.main import main
 
-passed, finish = [], collect._Work.finish
+passed, results = [], Accumulator.results
 
-def counted(work):
+def counted(sums, ranks):
     if len(passed) == int(os.environ["AT"]) and os.environ["RANK"] == os.environ["VICTIM"]:
         os.kill(os.getpid(), signal.SIGKILL)
     passed.append(None)
-    finish(work)
+    yield from results(sums, ranks)
 
-collect._Work.finish = counted
+Accumulator.results = counted
 main()
 """
 
