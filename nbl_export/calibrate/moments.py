@@ -151,7 +151,8 @@ def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
 def _whole(lower: F64, d: int) -> F64:
     """The symmetric matrix [d, d] of a lower triangle, which is given row after row."""
     matrix = np.empty((d, d))
-    matrix[np.tri(d, dtype=bool)] = lower
+    for i in range(d):
+        matrix[i, : i + 1] = lower[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2]
     _complete(matrix)
     return matrix
 
