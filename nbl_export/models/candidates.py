@@ -243,12 +243,13 @@ def observing(
     the spans; the states are those after the part.
     """
     spans = [block for block in wanted if isinstance(block, Span)]
+    # Of the whole model: within a part, blocks that are not run have no attention to be found.
+    modules = tuple(one for one in blocks_of(model) if one.index in wanted)
+    own = next((one for one in attention_layers(model) if spans and one.index == spans[0].layer), None)
     with Hooks(model) as hooks:
         step = hooks.enter_context(run(part, max([part.stop, *(span.last + 1 for span in spans)])))
-        modules = tuple(one for one in blocks_of(model) if one.index in wanted)
         hooks.enter_context(observed(model, modules, observer))
-        if spans:
-            own = next(one for one in attention_layers(model) if one.index == spans[0].layer)
+        if own:
             scale, path = adding(model).scales[own.index], block_stack(model)[0]
             seen: dict[str, torch.Tensor] = {}
 
