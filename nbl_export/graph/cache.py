@@ -18,7 +18,7 @@ import onnx_ir as ir
 from nbl_export.batch.names import SIDES, WRITE_INDICES
 from nbl_export.errors import InputError
 from nbl_export.files import parse_json
-from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers
+from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, upstream, weight_shape
 from nbl_export.records import from_json
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class KVPair:
     present: tuple[ir.Value, ir.Value]
 
     def geometry(self, side: int = 0) -> tuple[int, int]:
-        """Number of heads and head_dim of a [batch, heads, length, head_dim] cache, by its shape.
+        """Number of heads and head_dim of a [batch, heads, length, head_dim] cache, from its shape or its attention.
 
         ``side`` is 0 for keys and 1 for values; their head_dim may differ.
         """
@@ -81,10 +81,30 @@ class KVPair:
         heads, size = (shape[1], shape[3]) if shape is not None and len(shape) == 4 else (None, None)
         if isinstance(heads, int) and isinstance(size, int):
             return heads, size
+        for usage in self.past[0].uses():
+            count = usage.node.attributes.get("kv_num_heads")
+            if fused_op(usage.node) and count is not None:
+                return count.as_int(), _head_size(usage.node)
         raise InputError(
             f"The number of heads and the head_dim of {self.past[side].name} are unknown: give that graph input a "
             "shape with both."
         )
+
+
+def _head_size(attention: ir.Node) -> int:
+    """The head_dim of a GroupQueryAttention, to which onnxruntime-genai's builder gives a name: the width of its
+    projections divided by the number of heads.
+    """
+    queries, keys = (attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+    packed = len(attention.inputs) < 2 or attention.inputs[1] is None
+    heads = queries + 2 * keys if packed else queries
+    for value in upstream(attention.inputs[0]):
+        last = value.shape[-1] if value.shape is not None and len(value.shape) else None
+        if isinstance(last, int):
+            return last // heads
+        if (node := value.producer()) is not None and (known := weight_shape(node)):
+            return known[1] // heads
+    raise InputError(f"The head_dim of {attention.name} is unknown: run shape inference on the graph.")
 
 
 def kv_pairs(model: ir.Model) -> tuple[KVPair, ...]:
