@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,7 @@ def decoder_parity(case: DecoderCase, found: Measurement) -> DecoderParity:
     rows, alone, crossings = parity_text(case, cached)
     routed = not precision.quantized and bool(routers(case.graph))
     torch = Reference(
-        lambda told: record_pytorch(case.model, case.plan, rows, steps, cached, alone, told, listener),
+        partial(record_pytorch, case.model, case.plan, rows, steps, cached, alone, listener=listener),
         passes(rows, steps, cached, alone) if routed else None,
     )
     graph, choices = _chosen(case, rows, cached, alone)
