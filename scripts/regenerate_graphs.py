@@ -152,7 +152,7 @@ def _plan(model: torch.nn.Module) -> Plan:
         ridge=0.0,
         calibration_tokens=0,
         layers={1: LinearLayer(w, w[0])},
-        probe={n: getattr(probe, n) for n in ("input_ids", "attention_mask", "position_ids")},
+        probe={n: probe.inputs[n] for n in ("input_ids", "attention_mask", "position_ids")},
         probe_u=probe.x,
         probe_y=probe.y,
     )
