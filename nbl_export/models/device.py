@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 CPU = "cpu"
 _FASTEST = ("cuda", "xpu")
-_INSTEAD = "say --device cpu, or leave it out"
 
 
 def find_device(asked: str) -> torch.device:
@@ -31,33 +30,25 @@ def find_device(asked: str) -> torch.device:
     import torch
 
     if asked == AUTO:
-        able = (name for name in _FASTEST if _count(name) and _why_not(torch.device(name, 0)) is None)
-        asked = next(able, CPU)
+        asked = next((name for name in _FASTEST if not hindrance(name)), CPU)
     name, _, number = asked.partition(":")
     if name == CPU:
         return torch.device(CPU)
-    found = _count(name)
-    if not found:
-        raise MissingDependencyError(f"--device {asked}: {_none(name)}: {_INSTEAD}.")
     # Two devices are the same only with the same number. Of several processes on a machine, each has its own.
-    index = int(number) if number else _local_rank() % found
-    if index >= found:
+    found, own = _count(name), int(os.environ.get("LOCAL_RANK", 0)) if place().count > 1 else 0
+    index = int(number) if number else own % max(1, found)
+    if found and index >= found:
         there = f"{name}:0" if found == 1 else f"{name}:0 to {name}:{found - 1}"
         raise MissingDependencyError(f"--device {asked}: torch sees only {there} here: name one of these.")
-    device = torch.device(name, index)
-    if why := _why_not(device):
-        raise MissingDependencyError(f"--device {asked}: {why}: {_INSTEAD}.")
-    return device
+    if why := hindrance(name, index):
+        raise MissingDependencyError(f"--device {asked}: {why}: say --device cpu, or leave it out.")
+    return torch.device(name, index)
 
 
 def check_device(asked: str) -> None:
     """Raise the error of :func:`find_device`; torch is imported only for what can be refused."""
     if asked not in (AUTO, CPU):
         find_device(asked)
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0)) if place().count > 1 else 0
 
 
 def _count(name: str) -> int:
@@ -67,34 +58,22 @@ def _count(name: str) -> int:
     return int(module.device_count()) if module.is_available() else 0
 
 
-def hindrance(name: str) -> str:
-    """Why the device called ``name``, as cuda, is not used here; nothing where it is."""
+def hindrance(name: str, index: int = 0) -> str:
+    """Why the device called ``name``, as cuda, is not used here; nothing where it is.
+
+    Moments are summed in float64, which is tried.
+    """
     import torch
 
-    return (_why_not(torch.device(name, 0)) or "") if _count(name) else _none(name)
-
-
-def _none(name: str) -> str:
-    import torch
-
-    if name == "cuda" and torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
-        return (
-            f"this torch ({torch.__version__}) is a build without CUDA; install one with it from pytorch.org"
-        )
-    return f"torch sees no {name} device here"
-
-
-def _why_not(device: torch.device) -> str | None:
-    """Why moments cannot be summed on ``device``, found by doing it; None if they can."""
-    import torch
-
+    if not _count(name):
+        if name == "cuda" and torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+            return f"this torch ({torch.__version__}) is a build without CUDA; install one with it from pytorch.org"
+        return f"torch sees no {name} device here"
     try:
-        one = torch.ones(2, 2, dtype=torch.float64, device=device)
-        return None if float((one @ one).sum()) == 8 else "it computes wrongly"
-    except (
-        RuntimeError,
-        TypeError,
-    ) as error:  # no float64, or a driver or a GPU that this torch is not built for
+        one = torch.ones(2, 2, dtype=torch.float64, device=torch.device(name, index))
+        return "" if float((one @ one).sum()) == 8 else "it computes wrongly"
+    except (RuntimeError, TypeError) as error:
+        # No float64, or a driver or a GPU that this torch is not built for.
         return f"it does not compute in float64 ({first_line(error)})"
 
 
@@ -125,16 +104,15 @@ def exact_float32() -> Iterator[None]:
     """
     import torch
 
-    # The flags set their parts, but cannot be read where somebody set a part by itself.
-    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    parts: tuple[Any, ...] = (flags[0], flags[1].conv, flags[1].rnn)
+    # A flag sets its parts, but cannot be read where somebody set a part by itself.
+    cudnn: Any = torch.backends.cudnn
+    parts: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     before = [part.fp32_precision for part in parts]
-    for flag in flags:
-        flag.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        for flag, of_flag in zip(flags, (before[:1], before[1:]), strict=True):
-            flag.allow_tf32 = set(of_flag) == {"tf32"}
+        torch.backends.cuda.matmul.allow_tf32 = before[0] == "tf32"
+        cudnn.allow_tf32 = set(before[1:]) == {"tf32"}
         for part, precision in zip(parts, before, strict=True):
             part.fp32_precision = precision

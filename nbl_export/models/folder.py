@@ -57,15 +57,20 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files that loading opens; raises :class:`InputError` for a list with names of none in the folder."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return [path for path in (folder / WEIGHTS,) if path.is_file()]
-    index = read_json(folder / INDEX, "The list of the model's weight files", AGAIN)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict):
-        raise InputError(f"{folder / INDEX} has no weight_map: {AGAIN}.")
-    found = {member(folder, name, f"A file in {INDEX}") for name in {str(name) for name in names.values()}}
+    found = {member(folder, name, f"A file in {INDEX}") for name in weight_names(folder)}
     for path in found:
         if path.suffix != ".safetensors" or not path.is_file():
             raise InputError(f"{path} is not there as a .safetensors file, {INDEX} names it: {AGAIN}.")
     return sorted(found, key=lambda path: (path.parent != folder, path))
+
+
+def weight_names(folder: Path) -> set[str]:
+    """The names in the list of the weight files; raises :class:`InputError` for a file that is none."""
+    index = read_json(folder / INDEX, "The list of the model's weight files", AGAIN)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict):
+        raise InputError(f"{folder / INDEX} has no weight_map: {AGAIN}.")
+    return {str(name) for name in names.values()}
 
 
 def has_vocabulary(folder: Path) -> bool:

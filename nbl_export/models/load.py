@@ -57,14 +57,14 @@ def load_stored(source: ModelSource, done: Callable[[int], None] = lambda _bytes
     made: dict[str, Merged] = {}
     with _files(source) as (path, options):
         if source.gguf_file:
-            with _reading(source), gguf_parsed_once():
+            with reading(source), gguf_parsed_once():
                 skeleton = _skeleton(source, path, options)
                 read = gguf_readers(options["gguf_file"], skeleton)
             if read is not None:
                 return _finished(source, skeleton, read, computed=True)
             model = _from_files(source, path, options)
         else:
-            with _reading(source):
+            with reading(source):
                 # In float32 the experts that transformers merges are in memory.
                 put_off = stored_dtype(Path(source.path)) not in (None, torch.float32)
             with as_stored(put_off) as made:
@@ -93,7 +93,7 @@ def _files(source: ModelSource) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @contextmanager
-def _reading(source: ModelSource, what: str = "transformers cannot load") -> Iterator[None]:
+def reading(source: ModelSource, what: str = "transformers cannot load") -> Iterator[None]:
     """Say in one sentence why ``source`` cannot be loaded."""
     try:
         yield
@@ -105,7 +105,7 @@ def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> Any:
     """The model by transformers' own loading."""
     import torch
 
-    with _reading(source):
+    with reading(source):
         model, info = _class(source).from_pretrained(
             path, output_loading_info=True, dtype=torch.float32, **_trusted(source), **options
         )
@@ -179,13 +179,13 @@ def load_config(source: ModelSource) -> Any:
     """The configuration of a folder as transformers reads it for the model; raises as :func:`load_stored`."""
     import transformers
 
-    with _files(source) as (path, _), _reading(source):
+    with _files(source) as (path, _), reading(source):
         return transformers.AutoConfig.from_pretrained(path, **_trusted(source))
 
 
 def load_skeleton(source: ModelSource) -> torch.nn.Module:
     """The model by its configuration, without bytes: neither weights nor buffers; raises as :func:`load_stored`."""
-    with _files(source) as (path, options), _reading(source):
+    with _files(source) as (path, options), reading(source):
         made: torch.nn.Module = _skeleton(source, path, options).to("meta").eval()
         return made
 
@@ -221,22 +221,15 @@ def check_processor(source: ModelSource) -> None:
 
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, or an :class:`InputError` with the reason why it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
-    place: AbstractContextManager[str] = readable(Path(source.path))
-    if source.gguf_file:
-        options["gguf_file"], place = source.gguf_file, contextlib.nullcontext(source.path)
-    with quiet(), place as path:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        except BaseException as error:
-            if not source.gguf_file and not has_vocabulary(Path(source.path)):
-                raise InputError(
-                    f"{source.source} has no tokenizer: put the tokenizer.json, or the tokenizer.model, of the model "
-                    f"into {source.path}."
-                ) from error
-            raise refused(f"No tokenizer can be loaded from {source.source}", error, source) from error
+    try:
+        tokenizer = load_beside(source, "AutoTokenizer", "tokenizer")
+    except InputError as error:
+        if source.gguf_file or has_vocabulary(Path(source.path)):
+            raise
+        raise InputError(
+            f"{source.source} has no tokenizer: put the tokenizer.json, or the tokenizer.model, of the model into "
+            f"{source.path}."
+        ) from error
     tokenizer.name_or_path = source.path
     return tokenizer
 
@@ -247,11 +240,20 @@ def load_image_processor(source: ModelSource) -> Any:
         import PIL  # noqa: F401
     except ImportError:
         raise missing("pillow", "Reading images") from None
-    from transformers import AutoImageProcessor
-
     check_processor(source)
-    with quiet(), _reading(source, "No image processor can be loaded from"):
-        return AutoImageProcessor.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+    return load_beside(source, "AutoImageProcessor", "image processor")
+
+
+def load_beside(source: ModelSource, auto: str, what: str) -> Any:
+    """What the class ``auto`` of transformers loads from the model's folder; ``what`` it is, for the sentence."""
+    import transformers
+
+    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    place: AbstractContextManager[str] = readable(Path(source.path))
+    if source.gguf_file:
+        options["gguf_file"], place = source.gguf_file, contextlib.nullcontext(source.path)
+    with quiet(), place as path, reading(source, f"No {what} can be loaded from"):
+        return getattr(transformers, auto).from_pretrained(path, **options)
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> str:

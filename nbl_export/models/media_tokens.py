@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32, FIRST, are_media
 from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, POSITIONS
+from nbl_export.models.hooks import Hooks
 from nbl_export.models.layers import backbone, has_per_layer
 from nbl_export.tensorfile import load_as, save_tensors
 
@@ -148,7 +149,7 @@ def seeing(model: Any, media: MediaTokens | None) -> Iterator[None]:
         return
     body = backbone(model)
 
-    def put_in(_body: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def put_in(args: Any, kwargs: dict[str, Any]) -> Any:
         ids = kwargs.get("input_ids")
         if ids is None or not bool(are_media(ids).any()):
             return None
@@ -160,11 +161,9 @@ def seeing(model: Any, media: MediaTokens | None) -> Iterator[None]:
             given["attention_mask"] = masks(media, ids, model.config.get_text_config(), embedded)
         return args, given
 
-    hook = body.register_forward_pre_hook(put_in, with_kwargs=True, prepend=True)
-    try:
+    with Hooks(body) as hooks:
+        hooks.before("", put_in, first=True)
         yield
-    finally:
-        hook.remove()
 
 
 def joined(parts: Sequence[MediaTokens]) -> MediaTokens:

@@ -154,10 +154,10 @@ class _Nothing(torch.nn.Module):
         self.config = config
 
 
-def entry(model: Any) -> tuple[torch.nn.Module, str]:
-    """The module of a model of :func:`towers_only` that is handed embeddings of text and images; as what."""
-    found = next((module for module in model.modules() if isinstance(module, _Entry)), None)
-    return (language_model(model), "inputs_embeds") if found is None else (found, "hidden_states")
+def entry(model: Any) -> tuple[str, str]:
+    """The path of the module of :func:`towers_only` that is handed embeddings of text and images, and as what."""
+    found = next((name for name, module in model.named_modules() if isinstance(module, _Entry)), "")
+    return (found, "hidden_states") if found else (_paths(model)[0], "inputs_embeds")
 
 
 def without_tower(model: Any) -> bool:

@@ -25,11 +25,10 @@ from nbl_export.files import (
     overlap,
     parse_json,
     read_bytes,
-    read_json,
     sha256_of_json,
     user_path,
 )
-from nbl_export.models.folder import AGAIN, INDEX, WEIGHTS, check_keys, weight_files
+from nbl_export.models.folder import AGAIN, INDEX, WEIGHTS, check_keys, weight_files, weight_names
 from nbl_export.models.tasks import (
     FEATURES,
     GENERATION,
@@ -113,6 +112,17 @@ def find_model(
     if not source.strip():
         raise InputError("MODEL is empty: give a folder, a .gguf file, or a Hub id.")
     path, digests = user_path(source, "MODEL"), digests or Digests()
+    kind: Literal["folder", "hub"] = "folder"
+    if path.is_dir() and not (path / "config.json").exists():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) != 1:
+            many = (
+                f"{len(ggufs)} .gguf files, name one of them"
+                if ggufs
+                else "neither config.json nor a .gguf file"
+            )
+            raise InputError(f"The folder {source} is not a model: it has {many}.")
+        path = ggufs[0]
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(
@@ -120,20 +130,11 @@ def find_model(
                 "a .gguf file, or a Hub id."
             )
         return _from_gguf(source, path, digests, early)
-    if path.is_dir():
-        if (path / "config.json").exists():
-            return _from_folder(source, path, "folder", trust_remote_code, digests, early)
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1:
-            return _from_gguf(source, ggufs[0], digests, early)
-        found = (
-            f"{len(ggufs)} .gguf files, name one of them" if ggufs else "neither config.json nor a .gguf file"
-        )
-        raise InputError(f"The folder {source} is not a model: it has {found}.")
-    if not _HUB_ID.match(source) or source.endswith(".gguf"):
-        raise InputError(f"{source} does not exist: MODEL is a folder, a .gguf file, or a Hub id.")
-    folder = _hub_snapshot(source, trust_remote_code)
-    return _from_folder(source, folder, "hub", trust_remote_code, digests, early)
+    if not path.is_dir():
+        if not _HUB_ID.match(source) or source.endswith(".gguf"):
+            raise InputError(f"{source} does not exist: MODEL is a folder, a .gguf file, or a Hub id.")
+        path, kind = _hub_snapshot(source, trust_remote_code), "hub"
+    return _from_folder(source, path, kind, trust_remote_code, digests, early)
 
 
 def check_apart(source: ModelSource, out: Path) -> None:
@@ -168,20 +169,15 @@ def same_model(
             find_model(at, trust_remote_code, digests, early), recorded.source, recorded.fingerprint
         )
     folder = Path(recorded.path)
-    if not folder.is_absolute() or (recorded.kind == "hub" and not _HUB_ID.match(recorded.source)):
-        raise InputError(
-            f"The record of the model is damaged ({recorded.source!r}, path {recorded.path!r}): {remedy}."
-        )
     if recorded.kind == "hub" and not folder.is_dir():
         folder = _hub_snapshot(recorded.source, trust_remote_code, fetch=False)
-    gguf = recorded.kind == "gguf"
-    place = member(folder, recorded.gguf_file if gguf else "config.json", "The recorded model")
+    place = member(folder, recorded.gguf_file or "config.json", "The recorded model")
     if not place.is_file():
         raise InputError(
-            f"The model {place if gguf else folder} is not there any more: put it back, say where it is now "
-            f"(`nbl-export verify --model`), or {remedy}."
+            f"The model {place if recorded.gguf_file else folder} is not there any more: put it back, say where it is "
+            f"now (`nbl-export verify --model`), or {remedy}."
         )
-    if gguf:
+    if recorded.gguf_file:
         found = _from_gguf(recorded.source, place, digests, early)
     else:
         found = _from_folder(recorded.source, folder, recorded.kind, trust_remote_code, digests, early)
@@ -214,24 +210,16 @@ def _hub_snapshot(repo: str, code: bool, fetch: bool = True) -> Path:
     try:
         folder = get(*_HUB_FILES, *(("*.py",) if code else ()))
         if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-            index = read_json(folder / INDEX, "The list of the model's weight files", AGAIN)
-            names = index.get("weight_map") if isinstance(index, dict) else None
-            if isinstance(names, dict):
-                folder = get(*sorted({str(name) for name in names.values()}))
+            folder = get(*map(str, weight_names(folder)))
         return folder
     except (RepositoryNotFoundError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if not fetch:
             raise InputError(
                 f"The model {repo} of the Hugging Face Hub is not on this machine: fetch it with `hf download {repo}`."
             ) from None
-        if isinstance(error, RepositoryNotFoundError | HFValidationError):
-            raise InputError(
-                f"{repo} is neither a local path nor a model on the Hugging Face Hub that you can read: "
-                "check the spelling, or log in with `hf auth login`."
-            ) from None
         raise InputError(
-            f"{repo} is not a local path, and the Hugging Face Hub cannot be reached "
-            f"({type(error).__name__}): check the spelling and the network, or give a folder or a .gguf file."
+            f"{repo} is not a local path, and no model that you can read on the Hugging Face Hub, or that cannot be "
+            f"reached ({type(error).__name__}): check the spelling and the network, or log in with `hf auth login`."
         ) from None
 
 
@@ -271,20 +259,8 @@ def _from_folder(
             "`save_pretrained` of transformers."
         )
     wrapper, towers = _wrapper(source, config, task)
-    found = ModelSource(
-        source,
-        kind,
-        None,
-        "",
-        trust,
-        task.name,
-        reads(task, config),
-        wrapper,
-        towers,
-        path=str(path.resolve()),
-        model="",
-        sidecars="",
-    )
+    identity = ModelIdentity(source, kind, None, "", trust, task.name, reads(task, config), wrapper, towers)
+    found = ModelSource(**asdict(identity), path=str(path.resolve()), model="", sidecars="")
     early(found)
     fingerprint = _fingerprint(path, weights, config, digests)
     beside = {f for pattern in _READ for place in ("", "*/") for f in path.glob(place + pattern)}

@@ -45,12 +45,11 @@ class Task:
 
 @cache
 def _rows() -> dict[str, Task]:
-    def row(name: str, architectures: Any, reads: Any, outputs: Any, **rest: Any) -> Task:
-        dims = {output: tuple(names) for output, names in outputs.items()}
-        return Task(name, tuple(architectures), reads=tuple(reads), outputs=dims, **rest)
-
     table = read_table(Path(__file__).parent / "tasks.toml")
-    return {name: row(name, **fields) for name, fields in table.items()}
+    for row in table.values():
+        row |= {key: tuple(row[key]) for key in ("architectures", "reads")}
+        row["outputs"] = {output: tuple(dims) for output, dims in row["outputs"].items()}
+    return {name: Task(name, **row) for name, row in table.items()}
 
 
 def task_named(name: str) -> Task:
@@ -135,9 +134,11 @@ def find_pooling(folder: Path) -> Pooling | None:
     path = member(folder, f"{named[1][1]}/config.json", f"The path of the pooling in {_MODULES}")
     config = read_json(path, "The pooling's configuration", AGAIN)
     given = config if isinstance(config, dict) else {}
-    asked = [key for key, on in given.items() if key.startswith("pooling_mode_") and on is True]
-    asked = [str(given["pooling_mode"])] if "pooling_mode" in given else asked
-    modes = [_MODES.get(key, key) for key in asked]
+    asked = [
+        given.get("pooling_mode"),
+        *(k for k in given if k.startswith("pooling_mode_") and given[k] is True),
+    ]
+    modes = [_MODES.get(str(key), str(key)) for key in asked if key]
     if len(modes) != 1 or modes[0] not in _MODES.values():
         raise InputError(
             f"{path} asks for the pooling {', '.join(modes) or 'none'}: supported is one of mean, cls, max and "

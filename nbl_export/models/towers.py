@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from nbl_export.batch.arrays import FIRST
 from nbl_export.batch.names import PER_LAYER
 from nbl_export.errors import InputError, MissingDependencyError, first_line
 from nbl_export.models.folder import readable
+from nbl_export.models.hooks import Hooks
 from nbl_export.models.libraries import accepted_arguments, quiet
+from nbl_export.models.load import load_beside, reading
 from nbl_export.models.media_tokens import (
     I32,
     LATER,
@@ -115,32 +117,28 @@ class Towers:
         return self._checked(ids, given, where)
 
     def _handed_over(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        found: list[dict[str, Any]] = []
-        module, name = entry(self._model)
+        found: dict[str, Any] = {}
+        path, name = entry(self._model)
 
-        def stop(_model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            found.append({**kwargs, **({name: args[0]} if args else {})})
+        def stop(args: Any, kwargs: dict[str, Any]) -> None:
+            found.update({**kwargs, **({name: args[0]} if args else {})})
             raise Reached
 
-        hook = module.register_forward_pre_hook(stop, with_kwargs=True)
         # Processors give numbers as they like, Llama 4's bfloat16.
         numbers = {
             key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
             for key, value in inputs.items()
         }
-        try:
-            with suppress(Reached):
-                self._model(**accepted_arguments(self._model, **numbers, use_cache=False))
-        finally:
-            hook.remove()
-        found[0]["inputs_embeds"] = found[0].pop(name, None)
-        return found[0]
+        with Hooks(self._model) as hooks, suppress(Reached):
+            hooks.before(path, stop)
+            self._model(**accepted_arguments(self._model, **numbers, use_cache=False))
+        found["inputs_embeds"] = found.pop(name, None)
+        return found
 
     def _checked(self, ids: torch.Tensor, given: dict[str, Any], where: str) -> Seen:
         """The tokens of ``ids`` [1, n], if the language model is ``given`` what is derived of them."""
         embedded = given["inputs_embeds"]
-        more = sorted(name for name, value in given.items() if value is not None and name not in _PLAIN)
-        more = [name for name in more if name not in _HANDLED]
+        more = sorted(n for n, value in given.items() if value is not None and n not in _PLAIN | _HANDLED)
         if embedded is None or more:
             what = ", ".join(more) or "no embeddings"
             raise InputError(
@@ -296,36 +294,25 @@ def _or_causal(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 def load_processor(source: ModelSource) -> Any:
     """The processor of ``source``, of text with images; raises :class:`InputError` if it has none."""
-    from transformers import AutoProcessor
-
-    with quiet(), readable(Path(source.path)) as path:
-        try:
-            # Not None: transformers would ask whether its code may run.
-            processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:
-            if find_spec("torchvision") is None:
-                raise MissingDependencyError(
-                    f"The processor of {source.source} cannot be loaded, and torchvision, which most processors need, "
-                    f"is not there: {part('torchvision').pip}."
-                ) from error
-            raise InputError(
-                f"No processor can be loaded from {source.source} ({first_line(error)[:300]}): add the processor's "
-                f"files that the model was trained with, or {_TEXT_INSTEAD}."
+    try:
+        return load_beside(replace(source, trust_remote_code=False), "AutoProcessor", "processor")
+    except InputError as error:
+        if find_spec("torchvision") is None:
+            raise MissingDependencyError(
+                f"The processor of {source.source} cannot be loaded, and torchvision, which most processors need, is "
+                f"not there: {part('torchvision').pip}."
             ) from error
-    return processor
+        raise
 
 
 def _load(source: ModelSource) -> Any:
-    kind = towers_only(source.wrapper)
-    with quiet(), readable(Path(source.path)) as path:
-        try:
-            model, info = kind.from_pretrained(
-                path, output_loading_info=True, use_safetensors=True, dtype=torch.float32
-            )
-        except Exception as error:
-            raise InputError(
-                f"transformers cannot load the towers of {source.source} ({first_line(error)[:300]}): {_TEXT_INSTEAD}."
-            ) from error
+    options: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
+    with (
+        quiet(),
+        readable(Path(source.path)) as path,
+        reading(source, "transformers cannot load the towers of"),
+    ):
+        model, info = towers_only(source.wrapper).from_pretrained(path, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{source.source} has no weights for {missing[0]} and {len(missing) - 1} more, which its towers need: "

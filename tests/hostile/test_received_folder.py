@@ -163,13 +163,13 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"path": "somebody/model"}, "record of the model is damaged"),
+        ({"path": "somebody/model"}, "is not there any more"),
         ({"path": "/nowhere/model"}, "is not there any more"),
         (
             {"kind": "hub", "source": "somebody/model", "path": "/nowhere"},
             "is not on this machine: fetch it with `hf",
         ),
-        ({"kind": "hub", "source": "../model", "path": "/nowhere"}, "record of the model is damaged"),
+        ({"kind": "hub", "source": "../model", "path": "/nowhere"}, "is not on this machine"),
         ({"kind": "gguf", "gguf_file": "../m.gguf"}, "not the name of a file in"),
         ({"fingerprint": "0" * 64}, "has changed since"),
     ],

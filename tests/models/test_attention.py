@@ -25,7 +25,7 @@ from nbl_export.models.forward import run_with_past
 from nbl_export.models.libraries import accepted_arguments, cache_argument
 from nbl_export.models.routers import Routers
 from tests.alone import furthest, own_logits, rows_of
-from tests.fixtures_graph import original_logits, pad_left, ragged_rows
+from tests.fixtures_graph import original_logits, ragged_rows
 from tests.tiny_types import tiny_model
 
 
@@ -71,22 +71,6 @@ def test_a_token_attends_as_in_pytorch(products: list[tuple[int, ...]]) -> None:
     torch.testing.assert_close(fast, plain, atol=4 * step, rtol=0)
     assert not torch.equal(decoded(model, rows, ids + 1), plain), "a wrong token is seen"
     assert model.config._attn_implementation == "sdpa"
-
-
-def test_what_is_not_such_a_token_goes_to_pytorch(products: list[tuple[int, ...]]) -> None:
-    rows = torch.arange(3 * 9).reshape(3, 9) % 200 + 5
-    ids = torch.tensor([[7], [8], [9]])
-    exact = tiny_model("llama")
-    plain = decoded(exact, rows, ids)
-    with decoding(exact):
-        assert torch.equal(decoded(exact, rows, ids), plain)
-    half = tiny_model("llama").to(torch.bfloat16)
-    mask = torch.ones(3, 10, dtype=torch.long)
-    mask[0, :4] = 0
-    plain = decoded(half, rows, ids, attention_mask=mask)
-    with decoding(half):
-        assert torch.equal(decoded(half, rows, ids, attention_mask=mask), plain)
-    assert not products
 
 
 # positions ---------------------------------------------------------------------------------------
@@ -160,19 +144,6 @@ def test_a_row_in_pieces_is_the_row_in_one(tiny_model: Any, cuts: tuple[int, ...
         assert [t.shape for pair in past for t in pair] == [(1, KV_HEADS, done, SIZE)] * 2 * LAYERS
         found.append(logits[0].numpy())
     np.testing.assert_allclose(np.concatenate(found), original_logits(tiny_model, row), rtol=0, atol=2e-4)
-
-
-def test_padding_on_the_left_is_hidden_by_the_mask(tiny_model: Any) -> None:
-    rows = ragged_rows((7, 3), VOCAB, seed=1)
-    logits, past = step(tiny_model, *pad_left(rows), empty(2))
-    for i, row in enumerate(rows):
-        found = logits[i, 7 - len(row) :].numpy()
-        np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
-    # Other padding changes nothing of what is real.
-    ids, mask, positions = pad_left(rows)
-    other, _ = step(tiny_model, np.where(mask == 0, 99, ids), mask, positions, empty(2))
-    np.testing.assert_allclose(other[1, 4:], logits[1, 4:], rtol=0, atol=2e-5)
-    assert len(past) == LAYERS
 
 
 # in one pass -------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from nbl_export.errors import InputError
 from nbl_export.files import read_table
 from nbl_export.models import layers
-from nbl_export.models.caches import BlockCache, StateShape
-from nbl_export.models.dummy_run import cache_shapes, check_supported, dummy_run
+from nbl_export.models.caches import BlockCache
+from nbl_export.models.dummy_run import check_supported, dummy_run
 from nbl_export.models.hooks import observed
 from nbl_export.models.layers import Family as Row
 from nbl_export.models.layers import attention_layers, structure
@@ -148,18 +148,6 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
 
 
 # what is seen ------------------------------------------------------------------------------------
-
-
-def test_blocks_without_keys_and_values_have_no_shape() -> None:
-    model = random_model("lfm2")
-    convolution = BlockCache(None, (StateShape("conv", (32, 3)),))
-    assert [b == convolution for b in dummy_run(model).cache] == [True, False, True, False]
-    assert list(cache_shapes(model)) == [1, 3]
-    check_supported(model, states=True)
-    with pytest.raises(
-        InputError, match=r"2 layers of Lfm2ForCausalLM are not self-attention \(layer 0: conv\)"
-    ):
-        check_supported(model)
 
 
 def test_an_encoder_sees_both_ways_and_all_its_tokens(tmp_path: Path) -> None:

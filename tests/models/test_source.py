@@ -145,7 +145,7 @@ def test_a_hub_id_without_a_network() -> None:
     source = "someone/no-such-model"
     message = refusal(source)
     assert message.startswith(f"{source} is not a local path")
-    assert "Hub cannot be reached" in message
+    assert "cannot be reached" in message
     assert "spelling and the network" in message
 
 
@@ -223,12 +223,6 @@ def test_an_adapter_beside_the_weights(folder: Path) -> None:
 
 
 # weight files ------------------------------------------------------------------------------------
-
-
-def test_a_file_that_loading_does_not_open_is_no_part_of_the_model(folder: Path) -> None:
-    before = find_model(str(folder))
-    (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    assert find_model(str(folder)) == before
 
 
 def test_a_folder_of_weights_that_is_a_link_elsewhere(folder: Path) -> None:

@@ -24,11 +24,8 @@ from nbl_export.models import towers
 from nbl_export.models.media_tokens import (
     MediaTokens,
     joined,
-    load_media,
     masks,
-    save_media,
     seeing,
-    written,
 )
 from nbl_export.models.multimodal import language_model
 from nbl_export.models.source import find_model
@@ -233,19 +230,6 @@ def test_what_embeddings_alone_do_not_say_is_refused(
     assert "Qwen3VLForConditionalGeneration" in str(caught.value) or str(caught.value).startswith("here: ")
 
 
-def test_a_checkpoint_without_a_processor_is_refused(
-    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = Path(shutil.copytree(folder_of("llava"), tmp_path / "model"))
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        (folder / name).unlink(missing_ok=True)
-    monkeypatch.undo()
-    monkeypatch.setattr(towers, "find_spec", lambda _name: object())  # with and without torchvision
-    words = r"(has no processor of images|No processor can be loaded).* or calibrate it on text"
-    with pytest.raises(InputError, match=words):
-        Towers(find_model(str(folder)))
-
-
 def test_a_processor_with_code_of_its_own_is_refused(
     folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,17 +243,6 @@ def test_a_processor_with_code_of_its_own_is_refused(
     monkeypatch.setattr(towers, "find_spec", lambda _name: object())
     found = towers.load_processor(find_model(str(folder)))
     assert type(found).__module__.startswith("transformers.")  # the one that the model's type has
-
-
-def test_towers_without_weights_are_refused(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    folder = Path(shutil.copytree(folder_of("llava"), tmp_path / "model"))
-    tensors = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if "multi_modal_projector" not in name}
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"has no weights for model\.multi_modal_projector.* and 3 more"):
-        Towers(find_model(str(folder)))
 
 
 # tokens -------------------------------------------------------------------------------------------
@@ -322,16 +295,6 @@ def test_an_image_is_seen_in_both_directions_where_it_is_so() -> None:
     assert masks(tokens(1), row, SimpleNamespace(), torch.zeros(0)).shape == (1, 1, 9, 9)
 
 
-def test_embeddings_are_the_tables_and_those_of_images() -> None:
-    table = torch.nn.Embedding(9, 2)
-    model = SimpleNamespace(get_input_embeddings=lambda: table)
-    row = ids(5, -7, -2, 8)
-    found = tokens().embeddings(row, model).detach()
-    assert torch.equal(found[0, [0, 3]], table.weight[[5, 8]].detach())
-    assert found[0, 1:3].tolist() == [[12, 13], [2, 3]]
-    assert written(row).tolist() == [[5, 0, 0, 8]]
-
-
 class Body(torch.nn.Module):
     """A language model with embeddings of each layer: those of a token are its number."""
 
@@ -361,9 +324,3 @@ def test_tokens_of_several_documents_are_one_table() -> None:
     found = joined([tokens(), replace(tokens(1), block=tokens().block + 2)])
     assert len(found) == 14 and found.block.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]
     assert found.both_ways.tolist() == [1] and found.later.shape == (14, 0, 2)
-
-
-def test_tokens_are_read_as_they_were_written(tmp_path: Path) -> None:
-    save_media(tmp_path / "x", tokens())
-    found = load_media(tmp_path / "x", "again")
-    assert all(np.array_equal(getattr(found, name), value) for name, value in vars(tokens()).items())
