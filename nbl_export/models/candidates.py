@@ -32,7 +32,6 @@ from nbl_export.models.dummy_run import dummy_run, example_inputs
 from nbl_export.models.hooks import Hooks, Observer, hidden_states, observed, states_in
 from nbl_export.models.layers import (
     BlockModules,
-    Structure,
     attention_layers,
     backbone,
     block_stack,
@@ -127,11 +126,13 @@ def shared_without_numbers(model: torch.nn.Module) -> Mapping[int, int]:
 def described(model: torch.nn.Module) -> dict[str, Any]:
     """The blocks of ``model`` for a record: their number, the kinds of its candidates, and what the others are."""
     found, kept = structure(model), reasons(model)
-    layers = tuple(layer for layer in found.layers if layer.index not in kept)
-    others = {
-        layer.index: f"{layer.kind}: {kept[layer.index]}" for layer in found.layers if layer.index in kept
+    kinds = {layer.index: layer.kind for layer in found.layers}
+    others = {**found.others, **{index: f"{kinds[index]}: {why}" for index, why in kept.items()}}
+    return {
+        "blocks": len(kinds) + len(found.others),
+        "kinds": {str(index): kind for index, kind in kinds.items() if index not in kept},
+        "others": {str(index): others[index] for index in sorted(others)},
     }
-    return Structure(layers, dict(sorted({**found.others, **others}.items()))).as_json()
 
 
 # spans --------------------------------------------------------------------------------------------

@@ -84,11 +84,6 @@ def dummy_run(model: torch.nn.Module) -> DummyRun:
     return _DONE[known]
 
 
-def is_known(model: torch.nn.Module) -> bool:
-    """Whether the forward pass of :func:`dummy_run` was made already."""
-    return origin(model) in _DONE
-
-
 def cache_shapes(model: torch.nn.Module) -> dict[int, CacheShape]:
     """The shape of the keys and values of each block that has its own, by its index."""
     return {i: block.kv for i, block in enumerate(dummy_run(model).cache) if block.kv is not None}

@@ -116,14 +116,6 @@ class Structure:
     layers: tuple[AttentionModules, ...]
     others: Mapping[int, str]
 
-    def as_json(self) -> dict[str, Any]:
-        """The number of blocks, and the kind of each by its index as text."""
-        return {
-            "blocks": len(self.layers) + len(self.others),
-            "kinds": {str(layer.index): layer.kind for layer in self.layers},
-            "others": {str(index): what for index, what in self.others.items()},
-        }
-
 
 def attention_layers(model: torch.nn.Module) -> tuple[AttentionModules, ...]:
     """Every self-attention layer of ``model`` in order; raises the errors of :func:`structure`."""

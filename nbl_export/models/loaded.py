@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -27,13 +28,9 @@ class LoadedModel:
         self.source = source
         self._listener = listener
         self.device: torch.device | str = "cpu"
-        self._model: torch.nn.Module | None = None
         # A copy lives only as long as it is used: later stages need the memory.
         self._copies: WeakValueDictionary[tuple[str, str], torch.nn.Module] = WeakValueDictionary()
-        self._fast: str | None = None  # the dtype that is meant by auto
         self._ran: set[tuple[str, str]] = set()
-        self._tokenizer: Any = None
-        self._processor: Any = None
 
     @property
     def task(self) -> Task:
@@ -44,31 +41,28 @@ class LoadedModel:
         """The pooling of a text encoder; None if its folder does not define one."""
         return None if self.task.causal else find_pooling(Path(self.source.path))
 
-    @property
+    @cached_property
     def model(self) -> torch.nn.Module:
-        if self._model is None:
-            from nbl_export.models.load import load_model
+        from nbl_export.models.load import load_model
 
-            # All weights are looked at when the model is loaded, but for those of a GGUF file.
-            files = [] if self.source.gguf_file else weight_files(Path(self.source.path))
-            size = sum(path.stat().st_size for path in files)
-            with bytes_task(self._listener, f"Loading {Path(self.source.source).name}", size) as done:
-                self._model = load_model(self.source, done)
-        return self._model
+        # All weights are looked at when the model is loaded, but for those of a GGUF file.
+        files = [] if self.source.gguf_file else weight_files(Path(self.source.path))
+        size = sum(path.stat().st_size for path in files)
+        with bytes_task(self._listener, f"Loading {Path(self.source.source).name}", size) as done:
+            return load_model(self.source, done)
 
-    @property
+    @cached_property
     def tried(self) -> torch.nn.Module:
         """The model, once a short text has gone through it, from which its layers and its cache are known.
 
         Raises :class:`InputError` if it cannot be run, or if its layers are not known.
         """
-        from nbl_export.models.dummy_run import dummy_run, is_known
+        from nbl_export.models.dummy_run import dummy_run
 
         model = self.model
-        if not is_known(model):
-            with self._listener.task("Running a short text", 1, "text") as task:
-                dummy_run(model)
-                task.advance(1)
+        with self._listener.task("Running a short text", 1, "text") as task:
+            dummy_run(model)
+            task.advance(1)
         return model
 
     def in_dtype(self, dtype: str) -> torch.nn.Module:
@@ -79,19 +73,18 @@ class LoadedModel:
         """
         return self._copy(self.fast_dtype if dtype == "auto" else dtype)
 
-    @property
+    @cached_property
     def fast_dtype(self) -> str:
         """The fastest dtype of the device in which the model's code runs."""
         from nbl_export.models.load import fast_dtype
 
-        if self._fast is None:
-            self._fast = fast_dtype(self.device)
-            try:
-                self._copy(self._fast)
-            except InputError as error:
-                self._listener.note(f"The model is run in float32. {error}")
-                self._fast = "float32"
-        return self._fast
+        fast = fast_dtype(self.device)
+        try:
+            self._copy(fast)
+            return fast
+        except InputError as error:
+            self._listener.note(f"The model is run in float32. {error}")
+            return "float32"
 
     def _copy(self, dtype: str) -> torch.nn.Module:
         from nbl_export.models.dummy_run import dummy_run
@@ -117,21 +110,17 @@ class LoadedModel:
         """The model in float32 on the device: what graphs are held against."""
         return self.in_dtype("float32")
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            from nbl_export.models.load import load_tokenizer
+        from nbl_export.models.load import load_tokenizer
 
-            self._tokenizer = load_tokenizer(self.source)
-        return self._tokenizer
+        return load_tokenizer(self.source)
 
-    @property
+    @cached_property
     def image_processor(self) -> Any:
-        if self._processor is None:
-            from nbl_export.models.load import load_image_processor
+        from nbl_export.models.load import load_image_processor
 
-            self._processor = load_image_processor(self.source)
-        return self._processor
+        return load_image_processor(self.source)
 
 
 def why_not_run(model: torch.nn.Module) -> str | None:
