@@ -269,10 +269,10 @@ def test_families(place: Path, tmp_path: Path, model_type: str, model_class: str
     ("model_type", "model_class", "said"),
     [
         ("albert", "AlbertModel", "all its layers run one block with the same weights"),
-        ("mobilebert", "MobileBertModel", "has a sum or a norm after its output projection"),
+        ("mobilebert", "MobileBertModel", "takes and returns other states"),
         ("canine", "CanineModel", "is not given each row's tokens unchanged"),
         ("llama", "LlamaModel", "is a decoder without its language-model head"),
-        ("vit_mae", "ViTMAEModel", "is not given each row's tokens unchanged"),
+        ("vit_mae", "ViTMAEModel", "hides patches of its images by chance"),
         ("convbert", "ConvBertModel", "has a sum or a norm after its output projection"),
     ],
 )
