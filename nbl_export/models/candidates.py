@@ -243,8 +243,6 @@ def observing(
     ``output`` is what the span adds to the stream, for an attention's y in its place. Rows go on through the longest of
     the spans; the states are those after the part.
     """
-    # Before the run, in which earlier blocks have no attention.
-    modules = tuple(one for one in blocks_of(model) if one.index in wanted)
     spans = [block for block in wanted if isinstance(block, Span)]
     # Of the whole model: within a part, blocks that are not run have no attention to be found.
     modules = tuple(one for one in blocks_of(model) if one.index in wanted)
