@@ -11,7 +11,7 @@ import pytest
 from nbl_export import api
 from nbl_export.linearize.plan import save_plan
 from nbl_export.rewrite.foreign import rewrite_foreign
-from tests.clients.greedy import greedy
+from tests.clients.greedy import by_genai, greedy
 from tests.exhaustive import exhaustive
 from tests.exporters import GRAPH, Graphs
 from tests.families import Calibrated
@@ -39,7 +39,7 @@ def test_genai_generates_what_our_decoder_does(stories_copy: Path, precision: st
     for folder in (stories_copy, stories_copy / "baseline"):
         told = json.loads((folder / "genai_config.json").read_text())
         assert told["search"]["past_present_share_buffer"] is (cache == "shared")
-        assert generated(folder, PROMPT) == greedy(folder / GRAPH, PROMPT, COUNT)
+        assert by_genai(folder, PROMPT, COUNT, ends=True) == greedy(folder / GRAPH, PROMPT, COUNT)
 
 
 @pytest.mark.client
@@ -55,10 +55,10 @@ def test_genai_generates_from_its_own_folder_rewritten(
     save_plan(tmp_path / "plan.json", calibrated_of("llama-gqa").plan((1, 3)))
     folder = tmp_path / "folder"
     rewrite_foreign(source, tmp_path / "plan.json", folder)
-    tokens = generated(folder, prompt)
+    tokens = by_genai(folder, prompt, COUNT, ends=True)
     assert tokens == greedy(folder / GRAPH, prompt, COUNT)
     assert tokens != greedy(source / GRAPH, prompt, COUNT)
-    assert generated(source, prompt) == greedy(source / GRAPH, prompt, COUNT)
+    assert by_genai(source, prompt, COUNT, ends=True) == greedy(source / GRAPH, prompt, COUNT)
 
 
 @pytest.mark.client
@@ -105,24 +105,6 @@ def test_states_beside_the_cache_are_carried_from_token_to_token(model_type: str
     api.rewrite(tmp_path / "out")
     found = []
     for folder in (tmp_path / "out" / "baseline", tmp_path / "out"):
-        found.append(generated(folder, list(range(40, 52)), None))
+        found.append(by_genai(folder, list(range(40, 52)), COUNT, ends=True))
         assert found[-1] == greedy(folder / GRAPH, list(range(40, 52)), COUNT)[: len(found[-1])]
     assert found[0] != found[1] and min(map(len, found)) > 4
-
-
-def generated(folder: Path, prompt: list[int], count: int | None = COUNT) -> list[int]:
-    """What onnxruntime-genai generates from ``folder``, greedily; ``count`` tokens where that is given."""
-    genai = pytest.importorskip(
-        "onnxruntime_genai", reason="needs onnxruntime-genai: pip install 'nbl-export[genai]'"
-    )
-    model = genai.Model(str(folder))
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + COUNT, do_sample=False)
-    generator = genai.Generator(model, parameters)
-    generator.append_tokens(prompt)
-    tokens = []
-    while not generator.is_done():
-        generator.generate_next_token()
-        tokens.append(int(generator.get_next_tokens()[0]))
-    assert count is None or len(tokens) == count
-    return tokens

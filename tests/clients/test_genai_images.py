@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from nbl_export import api
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
+from tests.clients.greedy import by_genai
 from tests.exhaustive import exhaustive
 from tests.families import WIDTH
 from tests.fixtures_graph import load
@@ -38,26 +39,6 @@ def save_tower(path: Path, name: str) -> None:
     output = helper.make_tensor_value_info("image_features", TensorProto.FLOAT, ["num_image_tokens", WIDTH])
     graph = helper.make_graph(nodes, "vision", inputs, [output], [numpy_helper.from_array(WEIGHT, "weight")])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-
-
-def generated(folder: Path, inputs: dict[str, np.ndarray] | None, prompt: list[int]) -> list[int]:  # type: ignore[type-arg]
-    genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
-    model = genai.Model(str(folder))
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(
-        max_length=len(prompt) + COUNT, min_length=len(prompt) + COUNT, do_sample=False
-    )
-    generator = genai.Generator(model, parameters)
-    if inputs is None:
-        generator.append_tokens(np.array([prompt], dtype=np.int32))
-    else:
-        named = genai.NamedTensors()
-        for name, array in {"input_ids": np.array([prompt], dtype=np.int32), **inputs}.items():
-            named[name] = array
-        generator.set_inputs(named)
-    for _ in range(COUNT):
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
 
 
 def rows_of_positions(prompt: list[int], count: int) -> torch.Tensor:
@@ -107,8 +88,8 @@ def test_text_and_an_image(
     with linearized(load(wrapper_folder(name)), load_plan(out / "nbl" / "plan.json")) as model:
         for tokens, given, features in ((TEXT, None, None), (prompt, inputs, patches @ WEIGHT)):
             expected.append(of_pytorch(model, features, tokens, rows))
-            found.append(generated(out, given, tokens))
+            found.append(by_genai(out, tokens, COUNT, given))
     assert found == expected
     # Other pixels are another text.
     inputs["pixel_values"] = -patches
-    assert generated(out, inputs, prompt) != found[1]
+    assert by_genai(out, prompt, COUNT, inputs) != found[1]

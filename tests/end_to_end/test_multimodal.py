@@ -24,8 +24,7 @@ from nbl_export.graph.precision import precision_of
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.verify.parity.figures import MethodLoss
-from tests.clients.greedy import greedy
-from tests.clients.test_genai_images import generated
+from tests.clients.greedy import by_genai, greedy
 from tests.end_to_end.matrix import ROWS, parity
 from tests.exhaustive import exhaustive
 from tests.exporters import GRAPH
@@ -156,13 +155,13 @@ def test_every_stage(
     logits = ort_stream(out / "model.onnx", 64).prefill([np.array(PROMPT)])
     assert logits.shape == (len(PROMPT), 260) and np.isfinite(logits).all()
     if inputs == "ids":
-        assert generated(out, None, PROMPT) == greedy(out / "model.onnx", PROMPT, COUNT)
+        assert by_genai(out, PROMPT, COUNT) == greedy(out / "model.onnx", PROMPT, COUNT)
         return
     # Exported again with token ids, the embedding of the other export is gone, and nothing else is done again.
     api.export(out, api.ExportSettings(precision="fp32", kv_cache="concat"))
     api.rewrite(out)
     assert not (out / "embedding.onnx").exists()
-    assert generated(out, None, PROMPT) == greedy(out / "model.onnx", PROMPT, COUNT)
+    assert by_genai(out, PROMPT, COUNT) == greedy(out / "model.onnx", PROMPT, COUNT)
 
 
 def test_embeddings_are_for_our_exporter_and_for_decoders() -> None:

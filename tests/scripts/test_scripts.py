@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import pytest
 import yaml
 
 from nbl_export.errors import MissingDependencyError
+from scripts import clients_table, regenerate_graphs
 from scripts.action import cut, errors_of
 from tests.conftest import ROOT
 from tests.exhaustive import exhaustive
@@ -116,21 +116,9 @@ def test_a_summary_that_is_too_long_ends_with_a_word_that_can_be_seen() -> None:
 # clients table -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("clients_table", ROOT / "scripts" / "clients_table.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_test_that_it_names_is_there(script: Any) -> None:
-    for row in script.ROWS:
-        assert set(row.tests) <= set(script.PRECISIONS) and row.refused <= set(row.tests)
+def test_every_test_that_it_names_is_there() -> None:
+    for row in clients_table.ROWS:
+        assert set(row.tests) <= set(clients_table.PRECISIONS) and row.refused <= set(row.tests)
         for test in row.tests.values():
             path, _, name = test.partition("::")
             tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
@@ -138,11 +126,11 @@ def test_every_test_that_it_names_is_there(script: Any) -> None:
             assert name.partition("[")[0] in functions, test
 
 
-def test_the_page_is_of_these_rows(script: Any) -> None:
+def test_the_page_is_of_these_rows() -> None:
     text = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
-    for row in script.ROWS:
+    for row in clients_table.ROWS:
         assert f"| {row.engine} | {row.reads} | " in text, "make it again: python scripts/clients_table.py"
-    assert script.FAILS not in text.split("| engine |")[1]
+    assert clients_table.FAILS not in text.split("| engine |")[1]
 
 
 # crash ---------------------------------------------------------------------------------------------
@@ -166,31 +154,17 @@ def test_the_short_run(shared_data: Path, tmp_path: Path) -> None:
 # regenerate graphs ---------------------------------------------------------------------------------
 
 
-def _script() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "regenerate_graphs", ROOT / "scripts" / "regenerate_graphs.py"
-    )
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = _script()
-
-
 USUAL = ("genai-int4-llama", "optimum-phi", "torch-phi3")
 PAIRS = [
     pytest.param(pair, id="-".join(pair), marks=() if "-".join(pair) in USUAL else exhaustive)
-    for pair in SCRIPT.PAIRS
+    for pair in regenerate_graphs.PAIRS
 ]
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_reference_graphs_are_up_to_date(tmp_path: Path, pair: tuple[str, str]) -> None:
     try:
-        written = SCRIPT.write_graphs(tmp_path, [pair])
+        written = regenerate_graphs.write_graphs(tmp_path, [pair])
     except MissingDependencyError as error:
         pytest.skip(str(error))
     assert [p.name for p in written] == ["before.txt", "after.txt"]
@@ -202,18 +176,4 @@ def test_reference_graphs_are_up_to_date(tmp_path: Path, pair: tuple[str, str]) 
 
 def test_no_other_graphs_are_kept() -> None:
     kept = {p.parent.name for p in (ROOT / "graphs").rglob("*.txt")}
-    assert kept == {"-".join(pair) for pair in SCRIPT.PAIRS}
-
-
-@pytest.mark.parametrize("pair", SCRIPT.PAIRS, ids="-".join)
-def test_one_of_two_attentions_is_linear_afterwards(pair: tuple[str, str]) -> None:
-    before, after = ((ROOT / "graphs" / "-".join(pair) / f"{n}.txt").read_text() for n in ("before", "after"))
-    cores = ("= Attention(", "= Softmax(", "GroupQueryAttention(")
-    counts = [sum(text.count(core) for core in cores) for text in (before, after)]
-    assert counts == [2, 1]
-    assert "nbl_linear" not in before
-    # Stored as its neighbours are: one weight and a bias, or numbers, scales and a bias.
-    assert after.count("nbl_linear") == (3 if "int4" in pair[0] else 2)
-    for text, pairs in ((before, 2), (after, 1)):
-        assert text.count("past_key_values.") >= 2 * pairs
-        assert f"past_key_values.{pairs}." not in text
+    assert kept == {"-".join(pair) for pair in regenerate_graphs.PAIRS}
