@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ JSON_LIMIT = 1 << 26
 TomlError = tomllib.TOMLDecodeError
 _TOML_LIMIT = 1 << 20  # bytes of a file of settings
 _SEAL = "sha256"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def open_data(path: Path) -> BufferedReader:
@@ -181,11 +183,18 @@ def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON text in UTF-8; raises ``ValueError`` for anything else."""
+    """The value of a JSON text in UTF-8; raises ``ValueError`` for anything else.
+
+    That includes strings that are no Unicode text (one half of a surrogate pair), which could not be written again.
+    """
+    text = content if isinstance(content, str) else content.decode("utf-8")
     try:
-        return json.loads(content if isinstance(content, str) else content.decode("utf-8"))
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deep") from None
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # a UnicodeEncodeError is a ValueError
+    return value
 
 
 def read_table(path: Path) -> dict[str, Any]:
