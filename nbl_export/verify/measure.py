@@ -71,28 +71,24 @@ _LENGTHS = (64, 41, 23, 9)
 
 
 def measure(case: DecoderCase | EncoderCase) -> Measurement:
-    """Everything that is asked of a rewritten graph."""
+    """Everything that is asked of a rewritten graph, and of a decoder's engines if there are any."""
     if isinstance(case, EncoderCase):
         return measure_encoder(case)
-    with seeing(case.model, case.text.media):
-        return measure_decoder(case)
-
-
-def measure_decoder(case: DecoderCase) -> Measurement:
-    """Everything that is asked of a rewritten decoder, and of its engines if there are any."""
     found, text = Measurement(), case.text
     contexts = fitting_contexts(found, positions(case.model), case.settings.contexts, room=1)
-    with resident(case.model, room(case.model)):
+    with seeing(case.model, text.media):
+        with resident(case.model, room(case.model)):
+            with found.clock():
+                found.parity = decoder_parity(case, found)
+            with found.clock():
+                if _asks_for_loss(case, found):
+                    found.method_loss = measure_method_loss(
+                        case.model, case.plan, text.heldout, text.heldout_document, case.listener
+                    )
+                    found.checks += loss_checks(found.method_loss, case.settings.bound)
         with found.clock():
-            found.parity = decoder_parity(case, found)
-        with found.clock():
-            if _asks_for_loss(case, found):
-                rows, document = text.heldout, text.heldout_document
-                found.method_loss = measure_method_loss(case.model, case.plan, rows, document, case.listener)
-                found.checks += loss_checks(found.method_loss, case.settings.bound)
-    with found.clock():
-        found.speed = verify_speed(case, found, contexts)
-    measure_engines(case, contexts, found)
+            found.speed = verify_speed(case, found, contexts)
+        measure_engines(case, contexts, found)
     return found
 
 

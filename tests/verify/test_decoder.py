@@ -26,7 +26,7 @@ from nbl_export.settings import VerifySettings
 from nbl_export.verify import engines as engines_module
 from nbl_export.verify import measure as module
 from nbl_export.verify.case import DecoderCase, Measurement, fitting_prompts
-from nbl_export.verify.measure import measure_decoder
+from nbl_export.verify.measure import measure
 from nbl_export.verify.parity.figures import DecoderParity, gates_for
 from nbl_export.verify.speed.pair import fitting_contexts
 from tests.runtime.fake_tensorrt import Graphs, loaded_engine, manifest_of
@@ -36,9 +36,7 @@ from tests.verify.measured import LAYERS, PARITY, case_of, changed, checks, with
 def test_a_right_graph_passes_and_what_is_not_asked_for_says_so(
     graphs: Graphs, plan: Plan, text: CalibrationText
 ) -> None:
-    found = measure_decoder(
-        case_of(graphs, plan, text, graphs("concat"), graphs("concat", "fp32", LAYERS), PARITY)
-    )
+    found = measure(case_of(graphs, plan, text, graphs("concat"), graphs("concat", "fp32", LAYERS), PARITY))
     assert [(c.name, c.status) for c in found.checks] == [
         ("parity", "passed"),
         ("method loss", "skipped"),
@@ -70,7 +68,7 @@ def test_wrong_maps_fail_and_their_layer_is_named(
     graphs: Graphs, plan: Plan, text: CalibrationText, tmp_path: Path, form: str, name: str, factor: float
 ) -> None:
     path = with_fault(graphs(form, "fp32", LAYERS), tmp_path, "layers.3.", name, factor)
-    found = measure_decoder(case_of(graphs, plan, text, graphs(form), path, PARITY))
+    found = measure(case_of(graphs, plan, text, graphs(form), path, PARITY))
     check = checks(found)["parity"]
     assert check.status == "failed" and "max |Δlogit| is" in check.detail
     assert found.divergence and "layer 3 (linear)" in found.divergence and found.divergence in check.detail
@@ -91,7 +89,7 @@ def test_a_plan_that_amplifies_rounding_is_told_from_a_fault_after_the_layers(
     """A quarter of the gate of 1e-3, where every layer agrees."""
     monkeypatch.setattr(module, "rounding_noise", lambda *_, **__: noise)
     path = with_fault(graphs("concat", "fp32", LAYERS), tmp_path, "layers.4.", "up_proj", 1.5)
-    found = measure_decoder(case_of(graphs, plan, text, graphs("concat"), path, PARITY))
+    found = measure(case_of(graphs, plan, text, graphs("concat"), path, PARITY))
     assert isinstance(found.parity, DecoderParity) and found.parity.rounding_noise == noise
     assert found.divergence and said in found.divergence
 
@@ -109,9 +107,9 @@ def test_a_float16_file_that_does_not_run_as_it_is_fails(
         return real(path if rounded else other, longest, rounded=rounded, **others)
 
     case = case_of(graphs, plan, text, graphs("concat", "fp16"), linear, PARITY)
-    assert checks(measure_decoder(case))["parity"].status == "passed"
+    assert checks(measure(case))["parity"].status == "passed"
     monkeypatch.setattr(module, "ort_stream", stream)
-    found = measure_decoder(case)
+    found = measure(case)
     check = checks(found)["parity"]
     assert check.status == "failed" and check.detail.startswith("as onnxruntime runs it, max |Δlogit| is nan")
     assert isinstance(found.parity, DecoderParity) and found.parity.worst < 0.5
@@ -123,7 +121,7 @@ def test_a_half_graph_that_loses_more_than_pytorch_fails_within_the_wide_gates(
     right = graphs("static", "fp16", LAYERS)
     wrong = changed(right, tmp_path, "<f2", 1.02)
     for path, status in ((right, "passed"), (wrong, "failed")):
-        result = measure_decoder(case_of(graphs, plan, text, graphs("static", "fp16"), path, PARITY))
+        result = measure(case_of(graphs, plan, text, graphs("static", "fp16"), path, PARITY))
         check = checks(result)["parity"]
         assert check.status == status, check.detail
         assert isinstance(result.parity, DecoderParity)
@@ -217,7 +215,7 @@ def on_gpu(graphs: Graphs, text: CalibrationText, plan: Plan, monkeypatch: pytes
         ]
         monkeypatch.setattr(engines_module, "find_gpu", lambda: L4)
         monkeypatch.setattr(engines_module, "load_engine", functools.partial(loaded_engine, limits=limits))
-        return measure_decoder(case_of(graphs, plan, text, base, linear, settings, pair))
+        return measure(case_of(graphs, plan, text, base, linear, settings, pair))
 
     return run
 
@@ -309,7 +307,7 @@ def test_without_a_gpu_nothing_is_run_and_nothing_passes(
         EngineFile(p, manifest_of(p, role=r, **ahead)) for p, r in ((base, "base"), (linear, "linearized"))
     ]
     settings = replace(PARITY, speed=True)
-    result = measure_decoder(case_of(graphs, plan, text, base, linear, settings, pair))
+    result = measure(case_of(graphs, plan, text, base, linear, settings, pair))
     found = checks(result)
     assert found["engine build"].status == "passed"
     assert found["engine run"].status == "skipped"
