@@ -140,7 +140,7 @@ def _prepared(
 
     model, path = run.model, loader.path(run.workspace)
     whole = RunSettings.of(calibration=settings)
-    check_disk(run.workspace, sizes_of_source(model.source), whole, ["calibrate"])
+    check_disk(run.workspace, sizes_of_source(model.source, model.model), whole, ["calibrate"])
     data = _load_saved(path, key, loader)
     if data is None:
         data = loader.read(model, settings, listener)
