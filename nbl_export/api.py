@@ -16,12 +16,16 @@ refuse to be one of several.
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import numpy  # noqa: F401, before what is built on it: that it is broken is then said of itself
 
-from nbl_export.doctor import doctor
 from nbl_export.errors import NblError
 from nbl_export.linearize.plan import Plan
-from nbl_export.report.diff import diff
+from nbl_export.progress import Listener
+from nbl_export.ranks import check_alone
 from nbl_export.report.schema import Report
 from nbl_export.settings import (
     BenchSettings,
@@ -38,20 +42,51 @@ from nbl_export.settings import (
     SelectSettings,
     VerifySettings,
 )
-from nbl_export.stages.bench import bench
-from nbl_export.stages.build import build
-from nbl_export.stages.calibrate import calibrate
-from nbl_export.stages.convert import convert
-from nbl_export.stages.dry_run import dry_run
-from nbl_export.stages.evaluate import evaluate
-from nbl_export.stages.export import export
-from nbl_export.stages.generate import generate
-from nbl_export.stages.in_order import run
-from nbl_export.stages.inspection import inspect
-from nbl_export.stages.package import package, verify_package
-from nbl_export.stages.rewrite import rewrite, rewrite_onnx
-from nbl_export.stages.select.stage import select
-from nbl_export.stages.verify import report, verify
+
+if TYPE_CHECKING:
+    from nbl_export.doctor import doctor
+    from nbl_export.report.diff import diff
+    from nbl_export.rewrite.replace import RewriteResult
+    from nbl_export.stages.bench import bench
+    from nbl_export.stages.build import build
+    from nbl_export.stages.calibrate import calibrate
+    from nbl_export.stages.convert import convert
+    from nbl_export.stages.dry_run import dry_run
+    from nbl_export.stages.evaluate import evaluate
+    from nbl_export.stages.export import export
+    from nbl_export.stages.generate import generate
+    from nbl_export.stages.in_order import run
+    from nbl_export.stages.inspection import inspect, report
+    from nbl_export.stages.package import package, verify_package
+    from nbl_export.stages.rewrite import rewrite
+    from nbl_export.stages.select.stage import select
+    from nbl_export.stages.verify import verify
+
+else:
+    # The module of each verb, which is imported when the verb is first asked for: most need torch.
+    _VERBS = {
+        "diff": "report.diff",
+        "doctor": "doctor",
+        "dry_run": "stages.dry_run",
+        "inspect": "stages.inspection",
+        "report": "stages.inspection",
+        "run": "stages.in_order",
+        "select": "stages.select.stage",
+        "verify_package": "stages.package",
+        **{
+            verb: f"stages.{verb}"
+            for verb in (
+                *("bench", "build", "calibrate", "convert", "evaluate", "export", "generate", "package"),
+                *("rewrite", "verify"),
+            )
+        },
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in _VERBS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"nbl_export.{_VERBS[name]}"), name)
+
 
 __all__ = [
     "BenchSettings",
@@ -90,3 +125,17 @@ __all__ = [
     "verify",
     "verify_package",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def rewrite_onnx(
+    onnx: str | Path, plan: str | Path, out: str | Path, listener: Listener | None = None
+) -> RewriteResult:
+    """Rewrite a decoder that somebody else exported, a file or a folder, by ``plan`` into the folder ``out``."""
+    from nbl_export.rewrite.foreign import rewrite_foreign
+
+    check_alone()
+    return rewrite_foreign(Path(onnx), Path(plan), Path(out), listener)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
     from nbl_export.stages.dry_run import DryRun
-    from nbl_export.stages.package import Package, Verified
+    from nbl_export.stages.inspection import Package
+    from nbl_export.stages.package import Verified
 
 __all__ = ["finish"]
 

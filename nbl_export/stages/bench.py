@@ -24,8 +24,9 @@ from nbl_export.settings import BenchSettings
 from nbl_export.settings.graphs import GGUF_TYPES
 from nbl_export.stage_record import StageRecord, key_of
 from nbl_export.stages.build import current_engines, model_positions, passed_over
+from nbl_export.stages.inspection import update_report
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
-from nbl_export.stages.run import Run, opened, update_report
+from nbl_export.stages.run import Run, opened
 from nbl_export.verify.speed.values import CONTROL, CellResult
 from nbl_export.workspace import Workspace, is_workspace
 

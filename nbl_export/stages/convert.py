@@ -17,7 +17,8 @@ from nbl_export.report.schema import Conversion
 from nbl_export.settings import VerifySettings
 from nbl_export.settings.graphs import ConvertSettings
 from nbl_export.stage_record import MODEL
-from nbl_export.stages.run import Run, opened, update_report
+from nbl_export.stages.inspection import update_report
+from nbl_export.stages.run import Run, opened
 
 
 def convert(

@@ -1,24 +1,33 @@
-"""`nbl-export inspect`: the content of a file or an output folder, as tables. Does not import torch."""
+"""Show a file or an output folder as tables, and draw its report again; imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbl_export.blocks import Block
 from nbl_export.errors import InputError, NblError
-from nbl_export.files import read_json
+from nbl_export.files import member, read_json, sha256_of_file, write_json
 from nbl_export.linearize.plan import load_plan
+from nbl_export.models.source import ModelIdentity
+from nbl_export.records import from_json
 from nbl_export.report.assemble import conversions_in, rewrite_of, selection_of
 from nbl_export.report.drawing import Table, mebibytes
+from nbl_export.report.render import write_report
+from nbl_export.report.schema import Report, load_report
 from nbl_export.report.selection import layers_table
 from nbl_export.report.tables import engines_table, forms_table, graph_table
+from nbl_export.stage_record import StageRecord
 from nbl_export.tensorfile import format_of
-from nbl_export.workspace import ENGINE_SUFFIX, Workspace, is_package, is_workspace
+from nbl_export.workspace import ENGINE_SUFFIX, PACKAGE, Workspace, is_package, is_workspace
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+SCHEMA = "nbl-export/package/1"
+REMEDY = "get the package again, or make it with `nbl-export package`"
 
 
 def inspect(path: str | Path) -> list[Table]:
@@ -49,9 +58,34 @@ def inspect(path: str | Path) -> list[Table]:
     )
 
 
-def _package(path: Path) -> list[Table]:
-    from nbl_export.stages.package import load_package
+@dataclass(frozen=True)
+class Package:
+    """A package: of which model, which ``layers`` are linear, in which precision, and the SHA-256 of its ``files``, of
+    which one is the ``graph``.
+    """
 
+    created: str
+    tool_version: str
+    model: ModelIdentity
+    layers: tuple[Block, ...]
+    precision: str
+    files: Mapping[str, str]
+    graph: str = "model.onnx"
+
+
+def load_package(root: Path) -> Package:
+    """What ``package.json`` in ``root`` says; raises :class:`InputError` for anything else."""
+    path = root / PACKAGE
+    raw = read_json(path, "The package", REMEDY)
+    if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
+        raise InputError(f"{path} is not of a package of this version ({SCHEMA}): {REMEDY}.")
+    found = from_json(Package, raw, str(path), REMEDY)
+    for name in (found.graph, *found.files):
+        member(root, name, f"A file in {path}")
+    return found
+
+
+def _package(path: Path) -> list[Table]:
     found = load_package(path)
     facts = (
         ("model", found.model.source),
@@ -225,3 +259,66 @@ _KINDS: dict[str, Callable[[Path], list[Table]]] = {
     "nbl-export/plan": _plan,
     _MOMENTS: _moments,
 }
+
+# the report ---------------------------------------------------------------------------------------
+
+
+def report(out: str | Path) -> Report:
+    """Read the report and redraw every other file of it from ``report.json``; needs no model.
+
+    Raises :class:`InputError` for figures that are not those that were measured.
+    """
+    ws = Workspace.open(Path(out))
+    path = ws.report / "report.json"
+    with ws.lock():
+        finish_drawing(ws)
+        if ws.record("verify") and path.is_file() and recorded_report(ws) is None:
+            raise InputError(
+                f"{path} was changed after `verify` wrote it: run `nbl-export verify {ws.root}` again."
+            )
+        for stage in ("select", "export", "rewrite"):
+            record = ws.record(stage)
+            if record is not None and (damaged := ws.damaged_file(record)):
+                raise InputError(
+                    f"{ws.root / damaged} is missing or was changed after it was measured: run `nbl-export {stage} "
+                    f"{ws.root}` and then `nbl-export verify {ws.root}` again."
+                )
+        return redrawn(ws, load_report(path))
+
+
+def recorded_report(ws: Workspace) -> StageRecord | None:
+    """The record of the last verification, if ``report.json`` is as that wrote it."""
+    record, path = ws.record("verify"), ws.report / "report.json"
+    digest = record.files.get(path.relative_to(ws.root).as_posix()) if record else None
+    return record if digest and path.is_file() and digest == sha256_of_file(path) else None
+
+
+def update_report(ws: Workspace, **parts: Any) -> None:
+    """Give the report of the folder's graphs other ``parts``, if there is one."""
+    if ws.current("verify") is None:
+        return
+    report = load_report(ws.report / "report.json")
+    if (changed := replace(report, **parts)) != report:
+        redrawn(ws, changed)
+
+
+def redrawn(ws: Workspace, value: Report) -> Report:
+    """Write every file of the report, which the record of the verification then knows.
+
+    What is drawn is written down first: after a kill, :func:`finish_drawing` takes the new ``report.json`` for no edit.
+    """
+    write_json(ws.drawing, value.as_json())
+    ws.redrew("verify", write_report(ws.report, value))
+    ws.drawing.unlink()
+    return value
+
+
+def finish_drawing(ws: Workspace) -> None:
+    """Go on with a drawing of the report that a kill has stopped after its first file, ``report.json``."""
+    path = ws.report / "report.json"
+    if not ws.drawing.is_file():
+        return
+    if path.is_file() and sha256_of_file(path) == sha256_of_file(ws.drawing):
+        redrawn(ws, load_report(path))
+    else:
+        ws.drawing.unlink()

@@ -19,20 +19,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
 from nbl_export.batch.names import BASE, LINEARIZED
-from nbl_export.blocks import Block
 from nbl_export.errors import InputError
 from nbl_export.files import (
     TEMPORARY,
-    member,
     overlap,
-    read_json,
     sha256_of_file,
     sync,
     write_json,
@@ -42,12 +39,13 @@ from nbl_export.linearize.plan import load_plan
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelIdentity, expected, find_model
 from nbl_export.progress import Listener, Silent
-from nbl_export.records import Check, from_json, part_from_json, to_json
+from nbl_export.records import Check, part_from_json, to_json
 from nbl_export.report.assemble import created
 from nbl_export.report.render import CARD, license_of, model_card, without_paths, write_report
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.stages.build import current_engines
+from nbl_export.stages.inspection import REMEDY, SCHEMA, Package, load_package
 from nbl_export.stages.rewrite import check_baseline
 from nbl_export.stages.run import check_machine, graphs_on
 from nbl_export.stages.verify import case_of
@@ -56,27 +54,10 @@ from nbl_export.workspace import PACKAGE, Places, Workspace, is_package, kept_di
 if TYPE_CHECKING:
     from nbl_export.verify.case import Measurement
 
-SCHEMA = "nbl-export/package/1"
 _SAME = (
     "Packaged: all weights of the graph are in one file; it is the graph that was verified, operator by operator and "
     "weight by weight."
 )
-_REMEDY = "get the package again, or make it with `nbl-export package`"
-
-
-@dataclass(frozen=True)
-class Package:
-    """A package: of which model, which ``layers`` are linear, in which precision, and the SHA-256 of its ``files``, of
-    which one is the ``graph``.
-    """
-
-    created: str
-    tool_version: str
-    model: ModelIdentity
-    layers: tuple[Block, ...]
-    precision: str
-    files: Mapping[str, str]
-    graph: str = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -90,18 +71,6 @@ class Verified:
     @property
     def passed(self) -> bool:
         return not any(check.status == "failed" for check in self.checks)
-
-
-def load_package(root: Path) -> Package:
-    """What ``package.json`` in ``root`` says; raises :class:`InputError` for anything else."""
-    path = root / PACKAGE
-    raw = read_json(path, "The package", _REMEDY)
-    if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
-        raise InputError(f"{path} is not of a package of this version ({SCHEMA}): {_REMEDY}.")
-    found = from_json(Package, raw, str(path), _REMEDY)
-    for name in (found.graph, *found.files):
-        member(root, name, f"A file in {path}")
-    return found
 
 
 def package(
@@ -249,12 +218,12 @@ def verify_package(
     found = load_package(root)
     for name, digest in found.files.items():
         if not (root / name).is_file() or sha256_of_file(root / name) != digest:
-            raise InputError(f"{root / name} is missing or was changed after it was packaged: {_REMEDY}.")
+            raise InputError(f"{root / name} is missing or was changed after it was packaged: {REMEDY}.")
     source = expected(find_model(str(model), trust_remote_code), found.model.source, found.model.fingerprint)
     places, loaded = Places(root), LoadedModel(source, listener)
     plan = load_plan(places.plan)
     if plan.model != source.fingerprint:
-        raise InputError(f"{places.plan} is the plan of another model: {_REMEDY}.")
+        raise InputError(f"{places.plan} is the plan of another model: {REMEDY}.")
     loaded.device = device = find_device(settings.device)
     with graphs_on(device, listener):
         asked, graph = settings.resolve(loaded.task), root / found.graph

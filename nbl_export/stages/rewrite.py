@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nbl_export.errors import InputError
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
-from nbl_export.ranks import check_alone
 from nbl_export.records import to_json
 from nbl_export.settings import Settings
 from nbl_export.stage_record import StageRecord
 from nbl_export.stages.run import Run, opened
 from nbl_export.workspace import Workspace
-
-if TYPE_CHECKING:
-    from nbl_export.rewrite.replace import RewriteResult
 
 
 def rewrite(
@@ -60,19 +55,6 @@ def rewrite(
                 sidecars = copy_sidecars(files, ws.root, plan.linear_attention, kept, folder)
                 work.files = [*result.files, ws.rewrite_summary, *sidecars]
         return ws.model
-
-
-def rewrite_onnx(
-    onnx: str | Path,
-    plan: str | Path,
-    out: str | Path,
-    listener: Listener | None = None,
-) -> RewriteResult:
-    """Rewrite a decoder that somebody else exported, a file or a folder, by ``plan`` into the folder ``out``."""
-    from nbl_export.rewrite.foreign import rewrite_foreign
-
-    check_alone()
-    return rewrite_foreign(Path(onnx), Path(plan), Path(out), listener)
 
 
 def check_baseline(ws: Workspace) -> None:

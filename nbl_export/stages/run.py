@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nbl_export.errors import os_error_in_words
-from nbl_export.files import sha256_of_file, write_json
 from nbl_export.models.device import check_device
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelSource, check_apart, find_model, same_model
@@ -18,7 +17,6 @@ from nbl_export.models.tasks import Task, task_named
 from nbl_export.packages import check_system, part
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE, Ranks, check_alone, together
-from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import (
     BenchSettings,
     ConvertSettings,
@@ -32,6 +30,7 @@ from nbl_export.settings import (
 )
 from nbl_export.settings.definition import OnDevice
 from nbl_export.stage_record import key_of
+from nbl_export.stages.inspection import finish_drawing
 from nbl_export.workspace import Workspace, kept_digests
 
 if TYPE_CHECKING:
@@ -218,39 +217,3 @@ def graphs_on(device: torch.device, listener: Listener) -> Iterator[None]:
         listener.note(f"onnxruntime does not run on {device} here{get}: graphs run on the CPU.")
     with running_on(str(device)):
         yield
-
-
-# the report of the graphs ---------------------------------------------------------------------------
-
-
-def update_report(ws: Workspace, **parts: Any) -> None:
-    """Give the report of the folder's graphs other ``parts``, if there is one."""
-    if ws.current("verify") is None:
-        return
-    report = load_report(ws.report / "report.json")
-    if (changed := replace(report, **parts)) != report:
-        redrawn(ws, changed)
-
-
-def redrawn(ws: Workspace, value: Report) -> Report:
-    """Write every file of the report, which the record of the verification then knows.
-
-    What is drawn is written down first: after a kill, :func:`finish_drawing` takes the new ``report.json`` for no edit.
-    """
-    from nbl_export.report.render import write_report
-
-    write_json(ws.drawing, value.as_json())
-    ws.redrew("verify", write_report(ws.report, value))
-    ws.drawing.unlink()
-    return value
-
-
-def finish_drawing(ws: Workspace) -> None:
-    """Go on with a drawing of the report that a kill has stopped after its first file, ``report.json``."""
-    path = ws.report / "report.json"
-    if not ws.drawing.is_file():
-        return
-    if path.is_file() and sha256_of_file(path) == sha256_of_file(ws.drawing):
-        redrawn(ws, load_report(path))
-    else:
-        ws.drawing.unlink()

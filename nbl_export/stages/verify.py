@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.errors import InputError
-from nbl_export.files import read_json, sha256_of_file
+from nbl_export.files import read_json
 from nbl_export.graph.summary import RewriteRecord
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
 from nbl_export.records import from_json
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
-from nbl_export.stage_record import STAGES, StageRecord
+from nbl_export.stage_record import STAGES
 from nbl_export.stages.build import current_engines, model_positions, passed_over
+from nbl_export.stages.inspection import recorded_report
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
-from nbl_export.stages.run import Run, finish_drawing, graphs_on, graphs_setting, opened, redrawn
+from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
 from nbl_export.workspace import Places, Workspace
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _files(ws: Workspace, *stages: str) -> list[str]:
 
 def _earlier(ws: Workspace, made_of: Mapping[str, str]) -> Report | None:
     """The report of the last verification, if it is as that wrote it, and of the same text and graphs."""
-    record = _recorded(ws)
+    record = recorded_report(ws)
     if record is None or record.version != STAGES["verify"]:
         return None
     if any(record.made_of.get(name) != made_of[name] for name in ("rewrite", "calibrate")):
@@ -141,37 +142,3 @@ def _earlier(ws: Workspace, made_of: Mapping[str, str]) -> Report | None:
         return load_report(ws.report / "report.json")
     except InputError:
         return None
-
-
-def _recorded(ws: Workspace) -> StageRecord | None:
-    """The record of the last verification, if ``report.json`` is as that wrote it."""
-    record, path = ws.record("verify"), ws.report / "report.json"
-    digest = record.files.get(path.relative_to(ws.root).as_posix()) if record else None
-    return record if digest and path.is_file() and digest == sha256_of_file(path) else None
-
-
-def report(out: str | Path) -> Report:
-    """Read the report and redraw every other file of it from ``report.json``; needs no model.
-
-    Raises :class:`InputError` for figures that are not those that were measured.
-    """
-    ws = Workspace.open(Path(out))
-    with ws.lock():
-        return _report(ws)
-
-
-def _report(ws: Workspace) -> Report:
-    path = ws.report / "report.json"
-    finish_drawing(ws)
-    if ws.record("verify") and path.is_file() and _recorded(ws) is None:
-        raise InputError(
-            f"{path} was changed after `verify` wrote it: run `nbl-export verify {ws.root}` again."
-        )
-    for stage in ("select", "export", "rewrite"):
-        record = ws.record(stage)
-        if record is not None and (damaged := ws.damaged_file(record)):
-            raise InputError(
-                f"{ws.root / damaged} is missing or was changed after it was measured: run `nbl-export {stage} "
-                f"{ws.root}` and then `nbl-export verify {ws.root}` again."
-            )
-    return redrawn(ws, load_report(path))

@@ -20,7 +20,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import load_plan
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages import package as stage
-from nbl_export.stages.package import load_package
+from nbl_export.stages.inspection import load_package
 from tests.command_line import nbl
 from tests.graph.external_data import resolved
 from tests.mutations import OF_WEIGHTS

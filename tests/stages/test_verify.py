@@ -15,7 +15,8 @@ from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import sha256_of_file
 from nbl_export.linearize.plan import load_plan
 from nbl_export.report.schema import load_report
-from nbl_export.stages.run import Run, redrawn
+from nbl_export.stages.inspection import redrawn
+from nbl_export.stages.run import Run
 from nbl_export.stages.verify import verify
 from nbl_export.verify.parity.figures import DecoderParity, MethodLoss
 from nbl_export.workspace import Workspace
