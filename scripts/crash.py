@@ -48,7 +48,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "GIT_DIR": os.devnull}
 sys.path.insert(0, str(ROOT))
 
 from nbl_export.files import TEMPORARY  # noqa: E402
-from tests.interruptions import at_changes  # noqa: E402
+from tests.listening import at_changes  # noqa: E402
 
 KINDS = ("time", "change", "time", "change", "term")
 TWICE = 0.2  # of the second runs are killed too
@@ -404,10 +404,10 @@ def inputs(work: Path) -> tuple[Path, Path, Path]:
     """The model as a folder, its text, and a task; the model is made in another process, which computes."""
     child = os.fork()
     if not child:
-        from tests.stories import build
+        from tests.tiny import build_stories
 
         try:
-            build(SHARED / "models" / "stories260K", work / "stories260K")
+            build_stories(SHARED / "models" / "stories260K", work / "stories260K")
         except BaseException:
             traceback.print_exc()
             os._exit(1)

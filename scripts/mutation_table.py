@@ -41,9 +41,9 @@ from nbl_export.verify.parity.compare import log_softmax  # noqa: E402
 from nbl_export.verify.parity.unmodified import differences  # noqa: E402
 from nbl_export.workspace import Workspace  # noqa: E402
 from tests import mutations  # noqa: E402
+from tests.finished import made  # noqa: E402
 from tests.fixtures_graph import load, plan_by_hand  # noqa: E402
-from tests.precisions import made  # noqa: E402
-from tests.stories import build  # noqa: E402
+from tests.tiny import build_stories  # noqa: E402
 
 PAGE, BEGIN, END = ROOT / "docs" / "gates.md", "<!-- table -->", "<!-- end of table -->"
 DATA = Path(os.environ.get("NBL_EXPORT_SHARED", ROOT.parent / "shared")) / "data"
@@ -155,7 +155,7 @@ def table(out: Path, model: Any, names: list[str], folder: Path) -> tuple[str, l
 def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        folder = build(DATA / "models" / "stories260K", root / "model")
+        folder = build_stories(DATA / "models" / "stories260K", root / "model")
         out = root / "out"
         api.run(
             folder,

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from nbl_export import cli
-from nbl_export.cli import output
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm"}
 for _name in ("NBL_EXPORT_DEBUG", "PYTEST_CURRENT_TEST"):
@@ -41,7 +39,6 @@ def nbl(*arguments: object, cwd: Path | None = None, limit: int | None = None) -
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["nbl-export", *map(str, arguments)])
-        patch.setattr(output, "ERR", Console(file=err, highlight=False))
         patch.delenv("NBL_EXPORT_DEBUG", raising=False)
         if cwd is not None:
             patch.chdir(cwd)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.interruptions import interruptible
+from tests.listening import interruptible
 
 # A shell's background job ignores Ctrl-C, and so would all that the tests start.
 interruptible()
@@ -35,13 +35,16 @@ pytest_plugins = [
     "tests.exporters",
     "tests.experts",
     "tests.multimodal",
-    "tests.variants",
-    "tests.precisions",
     "tests.sessions",
-    "tests.talking",
+    "tests.finished",
 ]
 
 ROOT = Path(__file__).parent.parent
+# Variants that take minutes and seldom say something new are left out of the usual run.
+_ALL = "NBL_EXPORT_ALL_TESTS"
+ALL = _ALL in os.environ
+exhaustive = pytest.mark.skipif(not ALL, reason=f"only with {_ALL}=1")
+
 SHARED = Path(os.environ.get("NBL_EXPORT_SHARED", ROOT.parent / "shared")) / "data"
 
 
@@ -127,9 +130,11 @@ def stories_text(shared_data: Path) -> Path:
 @pytest.fixture(scope="session")
 def stories_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """stories260K, a real Llama with GQA (5 layers, width 64), as a Hugging Face folder."""
-    from tests.stories import build
+    from tests.tiny import build_stories
 
-    return build(shared_data / "models" / "stories260K", tmp_path_factory.mktemp("models") / "stories260K")
+    return build_stories(
+        shared_data / "models" / "stories260K", tmp_path_factory.mktemp("models") / "stories260K"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from typing import Any
 
 from nbl_export.ranks import Ranks, together
 from tests.command_line import ENVIRONMENT, Done
-from tests.interruptions import leave_what_was_there
+from tests.listening import leave_what_was_there
 
 
 def forked(count: int, folder: Path, work: Callable[[Ranks], Any]) -> list[Any]:

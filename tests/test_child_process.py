@@ -22,8 +22,7 @@ from nbl_export.checkpoint import Checkpoint, saving_to
 from nbl_export.child_process import ChildError, Tell, in_child
 from nbl_export.errors import BuildError, CalibrationError, first_line, os_error_in_words
 from nbl_export.progress import bytes_task
-from tests.interruptions import send
-from tests.listening import Notes
+from tests.listening import Notes, send
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 60  # for what must end by itself

@@ -17,9 +17,8 @@ import pytest
 from nbl_export.cli import DEFAULT_COMMAND, app, main
 from nbl_export.cli.main import COMMANDS, words_of
 from nbl_export.linearize.plan import load_plan
-from nbl_export.settings.file import read_settings
-from tests.conftest import ROOT
-from tests.exhaustive import ALL
+from nbl_export.settings import read_settings
+from tests.conftest import ALL, ROOT
 from tests.exporters import VARIABLE, optimum_python
 from tests.fixtures_graph import perturb, rerecord
 

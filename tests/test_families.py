@@ -28,8 +28,8 @@ from nbl_export.models.layers import attention_layers
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages.build import check_states
 from nbl_export.verify.parity.compare import Parity
+from tests.conftest import ALL, exhaustive
 from tests.end_to_end.matrix import CHOSEN, ROWS, crossed, parity, rewritten
-from tests.exhaustive import ALL, exhaustive
 from tests.exporters import GRAPH, Graphs
 from tests.families import DECODERS, Calibrated, attention_share
 

@@ -279,7 +279,7 @@ def generate(
 ) -> None:
     """Print what a graph generates after a prompt, or after each line typed."""
     api, terminal, listener = loaded(said, settings)
-    from nbl_export.cli.writing import Written, prompts
+    from nbl_export.cli.terminal import Written, prompts
 
     text, written = prompts(prompt, prompt_file, said.json), Written(settings.graph, listener, not said.json)
     answers = api.generate(out, text, settings, listener, trust, rehash, written.piece, written.answered)

@@ -20,13 +20,13 @@ from typing import Any
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token, UnusedCliTokensError
 
 from nbl_export import __version__, ranks
-from nbl_export.cli import commands, process
+from nbl_export.cli import commands, output
 from nbl_export.errors import INTERNAL, INTERRUPTED, Interrupted, NblError, os_error_in_words
 from nbl_export.files import printable
 from nbl_export.packages import import_in_words
+from nbl_export.settings import NAME, TABLES, read_settings
 from nbl_export.settings.choices import LIBRARIES
 from nbl_export.settings.definition import ALL_HELP, UsageError
-from nbl_export.settings.file import NAME, TABLES, read_settings
 
 DEFAULT_COMMAND = "run"
 _INTERRUPTED = "Interrupted; run the same command again to go on from what is done."
@@ -118,8 +118,8 @@ def words_of(arguments: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Entry point: errors become one sentence on stderr and an exit code; never a traceback."""
-    with process.streams() as stdout:
-        with process.signals():
+    with output.streams() as stdout:
+        with output.signals():
             try:
                 if sys.argv[1:]:
                     ranks.begin()
@@ -130,7 +130,7 @@ def main() -> None:
                     code = 2
             except (Exception, KeyboardInterrupt) as error:
                 # What fails after a signal came, fails of it.
-                code = _fail(Interrupted(process.asked[-1]) if process.asked else error)
+                code = _fail(Interrupted(output.asked[-1]) if output.asked else error)
             finally:
                 ranks.end()
         code = code if isinstance(code, int) else 0
@@ -167,9 +167,7 @@ def _fail(error: BaseException) -> int:
         print(f"error: {message}", file=sys.stderr)
         if "--json" in sys.argv:
             print(json.dumps({"schema": "nbl-export/error/1", "error": message, "exit_code": code}, indent=1))
-        # What draws, and the log file with it, is there only once a command has begun.
-        if output := sys.modules.get("nbl_export.cli.output"):
-            output.log(f"error: {message}")
+        output.log(f"error: {message}")
     return int(code)
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
+from nbl_export.settings import NAME
 from nbl_export.settings.definition import MORE
-from nbl_export.settings.file import NAME
 
 _GENERAL, _FOREIGN = Group("Options", sort_key=1), Group("A graph that somebody else exported", sort_key=2)
 NBL_OUT = Path("nbl-out")

@@ -22,7 +22,7 @@ from nbl_export.ranks import ALONE, LostRankError, Ranks
 from nbl_export.settings import CalibrateSettings, RunSettings
 from nbl_export.stages.needs import disk, sizes_of
 from tests.calibrate.conftest import BLOCKS, LENGTH, ROWS
-from tests.interruptions import Recorder, crash, send
+from tests.listening import Recorder, crash, send
 from tests.several import forked
 from tests.tiny_types import activations
 

@@ -17,9 +17,9 @@ import onnx
 import pytest
 
 from nbl_export.cli.main import COMMANDS, app, words_of
+from nbl_export.settings import TABLES
 from nbl_export.settings.choices import CACHES, CRITERIA, LIBRARIES, PEERS, PRECISIONS, TARGETS
 from nbl_export.settings.definition import UsageError, settings_of
-from nbl_export.settings.file import TABLES
 from tests.command_line import (
     ENVIRONMENT,
     FAST,

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from nbl_export import api
-from nbl_export.cli import process
+from nbl_export.cli import output
 from nbl_export.cli.output import TerminalListener
-from nbl_export.cli.writing import Written, prompts
+from nbl_export.cli.terminal import Written, prompts
 from nbl_export.errors import InputError, Interrupted
 from nbl_export.generate.answer import Figures, Generated
 from nbl_export.packages import pip_line
@@ -33,7 +33,7 @@ from tests.command_line import (
     nbl,
     no_leftovers,
 )
-from tests.interruptions import send
+from tests.listening import send
 from tests.rewrite.foreign import Source, assert_rewritten, contents, exported
 
 
@@ -152,7 +152,7 @@ def test_an_interrupt_that_a_library_swallows_ends_the_work_at_its_next_step() -
     reached: list[str] = []
 
     def work() -> None:
-        with process.signals(), TerminalListener().task("Exporting ONNX", 3, "steps") as task:
+        with output.signals(), TerminalListener().task("Exporting ONNX", 3, "steps") as task:
             with suppress(KeyboardInterrupt):
                 send(signal.SIGTERM)()
             reached.append("behind the library")
@@ -162,7 +162,7 @@ def test_an_interrupt_that_a_library_swallows_ends_the_work_at_its_next_step() -
     with pytest.raises(Interrupted) as ended:
         work()
     assert ended.value.exit_code == 143
-    process.stop_if_asked()  # of an earlier command
+    output.stop_if_asked()  # of an earlier command
     assert reached == ["behind the library"]
 
 

@@ -12,7 +12,7 @@ from nbl_export import api
 from nbl_export.linearize.plan import save_plan
 from nbl_export.rewrite.foreign import rewrite_foreign
 from tests.clients.greedy import by_genai, greedy
-from tests.exhaustive import exhaustive
+from tests.conftest import exhaustive
 from tests.exporters import GRAPH, Graphs
 from tests.families import Calibrated
 from tests.tiny import save_tokenizer

@@ -20,7 +20,7 @@ from nbl_export import api
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
 from tests.clients.greedy import by_genai
-from tests.exhaustive import exhaustive
+from tests.conftest import exhaustive
 from tests.families import WIDTH
 from tests.fixtures_graph import load
 

@@ -12,7 +12,7 @@ from nbl_export import api
 from nbl_export.runtime.openvino import cpu
 from nbl_export.runtime.ort import OrtDecoder
 from tests.clients.greedy import greedy
-from tests.exhaustive import exhaustive
+from tests.conftest import exhaustive
 from tests.exporters import GRAPH, Graphs
 
 COUNT = 24

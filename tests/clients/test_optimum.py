@@ -15,7 +15,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import save_plan
 from nbl_export.rewrite.foreign import rewrite_foreign
 from tests.clients.greedy import greedy
-from tests.exhaustive import exhaustive
+from tests.conftest import exhaustive
 from tests.exporters import GRAPH, Graphs, optimum_python
 from tests.families import Calibrated
 

@@ -17,7 +17,7 @@ import pytest
 from nbl_export import api
 from nbl_export.errors import InputError
 from tests.clients.greedy import greedy
-from tests.exhaustive import exhaustive
+from tests.conftest import exhaustive
 from tests.families import build
 
 pytestmark = pytest.mark.client

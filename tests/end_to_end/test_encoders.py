@@ -32,6 +32,7 @@ from nbl_export.runtime.ort import OrtEncoder
 from nbl_export.verify.parity.figures import EncoderParity
 from nbl_export.workspace import Workspace
 from tests import encoders
+from tests.conftest import exhaustive
 from tests.encoders import (
     CLS,
     IMAGE_TOKENS,
@@ -45,7 +46,6 @@ from tests.encoders import (
     write_images,
     write_text,
 )
-from tests.exhaustive import exhaustive
 from tests.sessions import run_graph
 
 pytest.importorskip("PIL", reason="needs pillow")

@@ -30,8 +30,8 @@ from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.settings.choices import OLDEST_OPSET
 from tests.clients.greedy import greedy
+from tests.conftest import exhaustive
 from tests.end_to_end.matrix import CHOSEN, ROWS, parity, rewritten
-from tests.exhaustive import exhaustive
 from tests.exporters import FLAT, GRAPH, NUMBERED, Names, torchscript
 from tests.families import DECODERS, Calibrated, build, unsaved
 from tests.test_families import HYBRIDS

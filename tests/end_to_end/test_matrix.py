@@ -14,6 +14,7 @@ from nbl_export.errors import BuildError, InputError
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite.prove import PROOF_TOLERANCE
 from nbl_export.settings.choices import FitInput
+from tests.conftest import exhaustive
 from tests.end_to_end.matrix import (
     BUILDER,
     CHOSEN,
@@ -25,7 +26,6 @@ from tests.end_to_end.matrix import (
     rewritten,
     weight_bytes,
 )
-from tests.exhaustive import exhaustive
 from tests.exporters import GRAPH, Graphs, genai
 from tests.families import FAMILIES, WIDTH, Calibrated, attention_share, build, calibrated
 

@@ -25,8 +25,8 @@ from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.verify.parity.figures import MethodLoss
 from tests.clients.greedy import by_genai, greedy
+from tests.conftest import exhaustive
 from tests.end_to_end.matrix import ROWS, parity
-from tests.exhaustive import exhaustive
 from tests.exporters import GRAPH
 from tests.families import LAYERS, Calibrated
 from tests.listening import Notes

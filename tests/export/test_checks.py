@@ -38,10 +38,9 @@ from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.lengths import Room
 from nbl_export.models.tasks import task_named
 from nbl_export.rewrite.replace import rewrite_file
-from tests.beyond import BEYOND, ENCODERS
 from tests.end_to_end.matrix import parity
 from tests.families import Calibrated, unsaved
-from tests.tiny_types import tiny_model
+from tests.tiny_types import BEYOND, ENCODERS, tiny_model
 
 
 @pytest.mark.parametrize(

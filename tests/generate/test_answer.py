@@ -27,7 +27,7 @@ from nbl_export.generate.prompts import (
 from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.runtime.stream import Stream
-from tests.talking import TEMPLATE
+from tests.finished import TEMPLATE
 
 VOCAB = 50
 

@@ -44,7 +44,7 @@ from tests.graph.external_data import (
     save,
     two_file_graph,
 )
-from tests.interruptions import killed_at_change
+from tests.listening import killed_at_change
 from tests.sessions import cpu_session
 
 

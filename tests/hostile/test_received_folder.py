@@ -20,7 +20,7 @@ from nbl_export.errors import InputError, NblError
 from nbl_export.models.source import find_model, same_model
 from tests.command_line import ENVIRONMENT, Done
 from tests.finished import QUICK, TWO
-from tests.folders import files_in
+from tests.listening import files_in
 from tests.tiny import build
 
 CODE = """

@@ -39,8 +39,8 @@ from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
 from tests.fixtures_graph import load
-from tests.interruptions import Recorder, send
 from tests.linearize.made import adapter_for, make_plan
+from tests.listening import Recorder, send
 from tests.pictures import plain_tokens
 from tests.tiny_types import tiny_model
 

@@ -17,8 +17,7 @@ from nbl_export.models.lengths import (
     lengths,
     small_copy,
 )
-from tests.beyond import BEYOND, ENCODERS
-from tests.tiny_types import tiny_model
+from tests.tiny_types import BEYOND, ENCODERS, tiny_model
 
 
 def names(model: Any) -> list[str]:

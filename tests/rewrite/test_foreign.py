@@ -22,7 +22,7 @@ from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.rewrite.foreign import rewrite_foreign
 from tests.command_line import assert_refused, nbl
 from tests.end_to_end.random_decoders import random_plan, random_weights
-from tests.interruptions import killed_at_change
+from tests.listening import killed_at_change
 from tests.rewrite.foreign import (
     CONFIG,
     DATA,

@@ -23,9 +23,9 @@ from nbl_export.rewrite.confirm import check_layers, confirm, linear_part
 from nbl_export.rewrite.probe_runner import ProbeRunner, relative_error
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove
 from nbl_export.rewrite.replace import proven_regions, rewrite_file
+from tests.finished import PRECISIONS
 from tests.fixtures_graph import low_rank, plan_by_hand
 from tests.mutations import OF_WEIGHTS, changed, of_another_input
-from tests.precisions import PRECISIONS
 
 LAYERS = (1, 3)
 

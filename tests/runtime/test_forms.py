@@ -28,9 +28,9 @@ from nbl_export.runtime.rows import MlxStream, TransformersStream
 from nbl_export.verify.parity.compare import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.pytorch import record_pytorch
+from tests.conftest import exhaustive
 from tests.convert.test_mlx import NoTokenizer
 from tests.converting import WRONG, assert_as_in_pytorch, needs, stream_parity, wrongly
-from tests.exhaustive import exhaustive
 from tests.families import DECODERS, Calibrated, build, calibrated
 from tests.fixtures_graph import ragged_rows
 from tests.tiny_types import tiny_model

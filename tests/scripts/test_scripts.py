@@ -17,8 +17,7 @@ import yaml
 from nbl_export.errors import MissingDependencyError
 from scripts import clients_table, regenerate_graphs
 from scripts.action import cut, errors_of
-from tests.conftest import ROOT
-from tests.exhaustive import exhaustive
+from tests.conftest import ROOT, exhaustive
 
 ACTION: Any = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 

@@ -13,6 +13,7 @@ from nbl_export import api, settings
 from nbl_export.cli import main
 from nbl_export.errors import InputError, NblError
 from nbl_export.models.tasks import task_named
+from nbl_export.settings import TABLES, read_settings
 from nbl_export.settings.definition import (
     TEXT,
     Must,
@@ -24,7 +25,6 @@ from nbl_export.settings.definition import (
     setting,
     settings_of,
 )
-from nbl_export.settings.file import TABLES, read_settings
 
 FILE = """
 [calibrate]

@@ -17,6 +17,7 @@ from nbl_export.models.tasks import task_named
 from nbl_export.settings import (
     NO_BOUND,
     NO_BUDGET,
+    TABLES,
     BenchSettings,
     Budget,
     DiffBounds,
@@ -32,9 +33,8 @@ from nbl_export.settings import (
 )
 from nbl_export.settings.choices import AUTO_PERPLEXITY_RATIO, CRITERIA
 from nbl_export.settings.definition import OnDevice, bytes_of
-from nbl_export.settings.file import TABLES
 from nbl_export.settings.graphs import OptionalEngines
-from nbl_export.settings.workload import Workload, workload_of
+from nbl_export.settings.making import Workload, workload_of
 
 DECODER, ENCODER = task_named("text-generation"), task_named("feature-extraction")
 

@@ -31,8 +31,8 @@ from nbl_export.stages import calibration_data as module
 from nbl_export.stages.calibration_data import check_sources, loader_for
 from nbl_export.stages.select import measure
 from nbl_export.workspace import Workspace
-from tests.beyond import BEYOND, ENCODERS
 from tests.encoders import CLS, PAD, SEP, text_encoder, vision_encoder, write_images, write_text
+from tests.tiny_types import BEYOND, ENCODERS
 
 
 @pytest.fixture

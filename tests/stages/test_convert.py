@@ -27,8 +27,8 @@ from nbl_export.settings.graphs import PRECISIONS
 from nbl_export.stages.forms import FORMS, place_of
 from nbl_export.stages.inspection import inspect
 from nbl_export.workspace import Workspace
+from tests.conftest import exhaustive
 from tests.converting import needs
-from tests.exhaustive import exhaustive
 from tests.listening import Notes
 
 here = needs("gguf")

@@ -18,7 +18,7 @@ from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.stages.rewrite import drop_baseline
 from nbl_export.workspace import Workspace
-from tests.talking import END, OTHER_END
+from tests.finished import END, OTHER_END
 
 PROMPT = "Once upon a time"
 COUNT = 64

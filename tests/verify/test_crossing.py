@@ -33,10 +33,10 @@ from nbl_export.verify import case as crossing
 from nbl_export.verify import measure as module
 from nbl_export.verify.case import DecoderCase, EncoderCase, Measurement, crossing_check, parity_text
 from nbl_export.verify.measure import decoder_parity, measure_encoder
-from tests.beyond import BEYOND, ENCODERS, SWITCH, VOCAB
-from tests.exhaustive import exhaustive
+from tests.conftest import exhaustive
 from tests.families import Calibrated
 from tests.fixtures_graph import tensors_of
+from tests.tiny_types import BEYOND, ENCODERS, SWITCH, VOCAB
 
 STEPS, LAYER = 8, 1
 ROWS = np.random.default_rng(5).integers(3, VOCAB - 5, (12, 160)).astype(np.int32)

@@ -16,7 +16,7 @@ from nbl_export.graph.rounding import UNTIMED, needs_emulation
 from nbl_export.linearize.plan import Plan, Replacement, ranks_of
 from nbl_export.progress import Listener
 from nbl_export.rewrite.replace import rewrite_file
-from nbl_export.settings.workload import Workload
+from nbl_export.settings.making import Workload
 from nbl_export.verify.speed import pair
 from nbl_export.workspace import Workspace
 

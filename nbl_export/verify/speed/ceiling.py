@@ -32,7 +32,7 @@ from nbl_export.linearize.plan import Plan
 from nbl_export.machine import cores
 from nbl_export.rewrite.planned import planned_attentions
 from nbl_export.runtime.session import CPU, require_onnxruntime, session_options
-from nbl_export.settings.workload import Workload
+from nbl_export.settings.making import Workload
 from nbl_export.verify.speed.values import GraphCost, Machine, Roofline
 
 # Larger than any cache: 128 MiB each.

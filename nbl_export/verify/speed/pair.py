@@ -12,7 +12,7 @@ from nbl_export.machine import free_memory
 from nbl_export.progress import Listener
 from nbl_export.records import Check
 from nbl_export.runtime.session import fit, require_onnxruntime, session_bytes
-from nbl_export.settings.workload import Workload
+from nbl_export.settings.making import Workload
 from nbl_export.verify.speed.candidates import RunGraph, graph_candidate
 from nbl_export.verify.speed.ceiling import cpu_machine
 from nbl_export.verify.speed.race import MORE, Harness, Rounds

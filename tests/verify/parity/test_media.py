@@ -25,7 +25,7 @@ from nbl_export.verify.parity import pytorch as module
 from nbl_export.verify.parity.figures import Routing, gates_for
 from nbl_export.verify.parity.pytorch import media_parity, rows_with_media
 from nbl_export.verify.parity.routing import passes, routing_failures, routing_of
-from tests.exhaustive import exhaustive
+from tests.conftest import exhaustive
 from tests.experts import Experts, swap_experts
 from tests.families import WIDTH, Calibrated
 from tests.verify.measured import with_fault

@@ -50,7 +50,7 @@ from nbl_export.verify.parity.unmodified import (
 )
 from nbl_export.workspace import Workspace
 from tests import families
-from tests.exhaustive import exhaustive
+from tests.conftest import exhaustive
 from tests.fixtures_graph import perturb, plan_by_hand, ragged_rows, rerecord, tensors_of
 from tests.listening import Notes
 from tests.models.test_weights import reads, stored_in

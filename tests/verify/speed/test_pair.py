@@ -19,7 +19,7 @@ from nbl_export.runtime import session as sessions
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.runtime.session import session_bytes
 from nbl_export.runtime.tensorrt import EngineStream
-from nbl_export.settings.workload import Workload
+from nbl_export.settings.making import Workload
 from nbl_export.verify.speed import candidates
 from nbl_export.verify.speed import pair as module
 from nbl_export.verify.speed.candidates import (

@@ -14,7 +14,7 @@ from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.rewrite.replace import rewrite_file
-from nbl_export.settings.workload import Workload
+from nbl_export.settings.making import Workload
 from nbl_export.verify.speed import ceiling as module
 from nbl_export.verify.speed.candidates import Candidate
 from nbl_export.verify.speed.ceiling import (
