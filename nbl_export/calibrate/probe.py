@@ -21,13 +21,13 @@ from nbl_export.batch.rows import Inputs, left_padded, real_positions
 from nbl_export.blocks import ATTENTION, Block, block_of, part_of
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import NblError
+from nbl_export.models.attention import Routers
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import unrunnable
 from nbl_export.models.forward import run_uncached
 from nbl_export.models.hooks import observed
 from nbl_export.models.layers import backbone, hidden_size, layer_count
 from nbl_export.models.lengths import BEYOND, lengths
-from nbl_export.models.routers import Routers
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:

@@ -33,7 +33,8 @@ from nbl_export.export.functions import attention, exportable, is_replaced
 from nbl_export.export.fused import check_sizes, unsupported_by_gqa
 from nbl_export.export.torch import check_traces, export_torch, trace
 from nbl_export.graph.summary import OnCopy
-from nbl_export.models.dummy_run import check_supported, dummy_run
+from nbl_export.models.candidates import check_supported
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.forward import run_uncached
 from nbl_export.models.layers import positions as positions_of
 from nbl_export.models.layers import vocabulary

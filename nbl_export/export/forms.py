@@ -47,15 +47,19 @@ from nbl_export.batch.names import (
 from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN, GraphStates, rows_of
-from nbl_export.models.caches import Entry, PastLayer, cache_layer, cache_with, entry_in, query_length
-from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.dummy_run import Entry, dummy_run
 from nbl_export.models.forward import (
     INPUT_ORDER,
     CachedDecoder,
+    PastLayer,
     Tokens,
+    cache_layer,
+    cache_with,
     embedded,
     encoder_of,
     encoder_outputs,
+    entry_in,
+    query_length,
     run_with_past,
 )
 from nbl_export.models.layers import (

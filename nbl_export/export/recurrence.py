@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from nbl_export.models.caches import StateLayer
+from nbl_export.models.forward import StateLayer
 from nbl_export.models.libraries import replaced
 
 # Operators that torch.export cannot express are emitted in a private domain and renamed afterwards. Otherwise the

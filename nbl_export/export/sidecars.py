@@ -19,7 +19,7 @@ from nbl_export.graph.embedding import FEATURES
 from nbl_export.graph.embedding import NAME as EMBEDDING
 
 if TYPE_CHECKING:
-    from nbl_export.models.caches import BlockCache
+    from nbl_export.models.dummy_run import BlockCache
 
 CONFIG, GENAI = "config.json", "genai_config.json"
 # Weights of other formats; a rewritten folder does not need them.

@@ -33,7 +33,7 @@ from nbl_export.export.lm_head import add_num_logits_input
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN
 from nbl_export.export.scans import make_scans
 from nbl_export.graph.operators import int_attribute
-from nbl_export.models.caches import BlockCache
+from nbl_export.models.dummy_run import BlockCache
 from nbl_export.models.weights import Weight
 
 _SCOPES = "pkg.torch.onnx.name_scopes"

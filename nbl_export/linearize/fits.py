@@ -25,9 +25,8 @@ import torch
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.blocks import ATTENTION, Block, layer_of
-from nbl_export.calibrate.collect import moments_of
+from nbl_export.calibrate.collect import States, moments_of
 from nbl_export.calibrate.moments import Accumulator, LayerMoments, Moments
-from nbl_export.calibrate.states import States
 from nbl_export.errors import InputError
 from nbl_export.linearize.lmmse import LinearFit, branch_covariances, constant_direction
 from nbl_export.linearize.plan import LinearLayer, Plan

@@ -23,14 +23,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.blocks import ATTENTION, MLP, SPAN, Block, Mlp, Span, part_of, spans_of
 from nbl_export.errors import InputError
 from nbl_export.models.attention import shared_keys
-from nbl_export.models.dummy_run import dummy_run, example_inputs
+from nbl_export.models.dummy_run import TINY, cache_shapes, dummy_run, example_inputs, state_kinds
 from nbl_export.models.hooks import Hooks, Observer, hidden_states, observed, states_in
 from nbl_export.models.layers import (
+    NOT_YET,
     BlockModules,
     attention_layers,
     backbone,
@@ -38,9 +40,11 @@ from nbl_export.models.layers import (
     layer_count,
     main_input,
     mlp_modules,
+    scoring_head,
     structure,
 )
 from nbl_export.models.libraries import quiet
+from nbl_export.models.tasks import FEATURES, GENERATION, Task, task_named
 from nbl_export.models.walk import Segment, Step, segments, walking
 from nbl_export.models.weights import origin
 
@@ -133,6 +137,65 @@ def described(model: torch.nn.Module) -> dict[str, Any]:
         "kinds": {str(index): kind for index, kind in kinds.items() if index not in kept},
         "others": {str(index): others[index] for index in sorted(others)},
     }
+
+
+def check_supported(
+    model: torch.nn.Module,
+    cached: bool = True,
+    task: Task | None = None,
+    pooled: bool = False,
+    states: bool = False,
+) -> None:
+    """Refuse, before any work, a model whose structure is not supported or does not match its ``task``.
+
+    ``cached`` requires that a decoder has a KV cache, ``states`` allows layers that keep something else than keys and
+    values. A decoder without its head is served if its states are ``pooled``.
+    """
+    found, task, name = structure(model), task or task_named(GENERATION), type(model).__name__
+    facts = dummy_run(model)
+    if task.causal and not facts.causal:
+        raise InputError(
+            f"{name} is not causal (an earlier token depends on a later token), so it is not a decoder: if it is an "
+            "encoder, name its encoder class, as BertModel, in `architectures` in its config.json."
+        )
+    if not task.causal:
+        if facts.causal and task.name == FEATURES and not pooled:
+            whole = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+            raise InputError(
+                f"{name} is a decoder without its language-model head: only decoders with it are supported"
+                f"{f', saved as {whole.__name__}' if whole else ''}."
+            )
+        reasons = {
+            "has more than one linear layer on the states of the last token behind it": facts.causal
+            and task.pools
+            and scoring_head(model) is None,
+            "has a sum or a norm after its output projection, so its output is not that of the attention "
+            "alone": not facts.linear_output,
+            "is not given each row's tokens unchanged": main_input(model) == TOKENS and facts.tokens != TINY,
+            f"is in a model with none of the outputs {', '.join(task.outputs)}": not set(task.outputs)
+            & set(facts.outputs),
+        }
+        if why := next((said for said, true in reasons.items() if true), None):
+            raise InputError(f"The attention of {name} {why}: {NOT_YET}.")
+        return
+    own = {layer.index for layer in found.layers if facts.cache[layer.index].kv is not None}
+    without = [layer.index for layer in found.layers if layer.index not in own | facts.shared.keys()]
+    if own and without:  # a family without any cache is allowed
+        raise InputError(
+            f"Layer {without[0]} of {name} has no keys and values of its own, and which layer's it attends to cannot "
+            f"be seen: {NOT_YET}."
+        )
+    if cached and not cache_shapes(model):
+        raise InputError(
+            f"{name} has no keys and values of its own in a KV cache, so a graph with a cache is not supported yet: "
+            "use --kv-cache none."
+        )
+    if cached and not states and (other := {**found.others, **state_kinds(model)}):
+        index, kind = next(iter(other.items()))
+        raise InputError(
+            f"{len(other)} layers of {name} are not self-attention (layer {index}: {kind}), and a graph with a static "
+            "cache or of another exporter has no inputs for their states: use --exporter torch with --kv-cache concat."
+        )
 
 
 # spans --------------------------------------------------------------------------------------------

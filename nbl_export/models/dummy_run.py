@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.blocks import Block
@@ -20,6 +22,7 @@ from nbl_export.errors import InputError, first_line
 from nbl_export.models.attention import shared_keys
 from nbl_export.models.hooks import Hooks, hidden_states, observed, states_in
 from nbl_export.models.layers import (
+    NOT_YET,
     attention_layers,
     backbone,
     image_shape,
@@ -28,19 +31,49 @@ from nbl_export.models.layers import (
     main_input,
     mlp_modules,
     scoring_head,
-    structure,
 )
 from nbl_export.models.libraries import accepted_arguments, cache_argument, quiet
-from nbl_export.models.tasks import FEATURES, GENERATION, Task, task_named
 from nbl_export.models.weights import origin, weights_like
 
-if TYPE_CHECKING:
-    import torch
+Entry = tuple[torch.Tensor, ...]
+CONV, _RECURRENT = "conv", "recurrent"
+TINY = 8  # tokens of a row
 
-    from nbl_export.models.caches import BlockCache, CacheShape
 
-_TOKENS = 8
-_NOT_YET = "this architecture is not supported yet"
+@dataclass(frozen=True)
+class CacheShape:
+    """One layer's cache: keys [batch, heads, length, key_size], values [batch, heads, length, value_size]."""
+
+    heads: int
+    key_size: int
+    value_size: int
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """A state [batch, *shape]; ``kind`` is conv or recurrent, with a number from the second of its kind on."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockCache:
+    """What a block keeps: keys and values of its own, states, both or neither."""
+
+    kv: CacheShape | None = None
+    states: tuple[StateShape, ...] = ()
+
+    def empty(self, like: torch.Tensor, batch: int, slots: int = 0) -> Entry:
+        """The entry before the first token, in the dtype and on the device of ``like``."""
+        kv = self.kv
+        shapes = [(kv.heads, slots, kv.key_size), (kv.heads, slots, kv.value_size)] if kv else []
+        return tuple(like.new_zeros(batch, *shape) for shape in (*shapes, *(s.shape for s in self.states)))
+
+    def parts(self, entry: Entry) -> tuple[Entry, Entry]:
+        """Of an ``entry`` of this block its keys and values, and its states."""
+        of_kv = 2 if self.kv else 0
+        return entry[:of_kv], entry[of_kv:]
 
 
 @dataclass(frozen=True)
@@ -95,75 +128,11 @@ def state_kinds(model: torch.nn.Module) -> dict[int, str]:
     return {i: " and ".join(s.kind for s in b.states) for i, b in enumerate(cache) if b.states}
 
 
-def check_supported(
-    model: torch.nn.Module,
-    cached: bool = True,
-    task: Task | None = None,
-    pooled: bool = False,
-    states: bool = False,
-) -> None:
-    """Refuse, before any work, a model whose structure is not supported or does not match its ``task``.
-
-    ``cached`` requires that a decoder has a KV cache, ``states`` allows layers that keep something else than keys and
-    values. A decoder without its head is served if its states are ``pooled``.
-    """
-    found, task, name = structure(model), task or task_named(GENERATION), type(model).__name__
-    facts = dummy_run(model)
-    if task.causal and not facts.causal:
-        raise InputError(
-            f"{name} is not causal (an earlier token depends on a later token), so it is not a decoder: if it is an "
-            "encoder, name its encoder class, as BertModel, in `architectures` in its config.json."
-        )
-    if not task.causal:
-        if facts.causal and task.name == FEATURES and not pooled:
-            from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-            whole = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
-            raise InputError(
-                f"{name} is a decoder without its language-model head: only decoders with it are supported"
-                f"{f', saved as {whole.__name__}' if whole else ''}."
-            )
-        reasons = {
-            "has more than one linear layer on the states of the last token behind it": facts.causal
-            and task.pools
-            and scoring_head(model) is None,
-            "has a sum or a norm after its output projection, so its output is not that of the attention "
-            "alone": not facts.linear_output,
-            "is not given each row's tokens unchanged": main_input(model) == TOKENS
-            and facts.tokens != _TOKENS,
-            f"is in a model with none of the outputs {', '.join(task.outputs)}": not set(task.outputs)
-            & set(facts.outputs),
-        }
-        if why := next((said for said, true in reasons.items() if true), None):
-            raise InputError(f"The attention of {name} {why}: {_NOT_YET}.")
-        return
-    own = {layer.index for layer in found.layers if facts.cache[layer.index].kv is not None}
-    without = [layer.index for layer in found.layers if layer.index not in own | facts.shared.keys()]
-    if own and without:  # a family without any cache is allowed
-        raise InputError(
-            f"Layer {without[0]} of {name} has no keys and values of its own, and which layer's it attends to cannot "
-            f"be seen: {_NOT_YET}."
-        )
-    if cached and not cache_shapes(model):
-        raise InputError(
-            f"{name} has no keys and values of its own in a KV cache, so a graph with a cache is not supported yet: "
-            "use --kv-cache none."
-        )
-    if cached and not states and (other := {**found.others, **state_kinds(model)}):
-        index, kind = next(iter(other.items()))
-        raise InputError(
-            f"{len(other)} layers of {name} are not self-attention (layer {index}: {kind}), and a graph with a static "
-            "cache or of another exporter has no inputs for their states: use --exporter torch with --kv-cache concat."
-        )
-
-
 def example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Two rows of the model's main input that differ only in their last token, or two images.
 
     Raises :class:`InputError` for a model whose main input is neither tokens nor pixels.
     """
-    import torch
-
     like = weights_like(model)
     name = main_input(model)
     if name == PIXELS:
@@ -171,7 +140,7 @@ def example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {PIXELS: torch.randn(2, *image_shape(model), generator=generator).to(like)}
     if name != TOKENS:
         raise InputError(f"{type(model).__name__} reads {name}: only tokens and images are supported.")
-    ids = torch.arange(_TOKENS, device=like.device)[None].repeat(2, 1) % 4 + 1
+    ids = torch.arange(TINY, device=like.device)[None].repeat(2, 1) % 4 + 1
     ids[1, -1] = 0 if getattr(model.config, "pad_token_id", None) != 0 else 5  # type: ignore[union-attr]
     return {TOKENS: ids}
 
@@ -221,8 +190,6 @@ class _Watch:
         self._normed[path] = output
 
     def mlp_reads(self, args: Any, kwargs: dict[str, Any], index: int, path: str) -> None:
-        import torch
-
         if not args and "hidden_states" not in kwargs:
             self.odd_mlps[index] = "it takes no hidden_states"
             return
@@ -247,7 +214,7 @@ class _Watch:
             what = list(shape) if hasattr(output, "shape") else f"a {type(output).__name__}"
             raise InputError(
                 "Its attention takes and returns other states than [rows, tokens, width] (layer "
-                f"{index} has a stream and an input of {given} and an output of {what}): {_NOT_YET}."
+                f"{index} has a stream and an input of {given} and an output of {what}): {NOT_YET}."
             )
 
 
@@ -257,10 +224,6 @@ def _length(output: Any) -> int | None:
 
 
 def _run(model: torch.nn.Module) -> DummyRun:
-    import torch
-
-    from nbl_export.models.caches import block_caches
-
     name, inputs, layers = type(model).__name__, example_inputs(model), attention_layers(model)
     stack, count = layers[0].block.rpartition(".")[0], layer_count(model)
     # A language-model head has the size of several blocks, and nothing to tell. transformers scores the last token of
@@ -303,7 +266,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
         )
     if silent := [layer.index for layer in layers if layer.index not in seen.returns]:
         raise InputError(
-            f"{name} does not run the attention of layer {silent[0]} as it is, but replaces it at run time: {_NOT_YET}."
+            f"{name} does not run the attention of layer {silent[0]} as it is, but replaces it at run time: {NOT_YET}."
         )
     cache = getattr(output, "get", lambda _name: None)(cache_argument(run))
     blocks = block_caches(cache, count)
@@ -335,8 +298,35 @@ def _run(model: torch.nn.Module) -> DummyRun:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    import torch
-
     if isinstance(value, torch.Tensor):
         return [value]
     return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []
+
+
+# what blocks keep ---------------------------------------------------------------------------------
+
+
+def block_caches(cache: Any, count: int) -> tuple[BlockCache, ...]:
+    """What each of ``count`` blocks keeps, by a filled cache of transformers."""
+    layers = [*getattr(cache, "layers", []), *[None] * count]
+    found = []
+    for index in range(count):
+        keys, values = (getattr(layers[index], name, None) for name in ("keys", "values"))
+        kv = None
+        if keys is not None and values is not None and keys.ndim == 4 and keys.shape[:3] == values.shape[:3]:
+            kv = CacheShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
+        states = (StateShape(kind, tuple(state.shape[1:])) for kind, state in states_of(cache, index))
+        found.append(BlockCache(kv, tuple(states)))
+    return tuple(found)
+
+
+def states_of(cache: Any, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+    linear, layers = getattr(cache, "linear_cache", ()), getattr(cache, "layers", ())
+    if index < len(linear) and isinstance(linear[index], torch.Tensor):
+        yield _RECURRENT, linear[index]
+        return
+    layer: Any = layers[index] if index < len(layers) else None
+    for number in range(getattr(layer, "number_of_states", 0)):
+        for kind, held in ((CONV, layer.conv_states), (_RECURRENT, layer.recurrent_states)):
+            if held[number] is not None:
+                yield f"{kind}{number or ''}", held[number]

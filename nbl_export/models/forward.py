@@ -5,16 +5,19 @@ An encoder is a function from its positional inputs to the outputs of its task, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from string import ascii_lowercase
+from typing import Any, cast
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from nbl_export.batch.names import BATCH, EMBEDDINGS, MASK, PER_LAYER, PIXELS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import Inputs
-from nbl_export.models.caches import Entry, StateLayer, cache_layer, cache_with, entry_in, limited_steps
-from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.dummy_run import CONV, BlockCache, Entry, StateShape, dummy_run, states_of
 from nbl_export.models.layers import backbone, has_per_layer, scoring_head
 from nbl_export.models.libraries import accepted_arguments, cache_argument
 from nbl_export.models.tasks import Pooling, Task
@@ -61,6 +64,117 @@ def embedded(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tenso
     body: Any = backbone(model)
     found = {EMBEDDINGS: model.get_input_embeddings()(ids)}  # type: ignore[operator]
     return found | ({PER_LAYER: body.get_per_layer_inputs(ids)} if has_per_layer(body) else {})
+
+
+# passes with a cache ------------------------------------------------------------------------------
+
+
+@contextmanager
+def limited_steps(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block, a step of a state-space model has the limits of its time step, as a pass over a text has.
+
+    transformers forgets them in steps, so that a text and its tokens one by one end in different states.
+    """
+    limits = {
+        (sys.modules[type(module).__module__], tuple(cast("tuple[float, float]", module.time_step_limit)))
+        for module in model.modules()
+        if hasattr(module, "time_step_limit")
+    }
+    step = "mamba2_selective_state_update"
+    with ExitStack() as undo:
+        for file, limit in limits:
+            if own := getattr(file, step, None):
+                undo.callback(setattr, file, step, own)
+                setattr(file, step, partial(_limited, own, limit))
+        yield
+
+
+def _limited(
+    own: Any, limit: tuple[float, ...], state: Any, hidden: Any, dt: Any, *args: Any, **options: Any
+) -> Any:
+    bias = options.pop("dt_bias", None)
+    dt = dt if bias is None else dt + bias
+    dt = torch.nn.functional.softplus(dt) if options.pop("dt_softplus", False) else dt
+    return own(state, hidden, torch.clamp(dt, *limit), *args, **options)
+
+
+class PastLayer(DynamicLayer):  # type: ignore[misc]
+    """A cache layer whose past length is given, not read from the shape of its keys.
+
+    transformers takes the past length from the first layer. A linearized layer has no keys, so the length must be
+    given. Every layer has the full length, also if the model's own cache would be a sliding window: the window is
+    applied by the mask.
+    """
+
+    def __init__(self, past_length: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.past_length = past_length
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def get_seq_length(self, *_args: Any) -> Any:
+        return self.past_length
+
+    def get_mask_sizes(self, query: Any) -> tuple[Any, int]:
+        return self.past_length + query_length(query), 0
+
+
+def query_length(query: Any) -> Any:
+    """The number of queries given to a cache or mask function; transformers 5.0 passes their slots [sequence]."""
+    return query.shape[0] if hasattr(query, "shape") else query
+
+
+class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
+    """A cache layer that holds ``states`` of these ``shapes``; none yet if it is ``fresh``."""
+
+    def __init__(self, shapes: Sequence[StateShape], states: Sequence[torch.Tensor], fresh: bool) -> None:
+        numbers = [int(shape.kind.lstrip(ascii_lowercase) or 0) for shape in shapes]
+        LinearAttentionLayer.__init__(self, number_of_states=max(numbers, default=0) + 1)
+        for number, shape, state in zip(numbers, shapes, states, strict=True):
+            if fresh:
+                continue
+            self.has_previous_state[number] = True
+            self.dtype, self.device = state.dtype, state.device
+            if shape.kind.startswith(CONV):
+                # A copy: transformers overwrites a state in place.
+                self.conv_states[number], self.is_conv_states_initialized[number] = state.clone(), True
+                self.conv_kernel_size[number] = state.shape[-1]
+            else:
+                self.recurrent_states[number] = state.clone()
+                self.is_recurrent_states_initialized[number] = True
+
+
+def cache_layer(
+    block: BlockCache, entry: Entry, past_length: Any, of_states: type[StateLayer] = StateLayer
+) -> Any:
+    """transformers' cache layer of a block after ``past_length`` tokens, which are in its ``entry``."""
+    pair, states = block.parts(entry)
+    past = PastLayer(past_length, *(pair or [torch.zeros(1, 1, 0, 1)] * 2))
+    if not block.states:
+        return past
+    made = of_states(block.states, states, isinstance(past_length, int) and past_length == 0)
+    if not block.kv:
+        return made
+    both: Any = object.__new__(type("HybridLayer", (type(made), PastLayer), {}))
+    vars(both).update(vars(made) | vars(past))
+    return both
+
+
+def cache_with(layers: Sequence[Any], own_class: type[Any] | None = None) -> Any:
+    """A cache of transformers with these ``layers``, or of the model's ``own_class``."""
+    cache = DynamicCache() if own_class is None else own_class()
+    cache.layers = list(layers)
+    if own_class is not None:
+        cache.linear_cache = [getattr(layer, "recurrent_states", {}).get(0) for layer in layers]
+    return cache
+
+
+def entry_in(cache: Any, index: int, block: BlockCache) -> Entry:
+    """What ``cache`` holds for a ``block``, the one with that ``index``."""
+    layer = cache.layers[index]
+    pair = (layer.keys, layer.values) if block.kv else ()
+    return (*pair, *(state for _, state in states_of(cache, index)))
 
 
 def run_with_past(

@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from os.path import commonprefix
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import torch
 
 from nbl_export.blocks import MLP, Block, Mlp, layer_of
 from nbl_export.errors import InputError
 from nbl_export.files import read_table
-
-if TYPE_CHECKING:
-    import torch
 
 B = TypeVar("B", bound=Block)
 FULL, SLIDING = "full", "sliding window"
@@ -51,7 +50,7 @@ _AXES = ("time", "height", "width")
 _NO_SELF_ATTENTION = ("cross", "encoder", "linear", "lightning", "delta", "mamba")
 # Words in the class or the name of a module that computes each token by itself.
 _MLP_WORDS = ("mlp", "feedforward", "feed_forward", "ffn", "moe", "expert")
-_NOT_YET = "this architecture is not supported yet"
+NOT_YET = "this architecture is not supported yet"
 
 
 @dataclass(frozen=True)
@@ -146,13 +145,13 @@ def structure(model: torch.nn.Module) -> Structure:
         if len(found) != 1 or not has_module(block, found[0]):
             raise InputError(
                 f"Layer {index} ({type(block).__name__}) has {len(found)} attention modules where one is expected: "
-                f"{_NOT_YET}."
+                f"{NOT_YET}."
             )
         attention = block.get_submodule(found[0])
         if family.adds is None and "residual" in inspect.signature(attention.forward).parameters:
             raise InputError(
                 f"The attention of layer {index} ({type(block).__name__}) adds the residual itself, so its output is "
-                f"not the attention's alone: {_NOT_YET}."
+                f"not the attention's alone: {NOT_YET}."
             )
         window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
         windowed = SLIDING if window and getattr(config, "use_sliding_window", True) else FULL
@@ -172,7 +171,7 @@ def structure(model: torch.nn.Module) -> Structure:
     why = next((f"{kind}, in which {_NEEDS[kind]}" for kind in kinds if kind in _NEEDS), "")
     if why:
         raise InputError(
-            f"{name} has layers of {why}; a graph would need that cache as inputs and outputs: {_NOT_YET}."
+            f"{name} has layers of {why}; a graph would need that cache as inputs and outputs: {NOT_YET}."
         )
     if not layers:
         raise InputError(
@@ -184,8 +183,6 @@ def structure(model: torch.nn.Module) -> Structure:
 
 def block_stack(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
     """The stack of blocks of ``model`` and its path; raises :class:`InputError` if there is not exactly one."""
-    import torch
-
     family, count = family_of(model), layer_count(model)
 
     def attends(block: torch.nn.Module) -> bool:
@@ -202,7 +199,7 @@ def block_stack(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
         found = f"{len(stacks)} lists" if stacks else "no list"
         raise InputError(
             f"{type(model).__name__} has {found} of its {count} layers in which an attention is known, where one is "
-            f"expected: {_NOT_YET}."
+            f"expected: {NOT_YET}."
         )
     return stacks[0]
 
@@ -283,7 +280,7 @@ def _configured(model: torch.nn.Module, key: str, what: str) -> int:
     found = getattr(text_config(model), key, None)
     if not isinstance(found, int):
         raise InputError(
-            f"The configuration of {type(model).__name__} has no {key}, one {what} for all its blocks: {_NOT_YET}."
+            f"The configuration of {type(model).__name__} has no {key}, one {what} for all its blocks: {NOT_YET}."
         )
     return found
 
@@ -337,7 +334,10 @@ def backbone(model: torch.nn.Module) -> Any:
 
 def language_head(model: torch.nn.Module) -> Any:
     """The module that makes logits of states; None if ``model`` has none."""
-    return getattr(model, "get_output_embeddings", lambda: None)()
+    try:
+        return model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def scoring_head(model: torch.nn.Module) -> str | None:
@@ -345,8 +345,6 @@ def scoring_head(model: torch.nn.Module) -> str | None:
 
     Sequence classification by a decoder takes the scores of the last token.
     """
-    import torch
-
     body = backbone(model)
     weighted = [
         (n, m) for n, m in model.named_children() if m is not body and any(True for _ in m.parameters())

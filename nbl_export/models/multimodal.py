@@ -20,15 +20,27 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import transformers
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nbl_export.errors import InputError, first_line
 from nbl_export.models.folder import without_choices
-from nbl_export.models.libraries import quiet
+from nbl_export.models.layers import language_head
+from nbl_export.models.libraries import accepted_arguments, cache_argument, quiet
 from nbl_export.models.tasks import nested
-from nbl_export.models.text_decoder import Embedded, Given, TextDecoder
 
 _LEFT_OUT = "_nbl_export_left_out"
 _WHOLE = "_nbl_export_whole"  # the configuration of the wrapper that a decoder is from
+# What a decoder is asked that its language model answers.
+_OF_LANGUAGE_MODEL = (
+    "get_input_embeddings",
+    "set_attn_implementation",
+    "set_experts_implementation",
+    "_can_set_experts_implementation",
+    "_supports_attention_backend",
+)
 
 
 def find_wrapper(source: str, config: Mapping[str, Any], architecture: str) -> tuple[str, tuple[str, ...]]:
@@ -37,8 +49,6 @@ def find_wrapper(source: str, config: Mapping[str, Any], architecture: str) -> t
     Of an ordinary decoder both are empty. Raises :class:`InputError` for a wrapper without a language model that could
     be exported.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     if config.get("model_type") not in CONFIG_MAPPING:
         raise InputError(
             f"{source}: model_type {config.get('model_type')!r:.100} is not in this version of transformers: install a "
@@ -71,9 +81,6 @@ def find_wrapper(source: str, config: Mapping[str, Any], architecture: str) -> t
 
 def _class_of(config: Any, architecture: str) -> str:
     """The class called ``architecture`` if it has such a configuration, else the one that transformers has for it."""
-    import transformers
-    from transformers.models.auto import modeling_auto as auto
-
     mappings = (auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING)
     found = [getattr(transformers, architecture, None), *(each.get(type(config), None) for each in mappings)]
     fits = (kind.__name__ for kind in found if getattr(kind, "config_class", None) is type(config))
@@ -82,13 +89,13 @@ def _class_of(config: Any, architecture: str) -> str:
 
 def check_alone(source: str, config: Mapping[str, Any], architecture: str) -> None:
     """Refuse what is saved without a head and is several models in one: none of them is *the* model."""
-    from transformers.models.auto import modeling_auto as auto
-
     whole = auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
-    instead = (
-        f"save it with its language-model head, as {whole}" if whole else "save the one that you want alone"
-    )
     if len(inner := nested(config)) > 1:
+        instead = (
+            f"save it with its language-model head, as {whole}"
+            if whole
+            else "save the one that you want alone"
+        )
         raise InputError(
             f"{source} is several models in one ({architecture}: {', '.join(inner)}): {instead}."
         )
@@ -119,8 +126,6 @@ def towers_only(architecture: str) -> Any:
 
 def _changed(architecture: str, timm: bool, change: Any) -> Any:
     """The class ``architecture`` of transformers, of which each model is changed; ``timm`` may make its towers."""
-    import transformers
-
     whole = getattr(transformers, architecture, None)
     if not isinstance(whole, type) or not issubclass(whole, transformers.PreTrainedModel):
         raise InputError(
@@ -146,8 +151,8 @@ class _Entry(torch.nn.Module):
         return hidden_states
 
 
-class _Nothing(torch.nn.Module):
-    """Stands for a tower of another library, which is not needed, and whose code may fetch what it is told to."""
+class Absent(torch.nn.Module):
+    """Stands for a tower of a library that is not there or not needed, and whose code may fetch what it is told to."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -160,54 +165,37 @@ def entry(model: Any) -> tuple[str, str]:
     return (found, "hidden_states") if found else (_paths(model)[0], "inputs_embeds")
 
 
-def without_tower(model: Any) -> bool:
-    """Whether a tower of ``model`` is of a library that is not there."""
-    return any(isinstance(module, _Nothing) for module in model.modules())
-
-
 @contextmanager
 def without_timm(but_its_own: bool) -> Iterator[None]:
     """Within the block no model of timm is built; with ``but_its_own`` those that timm, if it is there, has itself.
 
     For any other name it would ask the Hub.
     """
-    from transformers import MODEL_MAPPING, AutoModel
-
-    plain = AutoModel.__dict__["from_config"]
+    plain = transformers.AutoModel.__dict__["from_config"]
 
     def from_config(config: Any, **options: Any) -> Any:
-        of_timm = getattr(MODEL_MAPPING.get(type(config), None), "__name__", "").startswith("Timm")
+        of_timm = getattr(auto.MODEL_MAPPING.get(type(config), None), "__name__", "").startswith("Timm")
         if of_timm and not (
             but_its_own
             and find_spec("timm")
             and re.fullmatch(r"\w+(\.\w+)?", str(config.architecture))
             and not config.model_args
         ):
-            return _Nothing(config)
-        return plain.__get__(None, AutoModel)(config, **options)
+            return Absent(config)
+        return plain.__get__(None, transformers.AutoModel)(config, **options)
 
-    AutoModel.from_config = staticmethod(from_config)
+    transformers.AutoModel.from_config = staticmethod(from_config)
     try:
         yield
     finally:
-        AutoModel.from_config = plain
+        transformers.AutoModel.from_config = plain
 
 
 # structure ---------------------------------------------------------------------------------------
 
 
-def _head(model: Any) -> Any:
-    """The language-model head of ``model``; None if it has none."""
-    try:
-        return model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-
-
 def _is_model(module: torch.nn.Module) -> bool:
-    from transformers import PreTrainedModel
-
-    return isinstance(module, PreTrainedModel)
+    return isinstance(module, transformers.PreTrainedModel)
 
 
 def language_model(model: Any) -> Any:
@@ -223,7 +211,7 @@ def _paths(model: Any) -> tuple[str, str]:
     text, kind = model.config.get_text_config(decoder=True), type(model).__name__
     path = next((n for n, m in model.named_modules() if _is_model(m) and type(m.config) is type(text)), None)
     owners = [] if path is None else [p for p in _above(path) if _is_model(model.get_submodule(p))]
-    owner = next((p for p in owners if _head(model.get_submodule(p)) is not None), None)
+    owner = next((p for p in owners if language_head(model.get_submodule(p)) is not None), None)
     if path is None or owner is None:
         raise InputError(
             f"{kind} has no language model with a head that gives logits: there is no decoder in it."
@@ -244,19 +232,16 @@ def _above(path: str) -> list[str]:
 def _leave_out(model: Any) -> tuple[str, ...]:
     """Remove from ``model`` what is neither its language model nor its head; returns the names of what is removed."""
     path, owner = _paths(model)
-    found: list[str] = []
-    kept, order = {path}, [name for name, _ in model.named_modules()]
-    if path != owner:
-        head = _head(model.get_submodule(owner))
-        kept |= {name for name, module in model.named_modules() if module is head}
+    order = [name for name, _ in model.named_modules()]
+    head = None if path == owner else language_head(model.get_submodule(owner))
+    kept = {path, *(name for name, module in model.named_modules() if module is head)}
     ancestors = {above for name in kept for above in _above(name)[1:]}
+    found: list[str] = []
     for prefix in [name for name in order if name in ancestors - kept]:
         module = model.get_submodule(prefix)
         for name, child in list(module.named_children()):
             inner = f"{prefix}.{name}".lstrip(".")
-            weighted = (
-                isinstance(child, _Nothing) or _is_model(child) or any(True for _ in child.parameters())
-            )
+            weighted = isinstance(child, Absent) or _is_model(child) or any(True for _ in child.parameters())
             if inner not in ancestors | kept and weighted:
                 module._modules[name] = None
                 found.append(inner)
@@ -269,13 +254,24 @@ def _leave_out(model: Any) -> tuple[str, ...]:
     return tuple(sorted(found, key=order.index))
 
 
+def placeholders(model: Any) -> dict[str, int]:
+    """The tokens in the places of images and of sounds, by "image" and "audio", as far as the wrapper has them."""
+    found: dict[str, int] = {}
+    whole = whole_config(model) or model.config
+    for kind, tower in (("image", "vision_config"), ("audio", "audio_config")):
+        places = [place for place in (whole, getattr(whole, tower, None)) if place is not None]
+        names = (f"{kind}_token_id", f"{kind}_token_index")
+        ids = [getattr(place, name, None) for place in places for name in names]
+        if (token := next((i for i in ids if isinstance(i, int) and i >= 0), None)) is not None:
+            found[kind] = token
+    return found
+
+
 # the decoder --------------------------------------------------------------------------------------
 
 
 def as_decoder(model: Any) -> Any:
     """The decoder in a model that was built by :func:`text_only`, which is used up."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     path, owner_path = _paths(model)
     inner, owner = model.get_submodule(path), model.get_submodule(owner_path)
     generation = getattr(model, "generation_config", None)
@@ -284,14 +280,14 @@ def as_decoder(model: Any) -> Any:
     else:
         # The whole body of the wrapper gives way, of which the language model may be a part.
         first = path.removeprefix(f"{owner_path}.").split(".")[0]
-        body = Embedded(inner) if type(inner.config) is type(model.config) else inner
-        output = _head(owner)
-        owner._modules[first] = Given()
+        body = _Embedded(inner) if type(inner.config) is type(model.config) else inner
+        output = language_head(owner)
+        owner._modules[first] = _Given()
         decoder = type(type(model).__name__, (TextDecoder,), {})(inner, body, owner, output)
     if generation is not None:
         decoder.generation_config = generation
     setattr(decoder, _WHOLE, model.config)
-    decoder.of_config = plain = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(decoder.config), None)
+    decoder.of_config = plain = auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(decoder.config), None)
     decoder.config.architectures = None if plain is None else [plain.__name__]
     return decoder
 
@@ -301,14 +297,101 @@ def whole_config(decoder: Any) -> Any:
     return getattr(decoder, _WHOLE, None)
 
 
-def placeholders(model: Any) -> dict[str, int]:
-    """The tokens in the places of images and of sounds, by "image" and "audio", as far as the wrapper has them."""
-    found: dict[str, int] = {}
-    whole = getattr(model, _WHOLE, model.config)
-    for kind, tower in (("image", "vision_config"), ("audio", "audio_config")):
-        places = [place for place in (whole, getattr(whole, tower, None)) if place is not None]
-        names = (f"{kind}_token_id", f"{kind}_token_index")
-        ids = [getattr(place, name, None) for place in places for name in names]
-        if (token := next((i for i in ids if isinstance(i, int) and i >= 0), None)) is not None:
-            found[kind] = token
-    return found
+class _Given(torch.nn.Module):
+    """Stands for the body of a wrapper while that runs its head: gives the states that it is given."""
+
+    def forward(self, *_args: Any, inputs_embeds: torch.Tensor, **_options: Any) -> Any:
+        return _States((inputs_embeds,))
+
+
+class _States(tuple):  # type: ignore[type-arg]
+    """What a body returns: the states, and nothing that comes from images or sound."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[0] if name == "last_hidden_state" else None
+
+
+class _Embedded(torch.nn.Module):
+    """A body that would put images among the embeddings of its tokens, for text alone."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+    ) -> Any:
+        return self.body(
+            inputs_embeds=self.body.get_input_embeddings()(input_ids)
+            if inputs_embeds is None
+            else inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **{cache_argument(self.body): cache},
+        )
+
+
+class TextDecoder(torch.nn.Module):
+    """The language model of a wrapper with its head, as a decoder of transformers is used.
+
+    ``of_config`` is transformers' own class for such a configuration, if it has one.
+    """
+
+    main_input_name = "input_ids"
+    of_config: Any = None
+
+    def __init__(self, inner: Any, body: torch.nn.Module, head: Any, output: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.head, self.config = body, head, inner.config
+        paths = {module: name for name, module in self.named_modules()}
+        self._inner, self._output = paths[inner], paths[output]
+
+    @property
+    def base_model(self) -> torch.nn.Module:
+        return self.model
+
+    def get_output_embeddings(self) -> Any:
+        return self.get_submodule(self._output)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_LANGUAGE_MODEL:
+            return getattr(self.get_submodule(self._inner), name)
+        return super().__getattr__(name)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        per_layer_inputs: torch.Tensor | None = None,
+    ) -> Any:
+        tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        found = self.model(
+            **tokens,
+            **({} if per_layer_inputs is None else {"per_layer_inputs": per_layer_inputs}),
+            attention_mask=attention_mask,
+            use_cache=use_cache,
+            **accepted_arguments(self.model, position_ids=position_ids),
+            **{cache_argument(self.model): cache},
+        )
+        logits = self.logits_of(found[0], logits_to_keep)
+        return ModelOutput(logits=logits, cache=found.get(cache_argument(self.model)))
+
+    def logits_of(self, states: torch.Tensor, logits_to_keep: int = 0) -> torch.Tensor:
+        """The logits of the last ``logits_to_keep`` ``states``, or of all."""
+        kept = accepted_arguments(self.head, logits_to_keep=logits_to_keep, use_cache=False)
+        logits: torch.Tensor = self.head(inputs_embeds=states, **kept).logits
+        return logits

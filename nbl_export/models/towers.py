@@ -32,7 +32,7 @@ from nbl_export.models.media_tokens import (
     MediaTokens,
     masks,
 )
-from nbl_export.models.multimodal import entry, language_model, placeholders, towers_only, without_tower
+from nbl_export.models.multimodal import Absent, entry, language_model, placeholders, towers_only
 from nbl_export.models.source import ModelSource
 from nbl_export.models.walk import Reached
 from nbl_export.packages import part
@@ -87,7 +87,7 @@ class Towers:
         does not take them, or if the language model is given something that cannot be derived of its tokens.
         """
         why = ""
-        if images and without_tower(self._model):
+        if images and any(isinstance(module, Absent) for module in self._model.modules()):
             why = f"the tower of images of {self._name} is of timm, and is not there: {part('timm').pip}"
         elif images and not hasattr(self._processor, "image_processor"):
             why = (

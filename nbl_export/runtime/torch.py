@@ -17,7 +17,7 @@ from nbl_export.runtime.stream import DecoderOutput, PastStream, Stream, Uncache
 if TYPE_CHECKING:
     import torch
 
-    from nbl_export.models.caches import Entry
+    from nbl_export.models.dummy_run import Entry
     from nbl_export.models.forward import Encoder
 
 

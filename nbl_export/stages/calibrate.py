@@ -43,8 +43,7 @@ def calibrate(
     from nbl_export.calibrate.collect import identity_of, moments_of
     from nbl_export.calibrate.moments import MomentsFolder
     from nbl_export.calibrate.text import MEDIA
-    from nbl_export.models.candidates import check_blocks, described
-    from nbl_export.models.dummy_run import check_supported
+    from nbl_export.models.candidates import check_blocks, check_supported, described
     from nbl_export.models.media_tokens import seeing
     from nbl_export.models.weights import dtype_of
     from nbl_export.stages.calibration_data import files_of, loader_for

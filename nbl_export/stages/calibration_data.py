@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import are_media, words
 from nbl_export.batch.names import EMBEDDINGS, MASK, PIXELS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import batch_of_rows
-from nbl_export.calibrate.documents import check_readable, documents, field_of, local_files
-from nbl_export.calibrate.images import (
+from nbl_export.calibrate.documents import (
+    check_readable,
     document_of,
+    documents,
+    field_of,
     image_files,
     images_in,
     load_images,
+    local_files,
     open_image,
     read_images,
     save_images,

@@ -118,7 +118,7 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
     once, before its work, and exports it at the end.
     """
     from nbl_export.export.checks import check_form
-    from nbl_export.models.dummy_run import check_supported
+    from nbl_export.models.candidates import check_supported
 
     task, model = run.model.task, run.model.tried
     if settings.exported_by != "torch" or not task.causal:

@@ -12,12 +12,12 @@ from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.batch.rows import Inputs, Outputs, batch_of_rows
 from nbl_export.graph.interface import interface_of
 from nbl_export.linearize.swap import linearized
+from nbl_export.models.attention import Routers
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.forward import encoder_of
 from nbl_export.models.layers import positions
 from nbl_export.models.load import in_precision
 from nbl_export.models.media_tokens import seeing
-from nbl_export.models.routers import Routers
 from nbl_export.models.weights import resident, room
 from nbl_export.rewrite.routers import routers
 from nbl_export.runtime.ort import OrtEncoder, Watch, ort_stream

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_export.calibrate import states as module
-from nbl_export.calibrate.states import States
+from nbl_export.calibrate import collect as module
+from nbl_export.calibrate.collect import States
 from nbl_export.errors import InputError
 from nbl_export.ranks import ALONE, Ranks
 from tests.several import forked

@@ -11,9 +11,9 @@ import pytest
 from tokenizers import processors
 
 from nbl_export.batch.arrays import FIRST, are_media, words
-from nbl_export.calibrate.documents import documents
-from nbl_export.calibrate.images import (
+from nbl_export.calibrate.documents import (
     document_of,
+    documents,
     image_files,
     images_in,
     load_images,

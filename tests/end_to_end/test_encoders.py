@@ -18,12 +18,12 @@ from nbl_export import api
 from nbl_export.batch.names import MASK, TOKENS
 from nbl_export.batch.rows import batch_of_rows
 from nbl_export.blocks import Mlp
-from nbl_export.calibrate.images import load_images
+from nbl_export.calibrate.documents import load_images
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
-from nbl_export.models.dummy_run import check_supported
+from nbl_export.models.candidates import check_supported
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named

@@ -25,7 +25,7 @@ from nbl_export.export.forms import STATIC, encoder_form
 from nbl_export.export.lm_head import add_num_logits_input, sliced_lm_head
 from nbl_export.export.torch import export_torch, trace
 from nbl_export.graph.io import load_graph, save_graph
-from nbl_export.models.dummy_run import check_supported
+from nbl_export.models.candidates import check_supported
 from nbl_export.models.forward import SENTENCE
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model

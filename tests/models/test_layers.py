@@ -14,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from nbl_export.errors import InputError
 from nbl_export.files import read_table
 from nbl_export.models import layers
-from nbl_export.models.caches import BlockCache
-from nbl_export.models.dummy_run import check_supported, dummy_run
+from nbl_export.models.candidates import check_supported
+from nbl_export.models.dummy_run import BlockCache, dummy_run
 from nbl_export.models.hooks import observed
 from nbl_export.models.layers import Family as Row
 from nbl_export.models.layers import attention_layers, structure

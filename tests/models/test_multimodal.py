@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
 from nbl_export.models.layers import backbone
+from nbl_export.models.multimodal import TextDecoder
 from nbl_export.models.source import find_model
-from nbl_export.models.text_decoder import TextDecoder
 from tests.families import VOCAB, Calibrated
 from tests.fixtures_graph import load
 from tests.multimodal import WRAPPERS, whole

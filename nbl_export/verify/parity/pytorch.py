@@ -22,38 +22,42 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nbl_export.batch.arrays import BOOL, F32, I64
+from nbl_export.batch.arrays import BOOL, F32, FIRST, I64, are_media
 from nbl_export.batch.rows import left_padded, one_more
 from nbl_export.graph.precision import Precision
-from nbl_export.linearize.swap import ORIGINAL, Version, linearized, version_of, within
-from nbl_export.models.caches import Entry, cache_layer, cache_with, entry_in, limited_steps
-from nbl_export.models.dummy_run import cache_shapes, dummy_run
+from nbl_export.linearize.swap import ORIGINAL, Version, linearized, sweep, version_of, within
+from nbl_export.models.attention import Routers
+from nbl_export.models.dummy_run import Entry, cache_shapes, dummy_run
+from nbl_export.models.forward import cache_layer, cache_with, entry_in, limited_steps
 from nbl_export.models.libraries import accepted_arguments, cache_argument
 from nbl_export.models.load import in_precision
-from nbl_export.models.routers import Routers
 from nbl_export.models.walk import Segment, through
 from nbl_export.models.weights import device_of, resident, room, streams, weights_like
 from nbl_export.progress import Listener
 from nbl_export.runtime.stream import KV
 from nbl_export.runtime.torch import torch_stream
-from nbl_export.verify.parity.compare import Pass, Recorded, Rows, compare, record, record_passes
-from nbl_export.verify.parity.figures import Parity, gates_for
+from nbl_export.verify.parity.compare import (
+    LAST,
+    Pass,
+    Recorded,
+    Rows,
+    compare,
+    compare_vectors,
+    record,
+    record_passes,
+)
+from nbl_export.verify.parity.figures import Gates, Parity, StepParity, gates_for
 
 if TYPE_CHECKING:
     from nbl_export.linearize.plan import Plan
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import FIRST, are_media
 from nbl_export.batch.names import EMBEDDINGS, POSITIONS
-from nbl_export.linearize.swap import sweep
 from nbl_export.models.media_tokens import MediaTokens, seeing
 from nbl_export.runtime.ort import OrtDecoder
-from nbl_export.verify.parity.compare import LAST, compare_vectors
-from nbl_export.verify.parity.figures import Gates, StepParity
 
 if TYPE_CHECKING:
     import torch

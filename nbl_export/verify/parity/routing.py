@@ -21,7 +21,7 @@ from nbl_export.batch.arrays import BOOL, I64
 from nbl_export.batch.rows import by_token, differing, left_padded, moved, prefix_mask, shortfall
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import follow_links, load_graph, scratch
-from nbl_export.models.routers import Routers
+from nbl_export.models.attention import Routers
 from nbl_export.rewrite.routers import places_of, routers
 from nbl_export.runtime.ort import Watch
 from nbl_export.verify.parity.compare import Recorded, Rows

@@ -14,8 +14,8 @@ from nbl_export.export.forms import FORMS, embedding_form, reading_embeds
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.embedding import NAME
 from nbl_export.graph.io import scratch_copy
+from nbl_export.models.attention import Routers
 from nbl_export.models.media_tokens import MediaTokens
-from nbl_export.models.routers import Routers
 from nbl_export.report.tables import parity_table
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.verify import measure as measure_module
