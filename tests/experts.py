@@ -14,8 +14,7 @@ import torch
 
 from nbl_export.calibrate.probe import probe_inputs
 from nbl_export.calibrate.text import CalibrationText
-from nbl_export.export.ranges import save_in_precision
-from nbl_export.export.torch import export_torch
+from nbl_export.export.torch import export_torch, save_in_precision
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
 from nbl_export.linearize.plan import Plan

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from nbl_export import api
-from nbl_export.export.ranges import save_in_precision
+from nbl_export.export.torch import save_in_precision
 from nbl_export.files import sha256_of_file
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of

@@ -19,8 +19,7 @@ from nbl_export.engine.network import Limits
 from nbl_export.errors import BuildError, InputError
 from nbl_export.export.checks import check_form
 from nbl_export.export.forms import FORMS
-from nbl_export.export.ranges import save_in_precision
-from nbl_export.export.torch import export_torch
+from nbl_export.export.torch import export_torch, save_in_precision
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
 from nbl_export.models.dummy_run import cache_shapes

@@ -150,8 +150,7 @@ def _export_torch(
 ) -> tuple[list[Path], list[Float32Node]]:
     from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, PIXELS
     from nbl_export.export.forms import embedding_form
-    from nbl_export.export.ranges import save_in_precision
-    from nbl_export.export.torch import trace
+    from nbl_export.export.torch import save_in_precision, trace
     from nbl_export.graph.embedding import add_features
     from nbl_export.graph.io import set_folder
     from nbl_export.graph.precision import precision_of
@@ -180,8 +179,8 @@ def _export_elsewhere(
     run: Run, settings: ExportSettings, listener: Listener
 ) -> tuple[list[Path], list[Float32Node]]:
     """Export with another project's exporter, which reads the model from a Hugging Face folder."""
-    from nbl_export.export.lm_head import add_num_logits_input_to_file
     from nbl_export.export.others import as_hf_folder, export_with, find_exporter
+    from nbl_export.export.tidy import add_num_logits_input_to_file
 
     ws, trust = run.workspace, run.model.source.trust_remote_code
     with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=ws.root) as folder:

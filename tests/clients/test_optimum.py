@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.export.lm_head import add_num_logits_input_to_file, sliced_lm_head
+from nbl_export.export.tidy import add_num_logits_input_to_file, sliced_lm_head
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import save_plan
 from nbl_export.rewrite.foreign import rewrite_foreign

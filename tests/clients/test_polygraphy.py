@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.export.ranges import save_in_precision
-from nbl_export.export.torch import trace
+from nbl_export.export.torch import save_in_precision, trace
 from nbl_export.graph.precision import PRECISIONS
 from tests import tiny
 from tests.fixtures_graph import load

@@ -18,8 +18,7 @@ from nbl_export import api
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.probe import probe_model
 from nbl_export.export.forms import FORMS
-from nbl_export.export.ranges import save_in_precision
-from nbl_export.export.torch import export_torch
+from nbl_export.export.torch import export_torch, save_in_precision
 from nbl_export.graph.cache import kv_layers
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of

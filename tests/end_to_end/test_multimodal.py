@@ -17,8 +17,7 @@ from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError
 from nbl_export.export.checks import check_form
 from nbl_export.export.forms import FORMS
-from nbl_export.export.ranges import save_in_precision
-from nbl_export.export.torch import export_torch
+from nbl_export.export.torch import export_torch, save_in_precision
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
 from nbl_export.rewrite.replace import rewrite_file

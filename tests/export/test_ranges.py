@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from nbl_export.errors import BuildError
-from nbl_export.export import ranges as half_module
+from nbl_export.export import torch as half_module
 from nbl_export.export.forms import FORMS
-from nbl_export.export.ranges import ranges_of, save_in_precision
-from nbl_export.export.torch import trace
+from nbl_export.export.torch import ranges_of, save_in_precision, trace
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS
 from tests.fixtures_graph import load, ragged_rows

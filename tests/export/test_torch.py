@@ -22,7 +22,7 @@ from transformers.models.opt import modeling_opt
 from nbl_export.batch.names import NUM_LOGITS_TO_KEEP
 from nbl_export.errors import BuildError, InputError
 from nbl_export.export.forms import STATIC, encoder_form
-from nbl_export.export.lm_head import add_num_logits_input, sliced_lm_head
+from nbl_export.export.tidy import add_num_logits_input, sliced_lm_head
 from nbl_export.export.torch import export_torch, trace
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.models.candidates import check_supported

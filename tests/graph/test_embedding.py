@@ -13,8 +13,7 @@ import torch
 
 from nbl_export.errors import InputError
 from nbl_export.export.forms import embedding_form
-from nbl_export.export.ranges import save_in_precision
-from nbl_export.export.torch import trace
+from nbl_export.export.torch import save_in_precision, trace
 from nbl_export.graph.embedding import NAME, Embedding, add_features, embedding_of, reads_embeddings
 from nbl_export.graph.io import load_graph, set_folder
 from nbl_export.graph.precision import precision_of

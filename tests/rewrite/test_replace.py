@@ -21,8 +21,7 @@ from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.probe import probe_model
 from nbl_export.errors import BuildError, InputError
 from nbl_export.export.forms import STATIC
-from nbl_export.export.ranges import save_in_precision
-from nbl_export.export.torch import export_torch
+from nbl_export.export.torch import export_torch, save_in_precision
 from nbl_export.graph.cache import KV_LAYERS_KEY, LAYERS_KEY, kv_layers, metadata_list
 from nbl_export.graph.facts import facts_of
 from nbl_export.graph.io import load_graph, save_graph

@@ -25,8 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from nbl_export.engine.manifest import Manifest
 from nbl_export.engine.network import Limits, NetworkFacts, NetworkTensor, Profile, profiles
 from nbl_export.export.forms import FORMS
-from nbl_export.export.ranges import save_in_precision
-from nbl_export.export.torch import trace
+from nbl_export.export.torch import save_in_precision, trace
 from nbl_export.files import sha256_of_file
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import precision_of

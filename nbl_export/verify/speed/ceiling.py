@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.blocks import Block, parts_in
-from nbl_export.export.lm_head import sliced_lm_head
+from nbl_export.export.tidy import sliced_lm_head
 from nbl_export.graph.branches import mlp_regions
 from nbl_export.graph.cache import kv_bytes_per_token, kv_pairs, pair_bytes_per_token
 from nbl_export.graph.io import load_graph
