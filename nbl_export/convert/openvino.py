@@ -33,7 +33,7 @@ from nbl_export.models.folder import save_tokenizer
 from nbl_export.packages import missing
 from nbl_export.progress import Listener
 from nbl_export.rewrite.replace import rewrite_file
-from nbl_export.runtime.openvino import (
+from nbl_export.runtime.clients import (
     BEAMS,
     FILE,
     KV_LAYERS,

@@ -51,7 +51,7 @@ from nbl_export.models.lengths import (
 from nbl_export.models.libraries import quiet
 from nbl_export.models.weights import resident, room
 from nbl_export.progress import Listener, Silent
-from nbl_export.runtime.ort import OrtEncoder, OrtRowsStream, ort_stream
+from nbl_export.runtime.ort import OrtModel, OrtRowsStream, ort_stream
 from nbl_export.runtime.stream import DecoderOutput, PastStream, Stream, UncachedStream
 from nbl_export.runtime.torch import TorchEncoder, torch_stream
 
@@ -151,7 +151,7 @@ def _error(model: torch.nn.Module, form: Form) -> float:
         decoder: Any = _Eager(module)
         if form.name == STATIC.name:
             most = max(_SLOTS, *(len(row) for rows, _ in batches for row in rows))
-            stream: Stream = _StaticStream(decoder, min(most, positions_of(model) or most))
+            stream: Stream = OrtRowsStream(decoder, min(most, positions_of(model) or most))
         else:
             stream = PastStream(decoder) if form.past else UncachedStream(decoder)
         with exportable(model, module.mask, _grouped if form.fused else attention):
@@ -172,6 +172,7 @@ class _Eager:
     """What a form traces as a decoder in PyTorch, with or without a cache."""
 
     kv_layers = ()
+    interface = SimpleNamespace(static=True)
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -184,22 +185,9 @@ class _Eager:
         found = self.module(*itertools.islice(tensors, 4))  # of all logits
         return DecoderOutput(found[0].numpy(), found[1]) if isinstance(found, tuple) else found.numpy()
 
-
-class _StaticStream(OrtRowsStream):
-    """What the static form traces in the place of a graph of it."""
-
-    def __init__(self, decoder: _Eager, capacity: int) -> None:
-        self.decoder, self.capacity = decoder, capacity
-        self.interface: Any = SimpleNamespace(static=True)
-
-    def empty_past(self, batch: int, length: int = 0) -> Any:
-        return self.decoder.empty_past(batch, length)
-
-    def feeds(self, inputs: Mapping[str, Any], past: Any, num_logits: int = 0) -> dict[str, Any]:
-        return {**inputs, "past": past}
-
-    def run(self, feeds: Mapping[str, Any]) -> Any:
-        return self.decoder(*feeds.values())
+    def step(self, inputs: Mapping[str, Any], past: Any, _num_logits: int) -> Any:
+        """As a graph of the static form is run."""
+        return self(*inputs.values(), past)
 
 
 def _expected(model: torch.nn.Module, form: Form, batches: Iterable[_Batch], apart: bool) -> list[F32]:
@@ -307,7 +295,7 @@ def _error_of_copy(
             encoder: Any = form.module(copy)
             expected = _encoded(TorchEncoder(encoder), form, rows)
             export_torch(copy, path, form=form)
-            return _difference(_encoded(OrtEncoder(path, small=True), form, rows), expected)
+            return _difference(_encoded(OrtModel(path, small=True).encode, form, rows), expected)
         expected = _expected(copy, form, batches, apart)
         export_torch(copy, path, form=form)
         return _difference(_stepped(ort_stream(path, max(map(len, rows))), batches), expected)

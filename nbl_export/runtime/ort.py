@@ -16,7 +16,7 @@ from nbl_export.batch.rows import Inputs, prefix_mask, right_padded
 from nbl_export.errors import InputError
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph
-from nbl_export.runtime.session import Provider, require_onnxruntime, run_session, running_provider, session
+from nbl_export.runtime.session import Provider, run_session, session
 from nbl_export.runtime.stream import KV, DecoderOutput, PastStream, Stream, UncachedStream
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -31,7 +31,10 @@ class Watch:
 
 
 class OrtModel:
-    """A graph in a session, with its :class:`~nbl_export.graph.interface.Interface`; ``watch`` is told of each run."""
+    """A graph in a session, with its :class:`~nbl_export.graph.interface.Interface`; ``watch`` is told of each run.
+
+    As a function it is a :class:`~nbl_export.runtime.stream.Decoder`; :meth:`encode` runs an encoder graph.
+    """
 
     def __init__(
         self,
@@ -42,8 +45,6 @@ class OrtModel:
         small: bool = False,
         watch: Watch | None = None,
     ) -> None:
-        require_onnxruntime()
-        provider = running_provider() if provider is None else provider
         model = load_graph(path)
         self.interface = interface_of(model)
         self.kv_layers: tuple[int, ...] = self.interface.layers
@@ -68,15 +69,21 @@ class OrtModel:
         empty = self.interface.empty_cache(batch, length, self.cache_dtype)
         return list(self.interface.entries(list(empty.values())))
 
-    def feeds(
+    def __call__(
+        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV], num_logits: int = 0
+    ) -> DecoderOutput:
+        inputs = {TOKENS: input_ids, MASK: attention_mask, POSITIONS: position_ids}
+        return self.step(inputs, past, num_logits)
+
+    def step(
         self, inputs: Mapping[str, I64], past: Sequence[KV], num_logits: int = ALL_LOGITS
-    ) -> dict[str, Any]:
-        """The session's inputs by name; inputs that the graph does not have are left out."""
+    ) -> DecoderOutput:
+        """Logits and the extended cache; of the ``inputs`` by name those are left out that the graph does not have."""
         feeds: dict[str, Any] = dict(zip(self.past_names, [a for entry in past for a in entry], strict=True))
         feeds |= self.interface.named(inputs)
         if NUM_LOGITS_TO_KEEP in feeds:
             feeds[NUM_LOGITS_TO_KEEP] = np.array(num_logits, dtype=np.int64)
-        return feeds
+        return self.run(feeds)
 
     def run(self, feeds: Mapping[str, Any]) -> DecoderOutput:
         """Logits and the extended cache for the session's inputs ``feeds``."""
@@ -86,32 +93,14 @@ class OrtModel:
             self.watch.passes.append(found[own:])
         return DecoderOutput(np.asarray(found[0]), self.interface.entries(found[1:own]))
 
-
-class OrtDecoder(OrtModel):
-    """A decoder graph with a growing cache, passed in and out as arrays."""
-
-    def __call__(
-        self,
-        input_ids: I64,
-        attention_mask: I64,
-        position_ids: I64,
-        past: Sequence[KV],
-        num_logits: int = ALL_LOGITS,
-    ) -> DecoderOutput:
-        inputs = {TOKENS: input_ids, MASK: attention_mask, POSITIONS: position_ids}
-        return self.run(self.feeds(inputs, past, num_logits))
-
-
-class OrtEncoder(OrtModel):
-    """An encoder graph: from a batch by input name to its outputs by name."""
-
-    def __call__(self, inputs: Inputs) -> dict[str, F32]:
+    def encode(self, inputs: Inputs) -> dict[str, F32]:
+        """The outputs of an encoder graph, by name, for a batch by input name."""
         names = self.interface.outputs
         found = run_session(self.session, names, self.interface.named(inputs))
         return {name: np.asarray(a, dtype=np.float32) for name, a in zip(names, found, strict=True)}
 
 
-class OrtRowsStream(OrtModel, Stream):
+class OrtRowsStream(Stream):
     """A decoder graph that knows how long each row is, as a stream: rows are padded on the right.
 
     Its cache is static, of ``capacity`` slots, and the graph is told where to write; or it grows, as with
@@ -121,16 +110,9 @@ class OrtRowsStream(OrtModel, Stream):
     kv_layers: tuple[int, ...]
     extends = True
 
-    def __init__(
-        self,
-        path: Path,
-        capacity: int,
-        rounded: bool = True,
-        small: bool = False,
-        watch: Watch | None = None,
-    ) -> None:
-        super().__init__(path, rounded=rounded, small=small, watch=watch)
-        self.capacity = capacity
+    def __init__(self, model: OrtModel, capacity: int) -> None:
+        self.model, self.kv_layers = model, model.kv_layers
+        self.static, self.capacity = model.interface.static, capacity
         self._past: Sequence[KV] = ()
         self._lengths = np.zeros(0, dtype=np.int64)
         self._slots = 0
@@ -147,7 +129,7 @@ class OrtRowsStream(OrtModel, Stream):
     def _begin(self, rows: Sequence[NDArray[Any]], num_logits: int = ALL_LOGITS) -> F32:
         ids, positions = right_padded(rows)
         start = np.zeros(len(rows), dtype=np.int64)
-        self._past = self.empty_past(len(rows), self.capacity if self.interface.static else 0)
+        self._past = self.model.empty_past(len(rows), self.capacity if self.static else 0)
         self._slots = 0
         return self._run(ids, positions, start, np.array([len(row) for row in rows]), num_logits)
 
@@ -156,47 +138,21 @@ class OrtRowsStream(OrtModel, Stream):
         return self._run(ids, start[:, None], start, np.ones_like(start))[:, 0]
 
     def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
+        if len(rows) > 1 and not self.static:
+            # onnxruntime's operator can append several tokens only at batch size 1: the batch stays what it is.
+            each = zip(owners, rows, strict=True)
+            return np.concatenate([self.fork().extend([owner], [row]) for owner, row in each])
         picked, lengths = np.asarray(owners), np.array([len(row) for row in rows])
-        if self.interface.static:
-            start, (ids, offsets) = self._lengths[picked], right_padded(rows)
-            self._past = [tuple(side[picked] for side in entry) for entry in self._past]
-            return self._run(ids, start[:, None] + offsets, start, lengths)[
-                prefix_mask(lengths, ids.shape[1])
-            ]
-        # Row by row: onnxruntime's operator can append several tokens only at batch size 1.
-        forks = [self._alone(owner) for owner in owners]
-        logits = [fork.extended(row) for fork, row in zip(forks, rows, strict=True)]
-        self._lengths = self._lengths[picked] + lengths
-        self._slots = int(self._lengths.max())
-        entries = zip(*(fork._past for fork in forks), strict=True)
+        start, (ids, offsets) = self._lengths[picked], right_padded(rows)
+        if not self.static:
+            self._slots = int(start[0])  # without the padding of keys and values
         self._past = [
-            tuple(self._stacked(sides, grows=n < len(self.kv_layers)) for sides in zip(*parts, strict=True))
-            for n, parts in enumerate(entries)
-        ]
-        return np.concatenate(logits)
-
-    def _alone(self, owner: int) -> OrtRowsStream:
-        """One row of this stream, without the padding of its keys and values."""
-        fork, slots, kv = self.fork(), int(self._lengths[owner]), len(self.kv_layers)
-        fork._past = [
-            tuple(side[owner : owner + 1, :, :slots] if n < kv else side[owner : owner + 1] for side in entry)
+            tuple(
+                side[picked, :, : self._slots] if n < len(self.kv_layers) else side[picked] for side in entry
+            )
             for n, entry in enumerate(self._past)
         ]
-        fork._lengths, fork._slots = self._lengths[owner : owner + 1], slots
-        return fork
-
-    def extended(self, row: NDArray[Any]) -> F32:
-        """Logits [tokens, vocab] of the tokens ``row`` after the only row."""
-        positions = self._lengths[:, None] + np.arange(len(row))
-        logits: F32 = self._run(row[None].astype(np.int64), positions, self._lengths, np.array([len(row)]))[0]
-        return logits
-
-    def _stacked(self, arrays: Sequence[F32], grows: bool) -> F32:
-        """States, or keys and values, with zeros where a row is shorter."""
-        missing = [((0, 0), (0, 0), (0, self._slots - one.shape[2]), (0, 0)) for one in arrays if grows]
-        padded = map(np.pad, arrays, missing) if grows else arrays
-        stacked: F32 = np.concatenate(list(padded))
-        return stacked
+        return self._run(ids, start[:, None] + offsets, start, lengths)[prefix_mask(lengths, ids.shape[1])]
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return self._past, prefix_mask(self._lengths, self._slots)
@@ -209,7 +165,7 @@ class OrtRowsStream(OrtModel, Stream):
         """Logits [rows, tokens, vocab] of rows of these ``lengths``, padded to ``ids``, after ``start`` tokens."""
         self._lengths, self._slots = start + lengths, self._slots + ids.shape[1]
         inputs = {TOKENS: ids, POSITIONS: positions}
-        if self.interface.static:
+        if self.static:
             tokens, self._slots = int(start.max()) + ids.shape[1], self.capacity
             if tokens > self.capacity:
                 raise InputError(
@@ -218,7 +174,7 @@ class OrtRowsStream(OrtModel, Stream):
             inputs[WRITE_INDICES] = start
         else:
             inputs[MASK] = prefix_mask(self._lengths, self._slots).astype(np.int64)
-        output = self.run(self.feeds(inputs, self._past, num_logits))
+        output = self.model.step(inputs, self._past, num_logits)
         self._past = output.present
         return output.logits
 
@@ -230,10 +186,9 @@ def ort_stream(
 
     ``rounded`` and ``small``: see :func:`~nbl_export.runtime.session.session`.
     """
-    interface = interface_of(load_graph(path))
-    if interface.static or interface.ragged:
-        return OrtRowsStream(path, capacity, rounded, small, watch)
-    decoder = OrtDecoder(path, rounded=rounded, small=small, watch=watch)
-    if interface.cacheless:
-        return UncachedStream(lambda ids, mask, positions: decoder(ids, mask, positions, ()).logits)
-    return PastStream(decoder)
+    model = OrtModel(path, rounded=rounded, small=small, watch=watch)
+    if model.interface.static or model.interface.ragged:
+        return OrtRowsStream(model, capacity)
+    if model.interface.cacheless:
+        return UncachedStream(lambda ids, mask, positions: model(ids, mask, positions, ()).logits)
+    return PastStream(model)

@@ -9,16 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.rows import left_padded, one_more, prefix_mask, right_padded
-
-if TYPE_CHECKING:
-    from typing import Self
 
 # Keys and values of a layer, or one state of a layer that is not softmax attention.
 KV = tuple[F32, ...]
@@ -64,7 +61,8 @@ class Stream:
     def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
         """Replace the batch by new rows: row ``owners[i]`` of the batch followed by ``rows[i]`` (at least one token).
 
-        Returns logits [all tokens of ``rows``, vocab], row after row.
+        Returns logits [all tokens of ``rows``, vocab], row after row. A runtime that extends one row at a time keeps
+        the batch where there are several.
         """
         raise NotImplementedError
 
@@ -202,3 +200,42 @@ class UncachedStream(Stream):
     def _run(self) -> tuple[F32, BOOL]:
         ids, mask, positions = left_padded(self._rows)
         return self._forward(ids, mask, positions), mask.astype(bool)
+
+
+class RowStream(Stream):
+    """A stream whose runtime takes one row at a time: each has a cache of its own.
+
+    A subclass has ``_empty()``, the cache of a row that has not begun; ``_logits(tokens, cache)`` [tokens, vocab] of
+    the next tokens of its row; ``_sides(cache)``, keys and values [1, heads, tokens, head_dim] of each attention that
+    has any.
+    """
+
+    kv_layers: tuple[int, ...]
+    _empty: Callable[[], Any]
+    _logits: Callable[[NDArray[Any], Any], F32]
+    _sides: Callable[[Any], list[tuple[F32, F32]]]
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        self._caches = [self._empty() for _ in rows]
+        self._lengths = np.zeros(len(rows), dtype=np.int64)
+        return self._read(rows)
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        return self._read([np.array([token]) for token in tokens])
+
+    def _read(self, rows: Sequence[NDArray[Any]]) -> F32:
+        self._lengths = self._lengths + np.array([len(row) for row in rows])
+        read = [self._logits(row, cache) for row, cache in zip(rows, self._caches, strict=True)]
+        return np.concatenate(read)
+
+    def cache(self) -> tuple[Sequence[KV], BOOL]:
+        slots = int(self._lengths.max()) if self.kv_layers else 0
+
+        def joined(sides: Sequence[F32]) -> F32:
+            # Zeros where a row is shorter.
+            missing = [((0, 0), (0, 0), (0, slots - side.shape[2]), (0, 0)) for side in sides]
+            return np.concatenate(list(map(np.pad, sides, missing)))
+
+        layers = zip(*(self._sides(cache) for cache in self._caches), strict=True)
+        found = [tuple(joined(sides) for sides in zip(*rows, strict=True)) for rows in layers]
+        return found, prefix_mask(self._lengths, slots)

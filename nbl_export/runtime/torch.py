@@ -1,24 +1,25 @@
-"""Run PyTorch as a :class:`~nbl_export.runtime.stream.Decoder` or encoder: the reference for every comparison."""
+"""Run PyTorch: the reference decoder and encoder of every comparison, and folders that transformers loads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from nbl_export.batch.arrays import F32, I64
 from nbl_export.batch.rows import Inputs
-from nbl_export.models.dummy_run import cache_shapes, dummy_run
-from nbl_export.models.forward import run_uncached, run_with_past
+from nbl_export.errors import BuildError, first_line
+from nbl_export.models.dummy_run import Entry, cache_shapes, dummy_run
+from nbl_export.models.forward import Encoder, run_uncached, run_with_past
+from nbl_export.models.libraries import cache_argument, quiet
+from nbl_export.models.registered import register
 from nbl_export.models.weights import weights_like
-from nbl_export.runtime.stream import DecoderOutput, PastStream, Stream, UncachedStream
-
-if TYPE_CHECKING:
-    import torch
-
-    from nbl_export.models.dummy_run import Entry
-    from nbl_export.models.forward import Encoder
+from nbl_export.runtime.stream import DecoderOutput, PastStream, RowStream, Stream, UncachedStream
 
 
 class TorchDecoder:
@@ -60,8 +61,6 @@ class TorchDecoder:
     def __call__(
         self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[Any], num_logits: int = 0
     ) -> DecoderOutput:
-        import torch
-
         like, length = weights_like(self.model), attention_mask.shape[1] - input_ids.shape[1]
         arrays = (input_ids, attention_mask, position_ids)
         ids, mask, positions = (torch.from_numpy(array).to(like.device) for array in arrays)
@@ -97,8 +96,6 @@ class TorchEncoder:
         self.encoder = encoder
 
     def __call__(self, inputs: Inputs) -> dict[str, F32]:
-        import torch
-
         like = weights_like(self.encoder.model)
         given = [
             torch.from_numpy(np.ascontiguousarray(inputs[n])).to(like.device) for n in self.encoder.inputs
@@ -107,3 +104,44 @@ class TorchEncoder:
         with torch.inference_mode():
             found = self.encoder(*given)
         return {n: t.float().cpu().numpy() for n, t in zip(self.encoder.outputs, found, strict=True)}
+
+
+class TransformersStream(RowStream):
+    """The folder at ``path``, loaded as a user does, by classes that :mod:`nbl_export.transformers` registers.
+
+    Each row has transformers' own cache, as it has in `generate`. Raises :class:`BuildError` for a folder that
+    transformers does not load whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        register()
+        try:
+            with quiet():
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    path, local_files_only=True, output_loading_info=True, dtype="auto"
+                )
+        except Exception as error:  # its own code may raise anything
+            raise BuildError(f"transformers does not load {path}: {first_line(error)[:300]}.") from error
+        if odd := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
+            raise BuildError(f"transformers does not find every weight of {path}: {odd[0]}.")
+        self.model: Any = model.eval()
+        nbl = self.model.config.nbl
+        linear = {name.split(".")[-2] for name in nbl["modules"] if name.endswith(f".{nbl['attention']}")}
+        layers = range(self.model.config.num_hidden_layers)
+        self.kv_layers = tuple(i for i in layers if str(i) not in linear)
+
+    def _empty(self) -> Any:
+        # Without a configuration it keeps what is behind a window, too: every key and value can be compared.
+        return DynamicCache()
+
+    def _logits(self, tokens: NDArray[Any], cache: Any) -> F32:
+        ids = torch.tensor(tokens.astype(np.int64))[None]
+        with torch.inference_mode():
+            given = {cache_argument(self.model): cache}
+            logits = self.model(input_ids=ids, use_cache=True, **given).logits[0]
+        found: F32 = logits.float().numpy()
+        return found
+
+    def _sides(self, cache: Any) -> list[tuple[F32, F32]]:
+        kept = [layer for layer in cache.layers if layer.get_seq_length()]
+        return [(layer.keys.float().numpy(), layer.values.float().numpy()) for layer in kept]

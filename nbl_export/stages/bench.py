@@ -297,8 +297,7 @@ def _peer_records(ws: Workspace, peer: str) -> dict[str, StageRecord]:
 
 def _peer_prompt(peer: str, path: Path, context: int, batch: int) -> Prompt:
     """A form in its engine, with the attention, the cache and the batches that it chooses itself."""
-    from nbl_export.runtime.llama_cpp import LlamaCppStream
-    from nbl_export.runtime.openvino import OpenVinoStream
+    from nbl_export.runtime.clients import LlamaCppStream, OpenVinoStream
     from nbl_export.verify.speed.candidates import TIMED_STEPS, StreamPrompt
 
     if peer == OPENVINO:

@@ -29,10 +29,19 @@ from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.progress import Listener
 from nbl_export.records import Check
-from nbl_export.runtime.llama_cpp import LlamaCppStream, quantize, require_llama_cpp
-from nbl_export.runtime.openvino import TOKENIZERS, OpenVinoStream, require_openvino, tokenize
-from nbl_export.runtime.rows import MlxStream, TransformersStream, require_mlx
+from nbl_export.runtime.clients import (
+    TOKENIZERS,
+    LlamaCppStream,
+    MlxStream,
+    OpenVinoStream,
+    quantize,
+    require_llama_cpp,
+    require_mlx,
+    require_openvino,
+    tokenize,
+)
 from nbl_export.runtime.stream import Stream
+from nbl_export.runtime.torch import TransformersStream
 from nbl_export.settings.graphs import GGUF_TYPES
 from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.engines import check_gguf, check_tokens

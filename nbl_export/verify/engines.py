@@ -265,7 +265,7 @@ def check_tokens(
 
 def check_gguf(case: DecoderCase, path: Path, tokenizer: Any) -> tuple[Check, ...]:
     """What a GGUF file is in llama.cpp beside its logits: the same tokens, a cache of the attention layers alone."""
-    from nbl_export.runtime.llama_cpp import LlamaCppStream
+    from nbl_export.runtime.clients import LlamaCppStream
 
     config: Any = case.model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

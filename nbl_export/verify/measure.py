@@ -20,7 +20,7 @@ from nbl_export.models.load import in_precision
 from nbl_export.models.media_tokens import seeing
 from nbl_export.models.weights import resident, room
 from nbl_export.rewrite.routers import routers
-from nbl_export.runtime.ort import OrtEncoder, Watch, ort_stream
+from nbl_export.runtime.ort import OrtModel, Watch, ort_stream
 from nbl_export.runtime.torch import TorchEncoder
 from nbl_export.verify.case import (
     Case,
@@ -277,13 +277,13 @@ def encoder_parity(case: EncoderCase, encoder: TorchEncoder, found: Measurement)
     with case.listener.task(COMPARING, len(batches), "batches") as task:
         with linearized(case.model, case.plan):
             reference = outputs(encoder)
-        graph = outputs(OrtEncoder(case.rewritten, small=True))
+        graph = outputs(OrtModel(case.rewritten, small=True).encode)
         parity = compare_batches(reference, graph, batches, gates)
         task.advance(len(batches))
     failures = parity.failures()
     if precision.name == "fp16":
         # The figures are those of the graph rounded as it says; the file itself must run too, where it can.
-        unrounded = outputs(OrtEncoder(case.rewritten, rounded=False, small=True))
+        unrounded = outputs(OrtModel(case.rewritten, rounded=False, small=True).encode)
         failures += _as_it_runs(compare_batches(reference, unrounded, batches, gates).failures())
     if precision.name != "fp32":
         # PyTorch's own run in the graph's precision: what that precision costs anyone.
@@ -295,7 +295,7 @@ def encoder_parity(case: EncoderCase, encoder: TorchEncoder, found: Measurement)
         failures += parity.failures_against(own, OWN)
 
     def against(path: Path) -> list[str]:
-        expected = outputs(OrtEncoder(path, small=True))
+        expected = outputs(OrtModel(path, small=True).encode)
         return compare_batches(expected, graph, batches, gates_for(UNMODIFIED)).failures()
 
     def lost() -> str | None:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.runtime.ort import OrtModel
 
 
 def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
     """The ``count`` likeliest tokens after ``prompt``, one after the other, from the graph at ``path``."""
-    decoder = OrtDecoder(path, rounded=False)  # as others run it
+    decoder = OrtModel(path, rounded=False)  # as others run it
     past, ids = decoder.empty_past(1), np.array([prompt], dtype=np.int64)
     positions, tokens = np.arange(len(prompt))[None], []
     for _ in range(count):

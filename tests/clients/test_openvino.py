@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nbl_export import api
-from nbl_export.runtime.openvino import cpu
-from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.runtime.clients import cpu
+from nbl_export.runtime.ort import OrtModel
 from tests.clients.greedy import greedy
 from tests.conftest import exhaustive
 from tests.exporters import GRAPH, Graphs
@@ -66,7 +66,7 @@ def assert_read(path: Path, rows: int) -> None:
     """OpenVINO computes what onnxruntime does: a prefill, a step and a chunk."""
     pytest.importorskip("openvino", reason="needs openvino: pip install '.[openvino]'")
     model = cpu().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    decoder = OrtDecoder(path, rounded=False)
+    decoder = OrtModel(path, rounded=False)
     past, begun = decoder.empty_past(rows), 0
     names = ("input_ids", "attention_mask", "position_ids")
     own_names = {port.any_name for port in model.inputs}

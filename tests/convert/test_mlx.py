@@ -30,7 +30,7 @@ from nbl_export.convert.mlx import (
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import DROPPED, Adapter, LinearLayer, Plan
 from nbl_export.progress import Silent
-from nbl_export.runtime.rows import MlxStream
+from nbl_export.runtime.clients import MlxStream
 from tests.converting import WRONG, assert_as_in_pytorch, needs, stream_parity, wrongly
 from tests.tiny_types import tiny_model
 

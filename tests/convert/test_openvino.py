@@ -10,7 +10,7 @@ import pytest
 from nbl_export.convert.openvino import check_held, write_openvino
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.progress import Silent
-from nbl_export.runtime.openvino import FILE, TOKENIZERS
+from nbl_export.runtime.clients import FILE, TOKENIZERS
 from tests.convert.test_mlx import NoTokenizer
 from tests.converting import needs
 from tests.families import Calibrated, build, calibrated, unsaved

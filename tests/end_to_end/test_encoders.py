@@ -28,7 +28,7 @@ from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.report.schema import Report
-from nbl_export.runtime.ort import OrtEncoder
+from nbl_export.runtime.ort import OrtModel
 from nbl_export.verify.parity.figures import EncoderParity
 from nbl_export.workspace import Workspace
 from tests import encoders
@@ -411,7 +411,7 @@ def test_a_row_has_the_result_of_its_text_wherever_it_is_padded(head: str, tmp_p
     plan = load_plan(Workspace.open(tmp_path / "out").plan)
     made = AutoModel if embedding else AutoModelForSequenceClassification
     model = made.from_pretrained(folder).eval()
-    graph = OrtEncoder(tmp_path / "out" / "model.onnx")
+    graph = OrtModel(tmp_path / "out" / "model.onnx").encode
     output = "sentence_embedding" if embedding else "logits"
     rows = [{TOKENS: np.random.default_rng(n).integers(5, 250, (1, n))} for n in (12, 5, 9)]
     with torch.inference_mode(), linearized(model, plan):

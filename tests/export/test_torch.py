@@ -30,7 +30,7 @@ from nbl_export.models.forward import SENTENCE
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import Pooling, task_named
-from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.runtime.ort import OrtModel
 from tests.alone import graph_logits
 from tests.conftest import ROOT
 from tests.encoders import PAD, WIDTH, text_encoder
@@ -173,11 +173,10 @@ ROWS = ragged_rows((9, 4, 7), 250)
 
 def logits(path: Path, keep: int | None) -> np.ndarray:
     """Logits of a padded prefill, ``keep`` positions asked for; None leaves the input out."""
-    decoder = OrtDecoder(path)
+    decoder = OrtModel(path)
     ids, mask, positions = pad_left(ROWS)
-    feeds = decoder.feeds(
-        {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, decoder.empty_past(len(ROWS))
-    )
+    feeds = decoder.interface.named({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+    feeds |= decoder.interface.empty_cache(len(ROWS), 0, np.float32)
     del feeds[NUM_LOGITS_TO_KEEP]
     if keep is not None:
         feeds[NUM_LOGITS_TO_KEEP] = np.array(keep, dtype=np.int64)

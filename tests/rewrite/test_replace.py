@@ -41,7 +41,7 @@ from nbl_export.rewrite.replace import (
     rewrite_file,
     rewrite_summary,
 )
-from nbl_export.runtime.ort import OrtDecoder, ort_stream
+from nbl_export.runtime.ort import OrtModel, ort_stream
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.settings.choices import FitInput
@@ -456,7 +456,7 @@ def test_what_is_left_is_the_model_without_those_layers(
     # A norm, the map's product and sum, and the residual addition.
     assert len(list(graph.graph)) == before - 4 * len(layers)
     save_graph(graph, tmp_path / "dropped.onnx")
-    decoder = OrtDecoder(tmp_path / "dropped.onnx")
+    decoder = OrtModel(tmp_path / "dropped.onnx")
     rows = ragged_rows((9, 4), 500, seed=7)
     logits = decoder(*pad_left(rows), decoder.empty_past(2)).logits
     for i, row in enumerate(rows):

@@ -22,9 +22,8 @@ from nbl_export.errors import BuildError
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.registered import TYPES
 from nbl_export.progress import Silent
-from nbl_export.runtime.llama_cpp import LlamaCppStream, quantize
-from nbl_export.runtime.openvino import FILE, OpenVinoStream
-from nbl_export.runtime.rows import MlxStream, TransformersStream
+from nbl_export.runtime.clients import FILE, LlamaCppStream, MlxStream, OpenVinoStream, quantize
+from nbl_export.runtime.torch import TransformersStream
 from nbl_export.verify.parity.compare import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.pytorch import record_pytorch
@@ -300,7 +299,7 @@ def test_no_folder_and_a_damaged_one(tmp_path: Path) -> None:
 TWO = """
 import os, signal, sys
 from pathlib import Path
-from nbl_export.runtime.openvino import OpenVinoStream
+from nbl_export.runtime.clients import OpenVinoStream
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 a, b = (OpenVinoStream(Path(sys.argv[1])) for _ in range(2))

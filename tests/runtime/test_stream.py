@@ -22,9 +22,8 @@ from nbl_export.graph.regions import Region, find_regions
 from nbl_export.linearize.swap import linearized
 from nbl_export.runtime import intermediates as pieces_module
 from nbl_export.runtime.intermediates import compute_tensors, prefill_rows
-from nbl_export.runtime.ort import OrtDecoder, OrtRowsStream, ort_stream
-from nbl_export.runtime.rows import RowStream
-from nbl_export.runtime.stream import PastStream
+from nbl_export.runtime.ort import OrtModel, OrtRowsStream, ort_stream
+from nbl_export.runtime.stream import PastStream, RowStream
 from nbl_export.runtime.torch import TorchDecoder
 from tests.fixtures_graph import maps_in_place, original_logits, plan_by_hand, ragged_rows
 from tests.sessions import cpu_session
@@ -99,7 +98,7 @@ def test_a_prefill_need_not_make_all_logits(
     graphs: Any, rows: list[Any], tiny_model: Any, of: str, logits_made: Any
 ) -> None:
     """The last logits are the row's, no others are made, and decoding goes on from there."""
-    decoder = OrtDecoder(graphs["concat", "fp32"]) if of == "onnxruntime" else TorchDecoder(tiny_model)
+    decoder = OrtModel(graphs["concat", "fp32"]) if of == "onnxruntime" else TorchDecoder(tiny_model)
     made = logits_made(type(decoder))
     stream = PastStream(decoder)
     last = stream.prefill_last([row[:-1] for row in rows])

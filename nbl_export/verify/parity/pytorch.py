@@ -57,7 +57,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.names import EMBEDDINGS, POSITIONS
 from nbl_export.models.media_tokens import MediaTokens, seeing
-from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.runtime.ort import OrtModel
 
 if TYPE_CHECKING:
     import torch
@@ -314,7 +314,7 @@ def media_parity(
     with seeing(model, causal):
         by_pytorch = _by_pytorch(model, plan, ids, listener)
         expected = [logits[-LAST:].float().cpu().numpy() for logits in by_pytorch]
-    decoder, steps = OrtDecoder(graph, small=True), []
+    decoder, steps = OrtModel(graph, small=True), []
     for number, (row, reference) in enumerate(zip(rows, expected, strict=True)):
         figures = compare_vectors(reference, _by_graph(decoder, row, causal), gates.near_tie)
         steps.append(StepParity(**vars(figures), step=number))
@@ -337,7 +337,7 @@ def _by_pytorch(
             yield model(input_ids=row[None], use_cache=False).logits[0]
 
 
-def _by_graph(decoder: OrtDecoder, row: I32, media: MediaTokens) -> F32:
+def _by_graph(decoder: OrtModel, row: I32, media: MediaTokens) -> F32:
     import torch
 
     ids = row.astype(np.int64)[None]
