@@ -16,6 +16,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from nbl_export.packages import check_system
 TEMPORARY = ".nbl.tmp"
 # Bytes. The largest JSON file that we read is a model's list of weights: a few MB for a thousand billion parameters.
 JSON_LIMIT = 1 << 26
-TomlError = tomllib.TOMLDecodeError
 _TOML_LIMIT = 1 << 20  # bytes of a file of settings
 _SEAL = "sha256"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -141,12 +141,17 @@ def json_text(value: Any, finite: bool = True) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` with what JSON cannot represent as text: ``"nan"``, ``"inf"``, ``"-inf"``, blocks as ``"7.mlp"``."""
+    """``value`` as JSON has it: a dataclass is an object of its fields, and text is what JSON cannot represent.
+
+    That is ``"nan"``, ``"inf"``, ``"-inf"``, a block (``"7.mlp"``), a path.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: jsonable(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(v) for v in value]
-    if isinstance(value, (Mlp, Span)) or (isinstance(value, float) and not math.isfinite(value)):
+    if isinstance(value, (Mlp, Span, Path)) or (isinstance(value, float) and not math.isfinite(value)):
         return str(value)
     return value
 
@@ -198,11 +203,8 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; raises :data:`TomlError` for one that is not TOML."""
-    try:
-        return tomllib.loads(read_bytes(path, _TOML_LIMIT).decode("utf-8"))
-    except (RecursionError, ValueError) as error:
-        raise TomlError(str(error)) from None
+    """The tables of a TOML file; raises ``ValueError`` or ``RecursionError`` for one that is not TOML."""
+    return tomllib.loads(read_bytes(path, _TOML_LIMIT).decode("utf-8"))
 
 
 def printable(text: str) -> str:

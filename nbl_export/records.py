@@ -6,7 +6,7 @@ JSON has no NaN and no infinity: they are the strings ``"nan"``, ``"inf"`` and `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
@@ -40,7 +40,7 @@ class Check:
 
 def to_json(value: Any) -> dict[str, Any]:
     """A dataclass as a JSON object: its fields, and those of the dataclasses in it."""
-    return dict(jsonable(asdict(value)))
+    return dict(jsonable(value))
 
 
 def from_json(kind: type[T], raw: Any, what: str, remedy: str) -> T:

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,7 +37,6 @@ from nbl_export.errors import Interrupted, os_error_in_words
 from nbl_export.files import jsonable, printable, printable_lines
 from nbl_export.progress import Task
 from nbl_export.ranks import place
-from nbl_export.records import to_json
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
@@ -115,17 +114,7 @@ def answer(command: str, facts: Mapping[str, Any]) -> None:
     """
     if answering.json:
         value = facts if "schema" in facts else {"schema": ANSWER, "command": command, **facts}
-        print(json.dumps(_plain(value), indent=1))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return to_json(value)
-    return str(value) if isinstance(value, Path) else jsonable(value)
+        print(json.dumps(jsonable(value), indent=1))
 
 
 # progress ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.files import TomlError, read_table
+from nbl_export.files import read_table
 from nbl_export.settings.definition import Setting, Settings, Task, settings_of
 from nbl_export.settings.graphs import ConvertSettings, EngineSettings, ExportSettings, FolderSettings
 from nbl_export.settings.making import (
@@ -143,7 +143,7 @@ def read_settings(path: Path) -> dict[tuple[str, str], list[str]]:
         raw = read_table(path)
     except OSError as error:
         raise os_error_in_words(error, "reading --config") from None
-    except (TomlError, UnicodeDecodeError) as error:
+    except (RecursionError, ValueError) as error:
         raise InputError(f"{path} is not a TOML file: {str(error).rstrip('.')}.") from None
     found = {}
     for table, values in raw.items():

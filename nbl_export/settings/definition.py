@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from inspect import cleandoc
 from types import UnionType
 from typing import (
@@ -28,6 +28,7 @@ from typing import (
 from cyclopts import Group, Parameter
 
 from nbl_export.errors import InputError
+from nbl_export.files import jsonable
 
 AUTO = "auto"  # the word for a value that is found out
 # The panels in the order of their keys: what most users never need comes last, and is shown if all is asked for.
@@ -63,7 +64,7 @@ class Must:
     that pass, where they can be listed.
     """
 
-    holds: Callable[[Any], bool]
+    holds: Callable[[Any], object]
     words: str
     of_file: bool = False
     known: tuple[str, ...] = ()
@@ -80,17 +81,15 @@ def one_of(known: Iterable[str]) -> Must:
     )
 
 
-def readable(read: Callable[[str], object], words: str) -> Must:
-    """Refuses text that ``read`` raises ``ValueError`` for."""
-
-    def holds(text: str) -> bool:
-        try:
-            read(text)
-        except ValueError:
-            return False
-        return True
-
-    return Must(holds, f"is {{value!r}}; {words}")
+# No setting is empty text, which would be read as this folder, or infinite, which no record can hold.
+_ALWAYS = (
+    Must(
+        lambda value: "" not in (value if isinstance(value, tuple) else (value,)), "is empty; give some text"
+    ),
+    Must(
+        lambda value: not isinstance(value, float) or math.isfinite(value), "is {value}; give a finite number"
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -131,22 +130,12 @@ class Setting:
         )
 
     def check(self, value: Any, name: str, of_file: bool = False) -> None:
-        """Raise :class:`InputError`, beginning with ``name``, for a value that is refused; None is no value.
-
-        No setting is empty text, which would be read as this folder, or infinite, which no record can hold.
-        """
-        for must in self.musts if value is not None else ():
+        """Raise :class:`InputError`, beginning with ``name``, for a value that is refused; None is no value."""
+        for must in (*self.musts, *_ALWAYS) if value is not None else ():
             for one in value if self.repeated else (value,):
                 if must.of_file <= of_file and not must.holds(one):
                     shown = f"{one:g}" if isinstance(one, float) else one
                     raise InputError(f"{name} {must.words.format(value=shown)}.")
-        for one in value if isinstance(value, tuple) else (value,):
-            if one == "" or (isinstance(one, float) and not math.isfinite(one)):
-                raise InputError(
-                    f"{name} is empty; give some text."
-                    if one == ""
-                    else f"{name} is {one}; give a finite number."
-                )
 
     def of_words(self, words: Sequence[str], name: str) -> Any:
         """The value that ``words`` of the command line or of a file say; raises :class:`UsageError` for none."""
@@ -156,12 +145,9 @@ class Setting:
             each = words if self.repeated else words[-1].split(",") if self.many and words[-1] else words[-1:]
             found = tuple((self.read or self.kind)(word if self.repeated else word.strip()) for word in each)
         except ValueError:
-            wanted = _WANTED[self.kind] if not self.read else self.like
-            wanted = (
-                f"{wanted}s with commas, as 3,7,12".removeprefix("a ")
-                if self.many and not self.read
-                else wanted
-            )
+            one = _WANTED[self.kind]
+            several = f"{one.removeprefix('a ')}s with commas, as 3,7,12"
+            wanted = self.like if self.read else several if self.many else one
             raise UsageError(f"{name} is {words[-1]!r}; give {wanted}{' or auto' * self.auto}.") from None
         return found if self.many else found[0]
 
@@ -234,11 +220,13 @@ def refuse(*cases: tuple[object, str]) -> None:
 class Settings:
     """What a stage can be asked: a frozen dataclass of settings.
 
-    ``of_decoders`` says why an encoder cannot be asked it, where none can, and ``instead`` what to do.
+    ``of_decoders`` says why an encoder cannot be asked it, where none can, and ``instead`` what to do. ``unrecorded``
+    changes no result.
     """
 
     of_decoders: ClassVar[str] = ""
     instead: ClassVar[str] = "leave it out"
+    unrecorded: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> None:
         """Raise :class:`InputError` for the first value that is refused; needs no model and no package."""
@@ -255,7 +243,8 @@ class Settings:
         return self
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        """What is asked for, without what is ``unrecorded``."""
+        return {name: value for name, value in jsonable(self).items() if name not in self.unrecorded}
 
 
 _NO_MPS = Must(
@@ -263,7 +252,7 @@ _NO_MPS = Must(
     "is mps: an Apple GPU has no float64, in which moments are summed; say cpu, or leave it out",
 )
 _DEVICE = Must(
-    re.compile(r"auto|cpu|xpu|cuda(:\d{1,4})?").fullmatch,  # type: ignore[arg-type]
+    re.compile(r"auto|cpu|xpu|cuda(:\d{1,4})?").fullmatch,
     "is {value!r}; it must be auto, cpu, cuda, cuda:N (as cuda:1) or xpu",
 )
 
@@ -276,26 +265,21 @@ class OnDevice(Settings):
         there is one.
     """
 
+    # Sums on a GPU differ in their last bits, so the record of a stage says where it ran; but they are no other result,
+    # which everything made of them would have to follow: it is used on machines that have another device, or none.
+    unrecorded: ClassVar[tuple[str, ...]] = ("device",)
+
     device: str = setting(AUTO, MORE, _NO_MPS, _DEVICE, metavar="DEVICE")
-
-    def as_json(self) -> dict[str, Any]:
-        """Without the device: what was made on one is used on machines that have another, or none.
-
-        Sums on a GPU differ in their last bits, so the record of a stage says where it ran; but they are no other
-        result, which everything made of them would have to follow.
-        """
-        return {name: value for name, value in super().as_json().items() if name != "device"}
 
 
 _SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,3})?) ?([KMGT])(i?)B", re.IGNORECASE)
 
 
 def bytes_of(size: str) -> int:
-    """The bytes of a ``size`` such as 4GiB or 500MB; raises ``ValueError`` for anything else."""
-    found = _SIZE.fullmatch(size)
-    if found is None or not float(found[1]):
-        raise ValueError(size)
+    """The bytes of a ``size`` such as 4GiB or 500MB; 0 for anything else."""
+    if (found := _SIZE.fullmatch(size)) is None:
+        return 0
     return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1))
 
 
-SIZE = readable(bytes_of, "give a size, as 4GiB or 500MB")
+SIZE = Must(bytes_of, "is {value!r}; give a size, as 4GiB or 500MB")

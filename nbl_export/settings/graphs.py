@@ -39,6 +39,8 @@ class ExportSettings(Settings):
         embeddings and attention are basic operators.
     """
 
+    unrecorded = ("target",)  # which is what the others say
+
     precision: str | None = setting(None, GRAPH, shown="fp32; fp16 with --trt", offered=choices.PRECISIONS)
     kv_cache: str | None = setting(None, GRAPH, shown="by target", offered=choices.CACHES)
     exporter: str | None = setting(None, GRAPH, one_of(choices.EXPORTERS), shown="torch")
@@ -81,9 +83,7 @@ class ExportSettings(Settings):
         return not task.causal or (self.exported_by == "torch" and self.precision == "fp16")
 
     def as_json(self) -> dict[str, Any]:
-        """Without the target, which is what the others say."""
-        asked = super().as_json() | {"exporter": self.exported_by}
-        return {name: value for name, value in asked.items() if name != "target"}
+        return super().as_json() | {"exporter": self.exported_by}
 
     def _suits(self, engines: bool) -> choices.Target:
         return choices.TARGETS[self.target or "tensorrt"] if self.target or engines else choices.ANYWHERE

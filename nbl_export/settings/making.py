@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from nbl_export.blocks import ATTENTION, LONGEST_SPAN, PARTS, SPAN, Block, as_json, block_of, parts_in
+from nbl_export.blocks import ATTENTION, LONGEST_SPAN, PARTS, SPAN, Block, block_of, parts_in
 from nbl_export.errors import InputError
 from nbl_export.settings import choices
 from nbl_export.settings.choices import AUTO_PERPLEXITY_RATIO, MAX_RIDGE, Dtype, FitInput, FitName
@@ -27,7 +27,6 @@ from nbl_export.settings.definition import (
     at_least,
     one_of,
     options,
-    readable,
     refuse,
     setting,
 )
@@ -65,26 +64,26 @@ class Workload:
         return self.context + self.decode // 2
 
 
-def workload_of(text: str) -> Workload:
-    """The workload that is written ``text``; raises ``ValueError`` for anything else.
+def workload_of(text: str) -> Workload | None:
+    """The workload that is written ``text``; None for anything else.
 
     A decode without a context comes after the prefill.
     """
     parts = [part.strip().partition("=")[::2] for part in text.split(",")]
     found = dict(parts)
     if len(found) < len(parts) or not all(n in _PARTS and _PARTS[n].fullmatch(v) for n, v in parts):
-        raise ValueError(text)
+        return None
     prefill, batch = (int(found.get(name, least)) for name, least in (("prefill", 0), ("batch", 1)))
     decode, _, context = found.get("decode", "").partition("@")
     after, weight = int(context or prefill) if decode else 0, float(found.get("weight", 1.0))
     if not (prefill or decode) or (decode and not after) or weight <= 0:
-        raise ValueError(text)
+        return None
     return Workload(prefill, int(decode or 0), after, batch, weight)
 
 
-WORKLOAD = readable(
+WORKLOAD = Must(
     workload_of,
-    "give a prefill, a decode after a context, or both, as prefill=512,decode=128@4096,batch=4",
+    "is {value!r}; give a prefill, a decode after a context, or both, as prefill=512,decode=128@4096,batch=4",
 )
 
 
@@ -129,11 +128,6 @@ class Budget(LossBound):
     def bounds_size(self) -> bool:
         return self.max_weight_bytes is not None or self.max_kv_bytes is not None
 
-    def as_json(self) -> dict[str, Any]:
-        """Without the bounds that are None and that budgets did not always have: what was made within one is kept."""
-        new = ("max_weight_bytes", "max_kv_bytes")
-        return {name: v for name, v in super().as_json().items() if v is not None or name not in new}
-
     @property
     def of_loss(self) -> LossBound:
         """The bounds on the loss alone."""
@@ -172,6 +166,8 @@ class CalibrateSettings(OnDevice):
     memory: What the states of the text between two blocks may take; more than that is kept in files.
     """
 
+    unrecorded = ("device", "memory")
+
     sources: tuple[str, ...] = setting(
         (choices.SELF,), TEXT, metavar="TEXT", key="calibration", repeated=True
     )
@@ -201,11 +197,6 @@ class CalibrateSettings(OnDevice):
     def at_once(self) -> int:
         """The most blocks that begin with one layer, whose moments are collected together."""
         return sum(self.longest if part == SPAN else 1 for part in self.parts)
-
-    def as_json(self) -> dict[str, Any]:
-        """Without the memory, which changes no result, and without attention alone, as it was before MLPs were read."""
-        left = {"memory"} | ({"blocks"} if self.blocks == ATTENTION else set())
-        return {name: value for name, value in super().as_json().items() if name not in left}
 
     def check(self) -> None:
         super().check()
@@ -343,14 +334,7 @@ class SelectSettings(OnDevice):
     @property
     def workloads(self) -> tuple[Workload, ...]:
         """What the model is used for; empty where that does not matter."""
-        return tuple(map(workload_of, self.workload))
-
-    def as_json(self) -> dict[str, Any]:
-        named = None if self.layers is None else [as_json(block) for block in self.layers]
-        asked = {**super().as_json(), "layers": named, "budget": self.budget.as_json()}
-        # What was selected before there were these is kept.
-        later = ("workload", "auto_rank")
-        return {name: value for name, value in asked.items() if value or name not in later}
+        return tuple(filter(None, map(workload_of, self.workload)))
 
     def check_precision(self, precision: str | None) -> None:
         """Refuse a repair of the MLPs for a graph whose weights are quantized: it does not hold them as they are."""
