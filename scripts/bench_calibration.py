@@ -1,6 +1,6 @@
 """Calibration against the paper authors' method, and against the plain forward pass: time and peak memory.
 
-    python scripts/bench_calibration.py MODEL TEXT [--tokens 4096 8192 16384 32768] [--out FILE.md]
+    python scripts/bench_calibration.py MODEL TEXT [--tokens 4096 8192 16384 32768]
 
 Three ways to compute the same values, each in a separate process to measure its own peak memory:
 
@@ -13,12 +13,9 @@ authors'  as in the code of arXiv 2505.21077: store every activation, then per l
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import resource
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,8 +55,7 @@ def forward(model: Any, tokens: Any) -> None:
 
 
 def ours(model: Any, tokens: Any) -> None:
-    moments = collect_moments(model, tokens)
-    for layer in moments.layers.values():
+    for layer in collect_moments(model, tokens).layers.values():
         fit_lmmse(layer, "normed")
         cca_bound(layer)
 
@@ -70,37 +66,30 @@ def authors(model: Any, tokens: Any) -> None:
     def store(index: int, h: torch.Tensor, _x: torch.Tensor, y: torch.Tensor) -> None:
         stored.setdefault(index, []).append((h.flatten(0, 1).clone(), y.flatten(0, 1).clone()))
 
+    def inverse_root(c: torch.Tensor) -> Any:
+        values, vectors = torch.linalg.eigh(c)
+        return vectors @ torch.diag(values.clamp_min(1e-12).rsqrt()) @ vectors.T
+
     with observed(model, attention_layers(model), store):
         forward(model, tokens)
     for index in sorted(stored):
         pairs = stored.pop(index)
         h, y = (torch.cat([p[i] for p in pairs]).double() for i in range(2))
-        _fit_with_inverse(h, y)
-
-
-def _fit_with_inverse(h: torch.Tensor, y: torch.Tensor) -> None:
-    n = len(h)
-    mean_h, mean_y = h.mean(0), y.mean(0)
-    centred_h, centred_y = h - mean_h, y - mean_y
-    stream = centred_y + centred_h
-    c_hh = centred_h.T @ centred_h / (n - 1)
-    c_yh = centred_y.T @ centred_h / (n - 1)
-    w = c_yh @ torch.linalg.inv(c_hh)
-    _ = mean_y - w @ mean_h
-
-    def inverse_root(c: torch.Tensor) -> Any:
-        values, vectors = torch.linalg.eigh(c)
-        return vectors @ torch.diag(values.clamp_min(1e-12).rsqrt()) @ vectors.T
-
-    c_ss, c_sh = stream.T @ stream / (n - 1), stream.T @ centred_h / (n - 1)
-    torch.linalg.svdvals(inverse_root(c_ss) @ c_sh @ inverse_root(c_hh))
+        n, mean_h, mean_y = len(h), h.mean(0), y.mean(0)
+        centred_h, centred_y = h - mean_h, y - mean_y
+        stream = centred_y + centred_h
+        c_hh = centred_h.T @ centred_h / (n - 1)
+        w = centred_y.T @ centred_h / (n - 1) @ torch.linalg.inv(c_hh)
+        _ = mean_y - w @ mean_h
+        c_ss, c_sh = stream.T @ stream / (n - 1), stream.T @ centred_h / (n - 1)
+        torch.linalg.svdvals(inverse_root(c_ss) @ c_sh @ inverse_root(c_hh))
 
 
 WAYS = {"forward": forward, "ours": ours, "authors": authors}
 
 
-def measure(way: str, model_name: str, text: str, count: int) -> dict[str, float]:
-    """One way in this process: seconds, and peak memory above that of the loaded model, MiB."""
+def measure(way: str, model_name: str, text: str, count: int) -> tuple[float, float]:
+    """One way in this process: seconds, and peak memory above that of the loaded model, MiB (on Linux)."""
     tokens = tokens_of(model_name, text, count)
     model = load_model(find_model(model_name))
     forward(model, tokens[:BATCH])
@@ -108,21 +97,7 @@ def measure(way: str, model_name: str, text: str, count: int) -> dict[str, float
     start = time.perf_counter()
     WAYS[way](model, tokens)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "mib": (peak - before) / (2**20 if sys.platform == "darwin" else 2**10)}
-
-
-def in_separate_process(way: str, model: str, text: str, count: int) -> dict[str, float]:
-    command = [sys.executable, __file__, model, text, "--one", way, "--tokens", str(count)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    value: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
-    return value
-
-
-def table(rows: list[list[str]]) -> str:
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
 
 
 def main() -> None:
@@ -132,27 +107,20 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("text")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.model, arguments.text, arguments.tokens[0])))
-        return
-    rows = [["tokens", "forward, s", "ours, s", "authors', s", "ours, MiB", "authors', MiB"]]
-    for count in arguments.tokens:
-        got = {way: in_separate_process(way, arguments.model, arguments.text, count) for way in WAYS}
-        seconds = [f"{got[way]['seconds']:.1f}" for way in WAYS]
-        memory = [f"{got[way]['mib']:,.0f}" for way in ("ours", "authors")]
-        rows.append([f"{count:,}", *seconds, *memory])
-        print(rows[-1], file=sys.stderr, flush=True)
+    asked = parser.parse_args()
     machine = environment()
-    text = (
-        f"Time to all layers' W, b and scores, and peak memory above the loaded model.\n\n{table(rows)}\n\n"
-        f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB; torch {machine.packages['torch']}.\n"
+    print("Time to all layers' W, b and scores, and peak memory above the loaded model.\n")
+    print("| tokens | forward, s | ours, s | authors', s | ours, MiB | authors', MiB |\n" + "|---" * 6 + "|")
+    for count in asked.tokens:
+        # A process for each: what one had at most says nothing of another.
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as apart:
+            asks = [(way, asked.model, asked.text, count) for way in WAYS]
+            found = apart.starmap(measure, asks, chunksize=1)
+        cells = [*(f"{seconds:.1f}" for seconds, _ in found), *(f"{mib:,.0f}" for _, mib in found[1:])]
+        print(f"| {count:,} | " + " | ".join(cells) + " |", flush=True)
+    print(
+        f"\n{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB; torch {machine.packages['torch']}."
     )
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

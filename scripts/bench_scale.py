@@ -7,8 +7,7 @@ are random (normal, standard deviation 0.02) and bfloat16, in shards; what a sta
 their shapes only. Each stage is one command in a process of its own. Its memory is that of it and its children,
 looked at ten times a second: *anonymous* is what cannot be dropped, *RSS* has the mapped files too.
 
-A stage is skipped, with the reason, if it would take more memory than is free by the formulas of `--dry-run`; one that
-takes longer than ``--limit`` is interrupted.
+A stage that takes longer than ``--limit`` is interrupted; what one needs is in `--dry-run`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,101 +28,63 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from nbl_export.digests import Unread
-from nbl_export.models.load import fast_dtype, load_tokenizer
+from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import task_named
 from nbl_export.report.schema import environment
-from nbl_export.settings import CalibrateSettings, ExportSettings, RunSettings, SelectSettings
-from nbl_export.stages.needs import lacks_memory, memory, sizes_of_source
 
-_MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama; ``like`` is the model that has this shape."""
-
-    like: str
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    tied: bool
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.inner,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "vocab_size": self.vocab,
-            "tie_word_embeddings": self.tied,
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0,
-            "torch_dtype": "bfloat16",
-        }
-
-
-SHAPES = {
-    "135M": Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, True),
-    "1B": Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 128256, True),
-    "8B": Shape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256, False),
+# A Llama by the name of what it is as large as; SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B have these shapes.
+_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+_COMMON = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    name: _COMMON | dict(zip(_FIELDS, sizes, strict=True))
+    for name, sizes in {
+        "135M": (576, 1536, 30, 9, 3, 49152, True),
+        "1B": (2048, 8192, 16, 32, 8, 128256, True),
+        "8B": (4096, 14336, 32, 32, 8, 128256, False),
+    }.items()
 }
 # Few tokens: what is measured does not depend on their number, but the time.
-_TEXT: dict[str, Any] = {"samples": 8, "seq_len": 640, "selection_samples": 2, "heldout_samples": 2}
-_K, _PRECISION = 12, "bf16"
-_CALIBRATE = [f"--{name.replace('_', '-')}={value}" for name, value in _TEXT.items()]
+_TEXT = ("--samples=8", "--seq-len=640", "--selection-samples=2", "--heldout-samples=2")
 STAGES: dict[str, tuple[str, ...]] = {
-    "calibrate": ("calibrate", "{model}", "-o", "{out}", "--calibration", "{text}", *_CALIBRATE),
-    "select cca": ("select", "{out}", "--k", str(_K), "--criterion", "cca"),
-    "select kl": ("select", "{out}", "--k", str(_K), "--criterion", "kl"),
-    "export": ("export", "{out}", "--precision", _PRECISION),
+    "calibrate": ("calibrate", "{model}", "-o", "{out}", "--calibration", "{text}", *_TEXT),
+    "select cca": ("select", "{out}", "--k", "12", "--criterion", "cca"),
+    "select kl": ("select", "{out}", "--k", "12", "--criterion", "kl"),
+    "export": ("export", "{out}", "--precision", "bf16"),
     "rewrite": ("rewrite", "{out}"),
     "verify": ("verify", "{out}"),
 }
 
 
-@dataclass
-class Used:
-    """What a command took: seconds, peak bytes, bytes that it read and wrote, its exit code and last line."""
-
-    seconds: float = 0.0
-    anonymous: int = 0
-    rss: int = 0
-    read: int = 0
-    written: int = 0
-    code: int = 0
-    last: str = ""
-
-    def ended(self, limit: float) -> str:
-        """How it ended; empty if it did all its work. It was given ``limit`` minutes."""
-        if self.code == 0:
-            return ""
-        late = self.seconds > 60 * limit
-        return f"skipped: not done in {limit:g} min" if late else f"exit {self.code}: {self.last}"
-
-
-def make_checkpoint(shape: Shape, folder: Path, tokenizer: str) -> int:
+def make_checkpoint(config: dict[str, Any], folder: Path, tokenizer: str) -> int:
     """Write the checkpoint, unless it is there already; returns its bytes."""
     done = folder / "model.safetensors.index.json"
     if not done.is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         load_tokenizer(find_model(tokenizer)).save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(shape.config(), indent=2))
-        done.write_text(json.dumps({"metadata": {}, "weight_map": _write_shards(shape, folder)}))
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        done.write_text(json.dumps({"metadata": {}, "weight_map": _write_shards(config, folder)}))
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
-def _write_shards(shape: Shape, folder: Path) -> dict[str, str]:
-    d, inner, kv = shape.hidden, shape.inner, shape.hidden // shape.heads * shape.kv_heads
+def _write_shards(config: dict[str, Any], folder: Path) -> dict[str, str]:
+    d, inner, layers, heads, kv_heads, vocab, tied = (config[name] for name in _FIELDS)
+    kv = d // heads * kv_heads
     block = {
         "self_attn.q_proj": (d, d),
         "self_attn.k_proj": (kv, d),
@@ -134,11 +96,11 @@ def _write_shards(shape: Shape, folder: Path) -> dict[str, str]:
         "input_layernorm": (d,),
         "post_attention_layernorm": (d,),
     }
-    shards: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (shape.vocab, d)}]
-    for i in range(shape.layers):
-        shards.append({f"model.layers.{i}.{name}.weight": size for name, size in block.items()})
-    last: dict[str, tuple[int, ...]] = {"model.norm.weight": (d,)}
-    shards.append(last if shape.tied else {**last, "lm_head.weight": (shape.vocab, d)})
+    shards: list[dict[str, tuple[int, ...]]] = [
+        {"model.embed_tokens.weight": (vocab, d)},
+        *({f"model.layers.{i}.{name}.weight": size for name, size in block.items()} for i in range(layers)),
+        {"model.norm.weight": (d,)} if tied else {"model.norm.weight": (d,), "lm_head.weight": (vocab, d)},
+    ]
     places: dict[str, str] = {}
     for number, shard in enumerate(shards):
         generator = torch.Generator().manual_seed(number)
@@ -154,67 +116,42 @@ def _write_shards(shape: Shape, folder: Path) -> dict[str, str]:
     return places
 
 
-def hindrance(model: Path, text: str, stage: str) -> str:
-    """Why a stage does not fit into the memory that is free; empty if it does."""
-    found = find_model(str(model), digests=Unread())
-    name, _, criterion = stage.partition(" ")
-    asked = RunSettings(
-        SelectSettings(k=_K, criterion=criterion or "cca"),
-        CalibrateSettings((text,), **_TEXT),
-        exporting=ExportSettings(_PRECISION),
-    ).resolve(task_named(found.task))
-    dtype = getattr(torch, fast_dtype())
-    free = psutil.virtual_memory().available
-    taken = memory(sizes_of_source(found), asked, dtype.itemsize, free)
-    return lacks_memory(name, taken[name], free)
+def run(arguments: list[str], limit: float) -> tuple[Counter[str], str]:
+    """What the command took: seconds, peak bytes, bytes that it read and wrote; and how it ended, if not well.
 
-
-def run(arguments: list[str], limit: float) -> Used:
-    """Run the command and look at it until it ends, or is interrupted after ``limit`` seconds."""
-    used, began = Used(), time.monotonic()
+    It is interrupted after ``limit`` seconds.
+    """
+    used: Counter[str] = Counter()
+    io: dict[int, Any] = {}
+    began = time.monotonic()
     command = [sys.executable, "-m", "nbl_export", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-        watched = psutil.Process(child.pid)
-        io: dict[int, tuple[int, int]] = {}
         while child.poll() is None:
-            look(watched, used, io)
+            with suppress(psutil.Error, OSError, KeyError):  # it has just ended
+                used |= look(psutil.Process(child.pid), io)
             if time.monotonic() - began > limit:
                 child.send_signal(signal.SIGINT)
                 child.wait()
             time.sleep(0.1)
         assert child.stdout is not None
-        lines = child.stdout.read().strip().splitlines()
-    used.read, used.written = (sum(pair[i] for pair in io.values()) for i in (0, 1))
-    used.seconds, used.code, used.last = (
-        time.monotonic() - began,
-        child.returncode,
-        lines[-1] if lines else "",
-    )
-    return used
+        last = (child.stdout.read().strip().splitlines() or [""])[-1]
+    seconds = time.monotonic() - began
+    used.update(seconds=int(seconds), read=sum(c.read_bytes for c in io.values()))
+    used.update(written=sum(c.write_bytes for c in io.values()))
+    if seconds > limit:
+        return used, f"skipped: not done in {limit / 60:g} min"
+    return used, f"exit {child.returncode}: {last}" if child.returncode else ""
 
 
-def look(process: psutil.Process, used: Used, io: dict[int, tuple[int, int]]) -> None:
-    """Note what the process and its children have now."""
-    anonymous = rss = 0
-    try:
-        for one in (process, *process.children(recursive=True)):
-            sizes = _memory(one.pid)
-            anonymous, rss = anonymous + sizes["RssAnon"], rss + sizes["VmRSS"]
-            counts: Any = one.io_counters()
-            io[one.pid] = counts.read_bytes, counts.write_bytes
-    except (psutil.Error, OSError, KeyError):
-        return  # it has just ended
-    used.anonymous, used.rss = max(used.anonymous, anonymous), max(used.rss, rss)
-
-
-def _memory(pid: int) -> dict[str, int]:
-    # smaps_rollup would walk every mapped page, which takes longer than the work itself for a mapped model.
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {
-        line.split(":")[0]: 1024 * int(line.split()[1])
-        for line in lines
-        if line.startswith(("VmRSS", "RssAnon"))
-    }
+def look(process: psutil.Process, io: dict[int, Any]) -> Counter[str]:
+    """The bytes that the process and its children have now; what they have read and written so far is put in ``io``."""
+    found: Counter[str] = Counter()
+    for one in (process, *process.children(recursive=True)):
+        # smaps_rollup would walk every mapped page, which takes longer than the work itself for a mapped model.
+        lines = (line.split() for line in Path(f"/proc/{one.pid}/status").read_text().splitlines())
+        found.update({line[0]: 1024 * int(line[1]) for line in lines if line[0] in ("VmRSS:", "RssAnon:")})
+        io[one.pid] = one.io_counters()
+    return found
 
 
 def main() -> None:
@@ -227,35 +164,23 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--dir", type=Path, default=Path("scale"), help="where checkpoints and outputs go")
     parser.add_argument("--limit", type=float, default=60.0, help="minutes that a stage may take")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    columns = "model", "stage", "anonymous MiB", "RSS MiB", "× file", "seconds", "read MiB", "written MiB", ""
-    rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for name in arguments.shapes:
-        model, out = arguments.dir / f"model-{name}", arguments.dir / f"out-{name}"
-        size = make_checkpoint(SHAPES[name], model, arguments.tokenizer)
-        for stage in arguments.stages:
-            if reason := hindrance(model, arguments.text, stage):
-                rows.append(f"| {name} | {stage} | | | | | | | {reason} |")
-                print(rows[-1], flush=True)
-                continue
-            words = {"model": str(model), "out": str(out), "text": arguments.text}
-            used = run([word.format(**words) for word in STAGES[stage]], 60 * arguments.limit)
-            figures = (used.anonymous / _MIB, used.rss / _MIB)
-            rows.append(
-                f"| {name} | {stage} | {figures[0]:,.0f} | {figures[1]:,.0f} | {used.anonymous / size:.2f} | "
-                f"{used.seconds:,.0f} | {used.read / _MIB:,.0f} | {used.written / _MIB:,.0f} | "
-                f"{used.ended(arguments.limit)} |"
-            )
-            print(rows[-1], flush=True)
+    asked = parser.parse_args()
     machine = environment()
-    text = "\n".join(
-        [f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB.", "", *rows, ""]
-    )
-    if arguments.out:
-        arguments.out.write_text(text)
-    else:
-        print(text)
+    print(f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB.\n")
+    columns = "model", "stage", "anonymous MiB", "RSS MiB", "× file", "seconds", "read MiB", "written MiB", ""
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for name in asked.shapes:
+        model, out = asked.dir / f"model-{name}", asked.dir / f"out-{name}"
+        size = make_checkpoint(SHAPES[name], model, asked.tokenizer)
+        for stage in asked.stages:
+            words = [word.format(model=model, out=out, text=asked.text) for word in STAGES[stage]]
+            used, ended = run(words, 60 * asked.limit)
+            anonymous, rss, read, written = (
+                f"{used[one] / 2**20:,.0f}" for one in ("RssAnon:", "VmRSS:", "read", "written")
+            )
+            share = f"{used['RssAnon:'] / size:.2f}"
+            cells = (name, stage, anonymous, rss, share, f"{used['seconds']:,}", read, written, ended)
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

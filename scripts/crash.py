@@ -32,12 +32,15 @@ import select
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +99,7 @@ def scenarios(model: Path, text: Path, task: Path) -> list[Scenario]:
     ]
 
 
-def shown(line: str) -> None:
-    print(line, flush=True)
+say = partial(print, flush=True)
 
 
 # processes ---------------------------------------------------------------------------------------
@@ -222,13 +224,14 @@ def leaves(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
         yield at, value
 
 
+Leaves = dict[tuple[str, ...], Any]
 # What is no result: the lock, and what the system said of files when they were read (inodes, times).
 _NO_RESULTS = (".lock", "digests.json")
 
 
-def contents(folder: Path) -> dict[tuple[str, ...], Any]:
+def contents(folder: Path) -> Leaves:
     """What is in a folder: each leaf of each JSON file, the bytes of all other files."""
-    found: dict[tuple[str, ...], Any] = {}
+    found: Leaves = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _NO_RESULTS):
         name = str(path.relative_to(folder))
         found[(name,)] = "is there"
@@ -239,21 +242,13 @@ def contents(folder: Path) -> dict[tuple[str, ...], Any]:
     return found
 
 
-def volatile(runs: Sequence[dict[tuple[str, ...], Any]]) -> set[tuple[str, ...]]:
-    """What differs between undisturbed runs, and times."""
-    first = runs[0]
-    return {at for other in runs[1:] for at in first.keys() | other.keys() if first.get(at) != other.get(at)}
-
-
-def differences(
-    found: dict[tuple[str, ...], Any], expected: dict[tuple[str, ...], Any], ignored: set[tuple[str, ...]]
-) -> list[str]:
-    """Where ``found`` is not as ``expected``."""
-    return [
-        f"{' / '.join(at)}: {str(found.get(at))[:60]!r}, undisturbed {str(expected.get(at))[:60]!r}"
+def differences(found: Leaves, expected: Leaves) -> dict[tuple[str, ...], str]:
+    """Where ``found`` is not as ``expected``, and how."""
+    return {
+        at: f"{' / '.join(at)}: {str(found.get(at))[:60]!r}, undisturbed {str(expected.get(at))[:60]!r}"
         for at in sorted(found.keys() | expected.keys())
-        if at not in ignored and found.get(at) != expected.get(at)
-    ]
+        if found.get(at) != expected.get(at)
+    }
 
 
 # trials ------------------------------------------------------------------------------------------
@@ -261,37 +256,40 @@ def differences(
 
 @dataclass
 class Prepared:
-    """A scenario with what undisturbed runs of it leave and take."""
+    """A scenario with what undisturbed runs of it leave and take; ``ignored`` is what differs between them."""
 
     scenario: Scenario
     before: Path
-    expected: dict[tuple[str, ...], Any]
+    expected: Leaves
     ignored: set[tuple[str, ...]]
     seconds: float
     changes: int
-    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("time", "change", "term"), 0))
+    kills: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
 
 class Campaign:
     """Trials in one folder; a command always sees the same paths."""
 
-    def __init__(self, work: Path, rng: random.Random, say: Callable[[str], None] = shown) -> None:
-        self.work, self.rng, self.say = work, rng, say
+    def __init__(self, work: Path, rng: random.Random) -> None:
+        self.work, self.rng = work, rng
         self.place, self.log = work / "place", work / "log.txt"
-        self.states: dict[str, Path] = {"": work / "states" / "empty"}
-        self.states[""].mkdir(parents=True)
+        self.state("").mkdir(parents=True)
+
+    def state(self, name: str) -> Path:
+        """What the scenario ``name`` leaves."""
+        return self.work / "states" / (name or "empty")
+
+    def run(self, command: Sequence[str], kill: Kill | None = None) -> Ended:
+        return run(command, self.place, self.log, kill)
 
     def reset(self, state: Path) -> None:
         shutil.rmtree(self.place, ignore_errors=True)
         shutil.copytree(state, self.place, symlinks=True)
 
-    def run(self, command: Sequence[str], kill: Kill | None = None) -> Ended:
-        return run(command, self.place, self.log, kill)
-
-    def prepare(self, scenario: Scenario, undisturbed: int = 3) -> Prepared:
+    def prepare(self, scenario: Scenario, undisturbed: int) -> Prepared:
         """Run the scenario undisturbed; what it leaves is kept for those after it."""
-        before = self.states[scenario.after]
+        before = self.state(scenario.after)
         runs, ended = [], []
         for _ in range(undisturbed):
             self.reset(before)
@@ -299,54 +297,42 @@ class Campaign:
             if ended[-1].code:
                 raise SystemExit(f"{scenario.name} fails undisturbed: {ended[-1].said[-2000:]}")
             runs.append(contents(self.place))
-        self.keep(scenario.name)
+        shutil.copytree(self.place, self.state(scenario.name), symlinks=True)
+        ignored = {at for other in runs[1:] for at in differences(other, runs[0])}
         seconds, changes = max(e.seconds for e in ended), min(e.changes for e in ended)
-        return Prepared(scenario, before, runs[0], volatile(runs), seconds, changes)
-
-    def keep(self, name: str) -> None:
-        self.states[name] = self.work / "states" / name
-        shutil.copytree(self.place, self.states[name], symlinks=True)
-
-    def kill(self, prepared: Prepared, kind: str, part: float) -> Kill:
-        if kind == "change":
-            return Kill(at=int(part * prepared.changes))
-        after = self.rng.uniform(0.0, prepared.seconds)
-        return Kill(signal.SIGTERM if kind == "term" else signal.SIGKILL, after)
+        say(f"{scenario.name}: {seconds:.1f} s and {changes} changes undisturbed")
+        return Prepared(scenario, before, runs[0], ignored, seconds, changes)
 
     def trial(self, prepared: Prepared, kind: str, part: float) -> bool:
         """One kill and what comes of it; False if the process had ended before."""
-        scenario, kill = prepared.scenario, self.kill(prepared, kind, part)
+        command, moment = prepared.scenario.command, self.rng.uniform(0.0, prepared.seconds)
+        kill = Kill(signal.SIGTERM if kind == "term" else signal.SIGKILL, moment)
+        if kind == "change":
+            kill = Kill(at=int(part * prepared.changes))
         self.reset(prepared.before)
         wrong: list[str] = []
-        again = 0
         try:
-            ended = self.run(scenario.command, kill)
+            ended = self.run(command, kill)
             if ended.code == 0:
                 return False
             prepared.kills[kind] += 1
             wrong += self._after_kill(kill, ended)
             if self.rng.random() < TWICE:
-                again = 1
-                self.run(scenario.command, Kill(after=self.rng.uniform(0, prepared.seconds)))
-            ended = self.run(scenario.command)
+                self.run(command, Kill(after=self.rng.uniform(0, prepared.seconds)))
+            ended = self.run(command)
             if ended.code:
                 wrong.append(f"the same command exits with {ended.code}: {ended.said.strip()[-400:]}")
             else:
-                wrong += differences(contents(self.place), prepared.expected, prepared.ignored)
+                found = differences(contents(self.place), prepared.expected)
+                wrong += [text for at, text in found.items() if at not in prepared.ignored]
         except (AssertionError, OSError, ValueError) as error:
             wrong.append(f"{type(error).__name__}: {error}")
         if wrong:
-            number = (
-                sum(1 for _ in (self.work / "failed").glob("*")) if (self.work / "failed").exists() else 0
-            )
-            kept = self.work / "failed" / str(number)
-            shutil.copytree(self.place, kept, symlinks=True)
+            kept = Path(tempfile.mkdtemp(prefix="failed.", dir=self.work))
+            shutil.copytree(self.place, kept, symlinks=True, dirs_exist_ok=True)
             shutil.copyfile(self.log, kept / "log.txt")
-            text = (
-                f"{scenario.name}, {kind} {kill}{', killed twice' if again else ''}: {'; '.join(wrong[:4])}"
-            )
-            prepared.failures.append(text)
-            self.say(f"FAILED {text} (kept in {kept})")
+            prepared.failures.append(f"{prepared.scenario.name}, {kind} {kill}: {'; '.join(wrong[:4])}")
+            say(f"FAILED {prepared.failures[-1]} (kept in {kept})")
         return True
 
     def _after_kill(self, kill: Kill, ended: Ended) -> list[str]:
@@ -363,78 +349,42 @@ class Campaign:
         return wrong
 
 
-def campaign(
-    work: Path,
-    kills: int,
-    seed: int,
-    only: Sequence[str],
-    say: Callable[[str], None] = shown,
-) -> list[Prepared]:
+def campaign(work: Path, kills: int, seed: int, only: Sequence[str]) -> list[Prepared]:
     """Spread ``kills`` over the scenarios, all or those that are named."""
-    model, text, task = inputs(work)
-    trials = Campaign(work, random.Random(seed), say)
-    every = [s for s in scenarios(model, text, task) if all(importlib.util.find_spec(n) for n in s.needs)]
-    wanted = [s for s in every if not only or s.name in only]
-    if unknown := set(only) - {s.name for s in wanted}:
-        raise SystemExit(
-            f"No such scenario: {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in every)}."
-        )
-    by_name, needed = {s.name: s for s in every}, {s.name for s in wanted}
-    for scenario in reversed(every):  # each comes after the one that it goes on from
-        if scenario.name in needed and scenario.after:
-            needed.add(by_name[scenario.after].name)
-    prepared = []
-    for scenario in (s for s in every if s.name in needed):
-        made = trials.prepare(scenario, 3 if scenario in wanted else 1)
-        say(f"{scenario.name}: {made.seconds:.1f} s and {made.changes} changes undisturbed")
-        if scenario in wanted:
-            prepared.append(made)
+    every = {s.name: s for s in scenarios(*inputs(work)) if all(importlib.util.find_spec(n) for n in s.needs)}
+    if unknown := set(only) - every.keys():
+        raise SystemExit(f"No such scenario: {', '.join(sorted(unknown))}; there are {', '.join(every)}.")
+    trials, prepared = Campaign(work, random.Random(seed)), []
+    needed = set(only or every)
+    for scenario in reversed(every.values()):  # each comes after the one that it goes on from
+        if scenario.name in needed:
+            needed.add(scenario.after)
+    for scenario in (s for s in every.values() if s.name in needed):
+        wanted = not only or scenario.name in only
+        made = trials.prepare(scenario, 3 if wanted else 1)
+        prepared += [made] if wanted else []
     for number, one in enumerate(prepared):
         share = kills // len(prepared) + (number < kills % len(prepared))
-        done = tries = 0
-        while done < share and tries < 4 * share:
-            kind = KINDS[(done + number) % len(KINDS)]
-            done += trials.trial(one, kind, (done + trials.rng.random()) / share)
+        tries = 0
+        while (done := one.kills.total()) < share and tries < 4 * share:
+            trials.trial(one, KINDS[(done + number) % len(KINDS)], (done + trials.rng.random()) / share)
             tries += 1
-        say(f"{one.scenario.name}: {sum(one.kills.values())} kills, {len(one.failures)} failures")
+        say(f"{one.scenario.name}: {done} kills, {len(one.failures)} failures")
     return prepared
 
 
 def inputs(work: Path) -> tuple[Path, Path, Path]:
     """The model as a folder, its text, and a task; the model is made in another process, which computes."""
-    child = os.fork()
-    if not child:
-        from tests.tiny import build_stories
-
-        try:
-            build_stories(SHARED / "models" / "stories260K", work / "stories260K")
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        raise SystemExit(f"stories260K cannot be made from {SHARED}.")
-    task = work / "task.jsonl"
+    source, model, task = SHARED / "models" / "stories260K", work / "stories260K", work / "task.jsonl"
+    code = "import sys; from pathlib import Path; from tests.tiny import build_stories; "
+    code += "build_stories(*map(Path, sys.argv[1:]))"
+    subprocess.run([sys.executable, "-c", code, source, model], cwd=ROOT, check=True)
     choices = [" the end", " a cat"]
     rows = [
         {"question": f"Once upon a time number {i}", "choices": choices, "gold": i % 2} for i in range(80)
     ]
     task.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return work / "stories260K", SHARED / "text" / "tinystories_exllamav2.jsonl.gz", task
-
-
-def table(prepared: Sequence[Prepared], seconds: float) -> str:
-    lines = [
-        "| scenario | undisturbed, s | changes | time | change | term | failures |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for one in prepared:
-        kills = " | ".join(str(n) for n in one.kills.values())
-        lines.append(
-            f"| {one.scenario.name} | {one.seconds:.1f} | {one.changes} | {kills} | {len(one.failures)} |"
-        )
-    total, failed = sum(sum(p.kills.values()) for p in prepared), sum(len(p.failures) for p in prepared)
-    return "\n".join([*lines, "", f"{total} kills, {failed} failures, {seconds / 60:.1f} minutes"])
+    return model, SHARED / "text" / "tinystories_exllamav2.jsonl.gz", task
 
 
 def main() -> int:
@@ -448,13 +398,16 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     preload()
-    only = [name for name in asked.only.split(",") if name]
-    done = campaign(work, asked.kills, asked.seed, only)
-    print(table(done, time.monotonic() - start), flush=True)
-    failed = any(p.failures for p in done)
+    done = campaign(work, asked.kills, asked.seed, [name for name in asked.only.split(",") if name])
+    say("| scenario | undisturbed, s | changes | time | change | term | failures |\n" + "|---" * 7 + "|")
+    for one in done:
+        kills = " | ".join(str(one.kills[kind]) for kind in ("time", "change", "term"))
+        say(f"| {one.scenario.name} | {one.seconds:.1f} | {one.changes} | {kills} | {len(one.failures)} |")
+    total, failed = sum(p.kills.total() for p in done), sum(len(p.failures) for p in done)
+    say(f"\n{total} kills, {failed} failures, {(time.monotonic() - start) / 60:.1f} minutes")
     if not failed and asked.work is None:
         shutil.rmtree(work)
-    return int(failed)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every family that is supported, in every form: PyTorch with the plan's maps and the graph say the same.
 
-One row of :data:`tests.families.DECODERS` each. ``scripts/families_table.py`` makes the table in docs/families.md
+One row of :data:`tests.families.DECODERS` each. ``scripts/tables.py families`` makes the table in docs/families.md
 of what these tests found; what is refused is in :data:`REFUSED`, with the words it is refused by.
 """
 

@@ -305,7 +305,7 @@ def shapes() -> Iterator[dict[str, Sizes]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "scripts")
         bench = importlib.import_module("bench_scale")
-        yield {name: sizes_of(built(shape.config()), 2) for name, shape in bench.SHAPES.items()}
+        yield {name: sizes_of(built(shape), 2) for name, shape in bench.SHAPES.items()}
 
 
 def built(config: dict[str, Any]) -> Any:
