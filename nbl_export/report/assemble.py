@@ -178,11 +178,12 @@ def keeping(report: Report, earlier: Report | None, graphs: Sequence[str], engin
     if earlier is None or not _same(report, earlier, graphs):
         return report
     failed = {check.name for check in report.checks if check.status == "failed"}
-    engines_run = not failed & {"engine run", *SECTIONS["engine_parity"][0]}
+    engines_run = not failed & {"engine run", *SECTIONS["engine_parity"][0]} and _same(
+        report, earlier, engines
+    )
     for name, (checks, left_out, of_engines) in SECTIONS.items():
         found = getattr(earlier, name)
-        same = not of_engines or (engines_run and _same(report, earlier, engines))
-        if found is None or getattr(report, name) is not None or not same:
+        if found is None or getattr(report, name) is not None or (of_engines and not engines_run):
             continue
         origin = earlier.kept.get(name) or Kept(
             earlier.created,
@@ -202,20 +203,17 @@ def keeping(report: Report, earlier: Report | None, graphs: Sequence[str], engin
 
 
 def _same(report: Report, earlier: Report, names: Sequence[str]) -> bool:
-    digests = [(report.hashes.get(name), earlier.hashes.get(name)) for name in names]
-    return bool(digests) and all(a is not None and a == b for a, b in digests)
+    return bool(names) and all(report.hashes.get(n) == earlier.hashes.get(n, "") for n in names)
 
 
 def _checks(report: Report, left_out: str, origin: Kept) -> tuple[Check, ...]:
     """Those of the report, with the earlier verdicts and their date where there is none of today."""
-    measured = f"measured {origin.created}"
-    kept = {c.name: c for c in origin.checks}
-    found: list[Check] = []
+    measured, kept, found = f"measured {origin.created}", {c.name: c for c in origin.checks}, []
     for check in report.checks:
-        if check.name != left_out:
-            found.append(check)
-        elif own := kept.pop(check.name, None):
-            found.append(replace(own, detail=f"{own.detail} ({measured}, now {check.detail})"))
-        else:
-            found.append(replace(check, detail=f"{check.detail}; what is shown was {measured}"))
+        own = kept.pop(check.name, None) if check.name == left_out else None
+        if own:
+            check = replace(own, detail=f"{own.detail} ({measured}, now {check.detail})")
+        elif check.name == left_out:
+            check = replace(check, detail=f"{check.detail}; what is shown was {measured}")
+        found.append(check)
     return (*found, *(replace(c, detail=f"{c.detail} ({measured})") for c in kept.values()))

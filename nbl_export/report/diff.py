@@ -27,7 +27,7 @@ from nbl_export.report.diff_facts import (
     sections_of,
 )
 from nbl_export.report.diff_gates import Unlike, gates, races_of, same_text, unlike
-from nbl_export.report.drawing import Table, figure, mebibytes, number
+from nbl_export.report.drawing import Table, figure, finite, mebibytes, number
 from nbl_export.report.render import filled
 from nbl_export.report.tables import verdicts_table
 from nbl_export.settings.measuring import DiffBounds
@@ -49,6 +49,21 @@ _SKIPPED = {
 }
 # A difference of two values is noise up to this many of its standard errors.
 _ERRORS = 2.0
+# How its Markdown begins.
+_TITLE = b"# nbl-export diff"
+_PLAIN: tuple[Effect, ...] = ("same", "within noise")
+_FACTOR = 10  # from which on it is said how many times as much a figure is, and not by which share
+# What is good to know at once, before what merely differs.
+_COUNTED = ("worse", "better", "changed", "only in A", "only in B")
+# How a figure of each unit is written.
+_UNITS: Mapping[str, Callable[[float], str]] = {
+    "": lambda v: f"{v:,}",
+    "bytes": mebibytes,
+    "loss": lambda v: number(v, ".4f"),
+    "error": figure,
+    "times": lambda v: f"{number(v, '.2f')}×",
+    "percent": lambda v: number(100 * v, ".1f"),
+}
 
 
 @dataclass(frozen=True)
@@ -123,49 +138,39 @@ def diff(
     """What changed from ``a`` to ``b``: output folders, reports, benches, evaluations or graphs.
 
     A regression is in the value (``passed`` is False), not raised. ``markdown`` is a file to write it to as Markdown.
+    Raises :class:`InputError` for what cannot be read, and for two of different kinds.
     """
     asked = bounds or DiffBounds()
     asked.check()
-    value = compare(Path(a), Path(b), asked)
+    one, other = opened(Path(a)), opened(Path(b))
+    if one.kind != other.kind:
+        kinds = f"A ({a}) is {_KINDS[one.kind]} and B ({b}) is {_KINDS[other.kind]}"
+        raise InputError(f"{kinds}: give two of one kind.")
+    facts = {title: (own, sections_of(other)[title]) for title, own in sections_of(one).items()}
+    sections = tuple(_section(title, one, other, *both) for title, both in facts.items() if any(both))
+    effects = {change.effect for section in sections for change in section.changes}
+    checks = gates(one, other, asked)
+    failed = any(check.status == "failed" for check in checks)
+    value = Diff(
+        kind=one.kind,
+        a=_side(one),
+        b=_side(other),
+        difference="none" if effects <= {"same"} else "noise" if effects <= set(_PLAIN) else "changed",
+        verdict="failed" if failed else "passed" if checks else "no gate",
+        checks=checks,
+        sections=sections,
+        bounds=asked,
+        notes=(*(f"A: {note}" for note in one.notes), *(f"B: {note}" for note in other.notes)),
+    )
     if markdown is not None:
         write_markdown(Path(markdown), value)
     return value
 
 
-def compare(a: Path, b: Path, bounds: DiffBounds) -> Diff:
-    """What changed from ``a`` to ``b``, and whether the ``bounds`` are kept.
-
-    Raises :class:`InputError` for what cannot be read, and for two of different kinds.
-    """
-    one, other = opened(a), opened(b)
-    if one.kind != other.kind:
-        kinds = f"A ({a}) is {_KINDS[one.kind]} and B ({b}) is {_KINDS[other.kind]}"
-        raise InputError(f"{kinds}: give two of one kind.")
-    own, others = sections_of(one), sections_of(other)
-    sections = tuple(
-        _section(title, one, other, own[title], others[title]) for title in own if own[title] or others[title]
-    )
-    effects = {change.effect for section in sections for change in section.changes}
-    checks = gates(one, other, bounds)
-    failed = any(check.status == "failed" for check in checks)
-    noise = effects <= {"same", "within noise"}
-    return Diff(
-        kind=one.kind,
-        a=_side(one),
-        b=_side(other),
-        difference="none" if effects <= {"same"} else "noise" if noise else "changed",
-        verdict="failed" if failed else "passed" if checks else "no gate",
-        checks=checks,
-        sections=sections,
-        bounds=bounds,
-        notes=(*(f"A: {note}" for note in one.notes), *(f"B: {note}" for note in other.notes)),
-    )
-
-
 def _side(side: Opened) -> Side:
-    if (own := side.header) is None:
-        return Side(str(side.path))
-    return Side(str(side.path), own.model.source, own.created, own.tool_version, own.verdict)
+    own = side.header
+    said = (own.model.source, own.created, own.tool_version, own.verdict) if own else ()
+    return Side(str(side.path), *said)
 
 
 def _section(title: str, a: Opened, b: Opened, own: Facts, other: Facts) -> Section:
@@ -192,20 +197,17 @@ def change(what: str, a: Fact | None, b: Fact | None, unlike: Unlike | None = No
     """What became of one fact; one of both sides is there. ``unlike``: why neither is better."""
     known = b or a
     assert known is not None, "a fact of neither side"
+    effect: Effect = "only in A" if a else "only in B"
+    note = known.detail
+    if a is not None and b is not None:
+        lists = (("added", a.members, b.members), ("removed", b.members, a.members))
+        moved = [(word, [m for m in members if m not in before]) for word, before, members in lists]
+        effect = _effect(a.figure, b.figure, known.better)
+        note = "; ".join(f"{word} {', '.join(members)}" for word, members in moved if members)
+        if note or effect != "same":
+            effect = unlike or ("changed" if effect == "same" else effect)
+        note = note or (a.detail if a.detail == b.detail else f"{a.detail or 'none'} → {b.detail or 'none'}")
     one, other = (fact.figure if fact else None for fact in (a, b))
-    if a is None or b is None:
-        effect: Effect = "only in B" if a is None else "only in A"
-        return Change(what, one, other, effect, known.unit, known.headline, known.detail)
-    moved = {
-        "added": [m for m in b.members if m not in a.members],
-        "removed": [m for m in a.members if m not in b.members],
-    }
-    note = "; ".join(f"{word} {', '.join(members)}" for word, members in moved.items() if members)
-    effect = _effect(a.figure, b.figure, known.better)
-    if effect == "same":
-        effect = "changed" if note else "same"
-    effect = unlike if unlike and effect != "same" else effect
-    note = note or (a.detail if a.detail == b.detail else f"{a.detail or 'none'} → {b.detail or 'none'}")
     return Change(what, one, other, effect, known.unit, known.headline, note)
 
 
@@ -214,61 +216,42 @@ def _effect(a: Figure, b: Figure, better: Better) -> Effect:
     if one == other or (one != one and other != other):
         return "same"
     if isinstance(one, str) or isinstance(other, str):
-        if better == "passed" and "failed" in (one, other):
-            return "worse" if other == "failed" else "better"
-        return "changed"
+        judged = better == "passed" and "failed" in (one, other)
+        return "changed" if not judged else "worse" if other == "failed" else "better"
     if math.isfinite(one) and math.isfinite(other) and (noise := _noise(a, b, abs(other - one))):
         return noise
-    if not better:
-        return "changed"
     # What is no number is worse than any.
     rises = other > one if one == one and other == other else (other != other) == (better == "lower")
-    return "worse" if rises == (better == "lower") else "better"
+    return "changed" if not better else "worse" if rises == (better == "lower") else "better"
 
 
 def _noise(a: Figure, b: Figure, difference: float) -> Effect | None:
     """Whether the difference is noise, or whether that is not known; None where it is more, or exact."""
+    bounds = [bound for bound in (a.least, a.most, b.least, b.most) if bound is not None]
     if a.se is not None and b.se is not None:
         error = math.hypot(a.se, b.se)
         known, noise = math.isfinite(error), difference <= _ERRORS * error
-    else:
-        bounds = [bound for bound in (a.least, a.most, b.least, b.most) if bound is not None]
-        if len(bounds) < 4:
-            return None
+    elif len(bounds) == 4:
         known, noise = all(map(math.isfinite, bounds)), bounds[0] <= bounds[3] and bounds[2] <= bounds[1]
+    else:
+        return None
     return "of unknown noise" if not known else "within noise" if noise else None
 
 
 # drawing -----------------------------------------------------------------------------------------
 
-# How its Markdown begins.
-_TITLE = b"# nbl-export diff"
-_PLAIN = ("same", "within noise")
-_FACTOR = 10  # from which on it is said how many times as much a figure is, and not by which share
-# What is good to know at once, before what merely differs.
-_COUNTED = ("worse", "better", "changed", "only in A", "only in B")
-# How a figure of each unit is written.
-_UNITS: Mapping[str, Callable[[float], str]] = {
-    "": lambda v: f"{v:,}",
-    "bytes": mebibytes,
-    "loss": lambda v: number(v, ".4f"),
-    "error": figure,
-    "times": lambda v: f"{number(v, '.2f')}×",
-    "percent": lambda v: number(100 * v, ".1f"),
-}
-
 
 def verdict_line(diff: Diff) -> str:
     """What PASS or FAIL stands for, and how many figures differ, and how."""
-    failed = [check.name for check in diff.checks if check.status == "failed"]
-    decided = failed or [check.name for check in diff.checks]
-    said = f"({', '.join(decided)}); " if decided else ""
+    names = [check.name for check in diff.checks if check.status == "failed"] or [c.name for c in diff.checks]
+    said = f"({', '.join(names)}); " if names else ""
     if diff.difference != "changed":
         return f"{said}no difference{' beyond noise' * (diff.difference == 'noise')}"
     found: Counter[str] = Counter(change.effect for change in diff.changes if change.effect not in _PLAIN)
+    each = ", ".join(
+        f"{found[effect]} {effect}" for effect in {**dict.fromkeys(_COUNTED), **found} if found[effect]
+    )
     count = sum(found.values())
-    ordered = [*(e for e in _COUNTED if e in found), *(e for e in found if e not in _COUNTED)]
-    each = ", ".join(f"{found[effect]} {effect}" for effect in ordered)
     return f"{said}{count} figure{'s differ' if count != 1 else ' differs'}: {each}"
 
 
@@ -279,12 +262,12 @@ def headline_table(diff: Diff, brief: bool = False) -> Table:
 
 def tables(diff: Diff, brief: bool = False) -> list[Table]:
     """The sections in which something differs; ``brief`` leaves out what differs by noise alone."""
-    found = []
+    found, plain = [], _PLAIN if brief else ("same",)
     for section in diff.sections:
-        noise = [change for change in section.changes if brief and change.effect == "within noise"]
-        rows = [change for change in section.changes if change.effect != "same" and change not in noise]
-        if rows or section.notes:
-            notes = [*section.notes, *([f"{len(noise)} more within noise."] if noise else [])]
+        rows = [change for change in section.changes if change.effect not in plain]
+        noise = sum(change.effect == "within noise" for change in section.changes) if brief else 0
+        if rows or noise or section.notes:
+            notes = [*section.notes, *([f"{noise} more within noise."] if noise else [])]
             found.append(_table(section.title, rows, brief, " ".join(notes)))
     return found
 
@@ -310,13 +293,11 @@ def _pair(change: Change) -> tuple[str, str]:
 
 
 def _shown(one: Figure | None, unit: str) -> str:
-    if one is None:
-        return "none"
-    if isinstance(one.value, str):
-        return one.value
-    text = _UNITS[unit](one.value)
+    if one is None or isinstance(one.value, str):
+        return str(one.value) if one else "none"
+    text, draw = _UNITS[unit](one.value), _UNITS[unit]
     if one.se is not None and math.isfinite(one.se):
-        return f"{text} ± {_UNITS[unit](one.se)}"
+        return f"{text} ± {draw(one.se)}"
     ends = [end for end in (one.least, one.most) if end is not None and math.isfinite(end)]
     return f"{text} ({ends[0]:.2f} to {ends[1]:.2f})" if len(ends) == 2 else text
 
@@ -325,11 +306,8 @@ def _effect_in_words(change: Change, brief: bool) -> str:
     """By how much, and what that means; where there is little room, also what a list has gained and lost."""
     if change.effect == "same":
         return "="
-    how = ""
-    if change.a and change.b:
-        a, b = change.a.value, change.b.value
-        if not isinstance(a, str) and not isinstance(b, str) and a and math.isfinite(a) and math.isfinite(b):
-            how = f"× {b / a:,.0f}" if b / a >= _FACTOR else f"{(b - a) / abs(a):+.1%}"
+    a, b = (finite(one.value) if one else None for one in (change.a, change.b))
+    how = "" if not a or b is None else f"× {b / a:,.0f}" if b / a >= _FACTOR else f"{(b - a) / abs(a):+.1%}"
     if change.effect != "changed":
         return f"{how}, {change.effect}" if how else change.effect
     return how or (change.note if brief and change.note else change.effect)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from nbl_export.errors import InputError
-from nbl_export.evaluate.results import Estimate
+from nbl_export.export.sidecars import graph_in
 from nbl_export.files import read_json, sha256_of_file
+from nbl_export.graph.facts import facts_of
 from nbl_export.graph.summary import GraphFacts, GraphSummary
 from nbl_export.records import Check, to_json
-from nbl_export.report.drawing import listed, milliseconds
-from nbl_export.report.evaluation import NAMES, Evaluation, load_evaluation
+from nbl_export.report.drawing import listed, milliseconds, worst
+from nbl_export.report.evaluation import NAMES, Evaluation, load_evaluation, without_recovery
 from nbl_export.report.schema import BenchReport, Header, Report, load_bench, load_report
 from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, Likeness, MethodLoss, Parity
 from nbl_export.verify.speed.values import Ratio, Speed
@@ -90,26 +90,20 @@ class Opened:
 
     def checks(self) -> dict[str, Check]:
         """Those of its reports by name; a name that is there twice has a number."""
-        found: dict[str, Check] = {}
-        times: Counter[str] = Counter()
-        for check in (c for one in (self.report, self.bench, self.evaluation) if one for c in one.checks):
-            times[check.name] += 1
-            found[check.name + f" ({times[check.name]})" * (times[check.name] > 1)] = check
-        return found
+        every = [c for one in (self.report, self.bench, self.evaluation) if one for c in one.checks]
+        times = [[c.name for c in every[:i]].count(check.name) + 1 for i, check in enumerate(every)]
+        return {c.name + f" ({n})" * (n > 1): c for c, n in zip(every, times, strict=True)}
 
 
 def opened(path: Path) -> Opened:
     """What lies at ``path``; raises :class:`InputError` for anything else, and for a report that was edited."""
-    from nbl_export.export.sidecars import graph_in
-    from nbl_export.graph.facts import facts_of
-
     if not path.exists():
         raise InputError(f"{path} does not exist: {_TAKEN}.")
     if path.is_dir() and is_workspace(path):
         return _folder(path)
-    file = path
+    file, inside = path, path / "report.json"
     if path.is_dir():
-        file = path / "report.json" if (path / "report.json").is_file() else graph_in(path)
+        file = inside if inside.is_file() else graph_in(path)
     if file.suffix == ".onnx":
         return Opened(path, "graph", graph=facts_of(file))
     raw = read_json(file, "The file", "check its path") if file.suffix == ".json" else None
@@ -127,8 +121,6 @@ def opened(path: Path) -> Opened:
 
 def _folder(path: Path) -> Opened:
     """An output folder: its report, which must be as it was written and of its graph, its evaluation, its graph."""
-    from nbl_export.graph.facts import facts_of
-
     ws = Workspace.open(path)
     file, again = ws.report / "report.json", f"run `nbl-export verify {path}`"
     if not file.is_file():
@@ -136,18 +128,18 @@ def _folder(path: Path) -> Opened:
     record, name = ws.record("verify"), file.relative_to(ws.root).as_posix()
     if record and record.files.get(name, "") not in ("", sha256_of_file(file)):
         raise InputError(f"{file} was changed after `verify` wrote it: {again} again.")
-    report, graph, evaluation, notes = load_report(file), None, None, []
-    if ws.model.is_file():
-        known = report.hashes.get(ws.model.relative_to(ws.root).as_posix())
-        if known not in (None, sha256_of_file(ws.model)):
-            raise InputError(f"{ws.model} is not the graph that {file} is about: {again} again.")
-        graph = facts_of(ws.model)
-    scored = ws.report / NAMES[0]
-    if ws.current("eval"):
-        evaluation = load_evaluation(scored)
-    elif scored.is_file():
-        notes.append(f"{scored} is of other graphs, or was changed, and is left out.")
-    return Opened(path, "report", report, report.bench, evaluation, graph, tuple(notes))
+    report, there = load_report(file), ws.model.is_file()
+    known = report.hashes.get(ws.model.relative_to(ws.root).as_posix())
+    if there and known not in (None, sha256_of_file(ws.model)):
+        raise InputError(f"{ws.model} is not the graph that {file} is about: {again} again.")
+    scored, current = ws.report / NAMES[0], ws.current("eval")
+    left_out = (
+        ()
+        if current or not scored.is_file()
+        else (f"{scored} is of other graphs, or was changed, and is left out.",)
+    )
+    evaluation, graph = load_evaluation(scored) if current else None, facts_of(ws.model) if there else None
+    return Opened(path, "report", report, report.bench, evaluation, graph, left_out)
 
 
 # facts -------------------------------------------------------------------------------------------
@@ -185,21 +177,19 @@ def _measured(value: float, se: float, documents: int) -> Figure:
 
 def _model(judged: Header) -> Facts:
     """The model, of a report its linear layers, and everything that was asked for."""
-    found = {
-        "model": _said(judged.model.source),
-        "model's fingerprint": _said(judged.model.fingerprint[:16]),
-    }
+    model, asked = judged.model, judged.settings
+    found = {"model": _said(model.source), "model's fingerprint": _said(model.fingerprint[:16])}
     if isinstance(judged, Report):
         chosen = judged.selection
-        linear = f"{len(chosen.layers)} of {judged.model.layers}: {listed(chosen.layers)}".removesuffix(": ")
-        members = tuple(map(str, chosen.layers))
+        linear = Figure(
+            f"{len(chosen.layers)} of {judged.model.layers}: {listed(chosen.layers)}".removesuffix(": ")
+        )
         found |= {
             "hidden size": _said(judged.model.hidden_size),
-            "linear layers": Fact(Figure(linear), headline=True, members=members),
+            "linear layers": Fact(linear, headline=True, members=tuple(map(str, chosen.layers))),
             "criterion": _said(chosen.criterion),
             "calibration tokens": _said(chosen.calibration_tokens),
         }
-    asked = judged.settings
     return found | _asked(asked if isinstance(asked, Mapping) else to_json(asked))
 
 
@@ -233,28 +223,33 @@ def _summary(graph: GraphSummary, headline: bool = True) -> Facts:
 
 def _file(graph: GraphFacts, headline: bool) -> Facts:
     """What a graph file says beside its counts."""
-    linear = Figure(listed(graph.linear) or "none")
-    found = {
+    linear, beside = (
+        Figure(listed(graph.linear) or "none"),
+        {"inputs": graph.inputs, "outputs": graph.outputs},
+    )
+    return {
         "linear layers in the graph": Fact(linear, headline=headline, members=tuple(map(str, graph.linear))),
         "KV pairs are of layers": _said(listed(graph.kv_layers) or "none"),
         "KV cache": _said(graph.cache),
         **{f"opset of {domain}": _said(version) for domain, version in graph.opsets.items()},
+        **{
+            f"{dtype} initializers{what}": _said(count)
+            for dtype, stored in graph.initializers.items()
+            for what, count in (("", stored.count), (", bytes", stored.bytes))
+        },
+        **{
+            f"{name} beside the KV cache": Fact(Figure(len(values)), members=values)
+            for name, values in beside.items()
+        },
     }
-    for dtype, stored in graph.initializers.items():
-        found[f"{dtype} initializers"] = _said(stored.count)
-        found[f"{dtype} initializers, bytes"] = _said(stored.bytes)
-    for name, values in (("inputs", graph.inputs), ("outputs", graph.outputs)):
-        found[f"{name} beside the KV cache"] = Fact(Figure(len(values)), members=values)
-    return found
 
 
 def _loss(loss: MethodLoss | Likeness) -> Facts:
-    """What linearizing costs, with standard errors over documents."""
+    """What linearizing costs, with standard errors over documents; of likenesses, KL and changes are distances."""
     if isinstance(loss, Likeness):
         return {
             m.what: Fact(
                 _measured(m.value, m.se, loss.documents),
-                # Distances; the others are likenesses.
                 "lower" if m.what.startswith(("KL", "change")) else "higher",
                 "loss",
                 headline=not number,
@@ -275,30 +270,28 @@ def _parity(parity: DecoderParity | EncoderParity | Parity) -> Facts:
     """The largest differences to PyTorch, which have gates of their own: less is not better."""
     if isinstance(parity, EncoderParity):
         return {f"max relative difference of {o.output}": _said(o.max_rel, "error") for o in parity.outputs}
-
-    def worst(values: Iterable[float]) -> Fact:
-        """The largest; what is no number is worse than any."""
-        return _said(max(values, key=lambda v: (v != v, v)), "error")
-
     return {
-        "max |Δlogit|": worst(s.max_abs for s in parity.steps),
+        "max |Δlogit|": _said(worst(s.max_abs for s in parity.steps), "error"),
         "mean |Δlogit|": _said(parity.mean_abs, "error"),
-        "max KL": worst(s.max_kl for s in parity.steps),
-        "KV relative error": worst(s.kv_max_rel for s in parity.steps),
+        "max KL": _said(worst(s.max_kl for s in parity.steps), "error"),
+        "KV relative error": _said(worst(s.kv_max_rel for s in parity.steps), "error"),
         "steps": _said(len(parity.steps)),
     }
 
 
 def _engines(report: Report) -> Facts:
     """What was built, and the parity of both engines."""
-    found: Facts = {}
-    for m in report.engines or ():
-        found[f"{m.role} engine: library"] = _said(f"{m.library} {m.library_version}")
-        found[f"{m.role} engine: size"] = Fact(Figure(m.size), "lower", "bytes")
-    for name in ("linearized", "base"):
-        if own := report.engine_parity and getattr(report.engine_parity, name):
-            found |= {f"{name} engine: {what}": fact for what, fact in _parity(own).items()}
-    return found
+    ran = vars(report.engine_parity) if report.engine_parity else {}
+    built = [
+        (m.role, one)
+        for m in report.engines or ()
+        for one in (
+            ("library", _said(f"{m.library} {m.library_version}")),
+            ("size", Fact(Figure(m.size), "lower", "bytes")),
+        )
+    ]
+    measured = [(name, one) for name, own in ran.items() if own for one in _parity(own).items()]
+    return {f"{name} engine: {what}": fact for name, (what, fact) in (*built, *measured)}
 
 
 def _speed(speed: Speed, headline: bool = True) -> Facts:
@@ -306,48 +299,54 @@ def _speed(speed: Speed, headline: bool = True) -> Facts:
 
     ``headline``: the linearized candidate's of each phase at its longest context is one.
     """
+
+    def fact(ratio: Ratio, *more: Any) -> Fact:
+        return Fact(Figure(ratio.value, least=ratio.least, most=ratio.most), "higher", "times", *more)
+
     found: Facts = {}
-
-    def add(name: str, ratio: Ratio, detail: str = "", first: bool = False) -> None:
-        figure = Figure(ratio.value, least=ratio.least, most=ratio.most)
-        found[name] = Fact(figure, "higher", "times", first, detail)
-
     own = sorted(speed.speedups(), key=lambda f: (f[0].context, -f[0].batch))
     longest = {cell.phase: cell for cell, _, _ in own}
-    for cell in speed.cells:
-        for result in cell.results:
-            linear = result.name == speed.linearized
-            if result.over_base is not None:
-                name = f"{cell.name}: speedup" if linear else f"{cell.name}: {result.name}"
-                first = headline and linear and longest.get(cell.phase) is cell
-                add(name, result.over_base, f"{milliseconds(result.timing.median_ms)} ms", first)
-            if result.linearized_over is not None and not linear and result.name != speed.base:
-                add(f"{cell.name}: over {result.name}", result.linearized_over)
+    for cell, result in ((c, r) for c in speed.cells for r in c.results):
+        linear = result.name == speed.linearized
+        if result.over_base is not None:
+            first = headline and linear and longest.get(cell.phase) is cell
+            time = f"{milliseconds(result.timing.median_ms)} ms"
+            found[f"{cell.name}: {'speedup' if linear else result.name}"] = fact(
+                result.over_base, first, time
+            )
+        if result.linearized_over is not None and not linear and result.name != speed.base:
+            found[f"{cell.name}: over {result.name}"] = fact(result.linearized_over)
     return found
 
 
 def _tasks(evaluation: Evaluation) -> Facts:
     """Scores of the linearized graph and their recovery, by task and by context length; then their means."""
-    found: Facts = {}
-
-    def add(name: str, estimate: Estimate | None, documents: int, headline: bool = False) -> None:
-        if estimate is not None:
-            figure = _measured(estimate.value, estimate.se, documents)
-            found[name] = Fact(figure, "higher", "percent", headline)
-
     scored = [(f"{t.name}, {t.scored}", t.headline, t.documents) for t in evaluation.tasks]
-    for one in evaluation.retrieval:
-        for way, compared in (("choice", one.choice), ("exact", one.exact)):
-            scored.append((f"retrieval, {one.context:,} tokens, {way}", compared, one.questions))
-    for name, found_of, documents in scored:
-        for what in ("base", "linearized", "recovery") if found_of else ():
-            add(f"{name}: {what}", getattr(found_of, what), documents)
-    for task in evaluation.tasks:  # perplexities, without an error
-        plain = {name: both for name, both in task.figures.items() if name not in task.metrics}
-        found |= {f"{task.name}, {name}": _said(both.linearized, "loss") for name, both in plain.items()}
-    for name, mean in (("tasks", evaluation.mean.tasks), ("retrieval", evaluation.mean.retrieval)):
-        add(f"mean recovery of {name}", mean.recovery if mean else None, 2, headline=True)
-    return found
+    scored += [
+        (f"retrieval, {one.context:,} tokens, {way}", getattr(one, way), one.questions)
+        for one in evaluation.retrieval
+        for way in ("choice", "exact")
+    ]
+    parts = {
+        f"{name}: {what}": Fact(_measured(found.value, found.se, documents), "higher", "percent")
+        for name, compared, documents in scored
+        for what in ("base", "linearized", "recovery")
+        if (found := compared and getattr(compared, what))
+    }
+    means = {
+        f"mean recovery of {name}": Fact(
+            Figure(mean.recovery.value, mean.recovery.se), "higher", "percent", True
+        )
+        for name, mean in (("tasks", evaluation.mean.tasks), ("retrieval", evaluation.mean.retrieval))
+        if mean and mean.recovery
+    }
+    # Perplexities have no error.
+    plain = {
+        f"{t.name}, {name}": _said(both[1], "loss")
+        for t in evaluation.tasks
+        for name, both in without_recovery(t)
+    }
+    return parts | plain | means
 
 
 def _environment(judged: Header) -> Facts:

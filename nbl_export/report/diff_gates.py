@@ -8,6 +8,7 @@ for and cannot be judged has failed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -32,9 +33,9 @@ _ROUNDING = 1e-12  # of two divisions, as a share
 
 def same_text(a: Report, b: Report) -> bool:
     """Whether both losses are of the same held-out data: by its digest, or by what the original makes of it."""
+    one, other = a.method_loss, b.method_loss
     if any(a.hashes.get(name, "") == b.hashes.get(name) for name in _HELD_OUT):
         return True
-    one, other = a.method_loss, b.method_loss
     if not (isinstance(one, MethodLoss) and isinstance(other, MethodLoss)):
         return False
     same = (one.documents, one.tokens) == (other.documents, other.tokens)
@@ -94,12 +95,9 @@ def unlike(a: Race | None, b: Race | None) -> tuple[Unlike | None, tuple[str, ..
         why = f"Times and speedups do not compare: A on {a.machine}; B on {b.machine}."
         return "on another machine", (why,)
     own, other = a.environment.packages, b.environment.packages
-    versions = [
-        f"{name} {own.get(name, 'none')} → {other.get(name, 'none')}"
-        for name in sorted({**own, **other})
-        if own.get(name) != other.get(name)
-    ]
-    notes = (f"Other versions, of which a difference may come: {', '.join(versions)}.",) if versions else ()
+    both = [(name, own.get(name, "none"), other.get(name, "none")) for name in sorted({**own, **other})]
+    versions = ", ".join(f"{name} {one} → {two}" for name, one, two in both if one != two)
+    notes = (f"Other versions, of which a difference may come: {versions}.",) if versions else ()
     if a.base == b.base:
         return None, notes
     why = "The unmodified graphs differ, so that speedups over them do not compare; the times beside them do."
@@ -108,22 +106,21 @@ def unlike(a: Race | None, b: Race | None) -> tuple[Unlike | None, tuple[str, ..
 
 def _times_as_long(a: Race, b: Race, cell: str) -> tuple[float, float, float] | None:
     """How many times as long B takes in a cell, and its 95 % interval: by speedups over the same base, or by times."""
-
-    def time(result: Result) -> tuple[float, float, float]:
-        """The median in milliseconds, and how far two of them may be apart by chance."""
-        timing, known = result.timing, result.rounds >= LEAST_ROUNDS
-        half = _NOTCH * (timing.high_ms - timing.low_ms) / math.sqrt(result.rounds) if known else math.nan
-        return timing.median_ms, timing.median_ms - half, timing.median_ms + half
-
     (result, over), (result_b, over_b) = a.cells[cell], b.cells[cell]
     # A speedup that falls is a time that rises.
-    if a.base == b.base:
-        one, other = ((r.value, r.least, r.most) for r in (over, over_b))
-    else:
-        one, other = time(result_b), time(result)
+    one, other = ((r.value, r.least, r.most) for r in (over, over_b))
+    if a.base != b.base:
+        one, other = _median(result_b), _median(result)
     if not all(0 < number < math.inf for number in (*one, *other)):
         return None
     return one[0] / other[0], one[1] / other[2], one[2] / other[1]
+
+
+def _median(result: Result) -> tuple[float, float, float]:
+    """The median in milliseconds, and how far two of them may be apart by chance."""
+    timing, known = result.timing, result.rounds >= LEAST_ROUNDS
+    half = _NOTCH * (timing.high_ms - timing.low_ms) / math.sqrt(result.rounds) if known else math.nan
+    return timing.median_ms, timing.median_ms - half, timing.median_ms + half
 
 
 # gates -------------------------------------------------------------------------------------------
@@ -131,14 +128,14 @@ def _times_as_long(a: Race, b: Race, cell: str) -> tuple[float, float, float] | 
 
 def gates(a: Opened, b: Opened, bounds: DiffBounds) -> tuple[Check, ...]:
     """One verdict on the checks of reports, and one for each bound that there is."""
-    found = {"checks": _checks(a, b)}
-    if bounds.max_ppl_increase is not None:
-        found["perplexity increase"] = _perplexity(a, b, bounds.max_ppl_increase)
-    if bounds.max_slowdown is not None:
-        found["slowdown"] = _slowdown(a, b, bounds.max_slowdown)
-    if bounds.max_size_increase is not None:
-        found["size increase"] = _size(a, b, bounds.max_size_increase)
-    return tuple(Check(name, "passed" if one[0] else "failed", one[1]) for name, one in found.items() if one)
+    asked: tuple[tuple[str, Callable[[Opened, Opened, float], Judged], float | None], ...] = (
+        ("perplexity increase", _perplexity, bounds.max_ppl_increase),
+        ("slowdown", _slowdown, bounds.max_slowdown),
+        ("size increase", _size, bounds.max_size_increase),
+    )
+    judged = [(name, judge(a, b, bound)) for name, judge, bound in asked if bound is not None]
+    found = [("checks", _checks(a, b)), *judged]
+    return tuple(Check(name, "passed" if one[0] else "failed", one[1]) for name, one in found if one)
 
 
 def _checks(a: Opened, b: Opened) -> Judged | None:
@@ -161,14 +158,13 @@ def _checks(a: Opened, b: Opened) -> Judged | None:
 
 
 def _perplexity(a: Opened, b: Opened, bound: float) -> Judged:
-    losses = [side.report and side.report.method_loss for side in (a, b)]
-    one, other = (loss if isinstance(loss, MethodLoss) else None for loss in losses)
-    if not (one and other and a.report and b.report):
-        return _unjudged(f"there is no perplexity ratio in {_lacking(one, other)}")
+    one, other = (side.report.method_loss if side.report else None for side in (a, b))
+    if not (isinstance(one, MethodLoss) and isinstance(other, MethodLoss) and a.report and b.report):
+        where = _lacking(isinstance(one, MethodLoss), isinstance(other, MethodLoss))
+        return False, f"cannot be judged: there is no perplexity ratio in {where}"
     if not same_text(a.report, b.report):
-        return _unjudged(
-            "the ratios are of different held-out texts: give both the same --calibration, sizes and --seed"
-        )
+        why = "the ratios are of different held-out texts: give both the same --calibration, sizes and --seed"
+        return False, f"cannot be judged: {why}"
     before, after = one.perplexity_ratio, other.perplexity_ratio
     return _held(after, before, bound, f"perplexity ratio {before:.4f} in A, {after:.4f} in B")
 
@@ -176,7 +172,7 @@ def _perplexity(a: Opened, b: Opened, bound: float) -> Judged:
 def _size(a: Opened, b: Opened, bound: float) -> Judged:
     before, after = (side.summary.file_bytes if side.summary else 0 for side in (a, b))
     if not before or not after:
-        return _unjudged(f"no size of a graph is known in {_lacking(before, after)}")
+        return False, f"cannot be judged: no size of a graph is known in {_lacking(before, after)}"
     return _held(after, before, bound, f"{mebibytes(before)} in A, {mebibytes(after)} in B")
 
 
@@ -185,37 +181,37 @@ def _slowdown(a: Opened, b: Opened, bound: float) -> Judged:
     unknown: list[str] = []
     cells: list[tuple[str, tuple[float, float, float]]] = []
     for title in {**own, **other}:
-        if title not in own or title not in other:
-            unknown.append(f"{title.lower()} was measured in {'A' if title in own else 'B'} alone")
-            continue
-        one, two = own[title], other[title]
+        one, two = own.get(title), other.get(title)
         why, notes = unlike(one, two)
-        if why == "on another machine":
+        if one is None or two is None:
+            unknown.append(f"{title.lower()} was measured in {'A' if one else 'B'} alone")
+        elif why == "on another machine":
             unknown.append(f"{title.lower()}: {notes[0]}".rstrip("."))
-            continue
-        unknown += [f"{cell} is on one side alone" for cell in sorted(one.cells.keys() ^ two.cells.keys())]
-        timed = {cell: _times_as_long(one, two, cell) for cell in one.cells if cell in two.cells}
-        unknown += [
-            f"{c} has no 95 % interval: measure at least six rounds" for c, t in timed.items() if not t
-        ]
-        cells += [(cell, times) for cell, times in timed.items() if times]
+        else:
+            timed = {cell: _times_as_long(one, two, cell) for cell in one.cells if cell in two.cells}
+            unknown += [
+                f"{cell} is on one side alone" for cell in sorted(one.cells.keys() ^ two.cells.keys())
+            ]
+            unknown += [
+                f"{c} has no 95 % interval: measure at least six rounds" for c, t in timed.items() if not t
+            ]
+            cells += [(cell, times) for cell, times in timed.items() if times]
+    if not cells and not unknown:
+        return False, "cannot be judged: nothing was timed beside its base"
     slower = [
         f"{cell} takes {times:.2f} times as long, {least:.2f} at least"
         for cell, (times, least, _) in cells
         if _above(least, bound)
     ]
-    found = [(cell, times, most) for cell, (times, least, most) in cells if not _above(least, bound)]
-    if not (found or slower or unknown):
-        return _unjudged("nothing was timed beside its base")
     said = [f"{_listed(slower)}: above the {bound:g} asked for"] if slower else []
     said += [f"cannot be judged: {_listed(unknown)}"] if unknown else []
     if said:
         return False, "; ".join(said)
-    name, value, most = max(found, key=lambda one: one[2])
-    sure = sum(not _above(one[2], bound) for one in found)
-    rest = f", {len(found) - sure} may be by noise" if sure < len(found) else ""
+    name, (value, _, most) = max(cells, key=lambda one: one[1][2])
+    sure = sum(not _above(times[2], bound) for _, times in cells)
+    rest = f", {len(cells) - sure} may be by noise" if sure < len(cells) else ""
     return True, (
-        f"no cell surely takes more than the {bound:g} asked for; {sure} of {len(found)} surely do not{rest} "
+        f"no cell surely takes more than the {bound:g} asked for; {sure} of {len(cells)} surely do not{rest} "
         f"({name}: {value:.2f} times as long, {most:.2f} at most)"
     )
 
@@ -232,14 +228,10 @@ def _above(factor: float, bound: float) -> bool:
     return not factor <= bound * (1 + _ROUNDING)
 
 
-def _unjudged(why: str) -> Judged:
-    return False, f"cannot be judged: {why}"
-
-
 def _lacking(a: object, b: object) -> str:
     return "either" if not a and not b else "B" if a else "A"
 
 
 def _listed(sentences: list[str]) -> str:
-    more = len(sentences) - _NAMED
-    return "; ".join(sentences[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
+    more = [f"and {len(sentences) - _NAMED} more"] if len(sentences) > _NAMED else []
+    return "; ".join([*sentences[:_NAMED], *more])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from nbl_export.blocks import SPAN, Block, Mlp, Span, attentions
@@ -33,9 +34,7 @@ def mebibytes(size: float) -> str:
 
 def number(value: Any, spec: str) -> str:
     """``value`` formatted; what is no finite number (nan, inf, also as text) stays itself."""
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return format(value, spec)
-    return str(value)
+    return format(value, spec) if isinstance(value, (int, float)) and math.isfinite(value) else str(value)
 
 
 def figure(value: Any) -> str:
@@ -44,17 +43,10 @@ def figure(value: Any) -> str:
     return "0" if value == 0 else f"{mantissa}e{int(exponent)}" if e else mantissa
 
 
-def percent(value: Any) -> str:
-    return number(value, ".1%").replace(".0%", "%")
-
-
-def milliseconds(value: float) -> str:
-    """With the more decimals the shorter."""
-    return number(value, f".{decimals(value)}f")
-
-
-def decimals(value: float) -> int:
-    return 1 if value >= 10 else 2 if value >= 1 else 3
+def milliseconds(value: float, like: float | None = None) -> str:
+    """With the more decimals the shorter; with those of another time where it is ``like`` that."""
+    own = value if like is None else like
+    return number(value, ".1f" if own >= 10 else ".2f" if own >= 1 else ".3f")
 
 
 def finite(value: Any) -> float | None:
@@ -63,19 +55,21 @@ def finite(value: Any) -> float | None:
     return float(value) if known else None
 
 
+def worst(values: Iterable[float]) -> float:
+    """The largest; what is no number is worse than any."""
+    return max(values, key=lambda v: (v != v, v))
+
+
 def listed(blocks: Sequence[Block]) -> str:
     """0, 7, 24-29: attentions by their layers, runs of three and more drawn together; then MLP 3, 12-14; span 8-9."""
     mlps = [block.layer for block in blocks if isinstance(block, Mlp)]
     spans = [str(block).removesuffix(f".{SPAN}") for block in sorted(blocks) if isinstance(block, Span)]
-    parts = [_runs(attentions(blocks)), f"MLP {_runs(mlps)}" if mlps else ""]
-    return "; ".join(part for part in (*parts, f"span {', '.join(spans)}" if spans else "") if part)
+    parts = ("", _runs(attentions(blocks))), ("MLP ", _runs(mlps)), ("span ", ", ".join(spans))
+    return "; ".join(name + part for name, part in parts if part)
 
 
 def _runs(numbers: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
+    """A run are numbers that are as far from their places as the first of it."""
+    placed = groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
+    runs = [[n for _, n in run] for _, run in placed]
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)

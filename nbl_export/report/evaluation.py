@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -62,92 +61,96 @@ def write_evaluation(folder: Path, value: Evaluation) -> list[Path]:
     return paths
 
 
-def evaluation_tables(value: Evaluation, brief: bool = False) -> list[Table]:
-    """The tasks, retrieval by length and by depth; what was not asked has no table.
-
-    ``brief`` keeps what 80 columns hold.
-    """
-    retrieval = value.retrieval
-    tasks = [_tasks_table(value, brief)] if value.tasks else []
-    return [*tasks, *([_retrieval_table(value, brief), _depth_table(retrieval)] if retrieval else [])]
-
-
 _COLUMNS = ("", "n", "guess", "base", "linear", "change", "recovery", "above chance")
 _LEGEND = (
     "Percent ± standard error over the documents, which both models answer; recovery is linearized / base; guess is "
     "what chance scores."
 )
+_CHOICE = (
+    "Choice: the right code is the most likely of those hidden in the text; exact: greedy decoding writes it. "
+    "The mean is of choice."
+)
 
 
-def _tasks_table(value: Evaluation, brief: bool) -> Table:
-    rows: list[tuple[str, ...]] = []
-    for task in value.tasks:
-        documents = str(task.documents)
-        if task.headline:
-            rows.append((f"{task.name}, {task.scored}", documents, *_figures(task.headline)))
-        plain = {name: both for name, both in task.figures.items() if name not in task.metrics}
-        for name, both in plain.items():  # perplexities, of which no recovery can be stated
-            figures = (number(v, ".4g") for v in (both.base, both.linearized))
-            rows.append((f"{task.name}, {name}", documents, "", *figures, "", "", ""))
-    sampled = any(t.documents < t.total for t in value.tasks)
-    note = _LEGEND + " The documents are a sample, the same for both." * sampled
-    return _table("Tasks: base and linearized graph", rows, value.mean.tasks, note, brief)
+def evaluation_tables(value: Evaluation, brief: bool = False) -> list[Table]:
+    """The tasks, retrieval by length and by depth; what was not asked has no table.
 
-
-def _retrieval_table(value: Evaluation, brief: bool) -> Table:
-    rows = [
-        (f"{entry.context:,} tokens, {way}", str(entry.questions), *_figures(getattr(entry, way)))
+    ``brief`` keeps what 80 columns hold.
+    """
+    tasks = [
+        row
+        for task in value.tasks
+        for row in (
+            *(_row(f"{task.name}, {task.scored}", task.documents, one) for one in [task.headline] if one),
+            *(
+                (
+                    f"{task.name}, {name}",
+                    str(task.documents),
+                    "",
+                    *(number(v, ".4g") for v in both),
+                    "",
+                    "",
+                    "",
+                )
+                for name, both in without_recovery(task)
+            ),
+        )
+    ]
+    note = _LEGEND + " The documents are a sample, the same for both." * any(
+        t.documents < t.total for t in value.tasks
+    )
+    retrieval = [
+        _row(f"{entry.context:,} tokens, {way}", entry.questions, getattr(entry, way))
         for way in ("choice", "exact")
         for entry in value.retrieval
     ]
-    note = (
-        "Choice: the right code is the most likely of those hidden in the text; exact: greedy decoding writes it. "
-        "The mean is of choice."
+    by_depth = tuple(
+        (
+            f"{entry.context:,} tokens",
+            *(f"{100 * d.base:.0f} → {100 * d.linearized:.0f}" for d in entry.depths),
+        )
+        for entry in value.retrieval
     )
-    return _table("Retrieval: codes hidden in held-out text", rows, value.mean.retrieval, note, brief)
+    means, width = value.mean, len(_COLUMNS) - brief
+    tables = [
+        _table("Tasks: base and linearized graph", tasks, means.tasks, note, width),
+        _table("Retrieval: codes hidden in held-out text", retrieval, means.retrieval, _CHOICE, width),
+        Table(
+            "Retrieval by depth, choice: base → linearized, percent",
+            ("", *(d.depth for entry in value.retrieval[:1] for d in entry.depths)),
+            by_depth,
+            "Depth: where in the text the code stands, from its beginning to its end.",
+        ),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def without_recovery(task: TaskResult) -> list[tuple[str, tuple[float, float]]]:
+    """The figures of both graphs of which no recovery can be stated, by name: perplexities."""
+    plain = task.figures.keys() - task.metrics
+    return [(name, (both.base, both.linearized)) for name, both in task.figures.items() if name in plain]
 
 
 def _table(
-    title: str, rows: list[tuple[str, ...]], mean: MeanRecovery | None, note: str, brief: bool
+    title: str, rows: list[tuple[str, ...]], mean: MeanRecovery | None, note: str, width: int
 ) -> Table:
     if mean:
         above = _percent(mean.above_chance)
-        rows.append(("mean", *[""] * 5, _percent(mean.recovery), above))
+        rows = [*rows, ("mean", *[""] * 5, _percent(mean.recovery), above)]
         note += (
             f" With chance subtracted from both scores, over the {mean.above_chance_tasks} of {mean.tasks} where the "
             f"base is two standard errors above it: {above} %."
             if above
             else " The base is nowhere two standard errors above chance, so recovery says little."
         )
-    shown = len(_COLUMNS) - brief
-    return Table(title, _COLUMNS[:shown], tuple(row[:shown] for row in rows), note)
+    return Table(title, _COLUMNS[:width], tuple(row[:width] for row in rows), note)
 
 
-def _depth_table(retrieval: Sequence[RetrievalResult]) -> Table:
-    rows = [
-        (
-            f"{entry.context:,} tokens",
-            *(f"{100 * d.base:.0f} → {100 * d.linearized:.0f}" for d in entry.depths),
-        )
-        for entry in retrieval
-    ]
-    return Table(
-        "Retrieval by depth, choice: base → linearized, percent",
-        ("", *(d.depth for d in retrieval[0].depths)),
-        tuple(rows),
-        "Depth: where in the text the code stands, from its beginning to its end.",
-    )
-
-
-def _figures(figures: Compared) -> tuple[str, ...]:
-    return (
-        f"{100 * figures.chance:.0f}" if figures.chance else "",
-        _percent(figures.base),
-        _percent(figures.linearized),
-        _percent(figures.difference, "+"),
-        _percent(figures.recovery),
-        _percent(figures.above_chance),
-    )
+def _row(name: str, documents: int, found: Compared) -> tuple[str, ...]:
+    guess = f"{100 * found.chance:.0f}" if found.chance else ""
+    scores = (_percent(one) for one in (found.base, found.linearized))
+    rest = (_percent(found.recovery), _percent(found.above_chance))
+    return (name, str(documents), guess, *scores, _percent(found.difference, "+"), *rest)
 
 
 def _percent(estimate: Estimate | None, sign: str = "") -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,10 +80,10 @@ class Plot:
 def report_plots(report: Report) -> dict[str, Plot]:
     """The plots that there are figures for, by name."""
     plots, selection = [], report.selection
-    if selection.curve and selection.curve.points:
-        plots.append(_curve_plot(selection.curve))
-    score = scored_by(selection.criterion, selection.candidates)
+    curve, score = selection.curve, scored_by(selection.criterion, selection.candidates)
     scored = [c for c in selection.candidates if finite(score.of(c)) is not None]
+    if curve and curve.points:
+        plots.append(_curve_plot(curve))
     if 0 < len(scored) <= _MOST_LAYERS:
         text = f"{score.name} of {len(scored)} layers, lower is better; replaced: "
         text += f"{listed(selection.layers) or 'none'}."
@@ -102,22 +103,20 @@ def _panels(count: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
 
 def _draw(panel: Axes, points: Sequence[tuple[float, Any, Any, Any]], **look: Any) -> None:
     """Points of x, y and the ends of their whiskers; a point or an end that is no number is left out."""
-    y = [_drawable(value) for _, value, _, _ in points]
-    ends = [
-        [max(0.0, sign * (_drawable(point[side]) - value)) for point, value in zip(points, y, strict=True)]
-        for sign, side in ((-1, 2), (1, 3))
-    ]
-    panel.errorbar([x for x, _, _, _ in points], y, yerr=ends, **look)
+    x, y, low, high = ([_drawable(one) for one in column] for column in zip(*points, strict=True))
+    whiskers = [[max(0.0, b - a) for a, b in zip(*ends, strict=True)] for ends in ((low, y), (y, high))]
+    panel.errorbar(x, y, yerr=whiskers, **look)
 
 
 def _drawable(value: Any) -> float:
     """What matplotlib leaves out where there is no number."""
-    return float("nan") if (known := finite(value)) is None else known
+    return math.nan if (known := finite(value)) is None else known
 
 
-def _whole_numbers(panel: Axes) -> None:
+def _whole_numbers(panel: Axes, label: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    panel.set_xlabel(label)
     panel.xaxis.set_major_locator(MaxNLocator(20, integer=True, min_n_ticks=1))
 
 
@@ -137,10 +136,10 @@ def _curve_plot(curve: Curve) -> Plot:
     text = f"Perplexity ratio, KL{' and speedup' if gains else ''} for {len(points)} values of K, {points[0].k} to "
     text += f"{points[-1].k}; whiskers: standard errors over documents; dashed: the budget."
     for p in (p for p in points if p.k == curve.chosen):
-        ratio, kl = number(p.perplexity_ratio, ".3f"), number(p.kl, ".3f")
-        found = {name: finite(getattr(p, of)) for name, of in gains.items()}
-        fast = (f", {name} {gain:.2f}×" for name, gain in found.items() if gain is not None)
-        text += f" Chosen: K = {p.k}, perplexity ratio {ratio}, KL {kl}{''.join(fast)}."
+        found = ((name, finite(getattr(p, of))) for name, of in gains.items())
+        fast = "".join(f", {name} {gain:.2f}×" for name, gain in found if gain is not None)
+        loss = f"perplexity ratio {number(p.perplexity_ratio, '.3f')}, KL {number(p.kl, '.3f')}"
+        text += f" Chosen: K = {p.k}, {loss}{fast}."
     return Plot("k-curve", text, partial(_draw_curve, curve))
 
 
@@ -155,16 +154,16 @@ def _draw_curve(curve: Curve) -> Figure:
     ]
     for panel, (title, bounded, series) in zip(axes, panels, strict=False):
         panel.set_title(title)
-        panel.set_xlabel("K, layers replaced")
-        _whole_numbers(panel)
+        _whole_numbers(panel, "K, layers replaced")
         for of, color, marker in zip(series, (_BLUE, _ORANGE, _GREY, _INK), _MARKERS, strict=False):
-            y = [_drawable(getattr(p, of)) for p in points]
-            errors = [finite(getattr(p, f"{of}_se", None)) or 0.0 for p in points]
-            panel.errorbar([p.k for p in points], y, errors, color=color, marker=marker, label=series[of])
+            values = [(p.k, getattr(p, of), finite(getattr(p, f"{of}_se", None)) or 0.0) for p in points]
+            ends = [(k, y, _drawable(y) - se, _drawable(y) + se) for k, y, se in values]
+            _draw(panel, ends, color=color, marker=marker, label=series[of])
         _log_if_wide(panel, [getattr(p, of) for p in points for of in series])
-        for figure_, said, limit in bounds_of(curve.budget):
-            if figure_ == bounded:
-                panel.axhline(limit, color=_INK, linewidth=1.1, linestyle="--", label=said)
+        for said, limit in (
+            (said, limit) for name, said, limit in bounds_of(curve.budget) if name == bounded
+        ):
+            panel.axhline(limit, color=_INK, linewidth=1.1, linestyle="--", label=said)
         if curve.chosen is not None:
             said = f"K = {curve.chosen}"
             panel.axvline(curve.chosen, color=_GREY, linewidth=0.8, linestyle=":", label=said)
@@ -181,23 +180,21 @@ def _draw_layers(score: Score, scored: Sequence[Candidate], chosen: set[Block]) 
     for name, color, marker, replaced in (("replaced", _BLUE, "o", True), ("kept", _GREY, "D", False)):
         group = [c for c in scored if (c.layer in chosen) is replaced]
         x, y = [_place(c.layer) for c in group], [_drawable(score.of(c)) for c in group]
-        errors = [finite(score.se(c)) or 0.0 for c in group]
+        errors = [finite(getattr(c, f"{score.field}_se", None)) or 0.0 for c in group]
         if dots:
             panel.errorbar(x, y, yerr=errors, fmt=marker, color=color, label=name)
         else:
             panel.bar(x, y, width=width, color=color, yerr=errors if any(errors) else None, label=name)
-    panel.set_xlabel("layer")
     panel.set_ylabel(score.name)
-    _whole_numbers(panel)
+    _whole_numbers(panel, "layer")
     panel.legend()
     return figure
 
 
 def _place(block: Block) -> float:
     """Where a layer's attention stands on the axis of layers, and its MLP, beside it; a span is over its middle."""
-    if isinstance(block, Span):
-        return (block.layer + block.last) / 2 + 0.25
-    return layer_of(block) + 0.5 * isinstance(block, Mlp)
+    end = block.last + 0.5 if isinstance(block, Span) else layer_of(block) + isinstance(block, Mlp)
+    return (layer_of(block) + end) / 2
 
 
 def speed_plot(race: str, speed: Speed) -> Plot:
@@ -219,11 +216,10 @@ def _draw_speed(speed: Speed) -> Figure:
     """
     phases, base = speed.phases, speed.base or LINEARIZED
     # One phase: both panels beside each other.
-    figure, axes = _panels(2 * len(phases), rows=2 if len(phases) > 1 else 1)
+    figure, axes = _panels(2 * len(phases), rows=min(2, len(phases)))
     timed = [c.name for c in speed.candidates if any(cell.of(c.name) for cell in speed.cells)]
-    for index, phase in enumerate(phases):
+    for above, below, phase in zip(axes, axes[len(phases) :], phases, strict=False):
         cells = [c for c in speed.cells if c.phase == phase]
-        above, below = axes[index], axes[len(phases) + index]
         above.set_title(f"{phase.capitalize()}, ms" + " per token" * (phase == "decode"))
         below.set_title(f"{phase.capitalize()}, times as fast as the {printable(base)}")
         below.axhline(1, color=_GREY, linewidth=0.8)
@@ -236,19 +232,16 @@ def _draw_speed(speed: Speed) -> Figure:
             }
             shift = min(0.2, 0.76 / len(timed)) * (place - (len(timed) - 1) / 2)
             known = [(x + shift, cell.of(base), r) for x, cell in enumerate(cells) if (r := cell.of(name))]
-            times = [
-                (x, t.median_ms, t.low_ms, t.high_ms if t.p99_ms is None else t.p99_ms)
-                for x, t in ((x, r.timing) for x, _, r in known)
-            ]
-            _draw(above, times, label=printable(name), **look)
-            for x, reference, result in known:
-                if name == speed.linearized and (over := result.over_base):
+            times = [(x, r.timing) for x, _, r in known]
+            ends = [(x, t.median_ms, t.low_ms, t.high_ms if t.p99_ms is None else t.p99_ms) for x, t in times]
+            _draw(above, ends, label=printable(name), **look)
+            for x, reference, r in known:
+                if name == speed.linearized and (over := r.over_base):
                     face = color if over.resolved else "white"
                     _draw(below, [(x, over.value, over.least, over.most)], markerfacecolor=face, **look)
-                    if result.ceiling is not None:
-                        below.plot(x, _drawable(result.ceiling), "_", color=_INK, markersize=15)
-                elif reference and result is not reference:
-                    below.plot(x, _drawable(reference.timing.median_ms / result.timing.median_ms), **look)
+                    below.plot(x, _drawable(r.ceiling), "_", color=_INK, markersize=15)
+                elif reference and r is not reference:
+                    below.plot(x, _drawable(reference.timing.median_ms / r.timing.median_ms), **look)
         if not _log_if_wide(above, [r.timing.median_ms for cell in cells for r in cell.results]):
             above.set_ylim(bottom=0)
         for panel in (above, below):

@@ -167,12 +167,10 @@ def write_junit(path: Path, suite_name: str, report: Header) -> None:
         known = None if (seconds := finite(check.seconds)) is None else round(seconds, 3)
         case = TestCase(printable(check.name), classname=classname, time=known)
         detail = printable(check.detail)
-        if check.status == "failed":
-            case.result = [Failure(detail)]
-        elif check.status == "skipped":
-            case.result = [Skipped(detail)]
-        else:
+        if check.status == "passed":
             case.system_out = detail
+        else:
+            case.result = [Failure(detail) if check.status == "failed" else Skipped(detail)]
         suite.add_testcase(case)
     suite.timestamp = printable(report.created)
     xml = JUnitXml()

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -70,28 +69,22 @@ def environment() -> Environment:
     """This machine."""
     import psutil
 
-    packages = {}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            packages[name] = version(name)
     return Environment(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         processor=processor(),
         cores=os.cpu_count(),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
-        packages=packages,
+        packages={name: d.version for name in _PACKAGES for d in [*distributions(name=name)][:1]},
     )
 
 
 def processor() -> str:
     """The processor as the system names it."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "unknown")
 
 
 @dataclass(frozen=True)

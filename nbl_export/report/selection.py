@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from nbl_export.blocks import ATTENTION, Block, all_parts, part_of
 from nbl_export.graph.summary import ProofErrors
@@ -16,8 +15,7 @@ from nbl_export.settings import Budget
 from nbl_export.settings.definition import bytes_of
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """A score that a layer may have: the field of its candidate, its name for a reader, and what it means."""
 
     field: str
@@ -26,10 +24,6 @@ class Score:
 
     def of(self, candidate: Candidate) -> float | None:
         return cast("float | None", getattr(candidate, self.field))
-
-    def se(self, candidate: Candidate) -> float | None:
-        """Its standard error, where it has one."""
-        return cast("float | None", getattr(candidate, f"{self.field}_se", None))
 
 
 SCORES: Mapping[str, Score] = {
@@ -106,8 +100,8 @@ def scored_by(criterion: str, candidates: Sequence[Candidate]) -> Score:
 def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
     """Every layer's scores, best first by the criterion, and which were chosen."""
     chosen, candidates = set(selection.layers), selection.candidates
-    score = scored_by(selection.criterion, candidates)
-    proof = {p.layer: p for p in proofs}
+    parts, score = set(all_parts(chosen)), scored_by(selection.criterion, selection.candidates)
+    proof = {p.layer: figure(max(p.input_error, p.output_error)) for p in proofs}
     more = [
         s
         for s in SCORES.values()
@@ -119,20 +113,16 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
         value, saved = finite(score.of(c)), 1.0 if c.saved_ms is None else c.saved_ms
         return (math.inf if value is None else per_saving(value, saved), c.layer)
 
-    def now(block: Block) -> str:
-        in_span = "in a span" if block in all_parts(chosen) else part_of(block)
-        return "linear" if block in chosen else in_span
-
     ranked = sorted(candidates, key=rank)
     rows = [
         (
             str(c.layer),
             c.kind,
-            now(c.layer),
+            "linear" if c.layer in chosen else "in a span" if c.layer in parts else part_of(c.layer),
             number(c.cca, ".2f"),
             number(c.nmse, ".4f"),
             *("" if (value := s.of(c)) is None else figure(value) for s in more),
-            figure(max(error.input_error, error.output_error)) if (error := proof.get(c.layer)) else "",
+            proof.get(c.layer, ""),
         )
         for c in ranked
     ]
@@ -160,27 +150,23 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
 
 def fit_in_words(selection: Selection) -> str:
     """How W and b were fitted, and repaired."""
-    words = _FITS.get(selection.fit, selection.fit)
+    words, rank = _FITS.get(selection.fit, selection.fit), _rank_in_words(selection)
     if selection.fit != "drop":
-        ridge = selection.ridge
-        by = "chosen by held-out error" if ridge is None else f"{number(ridge, 'g')}"
+        by = "chosen by held-out error" if selection.ridge is None else number(selection.ridge, "g")
         words += f" on the {selection.fit_input} input, ridge {by}"
-    if selection.repair:
-        words += f"; then {selection.repair:,} steps of distillation"
-    if rank := _rank_in_words(selection):
-        lost = list(((selection.result and selection.result.rank_lost) or {}).values())
-        words += f"; W {rank}"
-        words += f", which loses at most {max(lost):.2%} of the variance of a layer's output" if lost else ""
-    return words
+    words += f"; then {selection.repair:,} steps of distillation" if selection.repair else ""
+    lost = (selection.result and selection.result.rank_lost) or {}
+    least = (
+        f", which loses at most {max(lost.values()):.2%} of the variance of a layer's output" if lost else ""
+    )
+    return words + (f"; W {rank}{least}" if rank else "")
 
 
 def _rank_in_words(selection: Selection) -> str:
     """The rank that every W has, or those that were chosen; empty where W is whole."""
     ranks = selection.result.ranks if selection.result else None
-    if selection.rank:
-        return f"of rank {selection.rank}"
-    if ranks is None:
-        return ""
+    if selection.rank or ranks is None:
+        return f"of rank {selection.rank}" if selection.rank else ""
     if not ranks:
         return "whole, since no rank is without loss"
     low, high = min(ranks.values()), max(ranks.values())
@@ -242,12 +228,9 @@ def curve_table(curve: Curve, brief: bool = False) -> Table:
 def result_table(selection: Selection, result: PlanLoss) -> Table:
     """What the maps that were kept cost, and what the distillation was worth; where that was measured."""
     # Each is what the one before became of.
-    before_rank = loss = "as fitted"
-    if result.before_repair:
-        before_rank = loss = f"after {selection.repair:,} steps of distillation"
-    if result.before_rank:
-        loss = _rank_in_words(selection)
-    measured = (("as fitted", result.before_repair), (before_rank, result.before_rank), (loss, result.loss))
+    repaired = f"after {selection.repair:,} steps of distillation" if result.before_repair else "as fitted"
+    last = _rank_in_words(selection) if result.before_rank else repaired
+    measured = (("as fitted", result.before_repair), (repaired, result.before_rank), (last, result.loss))
     rows = tuple(
         (name, _with_error(c.perplexity_ratio, finite(c.perplexity_ratio_se)), _with_error(c.kl, c.kl_se))
         for name, c in measured

@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import GraphSummary
 from nbl_export.records import Check
 from nbl_export.report.drawing import (
     Table,
-    decimals,
     figure,
     finite,
     mebibytes,
     milliseconds,
     number,
-    percent,
 )
 from nbl_export.report.schema import Conversion, Graph, Report
 from nbl_export.report.selection import curve_table, layers_table, result_table
@@ -25,7 +24,6 @@ from nbl_export.verify.parity.figures import (
     LOGITS,
     DecoderParity,
     EncoderParity,
-    Figures,
     Gates,
     Likeness,
     MethodLoss,
@@ -68,7 +66,7 @@ def graph_table(before: GraphSummary, after: GraphSummary) -> Table:
 
 # parity ------------------------------------------------------------------------------------------
 
-_FIGURES: Mapping[str, Callable[[Figures], str]] = {
+_FIGURES: Mapping[str, Callable[[Any], str]] = {
     "max |Δ|": lambda f: figure(f.max_abs),
     "mean |Δ|": lambda f: figure(f.mean_abs),
     "p99 |Δ|": lambda f: figure(f.p99_abs),
@@ -77,75 +75,63 @@ _FIGURES: Mapping[str, Callable[[Figures], str]] = {
     "p99 rel": lambda f: figure(f.p99_rel),
     "1-cos": lambda f: figure(1 - f.min_cosine),
     "KL": lambda f: figure(f.max_kl),
-    "top-1": lambda f: percent(f.top1),
+    "top-1": lambda f: number(f.top1, ".1%").replace(".0%", "%"),
+    "KV rel": lambda f: figure(f.kv_max_rel),
 }
-_BRIEF = ("max |Δ|", "p99 |Δ|", "max rel", "1-cos", "KL", "top-1")
+_BRIEF = ("max |Δ|", "p99 |Δ|", "max rel", "1-cos", "KL", "top-1", "KV rel")
 _OF_LOGITS = ("KL", "top-1")  # of other outputs they say nothing
 
 
 def parity_table(parity: DecoderParity | EncoderParity, brief: bool = False) -> Table:
     """One row for each step or output of the parity run; ``brief`` keeps what 80 columns hold."""
-    found: Sequence[StepParity | OutputParity]
+    found: dict[str, StepParity | OutputParity]
     if isinstance(parity, EncoderParity):
-        found, last = parity.outputs, []
+        found, none = {o.output: o for o in parity.outputs}, ["KV rel"]
         lengths = ", ".join(map(str, parity.lengths))
         batch = f"One batch of {parity.rows} images"
         what = f"Texts of {lengths} tokens, padded to one batch" if lengths else batch
         rest = "; only real tokens are compared."
     else:
-        found, last = parity.steps, ["KV rel"]
+        found, none = {f"step {s.step}" if s.step else "prefill": s for s in parity.steps}, []
         what = f"Prompts of {', '.join(map(str, parity.prompt_lengths))} tokens, ragged in one batch"
         rest = (
             "; then teacher-forced decode steps with each side's own cache. Changing the embeddings' last bit moves "
             f"the PyTorch model's own logits by {figure(parity.rounding_noise)}."
             f"{f' {parity.routing.said}.' if parity.routing else ''}"
         )
-    names = [
-        o.output if isinstance(o, OutputParity) else f"step {o.step}" if o.step else "prefill" for o in found
-    ]
-    heads = bool(last) or LOGITS in names
-    columns = [name for name in (_BRIEF if brief else _FIGURES) if heads or name not in _OF_LOGITS]
-    rows = [
-        (
-            name,
-            str(one.tokens),
-            *(_FIGURES[c](one) if name == LOGITS or last or c not in _OF_LOGITS else "" for c in columns),
-            *([figure(one.kv_max_rel)] if isinstance(one, StepParity) else []),
-        )
-        for name, one in zip(names, found, strict=True)
-    ]
-    if prompts := sorted({prompt for one in parity.crossings for prompt in one.prompts}):
-        what += f", and of {', '.join(map(str, prompts))} tokens each by itself"
+    of_logits = [isinstance(one, StepParity) or name == LOGITS for name, one in found.items()]
+    left_out = {*none, *(() if any(of_logits) else _OF_LOGITS)}
+    columns = [name for name in (_BRIEF if brief else _FIGURES) if name not in left_out]
+    rows = tuple(
+        (name, str(one.tokens), *(_FIGURES[c](one) if logits or c not in _OF_LOGITS else "" for c in columns))
+        for (name, one), logits in zip(found.items(), of_logits, strict=True)
+    )
+    prompts = sorted({prompt for one in parity.crossings for prompt in one.prompts})
+    alone = f", and of {', '.join(map(str, prompts))} tokens each by itself" if prompts else ""
     crossed = "; ".join(c.said for c in parity.crossings)
+    # Of limits that bound nothing nothing is said.
+    held = [f"{n.replace('_', ' ')} {v:g}" for n, v in vars(parity.gates).items() if v != getattr(Gates, n)]
     notes = [
-        _gates_in_words(parity.gates),
-        what + rest,
+        f"Gates: {', '.join(held)}." if held else "",
+        what + alone + rest,
         _own_loss(parity),
         f"Lengths from which on the model computes something else: {crossed}." if crossed else "",
     ]
     title = "Parity: linearized PyTorch against the rewritten graph"
-    return Table(title, ("", "n", *columns, *last), tuple(rows), " ".join(filter(None, notes)))
-
-
-def _gates_in_words(gates: Gates) -> str:
-    """The limits that there are; of those that bound nothing nothing is said."""
-    none = vars(Gates())
-    held = [f"{n.replace('_', ' ')} {v:g}" for n, v in vars(gates).items() if v != none[n]]
-    return f"Gates: {', '.join(held)}." if held else ""
+    return Table(title, ("", "n", *columns), rows, " ".join(filter(None, notes)))
 
 
 def _own_loss(parity: DecoderParity | EncoderParity) -> str:
     """What is lost in the graph's precision anyway, for a graph that is not float32."""
-    times = f"may be {parity.gates.max_vs_own:g} times that"
+    times, own = f"may be {parity.gates.max_vs_own:g} times that", parity.pytorch_in_precision
+    whose = f"PyTorch itself in {parity.precision}"
     if isinstance(parity, EncoderParity):
         means = "; ".join(f"{o.output} {figure(o.mean_abs)}" for o in parity.pytorch_in_precision or ())
-        whose = f"PyTorch itself in {parity.precision}, on the same batch"
-        return f"{whose}, has a mean |Δ| of: {means}; this graph's {times}." if means else ""
-    if not (own := parity.pytorch_in_precision or parity.base_graph):
+        return f"{whose}, on the same batch, has a mean |Δ| of: {means}; this graph's {times}." if own else ""
+    if not (steps := parity.pytorch_in_precision or parity.base_graph):
         return ""
-    whose = f"The unmodified {parity.precision} graph against unmodified PyTorch"
-    whose = f"PyTorch itself in {parity.precision}" if parity.pytorch_in_precision else whose
-    theirs = Parity(parity.prompt_lengths, own, parity.gates)
+    theirs = Parity(parity.prompt_lengths, steps, parity.gates)
+    whose = whose if own else f"The unmodified {parity.precision} graph against unmodified PyTorch"
     return (
         f"{whose}, on the same tokens: max |Δlogit| {figure(theirs.worst)}, mean {figure(theirs.mean_abs)}; "
         f"this graph's mean, {figure(parity.mean_abs)}, {times}."
@@ -169,18 +155,16 @@ def loss_table(loss: MethodLoss | Likeness) -> Table:
             f"{loss.documents:,} {loss.unit} that calibration did not see; standard errors over {loss.unit}."
         )
         return Table(f"{title} {loss.unit}", ("", "mean", "standard error", "n"), rows, note)
-    figures = (
-        ("perplexity, original", loss.perplexity_original, ".3f", None),
-        ("perplexity, linearized", loss.perplexity_linearized, ".3f", None),
-        ("perplexity ratio", loss.perplexity_ratio, ".4f", loss.perplexity_ratio_se),
-        ("KL to the original, nats per token", loss.kl, ".4f", loss.kl_se),
-    )
+    errors = (loss.perplexity_ratio_se, loss.kl_se)
+    ratio, kl = (f"± {number(se, '.4f')}" if some else "unknown" for se in errors)
     return Table(
         f"{title} text",
         ("", "value", "standard error"),
-        tuple(
-            (name, number(value, spec), "" if se is None else f"± {number(se, spec)}" if some else "unknown")
-            for name, value, spec, se in figures
+        (
+            ("perplexity, original", number(loss.perplexity_original, ".3f"), ""),
+            ("perplexity, linearized", number(loss.perplexity_linearized, ".3f"), ""),
+            ("perplexity ratio", number(loss.perplexity_ratio, ".4f"), ratio),
+            ("KL to the original, nats per token", number(loss.kl, ".4f"), kl),
         ),
         f"{loss.tokens:,} tokens of {loss.documents:,} documents that calibration did not see; "
         "standard errors over documents.",
@@ -277,17 +261,12 @@ def _note(speed: Speed, results: list[Result], brief: bool) -> str:
 
 def spread(timing: Timing) -> str:
     """The median and half the interquartile range, in milliseconds; the median alone where quartiles are not known."""
-    half = finite((timing.high_ms - timing.low_ms) / 2)
-    shown = milliseconds(timing.median_ms)
-    return shown if half is None else f"{shown} ± {half:.{decimals(timing.median_ms)}f}"
+    half, median = finite((timing.high_ms - timing.low_ms) / 2), timing.median_ms
+    return milliseconds(median) + ("" if half is None else f" ± {milliseconds(half, like=median)}")
 
 
 def _ratio(found: Ratio | None, noise: str) -> str:
     return "" if found is None else f"{number(found.value, '.2f')}×" + ("" if found.resolved else noise)
-
-
-def _quartiles(found: Ratio | None) -> str:
-    return "" if found is None or finite(found.low) is None else f"{found.low:.2f}–{found.high:.2f}"
 
 
 # engines, forms, precision -----------------------------------------------------------------------
@@ -361,7 +340,7 @@ def _precision_table(graph: Graph) -> Table:
 def report_tables(report: Report, brief: bool = False) -> list[Table]:
     """The tables of a report, in reading order; ``brief`` leaves out what a terminal has no room for."""
     selection, graph, bench = report.selection, report.graph, report.bench
-    curve, result = selection.curve, selection.result
+    curve, result, engines = selection.curve, selection.result, report.engine_speed
     tables = (
         graph_table(graph.before, graph.after),
         curve and curve.points and curve_table(curve, brief),
@@ -371,8 +350,7 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
         bench and speed_table(BENCH, bench.speed, brief),
         report.parity and parity_table(report.parity, brief),
         report.engines and engines_table(report.engines),
-        report.engine_speed
-        and _dated(speed_table(ENGINES, report.engine_speed, brief), report, "engine_speed"),
+        engines and _dated(speed_table(ENGINES, engines, brief), report, "engine_speed"),
         report.forms and forms_table(report.forms),
         not brief and graph.kept_float32 and _precision_table(graph),
         not brief and layers_table(selection, graph.proofs),
@@ -385,13 +363,10 @@ def _dated(table: Table, report: Report, section: str) -> Table:
     kept = report.kept.get(section)
     if kept is None:
         return table
-    here, there = report.environment.processor, kept.environment.processor
-    asked = ", ".join(
-        f"{name} {value}" for name, value in kept.settings.items() if name in ("contexts", "rounds")
-    )
-    return replace(
-        table,
-        note=f"{table.note} Kept from an earlier verification of the same graphs: measured {kept.created} with "
-        f"nbl-export {kept.tool_version}{f' on {there}' if here != there else ''}"
-        f"{f' ({asked})' if asked and 'speed' in section else ''}.",
-    )
+    there = kept.environment.processor
+    named = [f"{n} {value}" for n, value in kept.settings.items() if n in ("contexts", "rounds")]
+    asked = f" ({', '.join(named)})" if named and "speed" in section else ""
+    on = f" on {there}" if there != report.environment.processor else ""
+    note = "Kept from an earlier verification of the same graphs: measured"
+    said = f"{table.note} {note} {kept.created} with nbl-export {kept.tool_version}{on}{asked}."
+    return replace(table, note=said)

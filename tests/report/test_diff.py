@@ -20,10 +20,10 @@ from nbl_export.report.diff import (
     Section,
     Side,
     change,
-    compare,
     markdown,
     write_markdown,
 )
+from nbl_export.report.diff import diff as compare
 from nbl_export.report.diff_facts import (
     SPEED,
     Better,
