@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export import __version__
-from nbl_export.child_process import ChildError, Tell, in_child
 from nbl_export.errors import NblError, first_line
 from nbl_export.machine import cores
 from nbl_export.packages import ALWAYS, NAME, PARTS, Part, missing, origin, part, pip_command
+from nbl_export.processes import ChildError, Tell, in_child
 from nbl_export.progress import Listener, Silent
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import processor

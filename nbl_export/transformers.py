@@ -6,6 +6,6 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("out/model/hf/fp16")
 """
 
-from nbl_export.models.registered import register
+from nbl_export.models.modeling_nbl import register
 
 register()

@@ -18,9 +18,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nbl_export.digests import Digests
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.files import locked, member, read_json, sweep, write_json
+from nbl_export.files import Digests, locked, member, read_json, sweep, write_json
 from nbl_export.progress import Listener
 from nbl_export.records import from_json
 from nbl_export.stage_record import STAGES, StageRecord, input_in_words, key_of, kind_of

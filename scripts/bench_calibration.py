@@ -25,9 +25,9 @@ from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.documents import documents
 from nbl_export.calibrate.text import pack
 from nbl_export.linearize.lmmse import cca_bound, fit_lmmse
-from nbl_export.models.hooks import observed
 from nbl_export.models.layers import attention_layers
 from nbl_export.models.load import load_model, load_tokenizer
+from nbl_export.models.running import observed
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.report.schema import environment

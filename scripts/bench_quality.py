@@ -42,8 +42,7 @@ from nbl_export.linearize.loss import LossMeter, loss_of_plan
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import positions
-from nbl_export.models.load import load_tokenizer
-from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.load import LoadedModel, load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent

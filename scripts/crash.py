@@ -184,7 +184,7 @@ def _work(command: Sequence[str], place: Path, log: Path, kill: Kill | None, cou
                 os.kill(os.getpid(), kill.signum)
 
         at_changes(place, changed)
-        from nbl_export.checkpoint import Checkpoint
+        from nbl_export.processes import Checkpoint
 
         Checkpoint.__init__.__defaults__ = (0.0,)  # type: ignore[attr-defined]
         sys.argv = ["nbl-export", *command]

@@ -12,7 +12,7 @@ import torch
 from nbl_export.batch.rows import left_padded, right_padded
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
-from nbl_export.models.libraries import cache_argument
+from nbl_export.models.running import cache_argument
 from tests.sessions import cpu_session
 
 

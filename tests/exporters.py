@@ -29,8 +29,8 @@ from nbl_export.export.others import VARIABLE, as_hf_folder, export_with, find_e
 from nbl_export.export.torch import export_torch
 from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.layers import layer_count
-from nbl_export.models.libraries import quiet
-from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.load import LoadedModel
+from nbl_export.models.running import quiet
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from tests.families import Calibrated, build, calibrated

@@ -18,7 +18,7 @@ from nbl_export.export.torch import save_in_precision
 from nbl_export.files import sha256_of_file
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
-from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.load import LoadedModel
 from nbl_export.models.source import same_model
 from nbl_export.progress import Listener, Silent
 from nbl_export.stages.run import Run

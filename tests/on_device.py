@@ -21,9 +21,9 @@ from nbl_export.calibrate.collect import collect_moments, identity_of, moments_o
 from nbl_export.calibrate.moments import ARRAYS, Moments, MomentsFolder, load_moments
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.layers import hidden_size
-from nbl_export.models.load import in_precision, load_model
+from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
-from nbl_export.models.weights import device_of
+from nbl_export.models.weights import device_of, in_precision
 from nbl_export.progress import Silent
 from nbl_export.verify.parity.unmodified import first_divergence
 from nbl_export.workspace import Workspace

@@ -101,7 +101,7 @@ def test_the_import_registers_every_type() -> None:
         "from transformers import CONFIG_MAPPING\n"
         "assert 'nbl_llama' not in CONFIG_MAPPING\n"
         "import nbl_export.transformers\n"
-        "from nbl_export.models.registered import TYPES\n"
+        "from nbl_export.models.modeling_nbl import TYPES\n"
         "assert all('nbl_' + one in CONFIG_MAPPING for one in TYPES)\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from nbl_export import digests
-from nbl_export.digests import Digests
+from nbl_export import files
 from nbl_export.errors import InputError
 from nbl_export.files import (
     JSON_LIMIT,
+    Digests,
     atomic_path,
     locked,
     member,
@@ -355,7 +355,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(Path(stream.name).name)
         return sha256_of(stream)
 
-    monkeypatch.setattr(digests, "sha256_of", counted)
+    monkeypatch.setattr(files, "sha256_of", counted)
     return names
 
 
@@ -423,7 +423,7 @@ def test_a_file_that_is_written_while_it_is_read_is_read_again(
         changed_in_place(file)
         return found
 
-    monkeypatch.setattr(digests, "sha256_of", disturbed)
+    monkeypatch.setattr(files, "sha256_of", disturbed)
     found = Digests()
     assert found.of(file) != digest_of(file)
     monkeypatch.undo()

@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 
 from nbl_export.blocks import ATTENTION, Block, Span, described, layer_of
 from nbl_export.calibrate.moments import Accumulator, LayerMoments, Moments, digest_of_tokens
-from nbl_export.checkpoint import deferred_interrupt
 from nbl_export.errors import CalibrationError, InputError, Interrupted
 from nbl_export.models.candidates import block_modules, choices, observing
 from nbl_export.models.device import as_setting
@@ -37,6 +36,7 @@ from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import hidden_size, main_input
 from nbl_export.models.walk import segments, walking
 from nbl_export.models.weights import device_of, dtype_of, half_free, weights_like
+from nbl_export.processes import deferred_interrupt
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE, Ranks
 from nbl_export.tensorfile import StoredTensors, open_tensors, save_tensors

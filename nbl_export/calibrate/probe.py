@@ -25,9 +25,9 @@ from nbl_export.models.attention import Routers
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import unrunnable
 from nbl_export.models.forward import run_uncached
-from nbl_export.models.hooks import observed
 from nbl_export.models.layers import backbone, hidden_size, layer_count
 from nbl_export.models.lengths import BEYOND, lengths
+from nbl_export.models.running import observed
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:

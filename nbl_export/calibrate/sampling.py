@@ -20,7 +20,7 @@ from nbl_export.calibrate.text import (
 from nbl_export.errors import InputError
 from nbl_export.models.attention import decoding
 from nbl_export.models.dummy_run import cache_shapes
-from nbl_export.models.libraries import accepted_arguments, cache_argument
+from nbl_export.models.running import accepted_arguments, cache_argument
 from nbl_export.models.weights import device_of, half_free, resident, room, streams, weights_like
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings

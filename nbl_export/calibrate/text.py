@@ -23,8 +23,8 @@ from nbl_export.batch.arrays import FIRST, are_media, words
 from nbl_export.batch.names import TOKEN_TYPES, TOKENS
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
-from nbl_export.models.load import refused
 from nbl_export.models.media_tokens import MediaTokens, joined, load_media, save_media
+from nbl_export.models.stored import refused
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 from nbl_export.tensorfile import load_as, save_tensors

@@ -32,9 +32,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Te
 from rich.progress import Task as RichTask
 from rich.text import Text
 
-from nbl_export.checkpoint import in_main_thread, on_signals
 from nbl_export.errors import Interrupted, os_error_in_words
 from nbl_export.files import jsonable, printable, printable_lines
+from nbl_export.processes import in_main_thread, on_signals
 from nbl_export.progress import Task
 from nbl_export.ranks import place
 

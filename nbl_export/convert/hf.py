@@ -21,8 +21,7 @@ from nbl_export.errors import InputError
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.modeling_nbl import FILE
-from nbl_export.models.registered import ATTENTION, MLP, PREFIX, TYPES, source_of
+from nbl_export.models.modeling_nbl import ATTENTION, FILE, MLP, PREFIX, TYPES, classes_of
 from nbl_export.progress import Listener
 
 
@@ -45,7 +44,7 @@ def write_hf(
     own: Any = model
     generation = getattr(own, "generation_config", None)
     texts = {} if generation is None else {"generation_config.json": generation.to_json_string()}
-    texts[FILE] = source_of(own.config.model_type)
+    texts[FILE] = classes_of(own.config.model_type)[1].source()
     return write_folder(folder, tensors, dtype, "pt", tokenizer, texts, told, listener)
 
 

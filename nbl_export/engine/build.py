@@ -20,7 +20,6 @@ import onnx_ir as ir
 
 from nbl_export import __version__
 from nbl_export.batch.names import LINEARIZED
-from nbl_export.child_process import Tell, in_child
 from nbl_export.engine.elsewhere import write_fixed
 from nbl_export.engine.library import Gpu, Library, import_library
 from nbl_export.engine.manifest import Manifest, manifest_path, save_manifest
@@ -43,6 +42,7 @@ from nbl_export.graph.io import external_files, load_graph
 from nbl_export.graph.operators import fused_op
 from nbl_export.graph.precision import graph_precision
 from nbl_export.linearize.plan import Plan
+from nbl_export.processes import Tell, in_child
 from nbl_export.progress import Listener
 
 TIMINGS = "timing.cache"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from nbl_export.calibrate.documents import documents
 from nbl_export.errors import InputError, NblError, first_line
 from nbl_export.files import jsonable, read_table, sha256_of_json, user_path
-from nbl_export.models.libraries import quiet
+from nbl_export.models.running import quiet
 from nbl_export.packages import missing
 from nbl_export.settings import EvalSettings
 

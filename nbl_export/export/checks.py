@@ -48,7 +48,7 @@ from nbl_export.models.lengths import (
     small_copy,
     small_lengths,
 )
-from nbl_export.models.libraries import quiet
+from nbl_export.models.running import quiet
 from nbl_export.models.weights import resident, room
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.ort import OrtModel, OrtRowsStream, ort_stream

@@ -70,8 +70,8 @@ from nbl_export.models.layers import (
     position_rows,
     positions,
 )
-from nbl_export.models.libraries import accepted_arguments, accepts, cache_argument
 from nbl_export.models.multimodal import placeholders
+from nbl_export.models.running import accepted_arguments, accepts, cache_argument
 from nbl_export.models.tasks import Pooling, Task
 from nbl_export.settings.choices import OPSETS
 

@@ -32,7 +32,7 @@ import torch
 from nbl_export.errors import InputError
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN, use_recurrences
 from nbl_export.models.attention import count_positions, takes_attention
-from nbl_export.models.libraries import replaced
+from nbl_export.models.running import replaced
 
 _NAME = "nbl_export"
 # What a family hands to its attention where an index has chosen the keys of each query.

@@ -21,18 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.child_process import die_with_parent
 from nbl_export.errors import BuildError, MissingDependencyError
 from nbl_export.files import TEMPORARY, publish, read_json, sync
 from nbl_export.graph.io import delete_graphs
 from nbl_export.models.folder import CONFIG, TOKENIZER, make_readable, readable_folder
-from nbl_export.models.libraries import quiet, replaced
+from nbl_export.models.running import quiet, replaced
 from nbl_export.models.weights import resident
 from nbl_export.packages import part
+from nbl_export.processes import die_with_parent
 from nbl_export.progress import Listener
 
 if TYPE_CHECKING:
-    from nbl_export.models.loaded import LoadedModel
+    from nbl_export.models.load import LoadedModel
 
 VARIABLE = "NBL_EXPORT_OPTIMUM_PYTHON"
 # The execution provider to build for: fused half-precision operators exist on CUDA only. No build needs a GPU.

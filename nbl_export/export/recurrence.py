@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from nbl_export.models.forward import StateLayer
-from nbl_export.models.libraries import replaced
+from nbl_export.models.running import replaced
 
 # Operators that torch.export cannot express are emitted in a private domain and renamed afterwards. Otherwise the
 # exporter would use opset 24 for the full graph, where it decomposes norms and rotary embeddings.

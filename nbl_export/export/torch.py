@@ -41,7 +41,7 @@ from nbl_export.graph.precision import Precision, to_precision
 from nbl_export.graph.summary import Float32Node
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import layer_count, positions
-from nbl_export.models.libraries import quiet, replaced
+from nbl_export.models.running import quiet, replaced
 from nbl_export.models.walk import one_of_each_kind
 from nbl_export.models.weights import resident, standing_in
 from nbl_export.progress import Listener, Silent, Task, bytes_task

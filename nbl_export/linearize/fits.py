@@ -32,8 +32,8 @@ from nbl_export.linearize.lmmse import LinearFit, branch_covariances, constant_d
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.candidates import block_modules
-from nbl_export.models.hooks import observed
 from nbl_export.models.layers import hidden_size
+from nbl_export.models.running import observed
 from nbl_export.models.walk import Batch, Step, segments, walking
 from nbl_export.models.weights import device_of
 from nbl_export.progress import Listener

@@ -31,9 +31,9 @@ from nbl_export.linearize.selection import Loss
 from nbl_export.linearize.swap import ORIGINAL, Version, linearized, replaced, sweep, version_of
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.hooks import states_in
 from nbl_export.models.layers import block_stack, hidden_size, vocabulary
 from nbl_export.models.media_tokens import written
+from nbl_export.models.running import states_in
 from nbl_export.models.walk import after_blocks, first_needed, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, streams, weights_like
 from nbl_export.progress import Listener

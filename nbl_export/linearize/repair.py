@@ -36,7 +36,6 @@ from transformers.pytorch_utils import Conv1D
 
 from nbl_export.batch.arrays import are_media
 from nbl_export.blocks import Block, layer_of
-from nbl_export.checkpoint import Checkpoint, saving_to
 from nbl_export.errors import InputError
 from nbl_export.linearize.lmmse import Covariances
 from nbl_export.linearize.loss import chunks
@@ -46,6 +45,7 @@ from nbl_export.models.candidates import blocks_of
 from nbl_export.models.layers import attention_layers, block_stack, hidden_size, layer_count
 from nbl_export.models.walk import first_needed, recomputed, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, held, resident, room, size, streams, weights_like
+from nbl_export.processes import Checkpoint, saving_to
 from nbl_export.progress import Listener, Silent
 from nbl_export.settings.choices import FitInput
 from nbl_export.tensorfile import load_tensors, save_tensors

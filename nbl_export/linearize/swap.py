@@ -15,8 +15,8 @@ from nbl_export.errors import InputError
 from nbl_export.linearize.plan import Adapter, Dropped, Plan, Replacement
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.hooks import hidden_states, plain_attributes
 from nbl_export.models.layers import BlockModules, block_stack, hidden_size, layer_count
+from nbl_export.models.running import hidden_states, plain_attributes
 from nbl_export.models.walk import Segment, after_blocks, passing_blocks, walking
 from nbl_export.models.weights import held, weights_like
 from nbl_export.progress import Listener

@@ -20,7 +20,6 @@ from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.blocks import Block
 from nbl_export.errors import InputError, first_line
 from nbl_export.models.attention import shared_keys
-from nbl_export.models.hooks import Hooks, hidden_states, observed, states_in
 from nbl_export.models.layers import (
     NOT_YET,
     attention_layers,
@@ -32,7 +31,15 @@ from nbl_export.models.layers import (
     mlp_modules,
     scoring_head,
 )
-from nbl_export.models.libraries import accepted_arguments, cache_argument, quiet
+from nbl_export.models.running import (
+    Hooks,
+    accepted_arguments,
+    cache_argument,
+    hidden_states,
+    observed,
+    quiet,
+    states_in,
+)
 from nbl_export.models.weights import origin, weights_like
 
 Entry = tuple[torch.Tensor, ...]

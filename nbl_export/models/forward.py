@@ -19,7 +19,7 @@ from nbl_export.batch.names import BATCH, EMBEDDINGS, MASK, PER_LAYER, PIXELS, T
 from nbl_export.batch.rows import Inputs
 from nbl_export.models.dummy_run import CONV, BlockCache, Entry, StateShape, dummy_run, states_of
 from nbl_export.models.layers import backbone, has_per_layer, scoring_head
-from nbl_export.models.libraries import accepted_arguments, cache_argument
+from nbl_export.models.running import accepted_arguments, cache_argument
 from nbl_export.models.tasks import Pooling, Task
 from nbl_export.models.weights import weights_like
 

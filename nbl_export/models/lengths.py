@@ -27,7 +27,7 @@ from nbl_export.models.layers import (
     text_config,
     vocabulary,
 )
-from nbl_export.models.libraries import quiet
+from nbl_export.models.running import quiet
 
 if TYPE_CHECKING:
     import torch

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32, FIRST, are_media
 from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, POSITIONS
-from nbl_export.models.hooks import Hooks
 from nbl_export.models.layers import backbone, has_per_layer
+from nbl_export.models.running import Hooks
 from nbl_export.tensorfile import load_as, save_tensors
 
 I32 = NDArray[np.int32]

@@ -1,7 +1,7 @@
 """A model of transformers with linear layers in the place of attentions and MLPs (Neural Block Linearization).
 
 This file lies in the folder of a model that `nbl-export convert --to hf` has written, with the classes of that model at
-its end, and needs torch and transformers alone. In nbl-export it is a module of its own.
+its end, and needs torch and transformers alone. In nbl-export what makes and registers such classes is at its end.
 """
 
 from __future__ import annotations
@@ -63,3 +63,45 @@ class Linearized:
         found = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         (Path(save_directory) / FILE).write_text(self.source(), encoding="utf-8")
         return found
+
+
+# in nbl-export only -------------------------------------------------------------------------------
+
+# Model types of transformers whose attention and MLP are modules by these names, which read the states and keep their
+# keys and values under their number. tests/convert/test_hf.py runs each.
+TYPES = ("gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2")
+ATTENTION, MLP = "self_attn", "mlp"
+PREFIX = "nbl_"
+
+
+def classes_of(model_type: str) -> tuple[Any, Any]:
+    """The classes of the configuration and of the model that is like one of ``model_type`` with linear layers."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    plain = CONFIG_MAPPING[model_type]
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[plain]
+    config = type("NblConfig", (plain,), {"model_type": PREFIX + model_type, "__module__": __name__})
+    shipped = Linearized.source().partition("# in nbl-export only")[0]
+    text = f'''{shipped}from transformers import {plain.__name__}, {model.__name__}  # noqa: E402
+
+
+class NblConfig({plain.__name__}):
+    model_type = "{PREFIX}{model_type}"
+
+
+class NblForCausalLM(Linearized, {model.__name__}):
+    config_class = NblConfig
+'''
+    members = {"config_class": config, "source": classmethod(lambda _cls: text), "__module__": __name__}
+    return config, type("NblForCausalLM", (Linearized, model), members)
+
+
+def register() -> None:
+    """Make transformers' Auto classes know the linearized models of every one of :data:`TYPES` that it has."""
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    for model_type in TYPES:
+        if model_type in CONFIG_MAPPING and PREFIX + model_type not in CONFIG_MAPPING:
+            config, model = classes_of(model_type)
+            AutoConfig.register(config.model_type, config)
+            AutoModelForCausalLM.register(config, model)

@@ -28,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from nbl_export.errors import InputError, first_line
 from nbl_export.models.folder import without_choices
 from nbl_export.models.layers import language_head
-from nbl_export.models.libraries import accepted_arguments, cache_argument, quiet
+from nbl_export.models.running import accepted_arguments, cache_argument, quiet
 from nbl_export.models.tasks import nested
 
 _LEFT_OUT = "_nbl_export_left_out"

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nbl_export.batch.names import TOKENS
-from nbl_export.digests import Digests
 from nbl_export.errors import InputError
 from nbl_export.files import (
     JSON_LIMIT,
+    Digests,
     member,
     open_data,
     overlap,

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,7 @@ import torch
 from nbl_export.batch.arrays import FIRST
 from nbl_export.batch.names import PER_LAYER
 from nbl_export.errors import InputError, MissingDependencyError, first_line
-from nbl_export.models.folder import readable
-from nbl_export.models.hooks import Hooks
-from nbl_export.models.libraries import accepted_arguments, quiet
-from nbl_export.models.load import load_beside, reading
+from nbl_export.models.load import load_beside
 from nbl_export.models.media_tokens import (
     I32,
     LATER,
@@ -33,7 +29,9 @@ from nbl_export.models.media_tokens import (
     masks,
 )
 from nbl_export.models.multimodal import Absent, entry, language_model, placeholders, towers_only
+from nbl_export.models.running import Hooks, accepted_arguments, quiet
 from nbl_export.models.source import ModelSource
+from nbl_export.models.stored import opened
 from nbl_export.models.walk import Reached
 from nbl_export.packages import part
 
@@ -306,13 +304,10 @@ def load_processor(source: ModelSource) -> Any:
 
 
 def _load(source: ModelSource) -> Any:
-    options: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
-    with (
-        quiet(),
-        readable(Path(source.path)) as path,
-        reading(source, "transformers cannot load the towers of"),
-    ):
-        model, info = towers_only(source.wrapper).from_pretrained(path, output_loading_info=True, **options)
+    with opened(source, "transformers cannot load the towers of") as (path, options):
+        model, info = towers_only(source.wrapper).from_pretrained(
+            path, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **options
+        )
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{source.source} has no weights for {missing[0]} and {len(missing) - 1} more, which its towers need: "

@@ -22,9 +22,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.hooks import Hooks, hidden_states, plain_attributes, states_in
 from nbl_export.models.layers import backbone, block_stack, layer_count
-from nbl_export.models.libraries import accepted_arguments
+from nbl_export.models.running import Hooks, accepted_arguments, hidden_states, plain_attributes, states_in
 from nbl_export.models.weights import held, outside_blocks
 from nbl_export.progress import Listener, Silent
 

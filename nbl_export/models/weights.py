@@ -202,6 +202,28 @@ def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "c
     return model
 
 
+def in_precision(
+    model: torch.nn.Module, dtype: str, device: torch.device | str | None = None
+) -> torch.nn.Module:
+    """Another ``model`` in ``dtype`` (float16 …) on ``device``, by default its own, as transformers would load it."""
+    streaming = streaming_of(model)
+    return streamed(streaming.stored, getattr(torch, dtype), streaming.device if device is None else device)
+
+
+def in_memory(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
+    """``model`` with all its weights on ``device``, for passes that are timed: nothing is read in one."""
+    streaming = streaming_of(model)
+    if streaming.stored.model is model:
+        return model.to(device)
+    memo: dict[int, Any] = {
+        key: torch.nn.Parameter(streaming.weights[names[0]].value().to(device), requires_grad=False)
+        for key, (_, names) in by_identity(streaming.stored.model).items()
+    }
+    made: torch.nn.Module = copy.deepcopy(streaming.stored.model, memo)
+    convert_buffers(made, streaming.dtype, torch.device(device))
+    return made
+
+
 def by_identity(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Parameter, list[str]]]:
     """Each weight of ``model`` once, by ``id``, and all its names."""
     found: dict[int, tuple[torch.nn.Parameter, list[str]]] = {}

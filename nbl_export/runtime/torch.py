@@ -16,8 +16,8 @@ from nbl_export.batch.rows import Inputs
 from nbl_export.errors import BuildError, first_line
 from nbl_export.models.dummy_run import Entry, cache_shapes, dummy_run
 from nbl_export.models.forward import Encoder, run_uncached, run_with_past
-from nbl_export.models.libraries import cache_argument, quiet
-from nbl_export.models.registered import register
+from nbl_export.models.modeling_nbl import register
+from nbl_export.models.running import cache_argument, quiet
 from nbl_export.models.weights import weights_like
 from nbl_export.runtime.stream import DecoderOutput, PastStream, RowStream, Stream, UncachedStream
 

@@ -309,7 +309,7 @@ def _peer_prompt(peer: str, path: Path, context: int, batch: int) -> Prompt:
 def _pytorch(run: Run, device: str, compiled: bool, context: int, batch: int) -> Prompt:
     import torch
 
-    from nbl_export.models.load import in_memory
+    from nbl_export.models.weights import in_memory
     from nbl_export.verify.speed.candidates import TorchPrompt
 
     model = in_memory(run.model.model, device)

@@ -121,7 +121,8 @@ def check_calibration(out: str | Path, source: ModelSource, settings: CalibrateS
 
     Returns the configuration of the language model; None for a GGUF file, whose own is read with its weights.
     """
-    from nbl_export.models.load import check_processor, load_config
+    from nbl_export.models.load import check_processor
+    from nbl_export.models.stored import load_config
     from nbl_export.stages.calibration_data import check_sources
 
     check_apart(source, Path(out))

@@ -46,7 +46,7 @@ from nbl_export.errors import InputError, first_line
 from nbl_export.models.folder import PREPROCESSOR
 from nbl_export.models.layers import positions
 from nbl_export.models.lengths import crossed_by, crossing_prompts
-from nbl_export.models.libraries import accepts
+from nbl_export.models.running import accepts
 from nbl_export.models.source import ModelIdentity, ModelSource
 from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener
@@ -57,7 +57,7 @@ from nbl_export.workspace import Places
 if TYPE_CHECKING:
     import torch
 
-    from nbl_export.models.loaded import LoadedModel
+    from nbl_export.models.load import LoadedModel
 
 Rows = list[dict[str, NDArray[Any]]]
 
@@ -98,7 +98,7 @@ class CalibrationLoader:
         return _known(model, pack(found, model.tokenizer, settings, listener, see))
 
     def probe(self, model: LoadedModel, data: Any, parts: Collection[str]) -> Probe:
-        return probe_model(model.in_float32, words(data.calibration), parts)
+        return probe_model(model.in_dtype("float32"), words(data.calibration), parts)
 
     def ranges(self, model: torch.nn.Module, data: Any, names: Mapping[str, Any]) -> Any:
         """The data for the tensor ranges of float16: token rows, or an encoder's batch of the inputs ``names``.
@@ -128,7 +128,7 @@ class _Passages(CalibrationLoader):
             inner = data.calibration[i % len(data.calibration)][len(frame.start) :]
             rows.append(_row(frame.around(inner[: max(1, length - frame.size)]), names))
         batch = batch_of_rows(rows, frame.pad, frame.left)
-        return probe_inputs(model.in_float32, {name: batch[name] for name in names}, parts)
+        return probe_inputs(model.in_dtype("float32"), {name: batch[name] for name in names}, parts)
 
     def ranges(self, model: torch.nn.Module, data: Any, names: Mapping[str, Any]) -> Any:
         rows = [row[:_RANGE_TOKENS] for row in data.calibration[:_RANGE_ROWS]]
@@ -150,7 +150,7 @@ class _Images(CalibrationLoader):
 
     def probe(self, model: LoadedModel, data: Any, parts: Collection[str]) -> Probe:
         try:
-            return probe_inputs(model.in_float32, {PIXELS: data.calibration[:2]}, parts)
+            return probe_inputs(model.in_dtype("float32"), {PIXELS: data.calibration[:2]}, parts)
         except InputError as refusal:
             error = refusal.__cause__
             if not isinstance(

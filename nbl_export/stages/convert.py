@@ -50,7 +50,7 @@ def convert(
                 files = form.write(run.model, place, plan, precision, work)
                 checks, parity = form.stored(place, plan), None
                 if here:
-                    text, model = load_text(ws.text), run.model.in_float32
+                    text, model = load_text(ws.text), run.model.in_dtype("float32")
                     case = DecoderCase(model, plan, ws.baseline, ws.model, VerifySettings(), work, text)
                     with unmodified_form(run, to, precision, plan, work) as unmodified:
                         check, parity = measure_converted(

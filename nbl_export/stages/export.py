@@ -100,8 +100,8 @@ def check_export(source: ModelSource | None, settings: ExportSettings) -> None:
 def not_given(model: torch.nn.Module) -> str:
     """What a graph that reads embeddings does not get of ``model``, in one sentence; nothing if it gets all."""
     from nbl_export.models.layers import backbone
-    from nbl_export.models.libraries import accepts
     from nbl_export.models.media_tokens import LATER
+    from nbl_export.models.running import accepts
 
     if not accepts(backbone(model), LATER):
         return ""
@@ -195,7 +195,7 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
     from nbl_export.batch.names import TOKENS
     from nbl_export.export.sidecars import GENAI
     from nbl_export.models.folder import save_tokenizer
-    from nbl_export.models.libraries import quiet
+    from nbl_export.models.running import quiet
 
     loaded, target = run.model, run.workspace.baseline.parent
     model: Any = loaded.model

@@ -26,7 +26,7 @@ from nbl_export.files import TEMPORARY, atomic_path
 from nbl_export.graph.precision import precision_of
 from nbl_export.linearize.fits import without_bias
 from nbl_export.linearize.plan import Plan, load_plan
-from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.load import LoadedModel
 from nbl_export.progress import Listener
 from nbl_export.records import Check
 from nbl_export.runtime.clients import (

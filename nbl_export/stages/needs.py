@@ -141,8 +141,7 @@ def _configured(model: torch.nn.Module, key: str) -> int:
 
 def sizes_of_source(source: ModelSource, model: torch.nn.Module | None = None) -> Sizes:
     """The sizes of a model by its configuration and the headers of its files; ``model`` is it without weights."""
-    from nbl_export.models.load import load_skeleton
-    from nbl_export.models.stored import stored_dtype
+    from nbl_export.models.stored import load_skeleton, stored_dtype
 
     stored = 0
     if not source.gguf_file:

@@ -36,7 +36,7 @@ from nbl_export.files import (
     write_text,
 )
 from nbl_export.linearize.plan import load_plan
-from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.load import LoadedModel
 from nbl_export.models.source import ModelIdentity, expected, find_model
 from nbl_export.progress import Listener, Silent
 from nbl_export.records import Check, part_from_json, to_json

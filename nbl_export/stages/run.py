@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nbl_export.errors import os_error_in_words
 from nbl_export.models.device import check_device
-from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.load import LoadedModel
 from nbl_export.models.source import ModelSource, check_apart, find_model, same_model
 from nbl_export.models.tasks import Task, task_named
 from nbl_export.packages import check_system, part

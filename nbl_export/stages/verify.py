@@ -24,7 +24,7 @@ from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
 from nbl_export.workspace import Places, Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.models.loaded import LoadedModel
+    from nbl_export.models.load import LoadedModel
     from nbl_export.verify.case import DecoderCase, EncoderCase
 
 
@@ -95,7 +95,7 @@ def case_of(
     from nbl_export.stages.calibration_data import loader_for
     from nbl_export.verify.case import DecoderCase, EncoderCase
 
-    copies, model, task, tensors = exported_of(places).copies, loaded.in_float32, loaded.task, {}
+    copies, model, task, tensors = exported_of(places).copies, loaded.in_dtype("float32"), loaded.task, {}
     if baseline:
         what, remedy = "The record of the rewrite", "run `nbl-export rewrite` again"
         record = from_json(RewriteRecord, read_json(places.rewrite_summary, what, remedy), what, remedy)

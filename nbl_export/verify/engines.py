@@ -18,7 +18,7 @@ from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.graph.precision import Precision, precision_of
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.lengths import crossed_by, crossing_prompts
-from nbl_export.models.load import in_precision
+from nbl_export.models.weights import in_precision
 from nbl_export.records import Check
 from nbl_export.runtime.session import CUDA
 from nbl_export.runtime.tensorrt import EngineStream, load_engine

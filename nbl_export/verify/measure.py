@@ -16,9 +16,8 @@ from nbl_export.models.attention import Routers
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.forward import encoder_of
 from nbl_export.models.layers import positions
-from nbl_export.models.load import in_precision
 from nbl_export.models.media_tokens import seeing
-from nbl_export.models.weights import resident, room
+from nbl_export.models.weights import in_precision, resident, room
 from nbl_export.rewrite.routers import routers
 from nbl_export.runtime.ort import OrtModel, Watch, ort_stream
 from nbl_export.runtime.torch import TorchEncoder

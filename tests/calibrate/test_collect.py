@@ -16,8 +16,9 @@ from nbl_export.calibrate.collect import collect_moments, identity_of, moments_o
 from nbl_export.calibrate.moments import ARRAYS, Accumulator, Moments, MomentsFolder, load_moments
 from nbl_export.errors import CalibrationError
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.load import in_precision, load_model
+from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
+from nbl_export.models.weights import in_precision
 from nbl_export.ranks import ALONE, LostRankError, Ranks
 from nbl_export.settings import CalibrateSettings, RunSettings
 from nbl_export.stages.needs import disk, sizes_of

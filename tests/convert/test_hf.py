@@ -22,9 +22,7 @@ from nbl_export.convert.hf import configuration, write_hf
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.linearize.swap import linearized
-from nbl_export.models import modeling_nbl
-from nbl_export.models.modeling_nbl import LinearBlock, Linearized
-from nbl_export.models.registered import PREFIX, TYPES, classes_of, source_of
+from nbl_export.models.modeling_nbl import PREFIX, TYPES, LinearBlock, Linearized, classes_of
 from nbl_export.progress import Silent
 from tests.convert.test_mlx import NoTokenizer
 from tests.tiny_types import tiny_model
@@ -183,16 +181,16 @@ def test_what_was_left_out_adds_nothing() -> None:
     assert not dropped(torch.randn(1, 2, 8))[0].any()
 
 
-def test_the_file_needs_torch_alone() -> None:
+def test_the_file_needs_torch_and_transformers_alone() -> None:
     """It is copied into folders that are loaded without nbl-export."""
-    tree = ast.parse(Path(modeling_nbl.__file__).read_text())
+    tree = ast.parse(classes_of("llama")[1].source())
     names = {
         node.module or "" if isinstance(node, ast.ImportFrom) else alias.name
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }
-    assert names == {"__future__", "pathlib", "typing", "torch"}
+    assert names == {"__future__", "pathlib", "typing", "torch", "transformers"}
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -201,7 +199,6 @@ def test_the_classes_are_those_of_the_type_with_linear_layers(model_type: str) -
     plain = CONFIG_MAPPING[model_type]
     assert issubclass(config, plain) and config.model_type == PREFIX + model_type
     assert issubclass(model, Linearized) and model.config_class is config
-    text = source_of(model_type)
+    text = model.source()
     assert f"from transformers import {plain.__name__}, {model.__mro__[2].__name__}" in text
     compile(text, "modeling_nbl.py", "exec")
-    assert model.source() == text

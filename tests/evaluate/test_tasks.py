@@ -22,8 +22,8 @@ from nbl_export.evaluate.tasks import (
     sample,
     shapes,
 )
-from nbl_export.models.libraries import quiet
 from nbl_export.models.load import load_tokenizer
+from nbl_export.models.running import quiet
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.runtime.ort import ort_stream

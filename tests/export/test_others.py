@@ -21,7 +21,7 @@ from nbl_export.errors import BuildError, MissingDependencyError
 from nbl_export.export import others
 from nbl_export.export.others import VARIABLE, Exporter, as_hf_folder, export_with, find_exporter
 from nbl_export.files import TEMPORARY
-from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.load import LoadedModel
 from nbl_export.models.source import find_model
 from nbl_export.packages import pip_line
 from nbl_export.progress import Silent

@@ -17,7 +17,6 @@ import torch
 
 from nbl_export.batch.arrays import FIRST
 from nbl_export.calibrate.collect import collect_moments
-from nbl_export.checkpoint import Checkpoint
 from nbl_export.linearize import repair as module
 from nbl_export.linearize.fits import as_layer
 from nbl_export.linearize.lmmse import Covariances, branch_covariances, fit_lmmse
@@ -36,6 +35,7 @@ from nbl_export.models import weights
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.media_tokens import seeing
 from nbl_export.models.weights import Stored, streamed
+from nbl_export.processes import Checkpoint
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
 from tests.fixtures_graph import load

@@ -13,7 +13,7 @@ import torch
 from nbl_export.models.attention import Routers, count_positions, decoding, takes_attention
 from nbl_export.models.dummy_run import BlockCache, CacheShape, StateShape, dummy_run
 from nbl_export.models.forward import cache_layer, cache_with, entry_in, limited_steps, run_with_past
-from nbl_export.models.libraries import accepted_arguments, cache_argument
+from nbl_export.models.running import accepted_arguments, cache_argument
 from tests.alone import furthest, own_logits, rows_of
 from tests.fixtures_graph import original_logits, ragged_rows
 from tests.tiny_types import tiny_model

@@ -21,8 +21,8 @@ from nbl_export.models.candidates import (
     described,
     observing,
 )
-from nbl_export.models.hooks import observed
 from nbl_export.models.layers import attention_layers, mlp_modules
+from nbl_export.models.running import observed
 from nbl_export.models.walk import segments, walking
 from tests.families import LAYERS, WIDTH, unsaved
 from tests.tiny_types import tiny_model

@@ -23,8 +23,13 @@ from nbl_export.models.device import (
 )
 from nbl_export.models.folder import PREPROCESSOR
 from nbl_export.models.forward import last_token, pool
-from nbl_export.models.load import check_processor, load_image_processor, load_model, load_tokenizer
-from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.load import (
+    LoadedModel,
+    check_processor,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+)
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import Pooling, find_pooling, task_named, task_of
 from nbl_export.models.weights import dtype_of

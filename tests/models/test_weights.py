@@ -17,13 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nbl_export.linearize.plan import Adapter
 from nbl_export.linearize.swap import adapted
 from nbl_export.models import weights
-from nbl_export.models.load import in_memory, in_precision, load_model
+from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.stored import Merged
 from nbl_export.models.weights import (
     all_finite,
     dtype_of,
     held,
+    in_memory,
+    in_precision,
     resident,
     room,
     streaming_of,

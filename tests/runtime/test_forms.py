@@ -20,7 +20,7 @@ from nbl_export.convert.mlx import write_mlx
 from nbl_export.convert.openvino import write_openvino
 from nbl_export.errors import BuildError
 from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.models.registered import TYPES
+from nbl_export.models.modeling_nbl import TYPES
 from nbl_export.progress import Silent
 from nbl_export.runtime.clients import FILE, LlamaCppStream, MlxStream, OpenVinoStream, quantize
 from nbl_export.runtime.torch import TransformersStream

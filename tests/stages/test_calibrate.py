@@ -22,7 +22,7 @@ from nbl_export.calibrate.probe import load_probe
 from nbl_export.calibrate.text import CalibrationText
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import load_plan
-from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.load import LoadedModel
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
@@ -254,6 +254,7 @@ def test_a_row_of_the_probe_of_a_text_encoder_goes_beyond_a_length(
     rows = np.random.default_rng(0).integers(3, 250, (2, width)).astype(np.int32)
     text = CalibrationText(rows, rows, rows, rows, rows, np.array([CLS], np.int32))
     model: Any = SimpleNamespace(tokenizer=loaded("bert").tokenizer)
-    model.model = model.in_float32 = ENCODERS["modernbert"].model(vocab_size=264)
+    model.model = ENCODERS["modernbert"].model(vocab_size=264)
+    model.in_dtype = lambda _dtype: model.model
     probe = loader_for(loaded("bert").source).probe(model, text, (ATTENTION,))
     assert probe.inputs["attention_mask"].sum(axis=1).tolist() == [longest, 16]

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from nbl_export import api, digests
+from nbl_export import api, files
 from nbl_export.errors import InputError
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
@@ -76,7 +76,7 @@ def whys(found: DryRun) -> dict[str, str | None]:
 def test_a_new_folder_is_not_made_and_no_weight_is_read(
     stories_folder: Path, tmp_path: Path, calibration: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digests, "sha256_of", lambda *_: pytest.fail("a file was hashed"))
+    monkeypatch.setattr(files, "sha256_of", lambda *_: pytest.fail("a file was hashed"))
     monkeypatch.setattr("nbl_export.models.load.load_stored", lambda *_: pytest.fail("the model was loaded"))
     found = api.dry_run(stories_folder, tmp_path / "new" / "out", TWO, calibration, VERIFY)
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from safetensors.numpy import load_file
 
-from nbl_export import __version__, api, digests
+from nbl_export import __version__, api, files
 from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import load_plan
@@ -42,8 +42,8 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: Any) -> Any:
         pytest.fail("a file was hashed, or the model loaded")
 
-    monkeypatch.setattr(digests, "sha256_of", read)
-    monkeypatch.setattr(load, "load_stored", read)
+    monkeypatch.setattr(files, "sha256_of", read)
+    monkeypatch.setattr(load, "load_model", read)
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_a_stage_whose_inputs_are_not_made_yet(tiny_folder: Path, tmp_path: Path
         pass
     before = files_in(out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digests, "sha256_of", lambda *_: pytest.fail("a file was hashed"))
+        patch.setattr(files, "sha256_of", lambda *_: pytest.fail("a file was hashed"))
         for verb, stage, command in (
             (lambda: api.select(out, TWO), "calibrate", f"nbl-export calibrate MODEL -o {out}"),
             (

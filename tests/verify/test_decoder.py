@@ -19,7 +19,7 @@ from nbl_export.engine.network import Limits
 from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.graph.rounding import UNTIMED
 from nbl_export.linearize.plan import Plan
-from nbl_export.models.load import in_precision
+from nbl_export.models.weights import in_precision
 from nbl_export.progress import Silent
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.settings import VerifySettings

@@ -24,7 +24,6 @@ from nbl_export.blocks import Block, as_json, part_of, parts_in
 from nbl_export.calibrate.collect import moments_of
 from nbl_export.calibrate.moments import LayerMoments, layer_file, load_moments, save_layer
 from nbl_export.calibrate.text import CalibrationText, load_text
-from nbl_export.checkpoint import Checkpoint
 from nbl_export.errors import InputError
 from nbl_export.files import TEMPORARY, read_sealed, sha256_of_json, write_sealed
 from nbl_export.linearize.fits import as_layer, sequential_fits, weighted_moments
@@ -49,6 +48,7 @@ from nbl_export.models.candidates import block_modules
 from nbl_export.models.device import as_setting
 from nbl_export.models.media_tokens import seeing
 from nbl_export.models.weights import resident, room
+from nbl_export.processes import Checkpoint
 from nbl_export.progress import Listener
 from nbl_export.ranks import Job
 from nbl_export.settings import SelectSettings
@@ -291,7 +291,7 @@ class Fitting:
             steps=settings.repair,
             seed=settings.seed,
             rank=settings.repair_rank,
-            exact=measuring.run.model.in_float32,
+            exact=measuring.run.model.in_dtype("float32"),
             identity=measuring.key(settings=settings.as_json(), layers=list(map(as_json, sorted(layers)))),
         )
         repaired = repair(task, Checkpoint(measuring.run.workspace.repair_checkpoint), self._listener)

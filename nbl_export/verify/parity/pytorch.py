@@ -29,10 +29,9 @@ from nbl_export.linearize.swap import ORIGINAL, Version, linearized, sweep, vers
 from nbl_export.models.attention import Routers
 from nbl_export.models.dummy_run import Entry, cache_shapes, dummy_run
 from nbl_export.models.forward import cache_layer, cache_with, entry_in, limited_steps
-from nbl_export.models.libraries import accepted_arguments, cache_argument
-from nbl_export.models.load import in_precision
+from nbl_export.models.running import accepted_arguments, cache_argument
 from nbl_export.models.walk import Segment, through
-from nbl_export.models.weights import device_of, resident, room, streams, weights_like
+from nbl_export.models.weights import device_of, in_precision, resident, room, streams, weights_like
 from nbl_export.progress import Listener
 from nbl_export.runtime.stream import KV
 from nbl_export.runtime.torch import torch_stream

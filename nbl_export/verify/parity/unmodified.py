@@ -35,8 +35,8 @@ from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.forward import run_uncached
-from nbl_export.models.hooks import observed
 from nbl_export.models.layers import backbone
+from nbl_export.models.running import observed
 from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.confirm import LinearPart, check_layers, linear_part
 from nbl_export.rewrite.probe_runner import ProbeRunner

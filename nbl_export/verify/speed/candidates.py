@@ -35,8 +35,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import field
 
-from nbl_export.child_process import OUT_OF_MEMORY, ChildError, Tell, in_child
 from nbl_export.machine import free_memory
+from nbl_export.processes import OUT_OF_MEMORY, ChildError, Tell, in_child
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.session import USABLE
 from nbl_export.verify.speed.values import reason_of
@@ -235,7 +235,7 @@ class TorchPrompt(Prompt):
     ) -> None:
         import torch
 
-        from nbl_export.models.libraries import accepted_arguments, cache_argument
+        from nbl_export.models.running import accepted_arguments, cache_argument
         from nbl_export.models.weights import device_of
 
         self._forward, self._name = forward or model, cache_argument(model)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.child_process import Tell
 from nbl_export.errors import InputError
+from nbl_export.processes import Tell
 from nbl_export.verify.speed import candidates as module
 from nbl_export.verify.speed.candidates import NO_ROOM, Candidate, Memory, ordered, peak_bytes
 from nbl_export.verify.speed.ceiling import ceiling, timed

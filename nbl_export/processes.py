@@ -1,4 +1,4 @@
-"""Run a piece of work in a child process: what kills or hangs it there costs a sentence, not the run.
+"""Run work in a child process, and hold interrupts back: what kills or hangs a child costs a sentence, not the run.
 
 1. What the work is asked, tells and returns is pickled between our own two processes; large results go by file.
 2. What a library prints goes to a file whose last line says why the child died. NBL_EXPORT_DEBUG shows it instead.
@@ -6,6 +6,7 @@
    too long a silence, is a :class:`ChildError`.
 4. The child does not outlive :func:`in_child`, whatever that raises, nor, on Linux, a parent that is killed.
 5. The child imports from where the parent does, and from no other folder.
+6. An interrupt waits for the end of a step (:func:`deferred_interrupt`), where unfinished work is saved.
 """
 
 from __future__ import annotations
@@ -17,19 +18,25 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nbl_export.errors import BuildError, NblError, first_line
+from nbl_export.errors import BuildError, Interrupted, NblError, first_line
 
 Tell = Callable[[Any], None]
 Work = Callable[[Any, Tell], Any]
 
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nbl_export.child_process import main; main()"
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nbl_export.processes import main; main()"
+)
 _KEPT = 8192  # bytes of what the child wrote last
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 OUT_OF_MEMORY = "ran out of memory"  # the reason of a child that did
@@ -133,3 +140,75 @@ def die_with_parent() -> None:
     """Have the kernel kill this process when the one that started it ends; on Linux only."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+# interrupts ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where to save unfinished work, and how often."""
+
+    path: Path
+    every_seconds: float = 60.0
+
+
+@contextmanager
+def saving_to(checkpoint: Checkpoint | None, save: Callable[[Path], None]) -> Iterator[Callable[[], None]]:
+    """Yields a function to call between two steps: it calls ``save`` when a save is due, and after an interrupt.
+
+    The first Ctrl-C (or SIGTERM, or SIGHUP) is deferred until that call, which saves and raises
+    :class:`Interrupted`. The second one stops at once; the last checkpoint remains.
+    """
+    saved_at = time.monotonic()
+
+    def between() -> None:
+        nonlocal saved_at
+        if checkpoint and (stop or time.monotonic() - saved_at > checkpoint.every_seconds):
+            save(checkpoint.path)
+            saved_at = time.monotonic()
+        if stop:
+            raise Interrupted(stop[0])
+
+    with deferred_interrupt() as stop:
+        yield between
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM and SIGHUP wait; yields the list of the signal that has come, which is empty before.
+
+    The second one raises :class:`Interrupted` at once.
+    """
+    stop: list[int] = []
+
+    def defer(signum: int) -> None:
+        if stop:
+            raise Interrupted(signum)
+        stop.append(signum)
+
+    with on_signals(defer):
+        yield stop
+
+
+@contextmanager
+def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Within the block, ``handle`` is called with the number of each SIGINT, SIGTERM and SIGHUP.
+
+    One that is ignored stays so (SIGHUP under nohup, SIGINT of a shell's background job). Python lets only the main
+    thread hear signals; elsewhere nothing changes.
+    """
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if in_main_thread() else ()
+    before = {s: old for s in ending if (old := signal.getsignal(s)) is not signal.SIG_IGN}
+    for signum in before:
+        signal.signal(signum, lambda number, _frame: handle(number))
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            # None means that the handler was not set from Python; the default is the closest substitute.
+            signal.signal(signum, signal.SIG_DFL if old is None else old)
+
+
+def in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

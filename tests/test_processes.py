@@ -18,9 +18,8 @@ import psutil
 import pytest
 
 from nbl_export import errors
-from nbl_export.checkpoint import Checkpoint, saving_to
-from nbl_export.child_process import ChildError, Tell, in_child
 from nbl_export.errors import BuildError, CalibrationError, first_line, os_error_in_words
+from nbl_export.processes import Checkpoint, ChildError, Tell, in_child, saving_to
 from nbl_export.progress import bytes_task
 from tests.listening import Notes, send
 
@@ -165,7 +164,7 @@ def test_an_interrupt_of_the_parent_ends_the_child() -> None:
 def test_a_parent_that_is_killed_leaves_no_orphan() -> None:
     """The child is deaf to Python: it waits in native code and holds the lock."""
     code = (
-        "from tests.test_child_process import *\n"
+        "from tests.test_processes import *\n"
         "in_child(hanging, 0, 'It', 'wait', heard=lambda pid: print(pid, flush=True))"
     )
     with subprocess.Popen(
