@@ -85,36 +85,31 @@ See = Callable[[Document], tuple[I32, MediaTokens]]
 
 
 class _Split:
-    """The rows of a split, which are filled one after the other; ``seen`` are the tokens of each document's images."""
+    """``want`` rows of ``length`` tokens, which are filled one after the other."""
 
     def __init__(self, want: int, length: int) -> None:
-        self.want, self.length = want, length
-        self.rows: list[I32] = []
-        self.owners: list[I32] = []
-        self.seen: list[tuple[I32, int]] = []
-        self._tokens = self._owners = np.zeros(0, np.int32)
+        self.want, self.length, self.size = want, length, 0
+        self.tokens, self.owners = [as_tokens([])], [as_tokens([])]
 
     @property
     def need(self) -> int:
         """The tokens that are still wanted."""
-        return (self.want - len(self.rows)) * self.length - len(self._tokens)
+        return self.want * self.length - self.size
 
     def add(self, ids: I32, number: int) -> None:
         """Add the tokens ``ids`` of the document ``number``, which may be cut anywhere."""
-        owner = np.where(are_media(ids), PADDING, number).astype(np.int32)
-        self._tokens, self._owners = np.append(self._tokens, ids), np.append(self._owners, owner)
-        while len(self._tokens) >= self.length and self.want > len(self.rows):
-            self.rows.append(self._tokens[: self.length].astype(np.int32))
-            self.owners.append(self._owners[: self.length].astype(np.int32))
-            self._tokens, self._owners = self._tokens[self.length :], self._owners[self.length :]
+        self.tokens.append(ids)
+        self.owners.append(np.where(are_media(ids), PADDING, number))
+        self.size += len(ids)
 
     def add_whole(self, ids: I32, number: int, where: str) -> None:
         """Add a document whose images must not be cut; what does not fit into a row of its own is left out.
 
         What is left of a row that it does not fit into is filled with its own words.
         """
-        if len(ids) > self.length - len(self._tokens) and len(self._tokens):
-            self._fill(words(ids), number)
+        begun = self.size % self.length
+        if len(ids) > self.length - begun and begun:
+            self.add(np.resize(words(ids), self.length - begun), number)
         cut = min(self.length, len(ids))
         while 0 < cut < len(ids) and are_media(ids[cut]) and are_media(ids[cut - 1]):
             cut -= 1
@@ -125,17 +120,14 @@ class _Split:
             )
         self.add(ids[:cut], number)
         if cut < min(self.length, len(ids)):
-            self._fill(words(ids), number)
+            self.add(np.resize(words(ids), self.length - cut), number)
 
-    def _fill(self, text: I32, number: int) -> None:
-        """End the row that is begun with ``text``."""
-        self.add(np.resize(text, self.length - len(self._tokens)), number)
-
-    def in_words(self, name: str) -> str:
-        """How many images the rows have; of a document that was cut, by the share of their tokens."""
-        rows = np.stack(self.rows)
-        images = sum(round(count * float(np.isin(ids, rows).mean())) for ids, count in self.seen)
-        return f"{name} {images:,} ({int(are_media(rows).sum()):,} of {rows.size:,} tokens)"
+    def rows(self) -> tuple[I32, I32]:
+        """The full rows of tokens, and the document of each token: two of [rows, length], int32."""
+        count = min(self.want, self.size // self.length)
+        both = (np.concatenate(parts)[: count * self.length] for parts in (self.tokens, self.owners))
+        tokens, owners = (flat.reshape(count, self.length).astype(np.int32) for flat in both)
+        return tokens, owners
 
 
 def pack(
@@ -155,7 +147,7 @@ def pack(
     media: list[MediaTokens] = []
     with listener.task("Reading text", sum(s.need for s in splits.values()), "tokens") as task:
         for number, document in enumerate(d for d in found if not isinstance(d, str) or d.strip()):
-            split = splits[split_of(number)]
+            split = splits[_SPLIT_AT.get(number % HELD_OUT_EVERY, CALIBRATION)]
             if (need := split.need) > 0:
                 if isinstance(document, str):
                     split.add(np.append(token_ids(tokenizer, document, need), end)[:need], number)
@@ -163,43 +155,38 @@ def pack(
                     assert see is not None
                     ids, tokens = see(document)
                     split.add_whole(np.append(ids, end), number, document.where)
-                    split.seen.append((ids[are_media(ids)], len(document.images)))
                     media.append(tokens)
                 task.advance(need - max(split.need, 0))
             if all(split.need <= 0 for split in splits.values()):
                 break
+    made = {name: split.rows() for name, split in splits.items()}
     for name, split in splits.items():
-        have = split.want * length - split.need
-        if not split.rows:
+        rows, _ = made[name]
+        if not len(rows):
             raise InputError(
-                f"The calibration text gives {have:,} {name} tokens, less than one row of {length}: give more "
+                f"The calibration text gives {split.size:,} {name} tokens, less than one row of {length}: give more "
                 f"text (of every {HELD_OUT_EVERY} documents one is held out, and one is for choosing layers) or lower "
                 "--seq-len."
             )
         if split.need > 0:
             listener.note(
-                f"The text gives {have:,} {name} tokens of the {split.want * length:,} asked for; all are used."
+                f"The text gives {split.size:,} {name} tokens of the {split.want * length:,} asked for; all are used."
             )
-        if media and int((~are_media(np.stack(split.rows))).sum()) < _FEWEST_WORDS:
+        if media and (~are_media(rows)).sum() < _FEWEST_WORDS:
             raise InputError(f"The {name} documents are nearly without words: give texts with the images.")
     if media:
-        said = ", ".join(split.in_words(name) for name, split in splits.items())
-        listener.note(f"Images: {said}; losses are of the words alone.")
-    selection, heldout = splits[SELECTION], splits[HELDOUT]
+        of_images = ", ".join(
+            f"{int(are_media(rows).sum()):,} of {rows.size:,} {name} tokens"
+            for name, (rows, _) in made.items()
+        )
+        listener.note(f"Images are {of_images}; losses are of the words alone.")
     return CalibrationText(
-        np.stack(splits[CALIBRATION].rows),
-        np.stack(selection.rows),
-        np.stack(selection.owners),
-        np.stack(heldout.rows),
-        np.stack(heldout.owners),
+        made[CALIBRATION][0],
+        *made[SELECTION],
+        *made[HELDOUT],
         start_tokens(tokenizer),
         joined(media) if media else None,
     )
-
-
-def split_of(number: int) -> str:
-    """The split of the document with that number, counted from 0."""
-    return _SPLIT_AT.get(number % HELD_OUT_EVERY, CALIBRATION)
 
 
 def rows_by_split(settings: CalibrateSettings) -> dict[str, int]:
@@ -246,24 +233,13 @@ def end_token(tokenizer: Any) -> int:
     return next((int(t) for t in known if t is not None), 0)
 
 
-def frame_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer adds before and after a text, found by tokenizing one letter."""
-    framed, plain = (
-        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False)
-    )
-    at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), len(framed))
-    return framed[:at], framed[at + len(plain) :]
-
-
 def start_tokens(tokenizer: Any) -> I32:
     """The tokens at the start of a prompt: by the tokenizer's own rules, else its beginning-of-text token.
 
     [n] int32; n is 0 for a tokenizer with neither.
     """
-    own, _ = frame_tokens(tokenizer)
-    if not own and tokenizer.bos_token_id is not None:
-        own = [tokenizer.bos_token_id]
-    return as_tokens(own)
+    own = frame_of(tokenizer).start
+    return own if len(own) or tokenizer.bos_token_id is None else as_tokens([tokenizer.bos_token_id])
 
 
 # encoders ----------------------------------------------------------------------------------------
@@ -287,8 +263,12 @@ class Frame:
 
 
 def frame_of(tokenizer: Any) -> Frame:
-    """The frame of a tokenizer, by its own rules."""
-    start, end = map(as_tokens, frame_tokens(tokenizer))
+    """The frame of a tokenizer: the special tokens that it adds before and after one letter."""
+    framed, plain = (
+        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False)
+    )
+    at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), len(framed))
+    start, end = as_tokens(framed[:at]), as_tokens(framed[at + len(plain) :])
     return Frame(start, end, int(tokenizer.pad_token_id or 0), tokenizer.padding_side == "left")
 
 
@@ -326,25 +306,24 @@ def read_passages(
                 task.advance(need - split.need)
             if split.need <= 0 and len(held) >= settings.heldout_samples:
                 break
-    want = settings.samples * inner
-    have = want - split.need
-    if not split.rows or not held:
+    rows, _ = split.rows()
+    if not len(rows) or not held:
         raise InputError(
-            f"The calibration text gives {have:,} calibration tokens and {len(held)} held-out documents, less than "
-            f"one row of {length} and one document: give more text (every {HELD_OUT_EVERY}th document is held out) "
-            "or lower --seq-len."
+            f"The calibration text gives {split.size:,} calibration tokens and {len(held)} held-out documents, less "
+            f"than one row of {length} and one document: give more text (every {HELD_OUT_EVERY}th document is held "
+            "out) or lower --seq-len."
         )
-    if have < want or len(held) < settings.heldout_samples:
+    if split.need > 0 or len(held) < settings.heldout_samples:
         listener.note(
-            f"The text gives {have:,} calibration tokens of {want:,} and {len(held)} held-out documents of "
-            f"{settings.heldout_samples} asked for; all are used."
+            f"The text gives {split.size:,} calibration tokens of {settings.samples * inner:,} and {len(held)} "
+            f"held-out documents of {settings.heldout_samples} asked for; all are used."
         )
     heldout = np.full((len(held), max(map(len, held))), frame.pad, dtype=np.int32)
     document = np.full_like(heldout, PADDING)
     for i, row in enumerate(held):
         heldout[i, : len(row)], document[i, : len(row)] = row, i
     none = np.zeros((0, length), dtype=np.int32)  # an encoder predicts no tokens: there is no selection text
-    framed = np.stack([frame.around(row) for row in split.rows])
+    framed = np.stack([frame.around(row) for row in rows])
     return CalibrationText(framed, none, none, heldout, document, frame.start)
 
 

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
+
+import torch
 
 from nbl_export.batch.names import PIXELS
 from nbl_export.errors import InputError, first_line
@@ -28,9 +30,6 @@ from nbl_export.models.layers import (
     vocabulary,
 )
 from nbl_export.models.running import quiet
-
-if TYPE_CHECKING:
-    import torch
 
 # Bytes of the logits of one row, and of the scores of one attention layer.
 _BYTES = 1 << 30
@@ -60,20 +59,9 @@ class Length:
         return f"{self.key} {self.tokens:,}"
 
 
-@dataclass(frozen=True)
-class _Row:
-    keys: tuple[str, ...]
-    kind: str | None = None
-    needs: Mapping[str, Sequence[Any]] | None = None
-    batch: bool = False
-
-
 @cache
-def _table() -> tuple[Mapping[str, list[str]], tuple[_Row, ...]]:
-    """The net that catches names, and the rows."""
-    table = read_table(Path(__file__).parent / "lengths.toml")
-    net = table.pop("net")
-    return net, tuple(_Row(**{**row, "keys": tuple(row["keys"])}) for row in table.values())
+def _table(name: str) -> dict[str, Any]:
+    return read_table(Path(__file__).parent / name)
 
 
 def lengths(model: torch.nn.Module) -> tuple[Length, ...]:
@@ -88,16 +76,17 @@ def lengths(model: torch.nn.Module) -> tuple[Length, ...]:
     kinds = {layer.index: layer.kind for layer in structure(model).layers}
     found: dict[tuple[int, str], Length] = {}
     for key, value in entries:
-        row = _row(key, entries)
-        if row is None:
+        if (row := _row(key, entries)) is None:
             continue
-        layers = tuple(i for i, kind in kinds.items() if kind == row.kind) if row.kind else ()
+        kind = row.get("kind")
+        layers = tuple(i for i, found_kind in kinds.items() if found_kind == kind) if kind else ()
         # Without a layer of its kind a key is idle, unless nothing says which kinds there are.
-        if row.kind and not layers and (len(set(kinds.values())) > 1 or getattr(text, "layer_types", None)):
+        if kind and not layers and (len(set(kinds.values())) > 1 or getattr(text, "layer_types", None)):
             continue
         for tokens in {value} if isinstance(value, int) else set(value):
             if 1 < tokens < _LARGEST:
-                found.setdefault((tokens, key), Length(key, tokens, layers or every, row.batch))
+                length = Length(key, tokens, layers or every, row.get("batch", False))
+                found.setdefault((tokens, key), length)
     return tuple(sorted(found.values(), key=lambda length: (length.tokens, length.key)))
 
 
@@ -119,23 +108,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _row(key: str, entries: Sequence[tuple[str, Any]]) -> _Row | None:
+def _row(key: str, entries: Sequence[tuple[str, Any]]) -> Mapping[str, Any] | None:
     """The row that makes ``key`` a length in the configuration of these ``entries``."""
     if not all(_is_number(one) or isinstance(one, tuple) for name, one in entries if name == key):
         return None
-    rows = [row for row in _table()[1] if key in row.keys]
+    net, *every = _table("lengths.toml").values()
+    rows = [row for row in every if key in row["keys"]]
     for row in rows:
-        needs = row.needs or {}
-        if not needs or any(
-            one in needs.get(name, ()) or "*" in needs.get(name, ()) for name, one in entries
-        ):
-            return row
-    return _Row((key,)) if not rows and _caught(key) else None
-
-
-def _caught(key: str) -> bool:
-    net, name = _table()[0], key.lower()
-    return any(w in name for w in net["words"]) and not any(w in name for w in net["but"])
+        needs = row.get("needs", {})
+        if not needs or any({one, "*"} & {*needs.get(name, ())} for name, one in entries):
+            return row  # type: ignore[no-any-return]
+    name = key.lower()
+    caught = any(word in name for word in net["words"]) and not any(word in name for word in net["but"])
+    return {} if caught and not rows else None
 
 
 # what crosses them -------------------------------------------------------------------------------
@@ -156,8 +141,7 @@ class Crossed:
     reached: bool = True
 
 
-@dataclass(frozen=True)
-class Room:
+class Room(NamedTuple):
     """How long all texts together may be that cross lengths: ``least`` tokens, or what makes ``work`` with the weights.
 
     ``work`` is weights times tokens of one pass.
@@ -165,11 +149,6 @@ class Room:
 
     work: float
     least: int = 0
-
-    def tokens(self, model: torch.nn.Module, passes: int) -> int:
-        """Tokens of which each is computed ``passes`` times."""
-        weights = sum(p.numel() for p in model.parameters())
-        return max(self.least, int(self.work / weights / passes))
 
 
 # Of parity: some seconds a pass; as many tokens as every model is run on are always there.
@@ -189,30 +168,29 @@ def crossed_by(
     found: list[Crossed] = []
     if not (known := lengths(model)):
         return ()
-    limit, left, asked = positions(model), room.tokens(model, passes), set[int]()
+    limit, asked = positions(model) or _LARGEST, set[int]()
+    left = max(room.least, int(room.work / sum(p.numel() for p in model.parameters()) / passes))
     width = hidden_size(model) if language_head(model) is None else vocabulary(model)
     heads = int(getattr(text_config(model), "num_attention_heads", None) or 1)
     for length in known:
         tokens = length.tokens
-        if limit is not None and tokens >= limit:
-            found.append(Crossed(length, why=f"the model has {limit:,} positions", reached=False))
-            continue
         # A prompt longer than the length unless there is one, and one that the steps carry across it.
-        beyond = tokens + BEYOND if limit is None else min(tokens + BEYOND, limit - steps)
-        before = max(1, tokens - steps // 2)
-        if beyond <= tokens or (limit is not None and before + steps > limit):
-            few = f"of the model's {limit:,} positions too few are left beyond it for {steps} decode steps"
-            found.append(Crossed(length, why=few))
-            continue
+        beyond, before = min(tokens + BEYOND, limit - steps), max(1, tokens - steps // 2)
         prompts = (*(() if any(p > tokens + 1 for p in given) else (beyond,)), *((before,) if steps else ()))
         cost = sum(p + steps for p in prompts if p not in asked)
         row = max((*prompts, tokens)) + steps
-        if cost > left or row * width * 4 > _BYTES or row**2 * heads * 4 > _BYTES:
-            found.append(Crossed(length, why="a text of that length takes too long or too much memory"))
-            continue
-        left -= cost
-        asked |= set(prompts)
-        found.append(Crossed(length, prompts))
+        if tokens >= limit:
+            one = Crossed(length, why=f"the model has {limit:,} positions", reached=False)
+        elif beyond <= tokens or before + steps > limit:
+            few = f"of the model's {limit:,} positions too few are left beyond it for {steps} decode steps"
+            one = Crossed(length, why=few)
+        elif cost > left or row * width * 4 > _BYTES or row**2 * heads * 4 > _BYTES:
+            one = Crossed(length, why="a text of that length takes too long or too much memory")
+        else:
+            one = Crossed(length, prompts)
+            left -= cost
+            asked |= set(prompts)
+        found.append(one)
     return tuple(found)
 
 
@@ -242,8 +220,8 @@ def small_copy(model: torch.nn.Module, lengths: Sequence[Length], seed: int = 0)
     text = text_config(model)
     original: dict[str, Any] = text.to_dict()
     failures: list[Exception] = []
-    sizes, experts = _small()["sizes"], _small()["experts"]
-    for attempt in ({**sizes, **experts}, sizes, {}):
+    small = _table("small.toml")
+    for attempt in ({**small["sizes"], **small["experts"]}, small["sizes"], {}):
         raw = _changed(original, changes, layer_count(model), chosen, attempt)
         try:
             return _built(getattr(model, "of_config", None) or type(model), type(text), raw, seed)
@@ -255,8 +233,6 @@ def small_copy(model: torch.nn.Module, lengths: Sequence[Length], seed: int = 0)
 
 def _built(kind: Any, config: Any, raw: Mapping[str, Any], seed: int) -> torch.nn.Module:
     """Each module matters, and none overflows: matrices have gain 1.5, and biases are not all zero."""
-    import torch
-
     with quiet():
         with torch.device("meta"):
             size = sum(p.numel() for p in kind(config.from_dict(dict(raw))).parameters())
@@ -322,7 +298,7 @@ def _changed(
             kept = [value[i] for i in chosen] if _by_layer(value, count) else list(value)
             return [one(key, v) for v in kept]
         if isinstance(value, int) and not isinstance(value, bool):
-            if key in _small()["layers"]["keys"] and value == count:
+            if key in _table("small.toml")["layers"]["keys"] and value == count:
                 return len(chosen)
             most = sizes.get(key, value)
             return changes.get((key, value), min(value, most) if value > 0 else value)
@@ -332,8 +308,3 @@ def _changed(
     if sizes:
         made |= {k: min(v, 1) for k, v in made.items() if str(k).endswith("_token_id") and isinstance(v, int)}
     return made
-
-
-@cache
-def _small() -> dict[str, Any]:
-    return read_table(Path(__file__).parent / "small.toml")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -50,14 +50,6 @@ _PLAIN |= {"output_attentions", "output_hidden_states", "position_embeddings"}
 _HANDLED = {"inputs_embeds", "position_ids", "attention_mask", PER_LAYER, PLACES, LATER}
 
 
-@dataclass(frozen=True)
-class Seen:
-    """A text: its tokens ``ids`` [n], and what is known of those of its images, in their order."""
-
-    ids: I32
-    media: MediaTokens
-
-
 class Towers:
     """The processor and the towers of the multimodal model ``source``.
 
@@ -78,8 +70,8 @@ class Towers:
         self._seen = self._blocks = 0
 
     @torch.inference_mode()
-    def read(self, text: str, images: Sequence[Any], where: str) -> Seen:
-        """The tokens of ``text``, which begins at ``where``, with ``images`` (of PIL).
+    def read(self, text: str, images: Sequence[Any], where: str) -> tuple[I32, MediaTokens]:
+        """The tokens [n] of ``text``, which begins at ``where``, with ``images`` (of PIL), and what is known of theirs.
 
         The numbers of tokens go on from one text to the next. Raises :class:`InputError` if the processor or the model
         does not take them, or if the language model is given something that cannot be derived of its tokens.
@@ -133,7 +125,7 @@ class Towers:
         found["inputs_embeds"] = found.pop(name, None)
         return found
 
-    def _checked(self, ids: torch.Tensor, given: dict[str, Any], where: str) -> Seen:
+    def _checked(self, ids: torch.Tensor, given: dict[str, Any], where: str) -> tuple[I32, MediaTokens]:
         """The tokens of ``ids`` [1, n], if the language model is ``given`` what is derived of them."""
         embedded = given["inputs_embeds"]
         more = sorted(n for n, value in given.items() if value is not None and n not in _PLAIN | _HANDLED)
@@ -144,7 +136,11 @@ class Towers:
                 f"calibration on them is not supported, {_TEXT_INSTEAD}."
             )
         kinds = ids[0]
-        there = self._places(kinds, embedded[0])
+        # Placeholders, and what marks their ends, if it is embedded by a tower, as in Gemma 3n.
+        held = torch.isin(kinds, torch.tensor(list(self._tokens.values())))
+        table: torch.Tensor = self._model.get_input_embeddings()(torch.where(held, 0, kinds))
+        beside = torch.nn.functional.pad(held, (1, 0))[:-1] | torch.nn.functional.pad(held, (0, 1))[1:]
+        there = held | (beside & (table != embedded[0]).any(-1))
         begins = there & (kinds != torch.nn.functional.pad(kinds, (1, 0), value=-1)[:-1])
         block = torch.where(
             kinds == self._tokens.get("image", -1), self._blocks + begins.cumsum(0) - 1, NO_BLOCK
@@ -169,15 +165,7 @@ class Towers:
         moved = torch.where(there, marked + self._seen, marked)
         self._seen += len(media)
         self._blocks += int(begins.sum())
-        return Seen(moved.numpy().astype(np.int32), media)
-
-    def _places(self, ids: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
-        """Which of ``ids`` [n] are media tokens: placeholders, and what marks their ends, if it is ``embedded`` [n, d]
-        by a tower, as in Gemma 3n."""
-        held = torch.isin(ids, torch.tensor(list(self._tokens.values())))
-        table: torch.Tensor = self._model.get_input_embeddings()(torch.where(held, 0, ids))
-        beside = torch.nn.functional.pad(held, (1, 0))[:-1] | torch.nn.functional.pad(held, (0, 1))[1:]
-        return held | (beside & (table != embedded).any(-1))
+        return moved.numpy().astype(np.int32), media
 
     def _stand_ins(self, ids: torch.Tensor, there: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         """The tokens whose embeddings of each layer the media tokens of ``ids`` [n] have; their own, if there are none.
@@ -197,13 +185,16 @@ class Towers:
     def _check_derived(
         self, media: MediaTokens, ids: torch.Tensor, given: dict[str, Any], where: str
     ) -> None:
-        embedded, positions = given["inputs_embeds"], given.get("position_ids")
-        beside = media.beside(ids, language_model(self._model))
-        rows, expected = (
-            (positions if positions is None or positions.ndim == 3 else positions[None]),
+        embedded, positions, expected = (
+            given["inputs_embeds"],
+            given.get("position_ids"),
             media.positions(ids),
         )
-        made = masks(media, ids, self._model.config.get_text_config(), embedded)
+        beside = media.beside(ids, language_model(self._model))
+        rows = positions[None] if positions is not None and positions.ndim == 2 else positions
+        own = _allowed(given.get("attention_mask"))
+        made = _allowed(masks(media, ids, self._model.config.get_text_config(), embedded))
+        causal = torch.ones(1, 1, *2 * ids.shape[1:], dtype=torch.bool).tril()
         derived = {
             "other embeddings of the text": torch.equal(media.embeddings(ids, self._model), embedded),
             **{
@@ -212,10 +203,14 @@ class Towers:
             },
             "positions that do not go on after an image": rows is None
             or torch.equal(rows[-expected.shape[0] :], expected),
-            "a mask of another kind": _as_derived(given.get("attention_mask"), made),
+            # A model that is given none makes it itself; none for a kind of layers is a causal one.
+            "a mask of another kind": own == {"": None}
+            or (
+                own.keys() == made.keys()
+                and all(torch.equal(mask, causal if own[k] is None else own[k]) for k, mask in made.items())
+            ),
         }
-        wrong = [what for what, same in derived.items() if not same]
-        if wrong:
+        if wrong := [what for what, same in derived.items() if not same]:
             raise InputError(
                 f"{where}: {self._name} hands its language model {wrong[0]}: calibration on its images is "
                 f"not supported, {_TEXT_INSTEAD}."
@@ -239,9 +234,8 @@ def _offsets(
     if positions is None or positions.ndim == 2:
         return torch.zeros(count, 1), torch.ones(count)
     rows = positions[-3:, 0]
-    starts = torch.nonzero(begins)[:, 0].tolist()
     offsets, steps = torch.zeros(len(there), 3), torch.zeros(len(there))
-    for start in starts:
+    for start in torch.nonzero(begins)[:, 0].tolist():
         stop = next((i for i in range(start + 1, len(there)) if not there[i] or begins[i]), len(there))
         first = int(rows[:, start - 1].max()) + 1 if start else 0
         inside = rows[:, start:stop] - first
@@ -255,39 +249,18 @@ def _equal(made: torch.Tensor | None, found: torch.Tensor | None) -> bool:
     return made is found if made is None or found is None else torch.equal(made, found)
 
 
-def _allowed(mask: torch.Tensor) -> torch.Tensor:
-    return mask if mask.dtype == torch.bool else mask == 0
+def _allowed(mask: Any) -> dict[str, torch.Tensor | None]:
+    """What a ``mask`` lets each kind of layer attend to; None where it leaves that to the model."""
+    return {
+        kind: None if one is None or one.ndim == 2 else one if one.dtype == torch.bool else one == 0
+        for kind, one in (mask if isinstance(mask, dict) else {"": mask}).items()
+    }
 
 
 def _both_ways(mask: Any) -> int:
     """In which layers a token may attend to a later one, as in :class:`MediaTokens`."""
-    found = mask if isinstance(mask, dict) else {"": mask}
-    ahead = {
-        kind: m is not None and m.ndim == 4 and bool(_allowed(m).triu(1).any()) for kind, m in found.items()
-    }
-    if not any(ahead.values()):
-        return 0
-    return WITHIN_WINDOWS if not all(ahead.values()) else 1
-
-
-def _as_derived(found: Any, made: Any) -> bool:
-    """Whether the mask ``found``, or that of each kind of layer, allows what ``made`` does.
-
-    A model that is given none of four dimensions makes it itself, of what it is to hide; None is a causal one.
-    """
-    if isinstance(found, dict):
-        return (
-            isinstance(made, dict)
-            and found.keys() == made.keys()
-            and all(torch.equal(_allowed(made[kind]), _or_causal(found[kind], made[kind])) for kind in made)
-        )
-    if found is None or found.ndim == 2:
-        return found is None or bool(found.all())
-    return not isinstance(made, dict) and torch.equal(_allowed(made), _allowed(found))
-
-
-def _or_causal(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return torch.ones_like(like, dtype=torch.bool).tril() if mask is None else _allowed(mask)
+    ahead = [m is not None and bool(m.triu(1).any()) for m in _allowed(mask).values()]
+    return (1 if all(ahead) else WITHIN_WINDOWS) if any(ahead) else 0
 
 
 def load_processor(source: ModelSource) -> Any:

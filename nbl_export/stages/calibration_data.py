@@ -89,10 +89,8 @@ class CalibrationLoader:
 
             if not towers:
                 towers.append(Towers(model.source))
-            seen = towers[0].read(
-                document.text, [open_image(file) for file in document.images], document.where
-            )
-            return seen.ids, seen.media
+            images = [open_image(file) for file in document.images]
+            return towers[0].read(document.text, images, document.where)
 
         found = documents(settings.sources, settings.field, document_of if model.source.wrapper else field_of)
         return _known(model, pack(found, model.tokenizer, settings, listener, see))

@@ -177,10 +177,10 @@ def test_no_image_is_cut_and_its_tokens_are_of_no_document(tmp_path: Path, token
         assert ((getattr(text, f"{kind}_document") == -1) == are_media(getattr(text, kind))).all()
     owners = [set(np.unique(o[o >= 0]) % 8) for o in (text.selection_document, text.heldout_document)]
     assert owners == [{3}, {7}]
-    (said,) = [note for note in notes if note.startswith("Images: ")]
+    (said,) = [note for note in notes if note.startswith("Images are ")]
     for name, rows in splits.items():
         tokens = int(are_media(rows).sum())
-        assert tokens and f"{name} {tokens // 5} ({tokens} of {rows.size} tokens)" in said
+        assert tokens and f"{tokens} of {rows.size} {name} tokens" in said
     assert words(text.calibration).max() < 260
     save_text(tmp_path / "text.safetensors", text)
     again = load_text(tmp_path / "text.safetensors")

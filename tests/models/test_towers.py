@@ -140,8 +140,8 @@ def test_moments_are_those_of_the_whole_model(
     folder = folder_of(name)
     towers_of = Towers(find_model(str(folder)))
     seen = [towers_of.read(*document, "here") for document in texts(base(name))]
-    media = joined([one.media for one in seen])
-    row = np.concatenate([np.append(one.ids, END) for one in seen]).astype(np.int32)
+    media = joined([known for _, known in seen])
+    row = np.concatenate([np.append(ids, END) for ids, _ in seen]).astype(np.int32)
     assert np.array_equal(row[are_media(row)], FIRST + np.arange(len(media)))
     model = load(folder)
     with seeing(model, media):
