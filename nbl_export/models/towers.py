@@ -207,7 +207,7 @@ class Towers:
             "a mask of another kind": own == {"": None}
             or (
                 own.keys() == made.keys()
-                and all(torch.equal(mask, causal if own[k] is None else own[k]) for k, mask in made.items())
+                and all(_equal(mask, causal if own[k] is None else own[k]) for k, mask in made.items())
             ),
         }
         if wrong := [what for what, same in derived.items() if not same]:
@@ -252,7 +252,11 @@ def _equal(made: torch.Tensor | None, found: torch.Tensor | None) -> bool:
 def _allowed(mask: Any) -> dict[str, torch.Tensor | None]:
     """What a ``mask`` lets each kind of layer attend to; None where it leaves that to the model."""
     return {
-        kind: None if one is None or one.ndim == 2 else one if one.dtype == torch.bool else one == 0
+        kind: None
+        if one is None or (one.ndim == 2 and one.all())
+        else one
+        if one.dtype == torch.bool
+        else one == 0
         for kind, one in (mask if isinstance(mask, dict) else {"": mask}).items()
     }
 

@@ -84,7 +84,7 @@ class CalibrationLoader:
             return _known(model, text)
         towers: list[Any] = []
 
-        def see(document: Document) -> tuple[NDArray[Any], Any]:
+        def see(document: Document) -> Any:
             from nbl_export.models.towers import Towers
 
             if not towers:
