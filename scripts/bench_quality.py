@@ -1,6 +1,6 @@
 """Method loss by criterion, fit and K: the loss of each way to choose and fit layers on held-out text.
 
-    python scripts/bench_quality.py MODEL CALIBRATION --judge NAME=TEXT … [--tasks FOLDER] [--out DIR]
+    python scripts/bench_quality.py MODEL CALIBRATION --judge NAME=TEXT … [--out DIR]
 
 Calibrates once on CALIBRATION. Then for each way and K it selects like `nbl-export select` and measures on every
 --judge text (its first --tokens tokens, packed in rows of 512)
@@ -8,8 +8,6 @@ Calibrates once on CALIBRATION. Then for each way and K it selects like `nbl-exp
 excess    ln(perplexity linearized / perplexity original), ± its standard error over documents
 ÷ paper   that excess divided by that of the paper's method (CCA ranking, plain LMMSE) with the same K and text
 KL        of the next token, original to linearized, in nats
-
-and, with --tasks, the mean accuracy over a folder's tasks (--limit rows of each, sampled by a seed), with PyTorch.
 
 The --judge texts are used for evaluation only: layers are chosen on a split of CALIBRATION. Seconds are those of the
 selection, including repair; measurements of earlier cells are reused. Results are saved in DIR/quality.json and
@@ -22,32 +20,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from nbl_export import api
 from nbl_export.calibrate.documents import documents
 from nbl_export.calibrate.text import end_token
-from nbl_export.evaluate.harness import DecoderLM
-from nbl_export.evaluate.scoring import Limits
-from nbl_export.evaluate.tasks import find_tasks, run_task
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
-from nbl_export.linearize.plan import Plan
-from nbl_export.linearize.swap import linearized
-from nbl_export.models.layers import positions
 from nbl_export.models.load import LoadedModel, load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
 from nbl_export.report.schema import environment
-from nbl_export.runtime.torch import torch_stream
 
 SEQ_LEN = 512
 PAPER = "cca, lmmse"
@@ -83,32 +71,14 @@ def packed(tokenizer: Any, text: str, tokens: int) -> tuple[Any, Any]:
     return tuple(np.array(a[:length], dtype=np.int32).reshape(-1, SEQ_LEN) for a in (ids, owners))  # type: ignore[return-value]
 
 
-def task_accuracy(
-    model: torch.nn.Module, tokenizer: Any, plan: Plan | None, folder: str, limit: int
-) -> dict[str, float]:
-    """The mean over the tasks of their scored metric, and its standard error over documents."""
-    settings = api.EvalSettings(limit=limit)
-    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    means, variances = [], []
-    for task in find_tasks((folder,), settings):
-        stream = torch_stream(model, plan.linear_attention if plan else ())
-        lm = DecoderLM(stream, tokenizer, Limits(positions(model) or 2048, vocabulary), Silent())
-        with linearized(model, plan) if plan else nullcontext():
-            outcome = run_task(lm, task, settings)
-        if outcome.scored:
-            scores = np.array(outcome.scores[outcome.scored])
-            means.append(scores.mean())
-            variances.append(scores.var(ddof=1) / len(scores))
-    return {"accuracy": float(np.mean(means)), "accuracy_se": math.sqrt(sum(variances)) / len(means)}
-
-
 def table(results: Mapping[str, Any], judges: list[str]) -> str:
     """The results as Markdown."""
     columns = ["way", "K", *(f"{j} {c}" for j in judges for c in ("excess", "÷ paper", "KL"))]
-    columns += ["tasks", "seconds", "layers"]
+    columns += ["seconds", "layers"]
     lines = [columns, ["---"] * len(columns)]
-    done = [key.split("|") for key in results if "|" in key]
-    for way, k in sorted(done, key=lambda at: (list(WAYS).index(at[0]), int(at[1]))):
+    for way, k in sorted(
+        (key.split("|") for key in results), key=lambda at: (list(WAYS).index(at[0]), int(at[1]))
+    ):
         cell = results[f"{way}|{k}"]
         line = [way, k]
         for judge in judges:
@@ -119,8 +89,6 @@ def table(results: Mapping[str, Any], judges: list[str]) -> str:
                 f"{loss['excess'] / paper['excess']:.2f}" if paper else "–",
                 f"{loss['kl']:.4f} ± {loss['kl_se']:.4f}",
             ]
-        accuracy = cell.get("accuracy")
-        line.append(f"{accuracy:.1%} ± {cell['accuracy_se']:.1%}" if accuracy is not None else "–")
         line += [f"{cell['seconds']:.0f}", " ".join(map(str, cell["layers"]))]
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -141,8 +109,6 @@ def main() -> None:
     parser.add_argument(
         "--heldout-samples", type=int, default=1, help="rows that the folder keeps for verify"
     )
-    parser.add_argument("--tasks", help="a folder of .jsonl tasks")
-    parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("out/bench-quality"))
     arguments = parser.parse_args()
     text = api.CalibrateSettings(
@@ -163,33 +129,25 @@ def main() -> None:
         name: LossMeter(model, *packed(tokenizer, text, arguments.tokens), "normed")
         for name, text in judges.items()
     }
-    machine = environment()
-    where = (
-        f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB; torch "
-        f"{machine.packages['torch']}."
-    )
-    caption = (
-        f"{Path(arguments.model).name}, calibrated on {', '.join(Path(t).name for t in arguments.calibration)}, "
-        f"{arguments.samples} rows at most; {arguments.tokens} tokens of each text; {dtype_of(model)}. "
-    )
-    if arguments.tasks and "original" not in results:
-        results["original"] = task_accuracy(model, tokenizer, None, arguments.tasks, arguments.limit)
     for way, k in itertools.product(arguments.ways or WAYS, arguments.k):
-        cell = results.setdefault(f"{way}|{k}", {})
-        if "losses" in cell and ("accuracy" in cell or not arguments.tasks):
+        if f"{way}|{k}" in results:
             continue
         start = time.perf_counter()
         plan = api.select(arguments.out, api.SelectSettings(k=k, **WAYS[way]))
-        if "losses" not in cell:
-            cell |= {"seconds": time.perf_counter() - start, "layers": list(plan.chosen)}
-            cell["losses"] = {name: loss_of_plan(meter, plan).as_json() for name, meter in meters.items()}
-        if arguments.tasks:
-            cell |= task_accuracy(model, tokenizer, plan, arguments.tasks, arguments.limit)
+        results[f"{way}|{k}"] = {
+            "seconds": time.perf_counter() - start,
+            "layers": list(plan.chosen),
+            "losses": {name: loss_of_plan(meter, plan).as_json() for name, meter in meters.items()},
+        }
         path.write_text(json.dumps(results, indent=1))
-        print(f"{way}, K = {k}: {cell}", flush=True)
-    if original := results.get("original"):
-        caption += f"Tasks, original: {original['accuracy']:.1%} ± {original['accuracy_se']:.1%}. "
-    written = f"{table(results, list(judges))}\n\n{caption}{where}\n"
+        print(f"{way}, K = {k}: {results[f'{way}|{k}']}", flush=True)
+    machine = environment()
+    written = (
+        f"{table(results, list(judges))}\n\n{Path(arguments.model).name}, calibrated on "
+        f"{', '.join(Path(t).name for t in arguments.calibration)}, {arguments.samples} rows at most; "
+        f"{arguments.tokens} tokens of each text; {dtype_of(model)}. {machine.processor}, {machine.cores} cores, "
+        f"{machine.memory_gib} GiB; torch {machine.packages['torch']}.\n"
+    )
     (arguments.out / "quality.md").write_text(written, encoding="utf-8")
     print(written)
 

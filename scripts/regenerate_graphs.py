@@ -18,30 +18,19 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PhiConfig, PhiForCausalLM
 
-from nbl_export.calibrate.probe import probe_model
-from nbl_export.errors import MissingDependencyError
-from nbl_export.export.forms import SHARED, STATIC
-from nbl_export.export.others import export_with, find_exporter
-from nbl_export.export.torch import export_torch
-from nbl_export.files import read_json, write_json
-from nbl_export.graph.io import load_graph
-from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.models.folder import CONFIG, TOKENIZER, readable_config, readable_tokenizer_config
-from nbl_export.progress import Silent
-from nbl_export.rewrite.replace import rewrite_file
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nbl_export.calibrate.probe import probe_model  # noqa: E402
+from nbl_export.graph.io import load_graph  # noqa: E402
+from nbl_export.linearize.plan import LinearLayer, Plan  # noqa: E402
+from nbl_export.rewrite.replace import rewrite_file  # noqa: E402
+from tests import exporters as made_by_tests  # noqa: E402
+from tests.tiny import save_tokenizer  # noqa: E402
 
 WIDTH, VOCAB = 64, 40  # a vocabulary as wide as a projection would be mistaken for one
 SIZES = {
@@ -68,40 +57,9 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _from_folder(model: Any, write: Callable[[Path, Path], object]) -> Callable[[Path], object]:
-    """An exporter that reads a folder: ``write`` it from the saved ``model``."""
-
-    def export(path: Path) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-            PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
-            write(_readable(Path(folder)), path.parent)
-
-    return export
-
-
-def _readable(folder: Path) -> Path:
-    """The folder with configurations that the older transformers in optimum's environment reads."""
-    for name, adapt in ((CONFIG, readable_config), (TOKENIZER, readable_tokenizer_config)):
-        write_json(folder / name, adapt(read_json(folder / name, "The configuration", "save it again")))
-    return folder
-
-
-def _exported_with(name: str, model: Any, precision: str) -> Callable[[Path], object]:
-    return _from_folder(
-        model, lambda folder, out: export_with(find_exporter(name), folder, out, precision, Silent())
-    )
-
-
-EXPORTERS: dict[str, Callable[[Any], Callable[[Path], object]]] = {
-    "torch": lambda model: lambda path: export_torch(model, path),
-    "torch-shared": lambda model: lambda path: export_torch(model, path, form=SHARED),
-    "torch-static": lambda model: lambda path: export_torch(model, path, form=STATIC),
-    "genai": lambda model: _exported_with("genai", model, "fp32"),
-    "genai-int4": lambda model: _exported_with("genai", model, "int4"),
-    "optimum": lambda model: _exported_with("optimum", model, "fp32"),
-}
+# As the tests have them, each from a model folder to a folder with a graph.
+EXPORTERS = {"torch": "ours-concat", "torch-shared": "ours-shared", "torch-static": "ours-static"}
+EXPORTERS |= {"genai": "genai-fp32", "genai-int4": "genai-int4", "optimum": "optimum"}
 # Every exporter with the first family, and the other families where their graphs differ.
 PAIRS = [
     *((exporter, "llama") for exporter in EXPORTERS),
@@ -116,20 +74,22 @@ PAIRS = [
 def write_graphs(folder: Path, pairs: Iterable[tuple[str, str]] = PAIRS) -> list[Path]:
     """Write before.txt and after.txt of every pair in ``folder``; returns the paths.
 
-    Raises :class:`MissingDependencyError` for an exporter that is not installed.
+    As a test it is skipped for an exporter that is not installed.
     """
     written = []
     for exporter, family in pairs:
         torch.manual_seed(0)
         model = MODELS[family]().eval().requires_grad_(False)
         for weight in model.parameters():
-            if (
-                weight.ndim == 1
-            ):  # the values of new norms and biases are all the same, unlike in a trained model
+            if weight.ndim == 1:  # those of new norms and biases are all the same, unlike in a trained model
                 weight.add_(0.1 * torch.randn_like(weight))
         with tempfile.TemporaryDirectory() as temporary:
             before, after = (Path(temporary) / stage / "model.onnx" for stage in ("before", "after"))
-            EXPORTERS[exporter](model)(before)
+            own = Path(temporary) / "model"
+            model.save_pretrained(own)
+            save_tokenizer(own)
+            before.parent.mkdir()
+            made_by_tests.EXPORTERS[EXPORTERS[exporter]](own, before.parent)
             rewrite_file(before, _plan(model), after)
             for stage, path in (("before", before), ("after", after)):
                 target = folder / f"{exporter}-{family}" / f"{stage}.txt"
@@ -201,9 +161,9 @@ def graph_text(model: ir.Model) -> str:
 
 
 if __name__ == "__main__":
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent / "graphs"
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "graphs"
     for pair in PAIRS:
         try:
             print(*write_graphs(root, [pair]), sep="\n")
-        except MissingDependencyError as error:
+        except pytest.skip.Exception as error:
             print(f"{'-'.join(pair)} is not changed: {error}", file=sys.stderr)
