@@ -37,7 +37,7 @@ from nbl_export.runtime.torch import torch_stream  # noqa: E402
 from nbl_export.settings import VerifySettings  # noqa: E402
 from nbl_export.verify.case import PROMPTS, DecoderCase  # noqa: E402
 from nbl_export.verify.measure import unlike  # noqa: E402
-from nbl_export.verify.parity.compare import log_softmax  # noqa: E402
+from nbl_export.verify.parity.compare import Text, log_softmax  # noqa: E402
 from nbl_export.verify.parity.unmodified import differences  # noqa: E402
 from nbl_export.workspace import Workspace  # noqa: E402
 from tests import mutations  # noqa: E402
@@ -77,6 +77,7 @@ class Table:
         text = load_text(Workspace.open(out).text)
         self.case = DecoderCase(model, self.plan, self.baseline, self.right, SETTINGS, Silent(), text)
         self.rows = self.case.rows(PROMPTS)
+        self.text = Text(self.rows, SETTINGS.decode_steps)
         self.logits = self._logits(ort_stream(self.right, 80))
         with linearized(model, self.plan):
             self.noise = self._kl(self._logits(torch_stream(model, self.plan.linear_attention)), self.logits)
@@ -111,7 +112,7 @@ class Table:
     def _failures(self, path: Path) -> list[str]:
         case = replace(self.case, rewritten=path)
         return differences(
-            self.baseline, path, self.plan, self.tensors, lambda other: unlike(case, other, self.rows)
+            self.baseline, path, self.plan, self.tensors, lambda other: unlike(case, other, self.text)
         )
 
     def _logits(self, stream: Stream) -> Any:

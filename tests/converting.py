@@ -15,10 +15,10 @@ from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import hidden_size, layer_count
 from nbl_export.packages import part
 from nbl_export.stages.forms import FORMS
-from nbl_export.verify.parity.compare import compare, record
+from nbl_export.verify.parity.compare import Text, compare
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.pytorch import record_pytorch
-from tests.fixtures_graph import ragged_rows
+from tests.fixtures_graph import ragged_rows, recorded
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def assert_as_in_pytorch(open_stream: Callable[[], Any], model: Any, plan: Plan)
 def stream_parity(stream: Any, model: Any, plan: Plan | None, steps: int = 4) -> Parity:
     rows = ragged_rows([40, 9, 23], model.config.vocab_size)
     return compare(
-        record_pytorch(model, plan, rows, steps), record(stream, rows, steps), gates_for("float32")
+        record_pytorch(model, plan, Text(rows, steps)), recorded(stream, rows, steps), gates_for("float32")
     )
 
 

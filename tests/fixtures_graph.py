@@ -33,7 +33,7 @@ from nbl_export.runtime.intermediates import compute_tensors, prefill_rows, unba
 from nbl_export.runtime.stream import Stream
 from nbl_export.settings.choices import FitInput
 from nbl_export.stage_record import STAGES
-from nbl_export.verify.parity.compare import compare, record
+from nbl_export.verify.parity.compare import Recorded, Text, compare, record, stepped
 from nbl_export.verify.parity.figures import Gates, Parity
 from nbl_export.workspace import Workspace
 
@@ -238,9 +238,14 @@ def compare_streams(
     reference: Stream, candidate: Stream, rows: Any, steps: int, gates: Gates, alone: Any = ()
 ) -> Parity:
     """The figures of ``candidate`` against ``reference``, run one after the other."""
-    return compare(
-        record(reference, rows, steps, alone=alone), record(candidate, rows, steps, alone=alone), gates
-    )
+    ours, theirs = (recorded(stream, rows, steps, alone) for stream in (reference, candidate))
+    return compare(ours, theirs, gates)
+
+
+def recorded(stream: Stream, rows: Any, steps: int, alone: Any = ()) -> Recorded:
+    """What ``stream`` gives for ``rows``, the last ``steps`` tokens decoded, and for those ``alone``."""
+    text = Text(rows, steps, alone)
+    return record(stepped(stream, text), stream.kv_layers, text)
 
 
 def intermediate_tensors(path: Path, names: Sequence[str], inputs: Any) -> dict[str, np.ndarray]:

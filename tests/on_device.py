@@ -153,7 +153,7 @@ def test_the_first_layer_that_differs_is_found(
     finished: tuple[Path, api.Report], device: torch.device, tiny_folder: Path
 ) -> None:
     ws = Workspace.open(finished[0])
-    assert first_divergence(on(device, tiny_folder), load_plan(ws.plan), ws.model).layer is None
+    assert first_divergence(on(device, tiny_folder), load_plan(ws.plan), ws.model) is None
 
 
 @pytest.mark.slow

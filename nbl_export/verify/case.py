@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import words
@@ -38,6 +39,7 @@ from nbl_export.models.tasks import Pooling, Task
 from nbl_export.progress import Listener
 from nbl_export.records import Check, Status
 from nbl_export.settings import VerifySettings
+from nbl_export.verify.parity.compare import Text
 from nbl_export.verify.parity.figures import (
     Crossing,
     DecoderParity,
@@ -47,9 +49,6 @@ from nbl_export.verify.parity.figures import (
     MethodLoss,
 )
 from nbl_export.verify.speed.values import Speed
-
-if TYPE_CHECKING:
-    import torch
 
 Rows = list[NDArray[np.int32]]
 
@@ -166,18 +165,27 @@ def fitting_prompts(positions: int | None, start: int, steps: int) -> list[int]:
     return scaled_prompts(longest)
 
 
-def parity_text(case: DecoderCase, cached: bool) -> tuple[Rows, Rows, tuple[Crossing, ...]]:
-    """The ragged rows of one batch, the rows that are batches of their own, and what these cross.
+def parity_text(case: DecoderCase, cached: bool) -> tuple[Text, tuple[Crossing, ...]]:
+    """The text that a graph is run on, and how it crosses the lengths of the model.
 
     Raises :class:`~nbl_export.errors.InputError` for more decode steps than the model has positions.
     """
+    prompts = fitting_prompts(positions(case.model), len(case.text.start), case.settings.decode_steps)
+    return text_of(case, prompts, cached)
+
+
+def text_of(
+    case: DecoderCase, prompts: Sequence[int], cached: bool = True, fits: Callable[[int], bool] = bool
+) -> tuple[Text, tuple[Crossing, ...]]:
+    """Ragged ``prompts``, and those that cross the model's lengths and ``fits``, each a batch of its own."""
     steps, start = case.settings.decode_steps, len(case.text.start)
-    prompts = fitting_prompts(positions(case.model), start, steps)
-    whole = [start + prompt for prompt in prompts]
-    crossed = crossed_by(case.model, steps, whole, 1 if cached else 1 + steps)
-    alone = crossing_prompts(crossed)
+    crossed = crossed_by(
+        case.model, steps, [start + prompt for prompt in prompts], 1 if cached else 1 + steps
+    )
+    alone = filter(fits, crossing_prompts(crossed))
     rows = case.rows([*prompts, *(max(1, prompt - start) for prompt in alone)])
-    return rows[: len(prompts)], rows[len(prompts) :], tuple(_said(one, case.copies) for one in crossed)
+    text = Text(rows[: len(prompts)], steps, rows[len(prompts) :], cached)
+    return text, tuple(_said(one, case.copies) for one in crossed)
 
 
 def crossing_batches(case: EncoderCase, ragged: Inputs) -> tuple[list[Inputs], tuple[Crossing, ...]]:
@@ -241,12 +249,15 @@ class Measurement:
     def check(self, name: str, status: Status, detail: str) -> None:
         self.checks.append(Check(name, status, detail))
 
-    def check_parity(self, failures: Sequence[str], within: str, lost: Callable[[], str | None]) -> None:
-        """Parity's verdict: ``within`` says what passed; ``lost`` finds where what failed is lost."""
+    def judge(self, name: str, failures: Sequence[str], within: str) -> None:
+        """The verdict called ``name``: its failures, or ``within`` which gates it passed."""
+        self.check(name, "failed" if failures else "passed", "; ".join(failures) or within)
+
+    def judge_parity(self, failures: Sequence[str], within: str, lost: Callable[[], str | None]) -> None:
+        """Parity's verdict; ``lost`` finds where what failed is lost."""
         if failures:
             self.divergence = lost()
-            failures = [*failures, *([self.divergence] if self.divergence else [])]
-        self.check("parity", "failed" if failures else "passed", "; ".join(failures) or within)
+        self.judge("parity", [*failures, *([self.divergence] if self.divergence else [])], within)
 
     @contextmanager
     def clock(self) -> Iterator[None]:

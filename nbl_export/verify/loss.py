@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F64
 from nbl_export.batch.rows import Inputs, batch_of_rows
-from nbl_export.blocks import layer_of
-from nbl_export.linearize.loss import compare, loss_over_documents, mean_over_documents, reference, row_logits
+from nbl_export.linearize.loss import compare, loss_over_documents, mean_over_documents, reference
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.selection import exp
 from nbl_export.linearize.swap import ORIGINAL, linearized, sweep, version_of
 from nbl_export.models.media_tokens import written
-from nbl_export.models.walk import first_needed, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, streams
 from nbl_export.progress import Listener, Silent
 from nbl_export.records import Check
@@ -31,9 +29,6 @@ from nbl_export.runtime.torch import TorchEncoder
 from nbl_export.settings import LossBound
 from nbl_export.verify.parity.compare import log_softmax, vectors
 from nbl_export.verify.parity.figures import LOGITS, Likeness, Measure, MethodLoss
-
-if TYPE_CHECKING:
-    import torch
 
 
 def measure_method_loss(
@@ -44,8 +39,6 @@ def measure_method_loss(
     listener: Listener | None = None,
 ) -> MethodLoss:
     """The method loss of ``plan`` on ``heldout`` [rows, seq_len], whose tokens belong to ``document``."""
-    import torch
-
     rows = [torch.from_numpy(row.astype(np.int64)).to(device_of(model)) for row in heldout]
     found: list[tuple[F64, F64, F64]] = []
     with (
@@ -78,19 +71,13 @@ def _both(
     model: torch.nn.Module, plan: Plan, rows: Sequence[torch.Tensor], listener: Listener | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Logits [seq, vocab] of each row by ``model``, and by ``plan``."""
-    if streams(model):
-        both = [ORIGINAL, version_of(model, plan)]
-        found = sweep(model, rows, both, plan.fit_input, listener=listener)
+    both = [ORIGINAL, version_of(model, plan)]
+    # Weights that are read are read once for all rows; where they stay, the states of one row are enough.
+    at_once, told = (len(rows), listener) if streams(model) else (1, None)
+    for at in range(0, len(rows), at_once):
+        found = sweep(model, rows[at : at + at_once], both, plan.fit_input, listener=told)
         for (_, _, logits), (_, _, changed) in zip(found, found, strict=True):
             yield logits, changed
-        return
-    # Nothing is changed before the first of the plan's layers: the second run begins there.
-    first = first_needed(model, layer_of(min(plan.chosen))) if plan.chosen else 0
-    for row in rows:
-        with recording_inputs(model, [first]) as states:
-            logits = row_logits(model, row)
-        with linearized(model, plan), starting_at(model, first, states[first]):
-            yield logits, row_logits(model, row)
 
 
 def measure_likeness(

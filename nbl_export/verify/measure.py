@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from nbl_export.batch.names import PIXELS, TOKENS
+from nbl_export.batch.arrays import F32, FIRST, are_media
+from nbl_export.batch.names import EMBEDDINGS, PIXELS, POSITIONS, TOKENS
 from nbl_export.batch.rows import Inputs, Outputs, batch_of_rows
 from nbl_export.graph.interface import interface_of
-from nbl_export.linearize.swap import linearized
-from nbl_export.models.attention import Routers
+from nbl_export.linearize.plan import Plan
+from nbl_export.linearize.swap import linearized, sweep, version_of
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.forward import encoder_of
 from nbl_export.models.layers import positions
-from nbl_export.models.media_tokens import seeing
-from nbl_export.models.weights import in_precision, resident, room
+from nbl_export.models.media_tokens import MediaTokens, seeing
+from nbl_export.models.weights import device_of, in_precision, resident, room
+from nbl_export.progress import Listener
 from nbl_export.rewrite.routers import routers
-from nbl_export.runtime.ort import OrtModel, Watch, ort_stream
+from nbl_export.runtime.ort import OrtModel, ort_stream
 from nbl_export.runtime.torch import TorchEncoder
 from nbl_export.verify.case import (
     Case,
@@ -33,40 +39,37 @@ from nbl_export.verify.case import (
 )
 from nbl_export.verify.engines import measure_engines
 from nbl_export.verify.loss import loss_checks, measure_likeness, measure_method_loss
-from nbl_export.verify.parity.compare import COMPARING, Recorded, Rows, compare, compare_batches, record
+from nbl_export.verify.parity.compare import (
+    COMPARING,
+    LAST,
+    Recorded,
+    Text,
+    compare,
+    compare_batches,
+    compare_vectors,
+    record,
+    stepped,
+)
 from nbl_export.verify.parity.figures import (
     UNMODIFIED,
     DecoderParity,
     EncoderParity,
     Gates,
     Parity,
+    StepParity,
     gates_for,
 )
-from nbl_export.verify.parity.pytorch import (
-    OWN,
-    media_parity,
-    pytorch_in_precision,
-    record_pytorch,
-    rounding_noise,
-    rows_with_media,
-)
-from nbl_export.verify.parity.routing import (
-    Choices,
-    Reference,
-    choices_as_outputs,
-    choices_of,
-    moved_by_rounding,
-    passes,
-    routing_failures,
-    routing_of,
-)
+from nbl_export.verify.parity.pytorch import rounding_noise
+from nbl_export.verify.parity.reference import OWN, Reference, choices_as_outputs, choices_of
 from nbl_export.verify.parity.unmodified import differences, first_divergence, kept_cache
 from nbl_export.verify.speed.candidates import EncoderPass
 from nbl_export.verify.speed.pair import fitting_contexts, verify_speed
 from nbl_export.verify.speed.values import ENCODE
 
+I32 = NDArray[np.int32]
 # Ragged on purpose, and few enough that their padding is seen to be hidden.
 _LENGTHS = (64, 41, 23, 9)
+_ROWS, _AFTER = 2, 32  # rows with images that are compared, and how many tokens after the first image of each
 
 
 def measure(case: DecoderCase | EncoderCase) -> Measurement:
@@ -105,9 +108,12 @@ def measure_encoder(case: EncoderCase) -> Measurement:
                 found.checks += loss_checks(likeness, case.settings.bound)
     with found.clock():
         timed = {} if case.why_not_timed else _timed(case, found)
-        phases = (ENCODE,)
         found.speed = verify_speed(
-            case, found, list(timed), phases, lambda model, tokens, _batch: EncoderPass(model, timed[tokens])
+            case,
+            found,
+            list(timed),
+            (ENCODE,),
+            lambda model, tokens, _batch: EncoderPass(model, timed[tokens]),
         )
     return found
 
@@ -118,81 +124,104 @@ def _asks_for_loss(case: Case, found: Measurement) -> bool:
     return case.settings.quality
 
 
-# decoders -----------------------------------------------------------------------------------------
-
-
-def decoder_parity(case: DecoderCase, found: Measurement) -> DecoderParity:
-    """The graph in onnxruntime against PyTorch with the plan in place, by the gates of the graph's precision."""
-    precision, steps, listener = case.precision, case.settings.decode_steps, case.listener
-    gates, cached = gates_for(precision.gates), not interface_of(case.graph).cacheless
-    rows, alone, crossings = parity_text(case, cached)
-    routed = not precision.quantized and bool(routers(case.graph))
-    torch = Reference(
-        partial(record_pytorch, case.model, case.plan, rows, steps, cached, alone, listener=listener),
-        passes(rows, steps, cached, alone) if routed else None,
-    )
-    graph, choices = _chosen(case, rows, cached, alone)
-    reference, as_told = torch.like(choices)
-    parity = compare(reference, graph, gates)
-    failures = parity.failures()
-    unrounded = None
-    if precision.name == "fp16":
-        # The figures are those of the graph rounded as it says; the file itself must run too.
-        as_it_runs, others = _chosen(case, rows, cached, alone, rounded=False)
-        expected, unrounded = torch.like(others)
-        failures += _as_it_runs(compare(expected, as_it_runs, gates).failures())
-    noise = rounding_noise(case.model, rows, case.plan, listener=listener)
-    base = own = half = None
-    if precision.quantized and case.baseline is not None:
-        # What the quantization costs the unmodified model is not the rewrite's to answer for.
-        original = record_pytorch(case.model, None, rows, steps, cached, alone, listener=listener)
-        base = compare(original, _recorded(case, case.baseline, rows, alone=alone), gates)
-        failures += parity.failures_against(base, "the unmodified graph's own")
-    elif not precision.quantized and precision.name != "fp32":
-        half = as_told and Routers(as_told.real, as_told.told)
-        own = pytorch_in_precision(
-            precision, case.model, case.plan, rows, steps, cached, reference, alone, half, listener
-        )
-        failures += parity.failures_against(own, OWN)
-    routing = None
-    if torch.own and as_told:
-        moved = moved_by_rounding(as_told, half)
-        routing = routing_of(torch.own, as_told, moved)
-        failures += routing_failures(routing)
-        if unrounded:
-            failures += routing_failures(routing_of(torch.own, unrounded, moved))
-    against = _against_unmodified(case, lambda path: unlike(case, path, rows, graph, alone))
-
-    def lost() -> str | None:
-        if failures and alone and not compare(reference.ragged, graph.ragged, gates).failures():
-            return only_beyond(crossings)
-        return _where_lost(case, parity, noise) if failures else None
-
-    prefill = f"a prefill and {steps} decode steps, within all {precision.gates} gates"
-    within = f"max |Δlogit| {parity.worst:.2g} over {prefill}"
-    found.check_parity([*failures, *against], within, lost)
-    found.checks += crossing_check(crossings)
-    _check_media(case, gates, found)
-    return DecoderParity(
-        **vars(parity),
-        precision=precision.name,
-        rounding_noise=noise,
-        base_graph=base.steps if base else None,
-        pytorch_in_precision=own.steps if own else None,
-        crossings=crossings,
-        routing=routing,
-    )
-
-
-def _as_it_runs(failures: Sequence[str]) -> list[str]:
-    return [f"as onnxruntime runs it, {failure}" for failure in failures]
-
-
 def _against_unmodified(case: Case, compared: Callable[[Path], Sequence[str]]) -> list[str]:
     """What is wrong with the rewritten graph beside the unmodified one, if that is there."""
     if case.baseline is None:
         return []
     return differences(case.baseline, case.rewritten, case.plan, case.tensors, compared)
+
+
+def _where_lost(case: Case, noise: float = 0.0, most: float = 0.0) -> str:
+    """Where what differs begins; ``noise`` of a decoder's logits may be ``most``."""
+    first = first_divergence(case.model, case.plan, case.rewritten)
+    if first is None and noise > most:
+        return (
+            "every attention layer agrees, but the linearized PyTorch model's own logits move by "
+            f"{noise:.1e} when its embeddings change in the last bit: this plan amplifies rounding; "
+            "try other layers or another criterion"
+        )
+    agrees = (
+        "every attention layer agrees: the difference arises after the last one (MLP, final norm or head)"
+    )
+    return first or agrees
+
+
+# decoders -----------------------------------------------------------------------------------------
+
+
+def decoder_parity(case: DecoderCase, found: Measurement) -> DecoderParity:
+    """The graph in onnxruntime against PyTorch with the plan in place, by the gates of the graph's precision."""
+    precision, listener = case.precision, case.listener
+    text, crossings = parity_text(case, cached=not interface_of(case.graph).cacheless)
+    routed = not precision.quantized and bool(routers(case.graph))
+    reference = Reference(case.model, case.plan, text, precision, listener, routed)
+    run = partial(record_graph, case, case.rewritten, text, watched=True)
+    graph = run()
+    # The figures are those of a graph rounded as it says; a float16 file itself must run too.
+    judged = reference.judge(
+        graph,
+        partial(record_graph, case, case.baseline, text) if case.baseline else None,
+        partial(run, rounded=False) if precision.name == "fp16" else None,
+    )
+    parity, failures = judged.parity, judged.failures
+    noise = rounding_noise(case.model, text.rows, case.plan, listener)
+    against = _against_unmodified(case, lambda path: unlike(case, path, text, graph))
+
+    def lost() -> str | None:
+        ours, theirs = (replace(side, batches=side.batches[:1]) for side in (reference.recorded, graph))
+        if failures and text.alone and not compare(ours, theirs, reference.gates).failures():
+            return only_beyond(crossings)
+        return _where_lost(case, noise, reference.gates.max_abs_logit / 4) if failures else None
+
+    prefill = f"a prefill and {text.steps} decode steps, within all {precision.gates} gates"
+    within = f"max |Δlogit| {parity.worst:.2g} over {prefill}"
+    found.judge_parity([*failures, *against], within, lost)
+    found.checks += crossing_check(crossings)
+    _check_media(case, reference.gates, found)
+    return DecoderParity(
+        **vars(parity),
+        precision=precision.name,
+        rounding_noise=noise,
+        base_graph=judged.base.steps if judged.base else None,
+        pytorch_in_precision=judged.own.steps if judged.own else None,
+        crossings=crossings,
+        routing=judged.routing,
+    )
+
+
+def record_graph(
+    case: DecoderCase,
+    path: Path,
+    text: Text,
+    title: str = COMPARING,
+    rounded: bool = True,
+    watched: bool = False,
+) -> Recorded:
+    """What the graph at ``path`` gives for ``text``; its session is closed when this returns.
+
+    Its choices of experts are in it if they are ``watched``.
+    """
+    with choices_as_outputs(path) if watched else nullcontext((path, None)) as (shown, watch):
+        stream = ort_stream(shown, max(map(len, text.rows)), rounded=rounded, small=True, watch=watch)
+        found = record(stepped(stream, text), stream.kv_layers, text, case.listener, title)
+    return replace(found, choices=choices_of(path, watch, text)) if watch else found
+
+
+def unlike(case: DecoderCase, reference: Path, text: Text, graph: Recorded | None = None) -> list[str]:
+    """The gates that the rewritten graph fails against the unmodified one with the linear layers put in.
+
+    ``graph`` is what the rewritten graph gave for ``text``, if it is known.
+    """
+    expected = record_graph(case, reference, text, "Running the base graph")
+    found = graph or record_graph(case, case.rewritten, text)
+    return compare(kept_cache(expected, case.plan), found, gates_for(UNMODIFIED)).failures()
+
+
+# images and sounds ---------------------------------------------------------------------------------
+
+# A graph that reads embeddings is given those of images and sounds among those of its tokens. PyTorch and the graph run
+# the same rows, each by itself. The graph attends to earlier tokens only; so does PyTorch here, also where a model lets
+# the tokens of an image see each other both ways.
 
 
 def _check_media(case: DecoderCase, gates: Gates, found: Measurement) -> None:
@@ -209,56 +238,55 @@ def _check_media(case: DecoderCase, gates: Gates, found: Measurement) -> None:
     parity = media_parity(case.model, case.plan, case.rewritten, rows, media, gates, case.listener)
     texts = f"{len(rows)} text{'s' if len(rows) > 1 else ''} with images or sounds"
     within = f"max |Δlogit| {parity.worst:.2g} over {texts}, within all {case.precision.gates} gates"
-    failures = parity.failures()
-    found.check(name, "failed" if failures else "passed", "; ".join(failures) or within)
+    found.judge(name, parity.failures(), within)
 
 
-def unlike(
-    case: DecoderCase, reference: Path, rows: Rows, graph: Recorded | None = None, alone: Rows = ()
-) -> list[str]:
-    """The gates that the rewritten graph fails against the unmodified one with the linear layers put in.
-
-    ``graph`` is what the rewritten graph gave for ``rows`` and those ``alone``, if it is known.
-    """
-    expected = _recorded(case, reference, rows, alone=alone, title="Running the base graph")
-    found = graph or _recorded(case, case.rewritten, rows, alone=alone)
-    return compare(kept_cache(expected, case.plan), found, gates_for(UNMODIFIED)).failures()
-
-
-def _recorded(
-    case: DecoderCase,
-    path: Path,
-    rows: Rows,
-    rounded: bool = True,
-    alone: Rows = (),
-    watch: Watch | None = None,
-    title: str = COMPARING,
-) -> Recorded:
-    """What the graph at ``path`` gives for ``rows``; its session is closed when this returns."""
-    stream = ort_stream(path, max(map(len, rows)), rounded=rounded, small=True, watch=watch)
-    return record(stream, rows, case.settings.decode_steps, case.listener, alone, title)
+def rows_with_media(heldout: I32) -> list[I32]:
+    """The first rows of ``heldout`` that have images or sounds, each up to a while after its first one."""
+    found = []
+    for row in heldout:
+        there = np.flatnonzero(are_media(row))
+        if len(there):
+            after = there[0] + int(np.argmin(np.append(are_media(row[there[0] :]), False)))
+            found.append(row[: after + _AFTER])
+    return found[:_ROWS]
 
 
-def _chosen(
-    case: DecoderCase, rows: Rows, cached: bool, alone: Rows, rounded: bool = True
-) -> tuple[Recorded, Choices | None]:
-    """What the rewritten graph gives for ``rows`` and those ``alone``, and its choices of experts, if it has any."""
-    with choices_as_outputs(case.rewritten) as (path, watch):
-        found = _recorded(case, path, rows, rounded, alone, watch)
-    if watch is None:
-        return found, None
-    return found, choices_of(case.rewritten, watch, rows, case.settings.decode_steps, cached, alone)
+def media_parity(
+    model: torch.nn.Module,
+    plan: Plan,
+    graph: Path,
+    rows: Sequence[I32],
+    media: MediaTokens,
+    gates: Gates,
+    listener: Listener | None = None,
+) -> Parity:
+    """The last logits of each of ``rows`` by the ``graph`` against ``model`` with ``plan``, a step each."""
+    causal = replace(media, both_ways=np.zeros(1, np.int32))
+    ids = [torch.from_numpy(row.astype(np.int64)).to(device_of(model)) for row in rows]
+    with seeing(model, causal):
+        by_pytorch = sweep(model, ids, [version_of(model, plan)], plan.fit_input, listener=listener)
+        expected = [logits[-LAST:].float().cpu().numpy() for _, _, logits in by_pytorch]
+    decoder, steps = OrtModel(graph, small=True), []
+    for number, (row, reference) in enumerate(zip(rows, expected, strict=True)):
+        figures = compare_vectors(reference, _by_graph(decoder, row, causal), gates.near_tie)
+        steps.append(StepParity(**vars(figures), step=number))
+    return Parity(tuple(map(len, rows)), tuple(steps), gates)
 
 
-def _where_lost(case: DecoderCase, parity: Parity, noise: float) -> str:
-    first = first_divergence(case.model, case.plan, case.rewritten)
-    if first.layer is None and noise > parity.gates.max_abs_logit / 4:
-        return (
-            "every attention layer agrees, but the linearized PyTorch model's own logits move by "
-            f"{noise:.1e} when its embeddings change in the last bit: this plan amplifies rounding; "
-            "try other layers or another criterion"
-        )
-    return str(first)
+def _by_graph(decoder: OrtModel, row: I32, media: MediaTokens) -> F32:
+    ids = row.astype(np.int64)[None]
+    there, embedding = are_media(ids), decoder.interface.embedding
+    assert embedding is not None
+    index = np.where(there, ids - FIRST, 0)
+    # The embeddings of each layer are those of other tokens.
+    given = dict(embedding(np.where(there, media.stand_in[index], ids)))
+    given[EMBEDDINGS] = embedding(np.where(there, 0, ids))[EMBEDDINGS]
+    given[EMBEDDINGS][there] = media.features[index[there]]
+    places = media.positions(torch.from_numpy(ids)).numpy()
+    inputs = {**given, POSITIONS: places if len(places) > 1 else places[0]}
+    logits: F32 = decoder.run(decoder.interface.row(inputs, decoder.cache_dtype)).logits
+    return logits[0, -LAST:]
 
 
 # encoders -----------------------------------------------------------------------------------------
@@ -269,42 +297,39 @@ def encoder_parity(case: EncoderCase, encoder: TorchEncoder, found: Measurement)
     precision, ragged = case.precision, _batch(case)
     alone, crossings = crossing_batches(case, ragged)
     batches, gates, own = [ragged, *alone], gates_for(precision.gates), None
-
-    def outputs(of: Callable[[Inputs], Outputs]) -> list[Outputs]:
-        return [of(batch) for batch in batches]
-
     with case.listener.task(COMPARING, len(batches), "batches") as task:
         with linearized(case.model, case.plan):
-            reference = outputs(encoder)
-        graph = outputs(OrtModel(case.rewritten, small=True).encode)
+            reference = list(map(encoder, batches))
+        graph: list[Outputs] = list(map(OrtModel(case.rewritten, small=True).encode, batches))
         parity = compare_batches(reference, graph, batches, gates)
         task.advance(len(batches))
     failures = parity.failures()
     if precision.name == "fp16":
         # The figures are those of the graph rounded as it says; the file itself must run too, where it can.
-        unrounded = outputs(OrtModel(case.rewritten, rounded=False, small=True).encode)
-        failures += _as_it_runs(compare_batches(reference, unrounded, batches, gates).failures())
+        unrounded = list(map(OrtModel(case.rewritten, rounded=False, small=True).encode, batches))
+        wrong = compare_batches(reference, unrounded, batches, gates).failures()
+        failures += [f"as onnxruntime runs it, {failure}" for failure in wrong]
     if precision.name != "fp32":
         # PyTorch's own run in the graph's precision: what that precision costs anyone.
         dummy_run(case.model)
         half = TorchEncoder(encoder_of(case.model, case.task, case.pooling, case.plan.probe))
         half.encoder.model = in_precision(case.model, precision.gates)
         with linearized(half.encoder.model, case.plan):
-            own = compare_batches(reference, outputs(half), batches, gates)
+            own = compare_batches(reference, list(map(half, batches)), batches, gates)
         failures += parity.failures_against(own, OWN)
 
     def against(path: Path) -> list[str]:
-        expected = outputs(OrtModel(path, small=True).encode)
+        expected = list(map(OrtModel(path, small=True).encode, batches))
         return compare_batches(expected, graph, batches, gates_for(UNMODIFIED)).failures()
 
     def lost() -> str | None:
         if failures and alone and not compare_batches(reference[:1], graph[:1], [ragged], gates).failures():
             return only_beyond(crossings)
-        return str(first_divergence(case.model, case.plan, case.rewritten)) if failures else None
+        return _where_lost(case) if failures else None
 
     names = ", ".join(o.output for o in parity.outputs)
     within = f"max relative difference {parity.worst:.2g} in {names}, within all {precision.gates} gates"
-    found.check_parity([*failures, *_against_unmodified(case, against)], within, lost)
+    found.judge_parity([*failures, *_against_unmodified(case, against)], within, lost)
     found.checks += crossing_check(crossings)
     return EncoderParity(
         **vars(parity),

@@ -24,14 +24,14 @@ from nbl_export.models.modeling_nbl import TYPES
 from nbl_export.progress import Silent
 from nbl_export.runtime.clients import FILE, LlamaCppStream, MlxStream, OpenVinoStream, quantize
 from nbl_export.runtime.torch import TransformersStream
-from nbl_export.verify.parity.compare import compare, record
+from nbl_export.verify.parity.compare import Text, compare
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.pytorch import record_pytorch
 from tests.conftest import exhaustive
 from tests.convert.test_mlx import NoTokenizer
 from tests.converting import WRONG, assert_as_in_pytorch, needs, stream_parity, wrongly
 from tests.families import DECODERS, Calibrated, build, calibrated
-from tests.fixtures_graph import ragged_rows
+from tests.fixtures_graph import ragged_rows, recorded
 from tests.tiny_types import tiny_model
 
 GGUF = needs("gguf")
@@ -52,7 +52,9 @@ def parity(path: Path, model: Any, plan: Plan | None, steps: int = 4) -> Parity:
     rows = ragged_rows([40, 9, 23], model.config.vocab_size)
     with LlamaCppStream(path, len(rows), 64) as stream:
         return compare(
-            record_pytorch(model, plan, rows, steps), record(stream, rows, steps), gates_for("float32")
+            record_pytorch(model, plan, Text(rows, steps)),
+            recorded(stream, rows, steps),
+            gates_for("float32"),
         )
 
 

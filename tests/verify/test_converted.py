@@ -78,7 +78,7 @@ def test_a_cache_of_other_layers_is_seen(
     monkeypatch: pytest.MonkeyPatch, layers: tuple[int, ...], status: str
 ) -> None:
     stream = SimpleNamespace(memory_bytes=3 * 2 * 4 * 8 * 4 * 512, slots=512, tokenize=None)
-    monkeypatch.setattr("nbl_export.runtime.clients.LlamaCppStream", lambda *_, **__: nullcontext(stream))
+    monkeypatch.setattr("nbl_export.verify.engines.LlamaCppStream", lambda *_, **__: nullcontext(stream))
     monkeypatch.setattr("nbl_export.verify.engines.check_tokens", lambda *_: None)
     case: Any = SimpleNamespace(model=CASE.model, plan=SimpleNamespace(attention_layers=layers))
     assert check_gguf(case, Path("model.gguf"), None)[1].status == status

@@ -150,7 +150,7 @@ def test_what_is_said_of_a_length(
     case: Case, monkeypatch: pytest.MonkeyPatch, crossed: Any, copies: Any, said: str
 ) -> None:
     monkeypatch.setattr(crossing, "crossed_by", lambda *_: (Crossed(Length("w", 100, (0,)), **crossed),))
-    _, _, found = parity_text(replace(case("phi3", False, "static"), copies=copies), True)
+    _, found = parity_text(replace(case("phi3", False, "static"), copies=copies), True)
     assert [one.said for one in found] == [said]
     (check,) = crossing_check(found)
     assert check.status == ("skipped" if "not crossed" in said else "passed") and check.detail == said

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import BOOL, F32, F64
-from nbl_export.batch.rows import Inputs, Outputs, real_positions
+from nbl_export.batch.arrays import BOOL, F32, F64, I64
+from nbl_export.batch.rows import Inputs, Outputs, left_padded, one_more, real_positions
 from nbl_export.errors import InputError
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.stream import KV, Stream
@@ -34,10 +34,49 @@ from nbl_export.verify.parity.figures import Figures, Gates, OutputParity, Outpu
 Rows = Sequence[NDArray[np.int32]]
 # A cache, and which of its slots are no padding.
 Kept = tuple[Sequence[KV], BOOL]
+# The logits of one pass, and what gives the cache after it.
+Pass = tuple[F32, Callable[[], Kept]]
+# What each router of each pass has chosen.
+Choices = list[list[I64 | None]]
 # Of a row that is a batch of its own: more logits of a long text would take gigabytes.
 LAST = 64
 COMPARING = "Comparing with PyTorch"
 _PART = 1 << 21  # numbers that are compared together
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is run: ``rows`` of token ids as one ragged batch, then each row of ``alone`` by itself.
+
+    The last ``steps`` tokens of each row are decoded, the others prefilled. What is not ``cached`` has no KV cache, and
+    computes all tokens again in each step.
+    """
+
+    rows: Rows
+    steps: int
+    alone: Rows = ()
+    cached: bool = True
+
+    @property
+    def batches(self) -> list[Rows]:
+        return [self.rows, *([row] for row in self.alone)]
+
+    def passes(self, batch: Rows) -> Iterator[tuple[I64, I64, I64]]:
+        """Ids, mask and positions of the prefill and of each step, padded on the left."""
+        ids, mask, positions = left_padded([row[: len(row) - self.steps] for row in batch])
+        yield ids, mask, positions
+        for left in range(self.steps, 0, -1):
+            if self.cached:
+                ids, mask, positions = one_more([int(row[-left]) for row in batch], mask, positions)
+                yield ids, mask, positions
+            else:
+                yield left_padded([row[: len(row) - left + 1] for row in batch])
+
+    def real(self, left: bool = True) -> list[BOOL]:
+        """Which positions [batch, sequence] of each pass are no padding, which is on the ``left`` or on the right."""
+        every = (one for batch in self.batches for one in self.passes(batch))
+        masks = [mask[:, -ids.shape[1] :].astype(bool) for ids, mask, _ in every]
+        return masks if left else [mask[:, ::-1] for mask in masks]
 
 
 @dataclass(frozen=True)
@@ -50,69 +89,47 @@ class Step:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a stream gave, so that the next one is run when it is gone: the steps of each batch, the ragged one first.
+    """What was given for a text, so that the next one is run when it is gone: the steps of each batch.
 
-    ``lengths`` are those of the ragged prompts; ``kv_layers`` are the layers of the caches, None without one.
+    ``lengths`` are those of the ragged prompts; ``kv_layers`` are the layers of the caches, None without one;
+    ``choices`` are those of a graph's experts, if it has any that were watched.
     """
 
     kv_layers: tuple[int, ...] | None
     lengths: tuple[int, ...]
     batches: tuple[tuple[Step, ...], ...]
-
-    @property
-    def ragged(self) -> Recorded:
-        """What was recorded of the ragged rows alone."""
-        return Recorded(self.kv_layers, self.lengths, self.batches[:1])
+    choices: Choices | None = None
 
 
-# The logits of one pass, and what gives the cache after it.
-Pass = tuple[F32, Callable[[], Kept]]
-
-
-def record_passes(
-    passes: Callable[[Rows], Iterable[Pass]],
-    kv_layers: tuple[int, ...] | None,
-    rows: Rows,
-    decode_steps: int,
-    listener: Listener | None = None,
-    alone: Rows = (),
-    title: str = COMPARING,
-) -> Recorded:
-    """What ``passes`` gives for each batch, a prefill and ``decode_steps`` steps: see :func:`record`."""
-    batches: list[tuple[Step, ...]] = []
-    with (listener or Silent()).task(title, (1 + len(alone)) * (decode_steps + 1), "steps") as task:
-        for batch in (rows, *([row] for row in alone)):
-            whole, steps = not batches, list[Step]()
-            for logits, cache in passes(batch):
-                kept = cache() if whole or len(steps) == decode_steps else None
-                steps.append(Step(logits if whole else logits[-LAST:].copy(), kept))
-                task.advance(1)
-            batches.append(tuple(steps))
-    return Recorded(kv_layers, tuple(len(row) - decode_steps for row in rows), tuple(batches))
+def stepped(stream: Stream, text: Text) -> Iterator[Pass]:
+    """Run ``stream`` over all batches of ``text``: one prefill each, then teacher-forced decode steps."""
+    for batch in text.batches:
+        if text.alone:
+            stream.reserve(max(map(len, batch)))
+        yield stream.prefill([row[: len(row) - text.steps] for row in batch]), stream.cache
+        for step in range(-text.steps, 0):
+            yield stream.decode([int(row[step]) for row in batch]), stream.cache
 
 
 def record(
-    stream: Stream,
-    rows: Rows,
-    decode_steps: int,
+    passes: Iterable[Pass],
+    kv_layers: tuple[int, ...] | None,
+    text: Text,
     listener: Listener | None = None,
-    alone: Rows = (),
     title: str = COMPARING,
 ) -> Recorded:
-    """Run ``stream`` over ``rows``: all but the last ``decode_steps`` tokens prefilled, the rest decoded.
-
-    ``rows`` are token ids of different lengths, each longer than ``decode_steps``; each row of ``alone`` is run after
-    them, by itself. The ``listener`` is told of each step, under this ``title``.
-    """
-
-    def passes(batch: Rows) -> Iterator[Pass]:
-        if alone:
-            stream.reserve(max(map(len, batch)))
-        yield stream.prefill([row[: len(row) - decode_steps] for row in batch]), stream.cache
-        for step in range(-decode_steps, 0):
-            yield stream.decode([int(row[step]) for row in batch]), stream.cache
-
-    return record_passes(passes, stream.kv_layers, rows, decode_steps, listener, alone, title)
+    """Keep what the ``passes`` over ``text`` give, batch after batch; the ``listener`` is told of each."""
+    batches: list[list[Step]] = []
+    each = text.steps + 1
+    with (listener or Silent()).task(title, len(text.batches) * each, "steps") as task:
+        for number, (logits, cache) in enumerate(passes):
+            if number % each == 0:
+                batches.append([])
+            ragged, last = len(batches) == 1, number % each == text.steps
+            logits = logits if ragged else logits[-LAST:].copy()
+            batches[-1].append(Step(logits, cache() if ragged or last else None))
+            task.advance(1)
+    return Recorded(kv_layers, tuple(len(row) - text.steps for row in text.rows), tuple(map(tuple, batches)))
 
 
 def compare(reference: Recorded, candidate: Recorded, gates: Gates) -> Parity:
@@ -138,38 +155,31 @@ def compare(reference: Recorded, candidate: Recorded, gates: Gates) -> Parity:
 
 def _compare_caches(pairs: Sequence[tuple[Step, Step]], layers: Sequence[int]) -> dict[str, Any]:
     """The figures of a :class:`StepParity` that are of the cache."""
-
-    def found(max_abs: float, max_rel: float, mean_rel: float, layer: int | None) -> dict[str, Any]:
-        return {
-            "kv_max_abs": max_abs,
-            "kv_max_rel": max_rel,
-            "kv_mean_rel": mean_rel,
-            "kv_worst_layer": layer,
-        }
-
-    worst_abs, worst_rel, worst_layer, means = 0.0, 0.0, None, []
+    found: dict[str, Any] = {"kv_max_abs": 0.0, "kv_max_rel": 0.0, "kv_mean_rel": 0.0, "kv_worst_layer": None}
+    without_bound = dict.fromkeys(list(found)[:3], np.inf)
+    means: list[float] = []
     for a, b in pairs:
         if a.kept is None or b.kept is None or not b.kept[0]:  # a candidate without a cache
             continue
         (cache, real), (other, other_real) = a.kept, b.kept
         if len(cache) != len(other):
-            return found(np.inf, np.inf, np.inf, None)
+            return found | without_bound | {"kv_worst_layer": None}
         # After keys and values each state by itself.
         places = [*layers, *[None] * (len(cache) - len(layers))]
         for layer, sides_a, sides_b in zip(places, cache, other, strict=True):
             for x, y in zip(sides_a, sides_b, strict=True):
                 u, v = _states(x, y) if layer is None else (_tokens(x, real), _tokens(y, other_real))
                 if u is None or v is None or u.shape != v.shape:
-                    return found(np.inf, np.inf, np.inf, layer)
+                    return found | without_bound | {"kv_worst_layer": layer}
                 difference = np.abs(u - v)
                 relative = difference / np.maximum(np.maximum(np.abs(u), rms(u)), 1e-12)
                 # NaN compares with nothing; as infinity it is the worst there is.
                 most, most_rel = (float(np.nan_to_num(d.max(), nan=np.inf)) for d in (difference, relative))
                 means.append(float(relative.mean()))
-                worst_abs = max(worst_abs, most)
-                if most_rel > worst_rel:
-                    worst_rel, worst_layer = most_rel, layer
-    return found(worst_abs, worst_rel, float(np.mean(means)) if means else 0.0, worst_layer)
+                found["kv_max_abs"] = max(found["kv_max_abs"], most)
+                if most_rel > found["kv_max_rel"]:
+                    found |= {"kv_max_rel": most_rel, "kv_worst_layer": layer}
+    return found | {"kv_mean_rel": float(np.mean(means)) if means else 0.0}
 
 
 def _states(a: NDArray[Any], b: NDArray[Any]) -> tuple[F64, F64]:

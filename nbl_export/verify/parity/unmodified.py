@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from nbl_export.batch.rows import real_positions
 from nbl_export.blocks import Block, attentions, described
@@ -42,9 +42,6 @@ from nbl_export.rewrite.confirm import LinearPart, check_layers, linear_part
 from nbl_export.rewrite.probe_runner import ProbeRunner
 from nbl_export.rewrite.prove import PROOF_TOLERANCE
 from nbl_export.verify.parity.compare import Recorded, Step
-
-if TYPE_CHECKING:
-    import torch
 
 _AGAINST = "against the unmodified graph with the same linear layers"
 # The tensors that were proven in the unmodified graph, by layer.
@@ -67,7 +64,7 @@ def kept_cache(recorded: Recorded, plan: Plan) -> Recorded:
         return Step(step.logits, ([*(cache[i] for i in places), *cache[count:]], real))
 
     batches = tuple(tuple(map(left, steps)) for steps in recorded.batches)
-    return Recorded(tuple(layers[i] for i in places), recorded.lengths, batches)
+    return replace(recorded, kv_layers=tuple(layers[i] for i in places), batches=batches)
 
 
 def differences(
@@ -80,13 +77,12 @@ def differences(
     """
     failures = [check.failure for check in check_layers(rewritten, tensors, plan) if check.failure]
     graph = load_graph(rewritten)
-    parts = {layer: linear_part(graph, layer) for layer in plan.linear}
-    whole = {layer: part for layer, part in parts.items() if isinstance(part, LinearPart)}
-    if len(whole) < len(parts):  # which the checks say
-        return failures
-    with spliced(baseline, whole, tensors, plan) as reference:
-        found = compare(reference)
-    return [*failures, *(f"{_AGAINST}, {failure}" for failure in found[:1])]
+    found = {layer: linear_part(graph, layer) for layer in plan.linear}
+    parts = {layer: part for layer, part in found.items() if isinstance(part, LinearPart)}
+    if len(parts) == len(found):  # otherwise the checks say it
+        with spliced(baseline, parts, tensors, plan) as reference:
+            failures += [f"{_AGAINST}, {failure}" for failure in compare(reference)[:1]]
+    return failures
 
 
 @contextmanager
@@ -152,31 +148,11 @@ def _put_in(model: ir.Model, part: LinearPart, u: ir.Value, y: ir.Value) -> None
 # where a difference begins -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """The first layer out of tolerance, and where in it: ``"input"`` or ``"output"`` of its attention.
+def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> str | None:
+    """The first layer of the graph at ``path`` whose u or y is not that of the linearized ``model``, in words.
 
-    ``error`` is relative, ``layer`` None if every attention agrees, so that the fault lies after the
-    last one (its MLP, the final norm, the head).
+    None if every attention agrees, so that the fault lies after the last one (its MLP, the final norm, the head).
     """
-
-    layer: Block | None
-    where: str
-    kind: str
-    error: float
-
-    def __str__(self) -> str:
-        if self.layer is None:
-            return "every attention layer agrees: the difference arises after the last one (MLP, final norm or head)"
-        at = "output" if self.where == "output" else "input, so the cause is before it"
-        return (
-            f"{described(self.layer)} ({self.kind}) is the first to leave tolerance, at its {at}: "
-            f"{self.error:.1e} relative"
-        )
-
-
-def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergence:
-    """Compare every layer's u and y of the graph at ``path`` with the linearized ``model``, in order."""
     expected: dict[tuple[Block, str], np.ndarray] = {}
 
     def observe(index: Block, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -197,5 +173,7 @@ def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergen
         for where, name, most in (("input", row.input, tolerance.u), ("output", row.output, tolerance.y)):
             error = runner.error([one[name] for one in found], expected[row.layer, where])
             if not error <= most:
-                return Divergence(row.layer, where, row.kind, error if np.isfinite(error) else 1e308)
-    return Divergence(None, "", "", 0.0)
+                at = "output" if where == "output" else "input, so the cause is before it"
+                first = f"{described(row.layer)} ({row.kind}) is the first to leave tolerance, at its {at}"
+                return f"{first}: {error if np.isfinite(error) else 1e308:.1e} relative"
+    return None

@@ -18,13 +18,12 @@ from nbl_export.models.attention import Routers
 from nbl_export.models.media_tokens import MediaTokens
 from nbl_export.report.tables import parity_table
 from nbl_export.rewrite.replace import rewrite_file
-from nbl_export.verify import measure as measure_module
+from nbl_export.verify import measure as module
 from nbl_export.verify.case import Measurement
-from nbl_export.verify.measure import decoder_parity
-from nbl_export.verify.parity import pytorch as module
+from nbl_export.verify.measure import decoder_parity, media_parity, rows_with_media
+from nbl_export.verify.parity.compare import Text
 from nbl_export.verify.parity.figures import Routing, gates_for
-from nbl_export.verify.parity.pytorch import media_parity, rows_with_media
-from nbl_export.verify.parity.routing import passes, routing_failures, routing_of
+from nbl_export.verify.parity.reference import routing_failures, routing_of
 from tests.conftest import exhaustive
 from tests.experts import Experts, swap_experts
 from tests.families import WIDTH, Calibrated
@@ -114,7 +113,7 @@ def test_the_graphs_choices_are_taken_and_said(
     assert routing.choices == 3 * sum(step.tokens for step in parity.steps)
     assert f"{routing.differing:,} of {routing.choices:,} choices of experts" in parity_table(parity).note
     # Without them, the figures are those of other experts.
-    monkeypatch.setattr(measure_module, "routers", lambda _model: [])
+    monkeypatch.setattr(module, "routers", lambda _model: [])
     untold = decoder_parity(case, found)
     assert untold.routing is None and found.checks[1].status == "failed"
     assert untold.mean_abs > 10 * parity.mean_abs
@@ -141,11 +140,11 @@ def test_tokens_that_go_to_wrong_experts_fail_by_their_scores(experts: Experts, 
 
 def test_passes_are_padded_as_streams_pad_them() -> None:
     rows = [np.zeros(n, np.int32) for n in (4, 3)]
-    first, step, alone, last = passes(rows, 1, True, [rows[1]])
+    first, step, alone, last = Text(rows, 1, [rows[1]]).real()
     assert first.tolist() == [[True, True, True], [False, True, True]]
-    assert passes(rows, 1, True, left=False)[0].tolist() == [[True, True, True], [True, True, False]]
+    assert Text(rows, 1).real(left=False)[0].tolist() == [[True, True, True], [True, True, False]]
     assert step.shape == (2, 1) and alone.shape == (1, 2) and last.shape == (1, 1)
-    assert passes(rows, 1, False)[1].tolist() == [[True] * 4, [False, True, True, True]]
+    assert Text(rows, 1, cached=False).real()[1].tolist() == [[True] * 4, [False, True, True, True]]
 
 
 def test_a_choice_is_judged_by_what_rounding_moves() -> None:

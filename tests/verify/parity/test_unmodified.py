@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from nbl_export.calibrate.text import CalibrationText
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
 from nbl_export.linearize.plan import Plan, load_plan
+from nbl_export.linearize.swap import linearized
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
@@ -32,16 +34,13 @@ from nbl_export.records import Check
 from nbl_export.rewrite.confirm import LinearPart, linear_part
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import ort_stream
+from nbl_export.runtime.torch import torch_stream
 from nbl_export.verify.case import PROMPTS, DecoderCase, Measurement
 from nbl_export.verify.measure import decoder_parity, unlike
-from nbl_export.verify.parity import pytorch
-from nbl_export.verify.parity.compare import compare, record
+from nbl_export.verify.parity.compare import Recorded, Text, compare, record, stepped
 from nbl_export.verify.parity.figures import UNMODIFIED, gates_for
-from nbl_export.verify.parity.pytorch import (
-    pytorch_in_precision,
-    record_pytorch,
-    rounding_noise,
-)
+from nbl_export.verify.parity.pytorch import record_pytorch, rounding_noise
+from nbl_export.verify.parity.reference import pytorch_in_precision
 from nbl_export.verify.parity.unmodified import (
     differences,
     first_divergence,
@@ -51,7 +50,7 @@ from nbl_export.verify.parity.unmodified import (
 from nbl_export.workspace import Workspace
 from tests import families
 from tests.conftest import exhaustive
-from tests.fixtures_graph import perturb, plan_by_hand, ragged_rows, rerecord, tensors_of
+from tests.fixtures_graph import perturb, plan_by_hand, ragged_rows, recorded, rerecord, tensors_of
 from tests.listening import Notes
 from tests.models.test_weights import reads, stored_in
 from tests.mutations import OF_ALL, OF_LAYERS, OF_RETAINED, OF_WEIGHTS, changed
@@ -82,9 +81,9 @@ class Right:
 
     def failures(self, wrong: Path) -> list[str]:
         case = replace(self.case, rewritten=wrong)
-        rows = case.rows(PROMPTS)
+        text = Text(case.rows(PROMPTS), case.settings.decode_steps)
         return differences(
-            self.baseline, wrong, case.plan, case.tensors, lambda path: unlike(case, path, rows)
+            self.baseline, wrong, case.plan, case.tensors, lambda path: unlike(case, path, text)
         )
 
 
@@ -124,8 +123,8 @@ def test_a_right_graph_is_the_unmodified_one_to_rounding(right: Right, plan: Pla
     whole = {i: part for i, part in parts.items() if isinstance(part, LinearPart)}
     rows = right.case.rows(PROMPTS)
     with spliced(right.baseline, whole, right.case.tensors, plan) as reference:
-        expected = kept_cache(record(ort_stream(reference, 80), rows, 4), plan)
-    found = compare(expected, record(ort_stream(right.path, 80), rows, 4), gates_for(UNMODIFIED))
+        expected = kept_cache(recorded(ort_stream(reference, 80), rows, 4), plan)
+    found = compare(expected, recorded(ort_stream(right.path, 80), rows, 4), gates_for(UNMODIFIED))
     # A tenth of the gates: they are no close call for any precision.
     assert found.worst < gates_for(UNMODIFIED).max_abs_logit / 10
     assert max(s.kv_max_rel for s in found.steps) < gates_for(UNMODIFIED).max_rel_kv / 10
@@ -173,7 +172,7 @@ FAULTS = [
     pytest.param("layers.1.", "o_proj", (1, "output", "attention"), id="o_proj of layer 1"),
     pytest.param("layers.0.", "v_proj", (0, "output", "attention"), id="v_proj of layer 0"),
     pytest.param("layers.3.", "gate_proj", (4, "input", "attention"), id="MLP of layer 3"),
-    pytest.param("layers.4.", "up_proj", (None, "", ""), id="MLP of the last layer"),
+    pytest.param("layers.4.", "up_proj", None, id="MLP of the last layer"),
 ]
 
 
@@ -192,16 +191,17 @@ def done(stories_out: Path) -> Any:
 
 @pytest.mark.parametrize(("layer", "name", "expected"), FAULTS)
 def test_the_fault_is_found(
-    stories_copy: Path, stories_model: Any, done: Any, layer: str, name: str, expected: tuple[Any, ...]
+    stories_copy: Path, stories_model: Any, done: Any, layer: str, name: str, expected: tuple[Any, ...] | None
 ) -> None:
     path = stories_copy / "model.onnx"
     perturb(path, weight_of(path, layer, name), 1.5)
     found = first_divergence(stories_model, done, path)
-    assert (found.layer, found.where, found.kind) == expected
-    if expected[0] is None:
-        assert "after the last one" in str(found)
-    else:
-        assert f"layer {expected[0]} ({expected[2]})" in str(found) and found.error > 1e-3
+    if expected is None:
+        assert found is None
+        return
+    number, where, kind = expected
+    assert found is not None and found.startswith(f"layer {number} ({kind}) is the first")
+    assert f"tolerance, at its {where}" in found and float(found.split()[-2]) > 1e-3
 
 
 @pytest.mark.parametrize(("layer", "name", "expected"), [FAULTS[1]])
@@ -217,7 +217,7 @@ def test_verify_fails_and_says_where(
     (check,) = [c for c in report.checks if c.name == "parity"]
     assert check.status == "failed" and "max |Δlogit| is" in check.detail
     assert report.divergence is not None and report.divergence in check.detail
-    wanted = "after the last one" if expected[0] is None else f"layer {expected[0]} ({expected[2]})"
+    wanted = f"layer {expected[0]} ({expected[2]})"
     assert wanted in report.divergence
     folder = stories_copy / "report"
     raw = json.loads((folder / "report.json").read_text())
@@ -254,17 +254,32 @@ def streaming(stories_folder: Path, tmp_path: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
-def test_rows_by_themselves_by_blocks_as_step_by_step(streaming: Any, plan: Plan, cached: bool) -> None:
-    alone = ragged_rows((90, 30), 500, seed=1)
-    blocks, whole = Notes(), Notes()
-    by_blocks = record_pytorch(streaming, plan, ROWS, STEPS, cached, alone, listener=blocks)
+def step_by_step(model: Any, plan: Plan | None, text: Text) -> Recorded:
+    """Each pass of the whole model, with transformers' cache between them."""
+    with linearized(model, plan) if plan else nullcontext():
+        stream = torch_stream(model, plan.linear_attention if plan else (), text.cached)
+        return record(stepped(stream, text), stream.kv_layers, text)
+
+
+@pytest.mark.parametrize(
+    ("planned", "cached"),
+    [(True, True), (True, False), (False, False)],
+    ids=["cache", "no cache", "as it is"],
+)
+def test_by_blocks_as_step_by_step(streaming: Any, plan: Plan, planned: bool, cached: bool) -> None:
+    text = Text(ROWS, STEPS, ragged_rows((90, 30), 500, seed=1), cached)
+    blocks, asked = Notes(), plan if planned else None
+    assert streams(streaming)
+    with reads() as found:
+        by_blocks = record_pytorch(streaming, asked, text, listener=blocks)
+    read = [weight.name for unit in streaming_of(streaming).units for weight in unit]
+    assert sorted(found) == sorted(read * 3)  # once a batch
     with resident(streaming):
-        same(record_pytorch(streaming, plan, ROWS, STEPS, cached, alone, listener=whole), by_blocks)
+        same(step_by_step(streaming, asked, text), by_blocks)
+    assert by_blocks.kv_layers == (((0, 2, 4) if planned else (0, 1, 2, 3, 4)) if cached else None)
     steps = ("Running PyTorch", 3 * (STEPS + 1), "steps", 0)
     assert blocks.tasks == [steps, *[("Running the blocks", 5, "blocks", 0)] * 3]
     assert blocks.advanced == [1] * 3 * (5 + STEPS + 1)
-    assert whole.tasks == [steps] and whole.advanced == [1] * 3 * (STEPS + 1)
     # The last 64 logits of a prefill, and the caches once all is decoded.
     ragged = sum(map(len, ROWS)) - 3 * STEPS
     logits = [[len(step.logits) for step in steps] for steps in by_blocks.batches]
@@ -273,31 +288,14 @@ def test_rows_by_themselves_by_blocks_as_step_by_step(streaming: Any, plan: Plan
     assert kept == [[True] * 4, *[[False] * 3 + [True]] * 2]
 
 
-@pytest.mark.parametrize(("planned", "cached"), [(True, True), (False, False)])
-def test_by_blocks_as_step_by_step(streaming: Any, plan: Plan, cached: bool, planned: bool) -> None:
-    assert streams(streaming)
-    with reads() as found:
-        by_blocks = record_pytorch(streaming, plan if planned else None, ROWS, STEPS, cached)
-    assert sorted(found) == sorted(w.name for w in _read_once(streaming))
-    with resident(streaming):
-        same(record_pytorch(streaming, plan if planned else None, ROWS, STEPS, cached), by_blocks)
-    assert by_blocks.kv_layers == (((0, 2, 4) if planned else (0, 1, 2, 3, 4)) if cached else None)
-
-
-def _read_once(model: Any) -> list[Any]:
-    return [weight for unit in streaming_of(model).units for weight in unit]
-
-
 @pytest.mark.parametrize(
     "name", [n if n in CORE else pytest.param(n, marks=exhaustive) for n in families.DECODERS]
 )
-def test_every_decoder_with_the_cache_that_it_has(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_decoder_with_the_cache_that_it_has(name: str) -> None:
     model = families.unsaved(name).eval()
     cached = all(block.kv or block.states for block in dummy_run(model).cache)
-    rows = ragged_rows((12, 9), 250)
-    whole = record_pytorch(model, None, rows, 2, cached)
-    monkeypatch.setattr(pytorch, "streams", lambda _: True)
-    same(record_pytorch(model, None, rows, 2, cached), whole)
+    text = Text(ragged_rows((12, 9), 250), 2, cached=cached)
+    same(record_pytorch(model, None, text), step_by_step(model, None, text))
 
 
 def by_hand(folder: Path, dtype: torch.dtype, plan: Plan) -> list[NDArray[np.float64]]:
@@ -322,9 +320,11 @@ def by_hand(folder: Path, dtype: torch.dtype, plan: Plan) -> list[NDArray[np.flo
 def test_the_loss_is_that_of_transformers_in_half(
     stories_folder: Path, stories_model: Any, plan: Plan, name: str, dtype: torch.dtype, cached: bool
 ) -> None:
-    own = pytorch_in_precision(precision_of(name), stories_model, plan, ROWS, STEPS, cached)
+    text, precision = Text(ROWS, STEPS, cached=cached), precision_of(name)
+    exact = record_pytorch(stories_model, plan, text)
+    own = pytorch_in_precision(precision, stories_model, plan, text, exact)
     assert own.prompt_lengths == (17, 10, 6) and [s.step for s in own.steps] == [0, 1, 2, 3]
-    assert own.gates == gates_for(precision_of(name).gates)
+    assert own.gates == gates_for(precision.gates)
     single, half = (by_hand(stories_folder, d, plan) for d in (torch.float32, dtype))
     lost = [np.abs(a - b) for a, b in zip(single, half, strict=True)]
     for step in own.steps:
