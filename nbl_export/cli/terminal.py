@@ -30,7 +30,7 @@ from nbl_export.settings.measuring import BOTH
 
 if TYPE_CHECKING:
     from nbl_export.doctor import Diagnosis
-    from nbl_export.engine.build import EngineFile
+    from nbl_export.engine.manifest import EngineFile
     from nbl_export.linearize.plan import Plan
     from nbl_export.report.diff import Diff
     from nbl_export.report.evaluation import Evaluation

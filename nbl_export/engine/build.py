@@ -10,39 +10,38 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import onnx_ir as ir
 
 from nbl_export import __version__
-from nbl_export.batch.names import LINEARIZED
-from nbl_export.engine.elsewhere import write_fixed
-from nbl_export.engine.library import Gpu, Library, import_library
-from nbl_export.engine.manifest import Manifest, manifest_path, save_manifest
-from nbl_export.engine.network import (
+from nbl_export.blocks import Block
+from nbl_export.processes import Tell, in_child
+from nbl_export.engine.elsewhere import write_fixed, write_for_others
+from nbl_export.engine.library import Gpu, Library
+from nbl_export.engine.manifest import (
     Limits,
+    Manifest,
     NetworkFacts,
-    Parsed,
+    NetworkTensor,
     Profile,
-    check_network,
-    check_operators,
-    check_precision,
-    let_attention_decompose,
-    parse_network,
+    manifest_path,
     profiles,
+    save_manifest,
 )
-from nbl_export.errors import BuildError
+from nbl_export.errors import BuildError, InputError
 from nbl_export.files import TEMPORARY, atomic_path, sha256_of_file
 from nbl_export.graph.cache import is_static, kv_layers
 from nbl_export.graph.io import external_files, load_graph
 from nbl_export.graph.operators import fused_op
-from nbl_export.graph.precision import graph_precision
-from nbl_export.linearize.plan import Plan
-from nbl_export.processes import Tell, in_child
+from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.progress import Listener
 
 TIMINGS = "timing.cache"
@@ -50,16 +49,28 @@ TIMINGS = "timing.cache"
 PATIENCE = 1800
 _REMEDY = "leave the engines out, or export again with another --kv-cache or --precision"
 _WHOLE = 1000  # of the progress of a build
+_STANDARD = ("", "ai.onnx")
+# By name: older releases do not have the type.
+_ATTENTION = "ATTENTION_OUTPUT"
+# TensorRT's names of the dtypes.
+_DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+# The parser adds scalars such as epsilons in float32.
+_PARSER_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Source:
-    """A graph to build: its role, its path, its number of attention layers, and the path of the engine."""
+    """A graph to build: its role, its path, its number of attention layers, and the path of the engine.
+
+    ``linear`` are the blocks that the plan of the SHA-256 ``plan`` has made linear in it.
+    """
 
     role: str
     graph: Path
     attention: int
     engine: Path
+    linear: tuple[Block, ...] = ()
+    plan: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,80 +86,29 @@ class Target:
     capabilities: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class EngineFile:
-    """A written engine and its manifest."""
-
-    path: Path
-    manifest: Manifest
-
-
-@dataclass(frozen=True)
-class Built:
-    """The facts about an engine of ``size`` bytes. ``fused`` is False if attention was decomposed."""
-
-    facts: NetworkFacts
-    profiles: tuple[Profile, ...]
-    fused: bool
-    seconds: float
-    size: int
-
-
-def build_pair(
-    target: Target, sources: Sequence[Source], plan: Plan, plan_hash: str, listener: Listener
-) -> tuple[list[EngineFile], list[Path]]:
-    """Build every source; returns the engines and all written files.
+def build_pair(target: Target, sources: Sequence[Source], listener: Listener) -> list[Path]:
+    """Build every source, and write what other tools need to build it; returns all written files.
 
     The engines are moved into place only after all are built.
     """
-    library, gpu = target.library, target.gpu
-    capabilities = target.capabilities
-    if not capabilities and gpu is not None:
-        capabilities = (f"SM{gpu.compute_capability.replace('.', '')}",)
-    engines: list[EngineFile] = []
+    built: dict[Path, Manifest] = {}
     # All temporary files are written before the first is moved into place: the disk may be full.
     with ExitStack() as writing:
         temporaries = [writing.enter_context(atomic_path(source.engine)) for source in sources]
         for source, temporary in zip(sources, temporaries, strict=True):
             timings = source.engine.with_name(TIMINGS)
             with listener.task(f"Building {source.role} engine", _WHOLE, "‰") as task:
-                built = build_in_child(target, replace(source, engine=temporary), timings, task.advance)
-            linear = plan.blocks if source.role == LINEARIZED else ()
-            model = load_graph(source.graph)
-            manifest = Manifest(
-                role=source.role,
-                library=library.package,
-                library_version=library.version,
-                ahead_of_time=library.ahead_of_time,
-                capabilities=capabilities,
-                gpu=None if library.ahead_of_time or gpu is None else gpu.name,
-                precision=graph_precision(model).name,
-                kv_cache="static" if is_static(model) else "concat",
-                limits=target.limits,
-                profiles=built.profiles,
-                kv_layers=kv_layers(model),
-                linear_layers=linear,
-                attention="none" if not source.attention else "fused" if built.fused else "decomposed",
-                network=built.facts,
-                hashes=_hashes(source.graph, model, temporary) | ({"plan": plan_hash} if linear else {}),
-                build_seconds=round(built.seconds, 3),
-                size=built.size,
-                created_by=f"nbl-export {__version__}",
-            )
+                manifest = build_in_child(target, replace(source, engine=temporary), timings, task.advance)
             save_manifest(writing.enter_context(atomic_path(manifest_path(source.engine))), manifest)
-            engines.append(EngineFile(source.engine, manifest))
-    return engines, [file for one in engines for file in (one.path, manifest_path(one.path))]
+            built[source.engine] = manifest
+    files = [file for engine in built for file in (engine, manifest_path(engine))]
+    for source in sources:
+        files += write_for_others(source.graph, source.engine, built[source.engine])
+    return files
 
 
-def _hashes(graph: Path, model: ir.Model, engine: Path) -> dict[str, str]:
-    hashes = {"engine": sha256_of_file(engine), "onnx": sha256_of_file(graph)}
-    for data in external_files(model):
-        hashes["onnx_data" if data.parent == graph.parent else "shared_data"] = sha256_of_file(data)
-    return hashes
-
-
-def build_in_child(target: Target, source: Source, timings: Path, advance: Callable[[int], None]) -> Built:
-    """Build the engine of ``source`` in a child process, and write it.
+def build_in_child(target: Target, source: Source, timings: Path, advance: Callable[[int], None]) -> Manifest:
+    """Build the engine of ``source`` in a child process, and write it; returns its manifest.
 
     ``timings`` is the file of the library's timing cache; ``advance`` is told thousandths. Raises :class:`InputError`
     for a graph with operators or weights that the library does not know, :class:`BuildError` if parsing, the check of
@@ -156,48 +116,70 @@ def build_in_child(target: Target, source: Source, timings: Path, advance: Calla
     path is then of no use.
     """
     with parsable(source.graph, target.limits.max_context) as parsed:
-        asked = (target.library.package, source, parsed, timings, target.limits, target.capabilities)
         what = f"The build of an engine of {source.graph} with {target.library}"
-        built: Built = in_child(_build, asked, what, _REMEDY, PATIENCE, advance)
+        built: Manifest = in_child(
+            _build, (target, source, parsed, timings), what, _REMEDY, PATIENCE, advance
+        )
     return built
 
 
-def _build(asked: Any, advance: Tell) -> Built:
-    package, source, parsed_graph, timings, limits, capabilities = asked
-    library = import_library(package)
-    start, graph = time.perf_counter(), source.graph
+def _build(asked: tuple[Target, Source, Path, Path], advance: Tell) -> Manifest:
+    target, source, parsed, timings = asked
+    library, gpu, start, graph = target.library, target.gpu, time.perf_counter(), source.graph
     model = load_graph(graph)
-    check_operators(model, graph)
-    precision = graph_precision(model)
-    check_precision(precision, graph)
+    precision, static = graph_precision(model), is_static(model)
+    check_graph(model, precision, graph)
     stored = (v.const_value for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT)
     float32_bytes = sum(value.nbytes for value in stored if value is not None)
-    parsed = parse_network(library, parsed_graph, graph)
+    network = Network(library, parsed, graph)
     operators = sum(fused_op(node) is not None for node in model.graph)
-    check_network(parsed.facts, precision, source.attention, is_static(model), float32_bytes, operators)
+    check_network(network.facts, precision, source.attention, static, float32_bytes, operators)
     shapes = {
         str(v.name): [d if isinstance(d, int) else str(d.value) for d in v.shape or ()]
         for v in model.graph.inputs
         if v.const_value is None  # for TensorRT an input with a default is a constant
     }
-    found = profiles(shapes, limits)
+    found = profiles(shapes, target.limits)
     # Fused attention has no float32 kernel. In half precision a fused kernel is required first, to see if there is one.
     fused = precision.name != "fp32" and operators > 0
     monitor = _monitor(library, advance)
     if not fused:
-        let_attention_decompose(library, parsed.network)
-    data = _serialize(library, parsed, found, capabilities, timings, monitor)
-    if data is None and fused and "decomposable" in " ".join(parsed.logger.errors):
+        network.let_attention_decompose()
+    data = network.serialize(found, target.capabilities, timings, monitor)
+    if data is None and fused and "decomposable" in " ".join(network.errors):
         # There is no fused kernel for this head_dim; the manifest says "decomposed".
         fused = False
-        parsed.logger.errors.clear()
-        let_attention_decompose(library, parsed.network)
-        data = _serialize(library, parsed, found, capabilities, timings, monitor)
+        network.errors.clear()
+        network.let_attention_decompose()
+        data = network.serialize(found, target.capabilities, timings, monitor)
     if data is None:
-        raise BuildError(f"{library} does not build {graph}: {parsed.first_error()}.")
+        raise BuildError(f"{library} does not build {graph}: {network.first_error()}.")
     size = source.engine.write_bytes(memoryview(data))
     monitor.reach(1)
-    return Built(parsed.facts, found, fused, time.perf_counter() - start, size)
+    hashes = {"engine": source.engine, "onnx": graph}
+    hashes |= {"onnx_data" if f.parent == graph.parent else "shared_data": f for f in external_files(model)}
+    here = (f"SM{gpu.compute_capability.replace('.', '')}",) if gpu else ()
+    return Manifest(
+        role=source.role,
+        library=library.package,
+        library_version=library.version,
+        ahead_of_time=library.ahead_of_time,
+        capabilities=target.capabilities or here,
+        gpu=None if library.ahead_of_time or gpu is None else gpu.name,
+        precision=precision.name,
+        kv_cache="static" if static else "concat",
+        limits=target.limits,
+        profiles=found,
+        kv_layers=kv_layers(model),
+        linear_layers=source.linear,
+        attention="none" if not source.attention else "fused" if fused else "decomposed",
+        network=network.facts,
+        build_seconds=round(time.perf_counter() - start, 3),
+        hashes={name: sha256_of_file(file) for name, file in hashes.items()}
+        | ({"plan": source.plan} if source.plan else {}),
+        size=size,
+        created_by=f"nbl-export {__version__}",
+    )
 
 
 @contextmanager
@@ -216,37 +198,154 @@ def parsable(path: Path, length: int) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
-def _serialize(
-    library: Library,
-    parsed: Parsed,
-    found: Sequence[Profile],
-    capabilities: Sequence[str],
-    timings: Path,
-    monitor: Any,
-) -> Any:
-    trt = library.module
-    config = parsed.builder.create_builder_config()
-    for profile in found:
-        made = parsed.builder.create_optimization_profile()
-        for name, shapes in profile.shapes.items():
-            made.set_shape(name, *shapes)
-        if config.add_optimization_profile(made) < 0:
-            raise BuildError(f"{library} refuses the {profile.name} profile: {parsed.first_error()}.")
-    # Needed to inspect the layers of the engine.
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    cache = None
-    if library.ahead_of_time:  # nothing is timed
-        config.num_compute_capabilities = len(capabilities)
-        for index, name in enumerate(capabilities):
-            config.set_compute_capability(library.capabilities[name], index)
-    else:
-        cache = timing_cache(config, timings)
-    config.progress_monitor = monitor  # of which the library keeps no reference of its own
-    data = parsed.builder.build_serialized_network(parsed.network, config)
-    if data is not None and cache is not None:
-        with atomic_path(timings) as temporary:
-            temporary.write_bytes(bytes(cache.serialize()))
-    return data
+def check_graph(model: ir.Model, precision: Precision, path: Path) -> None:
+    """Refuse a graph with non-standard operators, such as those of onnxruntime, or with quantized weights."""
+    foreign = Counter((n.domain, n.op_type) for n in model.graph if n.domain not in _STANDARD)
+    if foreign:
+        (domain, op), count = foreign.most_common(1)[0]
+        more = f" and {len(foreign) - 1} more operators" if len(foreign) > 1 else ""
+        raise InputError(
+            f"{path} uses {domain}.{op} ({count} nodes){more}, which TensorRT does not know: export the model with "
+            "nbl-export's own exporter (`nbl-export export OUT`), whose graphs have standard operators only."
+        )
+    if precision.name not in _DTYPES:
+        raise InputError(
+            f"{path} has {precision.name} weights, of which no engine is built: export it in {', '.join(_DTYPES)}."
+        )
+
+
+class Network:
+    """The graph at ``path``, called ``shown`` in messages, as a strongly typed network, and what it has.
+
+    Raises :class:`BuildError` naming the operator that is not supported. ``errors`` are those that the library logs.
+    """
+
+    def __init__(self, library: Library, path: Path, shown: Path | None = None) -> None:
+        self.library, self.errors, trt = library, list[str](), library.module
+        self._logger = _logger(library, self.errors)  # all of these must live as long as the network
+        self._builder = trt.Builder(self._logger)
+        # TensorRT 11 ignores the flag and types every network strongly.
+        self._network = self._builder.create_network(
+            1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        )
+        self._parser = trt.OnnxParser(self._network, self._logger)
+        if not self._parser.parse_from_file(str(path)):
+            error = self._parser.get_error(0)
+            reason = shorten(str(error.desc()), 300, placeholder=" …").rstrip(".")
+            raise BuildError(
+                f"{library} does not take the operator {error.node_operator()} ({error.node_name()}) of "
+                f"{shown or path}: {reason}."
+            )
+        self._layers = [self._network.get_layer(i) for i in range(self._network.num_layers)]
+        self.facts = self._facts()
+
+    def _facts(self) -> NetworkFacts:
+        network, kinds, weights = (
+            self._network,
+            Counter(one.type.name for one in self._layers),
+            Counter[str](),
+        )
+        for layer in self._layers:
+            if layer.type == self.library.module.LayerType.CONSTANT:
+                output = layer.get_output(0)
+                weights[output.dtype.name] += int(prod(output.shape) * output.dtype.itemsize)
+        ends = [network.get_input(i) for i in range(network.num_inputs)]
+        ends += [network.get_output(i) for i in range(network.num_outputs)]
+        tensors = tuple(NetworkTensor(end.name, end.dtype.name, tuple(end.shape)) for end in ends)
+        return NetworkFacts(
+            layers=network.num_layers,
+            attention=kinds[_ATTENTION],
+            kv_cache_updates=kinds["KV_CACHE_UPDATE"],
+            inputs=tensors[: network.num_inputs],
+            outputs=tensors[network.num_inputs :],
+            weight_bytes=dict(weights),
+        )
+
+    def first_error(self) -> str:
+        """The first error that is not about a missing GPU, which is expected in ahead-of-time builds."""
+        real = [m for m in self.errors if "cudaError 35" not in m and "CUDA driver" not in m]
+        return shorten(real[0], 400, placeholder=" …") if real else "no reason given"
+
+    def let_attention_decompose(self) -> None:
+        """Allow TensorRT to decompose every attention layer for which it has no fused kernel."""
+        for layer in self._layers:
+            if layer.type.name == _ATTENTION:
+                layer.__class__ = (
+                    self.library.module.IAttentionOutputLayer
+                )  # the binding returns the base class
+                layer.attention.decomposable = True
+
+    def serialize(
+        self, found: Sequence[Profile], capabilities: Sequence[str], timings: Path, monitor: Any
+    ) -> Any:
+        """The engine's bytes, or None: then the library has logged why."""
+        library, builder = self.library, self._builder
+        config = builder.create_builder_config()
+        for profile in found:
+            made = builder.create_optimization_profile()
+            for name, shapes in profile.shapes.items():
+                made.set_shape(name, *shapes)
+            if config.add_optimization_profile(made) < 0:
+                raise BuildError(f"{library} refuses the {profile.name} profile: {self.first_error()}.")
+        # Needed to inspect the layers of the engine.
+        config.profiling_verbosity = library.module.ProfilingVerbosity.DETAILED
+        cache = None
+        if library.ahead_of_time:  # nothing is timed
+            config.num_compute_capabilities = len(capabilities)
+            for index, name in enumerate(capabilities):
+                config.set_compute_capability(library.capabilities[name], index)
+        else:
+            cache = timing_cache(config, timings)
+        config.progress_monitor = monitor  # of which the library keeps no reference of its own
+        data = builder.build_serialized_network(self._network, config)
+        if data is not None and cache is not None:
+            with atomic_path(timings) as temporary:
+                temporary.write_bytes(bytes(cache.serialize()))
+        return data
+
+
+def check_network(
+    facts: NetworkFacts,
+    precision: Precision,
+    attention: int,
+    static: bool,
+    float32_bytes: int,
+    operators: int | None = None,
+) -> None:
+    """Check a network against the plan; raises :class:`BuildError` for the first difference.
+
+    1. Exactly ``attention`` attention layers (L - K), or the number of attention ``operators`` in the graph, since
+       some exporters decompose attention.
+    2. Two KV inputs and two KV outputs for each, and two native cache updates if the cache is static.
+    3. KV in the precision's dtype, logits in float32, every other input in int64.
+    4. Weights in the precision's dtype, except ``float32_bytes`` that are float32 in the graph itself.
+    """
+    wanted = _DTYPES[precision.name]
+    past = [t for t in facts.inputs if t.name.startswith("past_key_values.")]
+    present = [t for t in facts.outputs if t.name.startswith("present.")]
+    counts = {
+        "attention layers": (facts.attention, attention if operators is None else operators),
+        "KV inputs": (len(past), 2 * attention),
+        "KV outputs": (len(present), 2 * attention),
+    }
+    if static:
+        counts["KV cache updates"] = (facts.kv_cache_updates, 2 * attention)
+    for what, (found, expected) in counts.items():
+        if found != expected:
+            raise BuildError(f"The TensorRT network has {found} {what}, expected {expected}.")
+    types = dict.fromkeys((*past, *present), wanted)
+    types |= {tensor: "INT64" for tensor in facts.inputs if tensor not in past}
+    types |= {tensor: "FLOAT" for tensor in facts.outputs if tensor.name == "logits"}
+    for tensor, dtype in types.items():
+        if tensor.dtype != dtype:
+            raise BuildError(f"The TensorRT network's {tensor.name} is {tensor.dtype}, expected {dtype}.")
+    other = sum(b for d, b in facts.weight_bytes.items() if d in _DTYPES.values() and d != wanted)
+    total = sum(facts.weight_bytes.values())
+    if other > float32_bytes + _PARSER_BYTES:
+        raise BuildError(
+            f"{other:,} of {total:,} bytes of the TensorRT network's weights are not {wanted}; the graph keeps "
+            f"{float32_bytes:,}."
+        )
 
 
 def timing_cache(config: Any, path: Path) -> Any:
@@ -259,6 +358,18 @@ def timing_cache(config: Any, path: Path) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
+
+
+def _logger(library: Library, errors: list[str]) -> Any:
+    """A logger of the library that adds to ``errors``."""
+    kind: Any = library.module.ILogger
+
+    class _Logger(kind):  # type: ignore[misc]
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (kind.Severity.ERROR, kind.Severity.INTERNAL_ERROR):
+                errors.append(message)
+
+    return _Logger()
 
 
 def _monitor(library: Library, advance: Callable[[int], object]) -> Any:

@@ -20,8 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from nbl_export.batch.names import MASK, MAX, POSITIONS, TOKENS, WRITE_INDICES
-from nbl_export.engine.manifest import Manifest
-from nbl_export.engine.network import DECODE, Profile
+from nbl_export.engine.manifest import DECODE, Manifest, Profile
 from nbl_export.files import atomic_path, write_text
 from nbl_export.graph.io import load_graph
 

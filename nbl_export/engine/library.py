@@ -20,7 +20,7 @@ from nbl_export.packages import part
 
 # CUdevice_attribute, cuda.h: the major and the minor number of the compute capability
 _CAPABILITY = (75, 76)
-_DRIVER, _MANAGEMENT = "libcuda.so.1", "libnvidia-ml.so.1"
+_DRIVER = "libcuda.so.1"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -36,8 +36,7 @@ class Gpu:
 class Gpus:
     """All visible devices, in the driver's order, and the bytes of memory of each.
 
-    ``driver`` is its version, as ``570.86.15``, or what CUDA it is for; ``why_none`` is the reason where there is no
-    device.
+    ``driver`` is what CUDA it is for, as ``for CUDA 12.8``; ``why_none`` is the reason where there is no device.
     """
 
     devices: tuple[Gpu, ...] = ()
@@ -79,21 +78,9 @@ def find_gpus() -> Gpus:
         memory.append(size.value)
     if not devices:
         return Gpus(why_none=f"the NVIDIA driver shows no device{hidden}")
-    return Gpus(tuple(devices), tuple(memory), _version(driver))
-
-
-def _version(driver: Any) -> str:
-    """That of the driver, which only the management library says; else of the CUDA that it is for."""
-    try:
-        management: Any = ctypes.CDLL(_MANAGEMENT)
-        text = ctypes.create_string_buffer(80)
-        if not management.nvmlInit_v2() and not management.nvmlSystemGetDriverVersion(text, len(text)):
-            return text.value.decode(errors="replace")
-    except (OSError, AttributeError):
-        pass
-    cuda = ctypes.c_int()
-    driver.cuDriverGetVersion(ctypes.byref(cuda))
-    return f"for CUDA {cuda.value // 1000}.{cuda.value % 1000 // 10}"
+    driver.cuDriverGetVersion(ctypes.byref(value))
+    cuda = f"for CUDA {value.value // 1000}.{value.value % 1000 // 10}"
+    return Gpus(tuple(devices), tuple(memory), cuda)
 
 
 # By package: of what release the oldest one is that serves.
@@ -115,6 +102,9 @@ class Library:
 
     def __str__(self) -> str:
         return f"{self.package} {self.version}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return import_library, (self.package,)  # in another process
 
     @property
     def capabilities(self) -> dict[str, Any]:

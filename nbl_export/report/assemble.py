@@ -28,7 +28,7 @@ from nbl_export.settings.graphs import PRECISIONS
 from nbl_export.workspace import Places, Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.engine.build import EngineFile
+    from nbl_export.engine.manifest import EngineFile
     from nbl_export.linearize.plan import Plan
     from nbl_export.models.source import ModelSource
     from nbl_export.verify.case import Measurement

@@ -23,8 +23,7 @@ from nbl_export.batch.arrays import BOOL, F32
 from nbl_export.batch.names import MASK, POSITIONS, TOKENS, WRITE_INDICES
 from nbl_export.batch.rows import left_padded, one_more, prefix_mask, right_padded
 from nbl_export.engine.library import find_gpu
-from nbl_export.engine.manifest import Manifest, check_runs, load_manifest
-from nbl_export.engine.network import DECODE, PREFILL
+from nbl_export.engine.manifest import DECODE, PREFILL, Manifest, check_runs, load_manifest
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.runtime.stream import KV, Stream
 

@@ -19,8 +19,7 @@ from nbl_export.workspace import Workspace
 if TYPE_CHECKING:
     import torch
 
-    from nbl_export.engine.build import EngineFile
-    from nbl_export.engine.network import Limits
+    from nbl_export.engine.manifest import EngineFile, Limits
     from nbl_export.models.source import ModelSource
 
 
@@ -32,10 +31,9 @@ def build(
 ) -> list[EngineFile]:
     """Build the base and the linearized TensorRT engine; returns them with their manifests."""
     from nbl_export.batch.names import BASE, LINEARIZED
-    from nbl_export.engine.build import EngineFile, Source, Target, build_pair
-    from nbl_export.engine.elsewhere import write_for_others
+    from nbl_export.engine.build import Source, Target, build_pair
     from nbl_export.engine.library import check_capabilities, choose_library, find_gpu
-    from nbl_export.engine.manifest import load_manifest
+    from nbl_export.engine.manifest import EngineFile, load_manifest
     from nbl_export.graph.cache import state_pairs
     from nbl_export.graph.io import load_graph
 
@@ -67,13 +65,17 @@ def build(
                     )
                 sources = [
                     Source(BASE, ws.baseline, len(attentions(plan.candidates)), ws.base_engine),
-                    Source(LINEARIZED, ws.model, len(plan.attention_layers), ws.engine),
+                    Source(
+                        LINEARIZED,
+                        ws.model,
+                        len(plan.attention_layers),
+                        ws.engine,
+                        plan.blocks,
+                        sha256_of_file(ws.plan),
+                    ),
                 ]
                 target = Target(library, gpu, shapes, tuple(capabilities))
-                engines, files = build_pair(target, sources, plan, sha256_of_file(ws.plan), work)
-                for source, engine in zip(sources, engines, strict=True):
-                    files += write_for_others(source.graph, source.engine, engine.manifest)
-                work.files = files
+                work.files = build_pair(target, sources, work)
         return [EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine)]
 
 
@@ -105,7 +107,7 @@ def _keeps_states(what: str) -> InputError:
 
 def check_limits(settings: EngineSettings, positions: int | None) -> Limits:
     """The shapes to build for, held to the model's number of positions where that is known."""
-    from nbl_export.engine.network import limits
+    from nbl_export.engine.manifest import limits
 
     return limits(settings.max_batch, settings.max_seq, settings.max_context, positions)
 
@@ -129,8 +131,7 @@ def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
 
     :func:`passed_over` says why those are not current that there are.
     """
-    from nbl_export.engine.build import EngineFile
-    from nbl_export.engine.manifest import load_manifest
+    from nbl_export.engine.manifest import EngineFile, load_manifest
 
     if ws.record("build") is None or ws.stale("build"):
         return ()

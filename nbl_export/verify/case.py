@@ -26,7 +26,7 @@ from nbl_export.batch.names import BASE, LINEARIZED, PIXELS, TOKENS
 from nbl_export.batch.rows import Inputs, batch_of_rows
 from nbl_export.blocks import Block
 from nbl_export.calibrate.text import CalibrationText
-from nbl_export.engine.build import EngineFile
+from nbl_export.engine.manifest import EngineFile
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision

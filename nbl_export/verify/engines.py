@@ -17,8 +17,8 @@ import torch
 
 from nbl_export.batch.arrays import words
 from nbl_export.batch.names import BASE, LINEARIZED
-from nbl_export.engine.build import EngineFile
 from nbl_export.engine.library import Gpu, find_gpu
+from nbl_export.engine.manifest import EngineFile
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.graph.precision import QUANTIZED, precision_of
 from nbl_export.models.weights import in_precision

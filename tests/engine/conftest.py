@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.engine.manifest import Manifest
-from nbl_export.engine.network import Limits, NetworkFacts, Profile
+from nbl_export.engine.manifest import Limits, Manifest, NetworkFacts, Profile
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph

@@ -20,11 +20,10 @@ import pytest
 
 from nbl_export import api
 from nbl_export.engine import build as module
-from nbl_export.engine.build import Built, Source, Target, build_in_child, timing_cache
+from nbl_export.engine.build import Source, Target, build_in_child, timing_cache
 from nbl_export.engine.elsewhere import fixed_path
 from nbl_export.engine.library import Library
-from nbl_export.engine.manifest import Manifest, load_manifest
-from nbl_export.engine.network import Limits
+from nbl_export.engine.manifest import Limits, Manifest, load_manifest
 from nbl_export.errors import BuildError, InputError
 from tests.engine.conftest import Graphs, converted
 
@@ -34,7 +33,7 @@ OTHER = api.EngineSettings("rtx", max_batch=1, max_seq=8, max_context=32, sm=("8
 
 def build(
     library: Library, path: Path, attention: int, folder: Path, limits: Limits = LIMITS
-) -> tuple[Built, list[int]]:
+) -> tuple[Manifest, list[int]]:
     """The engine of one graph, and its progress."""
     advanced: list[int] = []
     target, engine = Target(library, None, limits, ("SM86",)), folder / "model.engine"
@@ -57,8 +56,9 @@ def test_every_precision_and_cache_is_built(
     path = made.linearized if attention else made.bare
     before = {p.name for p in path.parent.iterdir()}
     built, advanced = build(rtx, path, attention, tmp_path)
-    assert not built.fused  # heads of size 8 have no fused kernel, and float32 has none at all
-    assert built.facts.attention == attention and [p.name for p in built.profiles] == ["prefill", "decode"]
+    expected = "decomposed" if attention else "none"
+    assert built.attention == expected  # heads of size 8 have no fused kernel, and float32 has none at all
+    assert built.network.attention == attention and [p.name for p in built.profiles] == ["prefill", "decode"]
     assert built.size == (tmp_path / "model.engine").stat().st_size > 100_000
     assert sum(advanced) == 1000 and min(advanced) >= 0 and len(advanced) > 5
     assert {p.name for p in path.parent.iterdir()} == before
@@ -67,7 +67,7 @@ def test_every_precision_and_cache_is_built(
 
 def test_attention_is_fused_where_there_is_a_kernel(rtx: Library, fusible: Path, tmp_path: Path) -> None:
     path = converted(fusible, tmp_path / "model.onnx", "fp16")
-    assert build(rtx, path, 1, tmp_path)[0].fused
+    assert build(rtx, path, 1, tmp_path)[0].attention == "fused"
 
 
 def test_what_is_not_built_is_told_with_its_reason(
@@ -180,7 +180,7 @@ def test_a_failure_in_the_second_build_leaves_the_first_engines(
     real, begun = module.build_in_child, []
     before = engines(built_copy)
 
-    def building(target: Target, source: Source, *rest: Any) -> Built:
+    def building(target: Target, source: Source, *rest: Any) -> Manifest:
         begun.append(source.role)
         built, engine = real(target, source, *rest), source.engine
         if len(begun) == 2:

@@ -13,19 +13,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from nbl_export.engine.build import Network, check_graph, check_network
 from nbl_export.engine.elsewhere import write_fixed
 from nbl_export.engine.library import Library
-from nbl_export.engine.network import (
-    Limits,
-    NetworkFacts,
-    NetworkTensor,
-    check_network,
-    check_operators,
-    check_precision,
-    limits,
-    parse_network,
-    profiles,
-)
+from nbl_export.engine.manifest import Limits, NetworkFacts, NetworkTensor, limits, profiles
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import QUANTIZED, precision_of
@@ -65,7 +56,7 @@ def test_a_network_is_what_the_graph_is(
     path = getattr(graphs(precision, form), which)
     write_fixed(path, path.with_name("fixed.onnx"), LENGTH)
     path = path.with_name("fixed.onnx")
-    facts = parse_network(rtx, path).facts
+    facts = Network(rtx, path).facts
     proto = onnx.load(str(path))
     ops = Count(node.op_type for node in proto.graph.node)
     kept = {"base": 5, "linearized": 3, "bare": 0}[which]
@@ -110,7 +101,7 @@ def test_operators_of_onnxruntime_are_named_with_the_way_around(tmp_path: Path) 
         path, *[("com.microsoft", "GroupQueryAttention")] * 3, ("com.microsoft", "RotaryEmbedding")
     )
     with pytest.raises(InputError) as caught:
-        check_operators(model, path)
+        check_graph(model, precision_of("fp32"), path)
     message = str(caught.value)
     for words in (str(path), "com.microsoft.GroupQueryAttention", "3 nodes", "1 more", "nbl-export export"):
         assert words in message
@@ -118,12 +109,13 @@ def test_operators_of_onnxruntime_are_named_with_the_way_around(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_quantized_weights_are_refused(name: str) -> None:
+def test_quantized_weights_are_refused(name: str, tmp_path: Path) -> None:
+    model = foreign(tmp_path / "graph.onnx")
     with pytest.raises(
         InputError, match=rf"^graph\.onnx has {name} weights, .*: export it in fp32, fp16, bf16\.$"
     ):
-        check_precision(QUANTIZED[name], Path("graph.onnx"))
-    check_precision(precision_of("bf16"), Path("graph.onnx"))
+        check_graph(model, QUANTIZED[name], Path("graph.onnx"))
+    check_graph(model, precision_of("bf16"), Path("graph.onnx"))
 
 
 # check_network -----------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from nbl_export.engine.manifest import Manifest
-from nbl_export.engine.network import Limits, NetworkFacts, NetworkTensor, Profile, profiles
+from nbl_export.engine.manifest import Limits, Manifest, NetworkFacts, NetworkTensor, Profile, profiles
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import save_in_precision, trace
 from nbl_export.files import sha256_of_file

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from nbl_export.calibrate.text import CalibrationText
-from nbl_export.engine.build import EngineFile
+from nbl_export.engine.manifest import EngineFile
 from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Silent
 from nbl_export.records import Check

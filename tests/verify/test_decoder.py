@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from nbl_export.calibrate.text import CalibrationText
-from nbl_export.engine.build import EngineFile
 from nbl_export.engine.library import Gpu
-from nbl_export.engine.network import Limits
+from nbl_export.engine.manifest import EngineFile, Limits
 from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.graph.rounding import UNTIMED
 from nbl_export.linearize.plan import Plan

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.engine.network import Limits
+from nbl_export.engine.manifest import Limits
 from nbl_export.linearize.plan import Plan
 from nbl_export.runtime import session as sessions
 from nbl_export.runtime.ort import OrtModel
