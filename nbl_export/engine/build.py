@@ -7,12 +7,10 @@ cache length, but a native cache update of TensorRT needs a fixed one: a tempora
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -24,7 +22,7 @@ import onnx_ir as ir
 from nbl_export import __version__
 from nbl_export.blocks import Block
 from nbl_export.processes import Tell, in_child
-from nbl_export.engine.elsewhere import write_fixed, write_for_others
+from nbl_export.engine.elsewhere import parsable, write_for_others
 from nbl_export.engine.library import Gpu, Library
 from nbl_export.engine.manifest import (
     Limits,
@@ -37,7 +35,7 @@ from nbl_export.engine.manifest import (
     save_manifest,
 )
 from nbl_export.errors import BuildError, InputError
-from nbl_export.files import TEMPORARY, atomic_path, sha256_of_file
+from nbl_export.files import atomic_path, sha256_of_file
 from nbl_export.graph.cache import is_static, kv_layers
 from nbl_export.graph.io import external_files, load_graph
 from nbl_export.graph.operators import fused_op
@@ -180,22 +178,6 @@ def _build(asked: tuple[Target, Source, Path, Path], advance: Tell) -> Manifest:
         size=size,
         created_by=f"nbl-export {__version__}",
     )
-
-
-@contextmanager
-def parsable(path: Path, length: int) -> Iterator[Path]:
-    """The file of the graph at ``path`` that TensorRT parses: a static cache has ``length`` positions there."""
-    if not is_static(load_graph(path)):
-        yield path
-        return
-
-    handle, name = tempfile.mkstemp(prefix=".fixed.", suffix=TEMPORARY, dir=path.parent)  # beside its weights
-    os.close(handle)
-    try:
-        write_fixed(path, Path(name), length)
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def check_graph(model: ir.Model, precision: Precision, path: Path) -> None:

@@ -11,8 +11,11 @@ The same for baseline/model.onnx. A cache that grows needs no other graph.
 from __future__ import annotations
 
 import json
+import os
 import shlex
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ import onnx_ir as ir
 
 from nbl_export.batch.names import MASK, MAX, POSITIONS, TOKENS, WRITE_INDICES
 from nbl_export.engine.manifest import DECODE, Manifest, Profile
-from nbl_export.files import atomic_path, write_text
+from nbl_export.files import TEMPORARY, atomic_path, write_text
+from nbl_export.graph.cache import is_static
 from nbl_export.graph.io import load_graph
 
 _LOADER = '''"""Rows for `polygraphy run {graph} --data-loader-script {name}`: a prefill, and a step after it."""
@@ -88,6 +92,22 @@ def write_fixed(graph: Path, target: Path, length: int) -> None:
             if dim.dim_param == MAX:
                 dim.dim_value = length
     onnx.save(proto, str(target), format="protobuf")
+
+
+@contextmanager
+def parsable(path: Path, length: int) -> Iterator[Path]:
+    """The file of the graph at ``path`` that TensorRT parses: a static cache has ``length`` positions there."""
+    if not is_static(load_graph(path)):
+        yield path
+        return
+
+    handle, name = tempfile.mkstemp(prefix=".fixed.", suffix=TEMPORARY, dir=path.parent)  # beside its weights
+    os.close(handle)
+    try:
+        write_fixed(path, Path(name), length)
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _trtexec(graph: str, name: str, profiles: Sequence[Profile]) -> str:
