@@ -21,7 +21,6 @@ import onnx_ir as ir
 
 from nbl_export import __version__
 from nbl_export.blocks import Block
-from nbl_export.processes import Tell, in_child
 from nbl_export.engine.elsewhere import parsable, write_for_others
 from nbl_export.engine.library import Gpu, Library
 from nbl_export.engine.manifest import (
@@ -40,6 +39,7 @@ from nbl_export.graph.cache import is_static, kv_layers
 from nbl_export.graph.io import external_files, load_graph
 from nbl_export.graph.operators import fused_op
 from nbl_export.graph.precision import Precision, graph_precision
+from nbl_export.processes import Tell, in_child
 from nbl_export.progress import Listener
 
 TIMINGS = "timing.cache"
