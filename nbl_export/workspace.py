@@ -1,7 +1,7 @@
 """Keep the output folder: its file names, its lock, and the record of finished stages.
 
 A stage is done when ``nbl/workspace.json`` has a record of it with the requested key and its files are
-unchanged, byte for byte. The key is a hash of all inputs of the stage (:mod:`nbl_export.stage_record`), so changing
+unchanged, byte for byte. The key is a hash of all inputs of the stage (:mod:`nbl_export.records`), so changing
 ``--k`` repeats selection and the stages after it, never calibration.
 
 It may come from somebody else: every name that a record gives passes :func:`nbl_export.files.member` when the record is
@@ -21,8 +21,7 @@ from typing import Any
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.files import Digests, locked, member, read_json, sweep, write_json
 from nbl_export.progress import Listener
-from nbl_export.records import from_json
-from nbl_export.stage_record import STAGES, StageRecord, input_in_words, key_of, kind_of
+from nbl_export.records import STAGES, StageRecord, from_json, input_in_words, key_of, kind_of
 
 STATE_VERSION = 1
 # The command that makes each stage, where it is not `nbl-export STAGE OUT`.
@@ -290,22 +289,16 @@ class Workspace(Places):
                 return name
         return None
 
-    def is_done(self, stage: str, key: str) -> bool:
-        """Whether ``stage`` was finished with this ``key`` and its files are intact."""
-        record = self.record(stage)
-        return bool(
-            record
-            and record.key == key
-            and not record.other_inputs(stage, record.settings, record.made_of)
-            and self.damaged_file(record) is None
-        )
+    def undone(self, stage: str, settings: Mapping[str, Any], made_of: Mapping[str, str]) -> str | None:
+        """None if ``stage`` was finished with these inputs and its files are intact; why not otherwise, in words.
 
-    def why_again(self, stage: str, settings: Mapping[str, Any], made_of: Mapping[str, str]) -> str | None:
-        """Why a stage that was finished once is not done with these inputs, in words; None if it never was."""
-        if record := self.record(stage):
-            why = record.other_inputs(stage, settings, made_of)
-            return why or f"{self.damaged_file(record)} is missing or was changed"
-        return None
+        They are empty for one that was never finished.
+        """
+        if (record := self.record(stage)) is None:
+            return ""
+        damaged = self.damaged_file(record)
+        why = f"{damaged} is missing or was changed" if damaged else None
+        return record.other_inputs(stage, settings, made_of) or why
 
     def redrew(self, stage: str, files: list[Path]) -> None:
         """Record that files of a finished stage were written anew, from what it had found."""

@@ -28,11 +28,11 @@ from nbl_export.linearize.lmmse import fit_lmmse
 from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
+from nbl_export.records import STAGES
 from nbl_export.rewrite.replace import proven_regions
 from nbl_export.runtime.intermediates import compute_tensors, prefill_rows, unbatched
 from nbl_export.runtime.stream import Stream
 from nbl_export.settings.choices import FitInput
-from nbl_export.stage_record import STAGES
 from nbl_export.verify.parity.compare import Recorded, Text, compare, record, stepped
 from nbl_export.verify.parity.figures import Gates, Parity
 from nbl_export.workspace import Workspace

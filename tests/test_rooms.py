@@ -32,7 +32,6 @@ ROOMS = (
     "models",
     "settings",
     "workspace",
-    "stage_record",
     "batch",
     "tensorfile",
     "records",

@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.stage_record import MODEL as MODEL_READ
-from nbl_export.stage_record import SIDECARS, STAGES, StageRecord, key_of
+from nbl_export.records import MODEL as MODEL_READ
+from nbl_export.records import SIDECARS, STAGES, StageRecord, key_of
 from nbl_export.workspace import Workspace
 from tests.listening import files_in
 
 MODEL = {"source": "some/model", "kind": "hub", "fingerprint": "a" * 64, "model": "m" * 64}
 ASKED, READ = {"samples": 3}, {"model": "m" * 64}
 KEY = key_of("calibrate", ASKED, READ)
-OTHER = key_of("calibrate", {"samples": 4}, READ)
 
 
 @pytest.fixture
@@ -45,9 +44,10 @@ def edit_state(work: Workspace, **changes: Any) -> None:
 
 def test_a_finished_stage_is_done_also_for_the_next_process(workspace: Workspace) -> None:
     again = Workspace.open(workspace.root)
-    assert again.is_done("calibrate", KEY)
-    assert not again.is_done("calibrate", OTHER)
-    assert not again.is_done("select", KEY)
+    assert again.undone("calibrate", ASKED, READ) is None
+    assert again.undone("calibrate", {"samples": 4}, READ) == "it was made with another samples"
+    assert again.undone("calibrate", {**ASKED, "seed": None}, READ) == "it was made with another seed"
+    assert again.undone("select", ASKED, READ) == ""
     record = again.record("calibrate")
     assert record is not None
     assert (record.key, record.settings, record.seconds) == (KEY, ASKED, 1.235)
@@ -78,7 +78,7 @@ def replaced_by_a_folder(path: Path) -> None:
 def test_a_damaged_file_undoes_its_stage(workspace: Workspace, damage: Any) -> None:
     damage(workspace.model)
     again = Workspace.open(workspace.root)
-    assert not again.is_done("calibrate", KEY)
+    assert again.undone("calibrate", ASKED, READ) == "model.onnx is missing or was changed"
     record = again.record("calibrate")
     assert record is not None
     assert again.damaged_file(record) == "model.onnx"
@@ -148,7 +148,7 @@ def test_what_a_killed_process_left_is_removed_under_the_lock(workspace: Workspa
     done = subprocess.run([sys.executable, "-c", program, str(workspace.root)], check=False)
     assert done.returncode == -9
     assert len(files_in(workspace.root) - before) == 1  # the half-written file
-    assert workspace.is_done("calibrate", KEY)  # the kill cost nothing that was finished
+    assert workspace.undone("calibrate", ASKED, READ) is None  # the kill cost nothing that was finished
     with Workspace.open(workspace.root).lock():
         assert files_in(workspace.root) == before
 
@@ -199,8 +199,8 @@ def test_what_another_process_finished_before_the_lock_is_not_lost(tmp_path: Pat
         (tmp_path / "nbl" / "b").write_text("b")
         late.finish("select", {}, {}, [tmp_path / "nbl" / "b"], 1.0, [])
     after = Workspace.open(tmp_path)
-    assert after.is_done("calibrate", key_of("calibrate", {}, {}))
-    assert after.is_done("select", key_of("select", {}, {}))
+    assert after.undone("calibrate", {}, {}) is None
+    assert after.undone("select", {}, {}) is None
 
 
 # a folder that somebody else made ----------------------------------------------------------------

@@ -18,11 +18,10 @@ from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import read_sealed, sha256_of_file, sha256_of_json, write_sealed
 from nbl_export.packages import part
-from nbl_export.records import from_json, to_json
+from nbl_export.records import StageRecord, from_json, key_of, to_json
 from nbl_export.report.assemble import conversions_in, stage_of
 from nbl_export.settings import BenchSettings
 from nbl_export.settings.graphs import GGUF_TYPES
-from nbl_export.stage_record import StageRecord, key_of
 from nbl_export.stages.build import current_engines, model_positions, passed_over
 from nbl_export.stages.inspection import update_report
 from nbl_export.stages.rewrite import check_baseline, current_rewrite

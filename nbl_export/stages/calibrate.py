@@ -11,9 +11,9 @@ from nbl_export.files import read_json, sha256_of_file, sha256_of_json, user_pat
 from nbl_export.models.source import ModelSource, check_apart
 from nbl_export.progress import Listener
 from nbl_export.ranks import together
+from nbl_export.records import MODEL, key_of
 from nbl_export.settings import CalibrateSettings, RunSettings
 from nbl_export.settings.definition import bytes_of
-from nbl_export.stage_record import MODEL, key_of
 from nbl_export.stages.needs import check_disk, sizes_of_source
 from nbl_export.stages.run import Run, opened
 from nbl_export.workspace import check_place

@@ -11,12 +11,11 @@ from nbl_export.files import TEMPORARY, write_json
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.packages import missing, part
 from nbl_export.progress import Listener
-from nbl_export.records import Check, to_json
+from nbl_export.records import MODEL, Check, to_json
 from nbl_export.report.assemble import conversions_in, kept_conversion, stage_of
 from nbl_export.report.schema import Conversion
 from nbl_export.settings import VerifySettings
 from nbl_export.settings.graphs import ConvertSettings
-from nbl_export.stage_record import MODEL
 from nbl_export.stages.inspection import update_report
 from nbl_export.stages.run import Run, opened
 

@@ -29,7 +29,6 @@ from nbl_export.settings import (
     Settings,
     VerifySettings,
 )
-from nbl_export.stage_record import key_of
 from nbl_export.stages.build import build
 from nbl_export.stages.calibrate import calibrate
 from nbl_export.stages.export import export
@@ -170,8 +169,8 @@ class _Rehearsal(Run):
         device: torch.device | None = None,
     ) -> NoReturn:
         """Raise :class:`_Reached` with why its work would be done."""
-        done = self.workspace.is_done(name, key_of(name, settings, made_of))
-        raise _Reached(None if done else self.workspace.why_again(name, settings, made_of) or _NEW)
+        why = self.workspace.undone(name, settings, made_of)
+        raise _Reached(why if why is None else why or _NEW)
 
 
 def _whys(run: Run, asked: RunSettings) -> dict[str, str | None]:

@@ -15,10 +15,9 @@ from nbl_export.files import read_sealed, sha256_of_json, write_sealed
 from nbl_export.models.source import ModelSource
 from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener
-from nbl_export.records import from_json, to_json
+from nbl_export.records import MODEL, SIDECARS, StageRecord, from_json, to_json
 from nbl_export.settings import EvalSettings
 from nbl_export.settings.choices import RETRIEVAL_CONTEXTS
-from nbl_export.stage_record import MODEL, SIDECARS, StageRecord
 from nbl_export.stages.build import model_positions
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened

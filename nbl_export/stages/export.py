@@ -14,10 +14,9 @@ from nbl_export.files import TEMPORARY, atomic_path, publish, write_json
 from nbl_export.graph.summary import ExportSummary
 from nbl_export.models.source import ModelSource
 from nbl_export.progress import Listener
-from nbl_export.records import to_json
+from nbl_export.records import MODEL, SIDECARS, to_json
 from nbl_export.settings import ExportSettings, RunSettings
 from nbl_export.settings.choices import OPSETS
-from nbl_export.stage_record import MODEL, SIDECARS
 from nbl_export.stages.needs import check_disk, sizes_of_source
 from nbl_export.stages.run import Run, opened
 

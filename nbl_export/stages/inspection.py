@@ -12,14 +12,13 @@ from nbl_export.errors import InputError, NblError
 from nbl_export.files import member, read_json, sha256_of_file, write_json
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.source import ModelIdentity
-from nbl_export.records import from_json
+from nbl_export.records import StageRecord, from_json
 from nbl_export.report.assemble import conversions_in, rewrite_of, selection_of
 from nbl_export.report.drawing import Table, mebibytes
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import Report, load_report
 from nbl_export.report.selection import layers_table
 from nbl_export.report.tables import engines_table, forms_table, graph_table
-from nbl_export.stage_record import StageRecord
 from nbl_export.tensorfile import format_of
 from nbl_export.workspace import ENGINE_SUFFIX, PACKAGE, Workspace, is_package, is_workspace
 

@@ -9,9 +9,8 @@ from nbl_export.errors import InputError
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
-from nbl_export.records import to_json
+from nbl_export.records import StageRecord, to_json
 from nbl_export.settings import Settings
-from nbl_export.stage_record import StageRecord
 from nbl_export.stages.run import Run, opened
 from nbl_export.workspace import Workspace
 

@@ -29,7 +29,6 @@ from nbl_export.settings import (
     VerifySettings,
 )
 from nbl_export.settings.definition import OnDevice
-from nbl_export.stage_record import key_of
 from nbl_export.stages.inspection import finish_drawing
 from nbl_export.workspace import Workspace, kept_digests
 
@@ -101,11 +100,11 @@ class Run:
         the work was done.
         """
         ws, ranks = self.workspace, self.ranks
-        if ranks.shared(lambda: ws.is_done(name, key_of(name, settings, made_of))):
+        if (why := ranks.shared(lambda: ws.undone(name, settings, made_of))) is None:
             self.listener.note(f"{name}: done already, kept.")
             yield None
             return
-        if why := ranks.shared(lambda: ws.why_again(name, settings, made_of)):
+        if why:
             self.listener.note(f"{name}: done again, since {why}.")
         from nbl_export.models.device import described, exact_float32
 

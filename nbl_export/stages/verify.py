@@ -13,10 +13,9 @@ from nbl_export.files import read_json
 from nbl_export.graph.summary import RewriteRecord
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
-from nbl_export.records import from_json
+from nbl_export.records import STAGES, from_json
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
-from nbl_export.stage_record import STAGES
 from nbl_export.stages.build import current_engines, model_positions, passed_over
 from nbl_export.stages.inspection import recorded_report
 from nbl_export.stages.rewrite import check_baseline, current_rewrite

@@ -23,7 +23,6 @@ from nbl_export.models import load
 from nbl_export.models.source import find_model
 from nbl_export.report.drawing import Table
 from nbl_export.settings import RunSettings
-from nbl_export.stage_record import key_of
 from nbl_export.stages.in_order import check_source
 from nbl_export.stages.inspection import inspect
 from nbl_export.stages.run import opened
@@ -367,4 +366,4 @@ def test_a_stage_that_fails_is_not_done(
         raise raised
     assert Workspace.open(out).record("calibrate") is None
     assert work_on(tiny_folder, out, 1)
-    assert Workspace.open(out).is_done("calibrate", key_of("calibrate", {"a": 1}, {}))
+    assert Workspace.open(out).undone("calibrate", {"a": 1}, {}) is None

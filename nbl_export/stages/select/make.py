@@ -15,9 +15,8 @@ from nbl_export.linearize.plan import Plan, ranks_of, save_plan
 from nbl_export.linearize.scores import check_selection, predicted_excess, score_layers
 from nbl_export.linearize.selection import Curve, PlanLoss, ScoredLayer, Scores
 from nbl_export.models.layers import FULL, positions
-from nbl_export.records import from_json, to_json
+from nbl_export.records import STAGES, from_json, to_json
 from nbl_export.report.schema import environment
-from nbl_export.stage_record import STAGES
 from nbl_export.stages.build import model_positions
 from nbl_export.stages.select.choose import Choosing, Prefix, Shipped
 from nbl_export.stages.select.measure import Measuring

@@ -51,9 +51,9 @@ from nbl_export.models.weights import resident, room
 from nbl_export.processes import Checkpoint
 from nbl_export.progress import Listener
 from nbl_export.ranks import Job
+from nbl_export.records import STAGES
 from nbl_export.settings import SelectSettings
 from nbl_export.settings.choices import DEFAULT_RIDGE
-from nbl_export.stage_record import STAGES
 from nbl_export.stages.run import Run
 
 _FORMAT = "nbl-export/measured/1"
