@@ -48,6 +48,7 @@ from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN, GraphStates, rows_of
 from nbl_export.models.dummy_run import Entry, dummy_run
+from nbl_export.models.folder import Pooling, Task
 from nbl_export.models.forward import (
     INPUT_ORDER,
     CachedDecoder,
@@ -72,7 +73,6 @@ from nbl_export.models.layers import (
 )
 from nbl_export.models.multimodal import placeholders
 from nbl_export.models.running import accepted_arguments, accepts, cache_argument
-from nbl_export.models.tasks import Pooling, Task
 from nbl_export.settings.choices import OPSETS
 
 ENCODER = "encoder"  # the name of every encoder's form

@@ -30,6 +30,7 @@ from nbl_export.blocks import ATTENTION, MLP, SPAN, Block, Mlp, Span, part_of, s
 from nbl_export.errors import InputError
 from nbl_export.models.attention import shared_keys
 from nbl_export.models.dummy_run import TINY, cache_shapes, dummy_run, example_inputs, state_kinds
+from nbl_export.models.folder import FEATURES, GENERATION, Task, task_named
 from nbl_export.models.layers import (
     NOT_YET,
     BlockModules,
@@ -43,7 +44,6 @@ from nbl_export.models.layers import (
     structure,
 )
 from nbl_export.models.running import Hooks, Observer, hidden_states, observed, quiet, states_in
-from nbl_export.models.tasks import FEATURES, GENERATION, Task, task_named
 from nbl_export.models.walk import Segment, Step, segments, walking
 from nbl_export.models.weights import origin
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from nbl_export.errors import MissingDependencyError, first_line
 from nbl_export.ranks import place
 from nbl_export.settings.definition import AUTO
-
-if TYPE_CHECKING:
-    import torch
 
 CPU = "cpu"
 _FASTEST = ("cuda", "xpu")
@@ -27,8 +26,6 @@ def find_device(asked: str) -> torch.device:
 
     Raises :class:`MissingDependencyError` for a device that is not there or cannot be used.
     """
-    import torch
-
     if asked == AUTO:
         asked = next((name for name in _FASTEST if not hindrance(name)), CPU)
     name, _, number = asked.partition(":")
@@ -45,15 +42,7 @@ def find_device(asked: str) -> torch.device:
     return torch.device(name, index)
 
 
-def check_device(asked: str) -> None:
-    """Raise the error of :func:`find_device`; torch is imported only for what can be refused."""
-    if asked not in (AUTO, CPU):
-        find_device(asked)
-
-
 def _count(name: str) -> int:
-    import torch
-
     module = getattr(torch, name)
     return int(module.device_count()) if module.is_available() else 0
 
@@ -63,8 +52,6 @@ def hindrance(name: str, index: int = 0) -> str:
 
     Moments are summed in float64, which is tried.
     """
-    import torch
-
     if not _count(name):
         if name == "cuda" and torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
             return f"this torch ({torch.__version__}) is a build without CUDA; install one with it from pytorch.org"
@@ -88,8 +75,6 @@ def as_setting(device: torch.device | str) -> dict[str, str]:
 
 def described(device: torch.device) -> str:
     """For a record: ``cpu``, or as ``cuda:0, NVIDIA H100``."""
-    import torch
-
     if device.type == CPU:
         return CPU
     return f"{device}, {torch.get_device_module(device).get_device_name(device)}"
@@ -102,8 +87,6 @@ def exact_float32() -> Iterator[None]:
     TF32, which cuDNN uses unless told otherwise, keeps 10 bits of the mantissa: what it loses is a hundred times what
     parity allows, and would be taken for a fault of the graph.
     """
-    import torch
-
     # A flag sets its parts, but cannot be read where somebody set a part by itself.
     cudnn: Any = torch.backends.cudnn
     parts: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)

@@ -18,9 +18,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 from nbl_export.batch.names import BATCH, EMBEDDINGS, MASK, PER_LAYER, PIXELS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import Inputs
 from nbl_export.models.dummy_run import CONV, BlockCache, Entry, StateShape, dummy_run, states_of
+from nbl_export.models.folder import Pooling, Task
 from nbl_export.models.layers import backbone, has_per_layer, scoring_head
 from nbl_export.models.running import accepted_arguments, cache_argument
-from nbl_export.models.tasks import Pooling, Task
 from nbl_export.models.weights import weights_like
 
 SENTENCE = "sentence_embedding"

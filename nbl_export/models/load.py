@@ -14,12 +14,19 @@ import transformers
 from nbl_export.batch.names import PIXELS
 from nbl_export.errors import InputError, NblError, first_line
 from nbl_export.models.dummy_run import dummy_run, example_inputs
-from nbl_export.models.folder import PREPROCESSOR, has_vocabulary, weight_files
+from nbl_export.models.folder import (
+    PREPROCESSOR,
+    Pooling,
+    Task,
+    find_pooling,
+    has_vocabulary,
+    task_named,
+    weight_files,
+)
 from nbl_export.models.layers import backbone
 from nbl_export.models.running import accepted_arguments, quiet
 from nbl_export.models.source import ModelSource
 from nbl_export.models.stored import load_stored, opened
-from nbl_export.models.tasks import Pooling, Task, find_pooling, task_named
 from nbl_export.models.walk import one_of_each_kind
 from nbl_export.models.weights import in_precision, streamed
 from nbl_export.packages import missing

@@ -26,10 +26,9 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nbl_export.errors import InputError, first_line
-from nbl_export.models.folder import without_choices
+from nbl_export.models.folder import nested, without_choices
 from nbl_export.models.layers import language_head
 from nbl_export.models.running import accepted_arguments, cache_argument, quiet
-from nbl_export.models.tasks import nested
 
 _LEFT_OUT = "_nbl_export_left_out"
 _WHOLE = "_nbl_export_whole"  # the configuration of the wrapper that a decoder is from

@@ -10,14 +10,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from nbl_export.errors import InputError
 from nbl_export.models.layers import B, BlockModules
-
-if TYPE_CHECKING:
-    import torch
-
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # the KV cache, today and before
 

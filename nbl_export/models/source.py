@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from nbl_export.batch.names import TOKENS
+from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.files import (
     JSON_LIMIT,
@@ -28,23 +28,29 @@ from nbl_export.files import (
     sha256_of_json,
     user_path,
 )
-from nbl_export.models.folder import AGAIN, INDEX, WEIGHTS, check_keys, weight_files, weight_names
-from nbl_export.models.tasks import (
+from nbl_export.models.folder import (
+    AGAIN,
     FEATURES,
     GENERATION,
+    INDEX,
+    WEIGHTS,
     Task,
+    check_keys,
     find_pooling,
-    heads,
     nested,
-    reads,
     task_named,
     task_of,
+    tasks,
+    weight_files,
+    weight_names,
 )
 from nbl_export.records import from_json
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _HUB_FILES = ("*.json", WEIGHTS, "*.model", "*.jinja", "*.txt")
 _TRUST = "trust_remote_code"
+# A configuration with one of these keys is of a vision model, if its task is also one of text.
+_OF_IMAGES = ("image_size", "num_channels")
 # Files of a model folder that are no weights and that loading, or a client of the graph, reads.
 _READ = ("*.json", "*.model", "*.jinja", "*.py", "*.tiktoken", "vocab.txt", "merges.txt")
 _SIDECARS = ("generation_config.json", "*.jinja", "chat_template*")
@@ -111,8 +117,7 @@ def find_model(
     """
     if not source.strip():
         raise InputError("MODEL is empty: give a folder, a .gguf file, or a Hub id.")
-    path, digests = user_path(source, "MODEL"), digests or Digests()
-    kind: Literal["folder", "hub"] = "folder"
+    path, kind = user_path(source, "MODEL"), "folder"
     if path.is_dir() and not (path / "config.json").exists():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) != 1:
@@ -123,18 +128,11 @@ def find_model(
             )
             raise InputError(f"The folder {source} is not a model: it has {many}.")
         path = ggufs[0]
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise InputError(
-                f"{source} is not a .gguf file: MODEL is a folder with config.json and safetensors, "
-                "a .gguf file, or a Hub id."
-            )
-        return _from_gguf(source, path, digests, early)
-    if not path.is_dir():
+    if not path.is_file() and not path.is_dir():
         if not _HUB_ID.match(source) or source.endswith(".gguf"):
             raise InputError(f"{source} does not exist: MODEL is a folder, a .gguf file, or a Hub id.")
         path, kind = _hub_snapshot(source, trust_remote_code), "hub"
-    return _from_folder(source, path, kind, trust_remote_code, digests, early)
+    return _read(source, path, kind, trust_remote_code, digests or Digests(), early)
 
 
 def check_apart(source: ModelSource, out: Path) -> None:
@@ -160,7 +158,6 @@ def same_model(
     With ``at``, it is there now, wherever it was. The folder may come from elsewhere: nothing is fetched for it, and
     that code may run is never taken from it. ``digests`` and ``early`` are those of :func:`find_model`.
     """
-    digests = digests or Digests()
     remedy = "start again with another --output"
     told = {name: value for name, value in info.items() if name != _TRUST}
     recorded = from_json(ModelSource, told, "The record of the model", remedy)
@@ -172,15 +169,13 @@ def same_model(
     if recorded.kind == "hub" and not folder.is_dir():
         folder = _hub_snapshot(recorded.source, trust_remote_code, fetch=False)
     place = member(folder, recorded.gguf_file or "config.json", "The recorded model")
+    there = place if recorded.gguf_file else folder
     if not place.is_file():
         raise InputError(
-            f"The model {place if recorded.gguf_file else folder} is not there any more: put it back, say where it is "
-            f"now (`nbl-export verify --model`), or {remedy}."
+            f"The model {there} is not there any more: put it back, say where it is now (`nbl-export verify --model`), "
+            f"or {remedy}."
         )
-    if recorded.gguf_file:
-        found = _from_gguf(recorded.source, place, digests, early)
-    else:
-        found = _from_folder(recorded.source, folder, recorded.kind, trust_remote_code, digests, early)
+    found = _read(recorded.source, there, recorded.kind, trust_remote_code, digests or Digests(), early)
     if found.fingerprint != recorded.fingerprint:
         raise InputError(
             f"The model {recorded.source} has changed since this output folder was made from it: "
@@ -223,55 +218,52 @@ def _hub_snapshot(repo: str, code: bool, fetch: bool = True) -> Path:
         ) from None
 
 
-def _from_gguf(source: str, path: Path, digests: Digests, early: Early) -> ModelSource:
-    with open_data(path) as file:
-        if (magic := file.read(4)) != b"GGUF":
-            raise InputError(f"{path} is not a GGUF file (it starts with {magic!r}): download it again.")
-    where = str(path.parent.resolve())
-    found = ModelSource(source, "gguf", path.name, "", path=where, model="", sidecars="")
+def _read(source: str, path: Path, kind: str, trust: bool, digests: Digests, early: Early) -> ModelSource:
+    """The model of a folder or a GGUF file at ``path``; arguments and errors are those of :func:`find_model`."""
+    folder, config, weights = path, {"gguf": path.name}, [path]
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(
+                f"{source} is not a .gguf file: MODEL is a folder with config.json and safetensors, "
+                "a .gguf file, or a Hub id."
+            )
+        with open_data(path) as file:
+            if (magic := file.read(4)) != b"GGUF":
+                raise InputError(f"{path} is not a GGUF file (it starts with {magic!r}): download it again.")
+        folder, identity = path.parent, ModelIdentity(source, "gguf", path.name, "")
+    else:
+        try:
+            config = parse_json(read_bytes(path / "config.json", JSON_LIMIT))
+            if not isinstance(config, dict):
+                raise ValueError("it is not a JSON object")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{source}: config.json cannot be read ({error}): {AGAIN}.") from None
+        task = check_config(source, config)
+        if find_pooling(path):
+            task = task_named(FEATURES)  # pooling uses the hidden states, whatever head was saved
+        check_keys(source, path, config)
+        if not (weights := weight_files(path)):
+            raise InputError(
+                f"{source} has no .safetensors weights: pickled weights (.bin) are not loaded; convert them with "
+                "`save_pretrained` of transformers."
+            )
+        pixels = len(task.reads) > 1 and not config.keys().isdisjoint(_OF_IMAGES)
+        main, wrapper = PIXELS if pixels else task.reads[0], _wrapper(source, config, task)
+        identity = ModelIdentity(source, kind, None, "", trust, task.name, main, *wrapper)  # type: ignore[arg-type]
+    found = ModelSource(**vars(identity), path=str(folder.resolve()), model="", sidecars="")
     early(found)
-    fingerprint = _fingerprint(path.parent, [path], {"gguf": path.name}, digests)
-    return replace(found, fingerprint=fingerprint, model=fingerprint)
-
-
-def _from_folder(
-    source: str,
-    path: Path,
-    kind: Literal["folder", "gguf", "hub"],
-    trust: bool,
-    digests: Digests,
-    early: Early,
-) -> ModelSource:
-    try:
-        config = parse_json(read_bytes(path / "config.json", JSON_LIMIT))
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source}: config.json cannot be read ({error}): {AGAIN}.") from None
-    task = check_config(source, config)
-    if find_pooling(path):
-        task = task_named(FEATURES)  # pooling uses the hidden states, whatever head was saved
-    check_keys(source, path, config)
-    weights = weight_files(path)
-    if not weights:
-        raise InputError(
-            f"{source} has no .safetensors weights: pickled weights (.bin) are not loaded; convert them with "
-            "`save_pretrained` of transformers."
-        )
-    wrapper, towers = _wrapper(source, config, task)
-    identity = ModelIdentity(source, kind, None, "", trust, task.name, reads(task, config), wrapper, towers)
-    found = ModelSource(**asdict(identity), path=str(path.resolve()), model="", sidecars="")
-    early(found)
-    fingerprint = _fingerprint(path, weights, config, digests)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for weight, content in digests.of_all(weights, f"Reading {folder.name}").items():
+        digest.update(f"{weight.relative_to(folder).as_posix()}:{content};".encode())
+    found = replace(found, fingerprint=digest.hexdigest(), model=digest.hexdigest())
+    if found.gguf_file:
+        return found
     beside = {f for pattern in _READ for place in ("", "*/") for f in path.glob(place + pattern)}
     others = {f.relative_to(path).as_posix(): digests.of(f) for f in sorted(beside) if f.is_file()}
     del others["config.json"]  # is in the fingerprint
     sidecars = {n: others.pop(n) for n in list(others) if any(fnmatch(n, pattern) for pattern in _SIDECARS)}
     return replace(
-        found,
-        fingerprint=fingerprint,
-        model=sha256_of_json([fingerprint, others]),
-        sidecars=sha256_of_json(sidecars),
+        found, model=sha256_of_json([found.fingerprint, others]), sidecars=sha256_of_json(sidecars)
     )
 
 
@@ -308,7 +300,7 @@ def check_config(source: str, config: Mapping[str, Any]) -> Task:
     if task is None:
         raise InputError(
             f"{source} is for a task that is not supported (architecture {', '.join(architectures)}): supported are "
-            f"{heads()}."
+            f"{', '.join(f'…{ending}' for row in tasks().values() for ending in row.architectures)}."
         )
     for part in (config, *(config[key] for key in nested(config))):
         given = part.get("quantization_config") or part.get("compression_config")
@@ -322,10 +314,3 @@ def check_config(source: str, config: Mapping[str, Any]) -> Task:
                 "GGUF file."
             )
     return task
-
-
-def _fingerprint(folder: Path, weights: list[Path], config: dict[str, Any], digests: Digests) -> str:
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for path, content in digests.of_all(weights, f"Reading {folder.name}").items():
-        digest.update(f"{path.relative_to(folder).as_posix()}:{content};".encode())
-    return digest.hexdigest()

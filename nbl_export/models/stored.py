@@ -25,11 +25,10 @@ from transformers.core_model_loading import WeightConverter
 
 from nbl_export.errors import InputError, first_line
 from nbl_export.models.attention import count_positions
-from nbl_export.models.folder import readable, weight_files
+from nbl_export.models.folder import readable, task_named, weight_files
 from nbl_export.models.multimodal import as_decoder, text_only
 from nbl_export.models.running import quiet, replaced
 from nbl_export.models.source import ModelSource, check_config
-from nbl_export.models.tasks import task_named
 from nbl_export.models.weights import Read, Stored, check_finite, convert_buffers
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

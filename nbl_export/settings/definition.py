@@ -48,7 +48,7 @@ class UsageError(InputError):
 
 
 class Task(Protocol):
-    """What a model is for, as far as settings depend on it: a row of :mod:`nbl_export.models.tasks`."""
+    """What a model is for, as far as settings depend on it: a row of :mod:`nbl_export.models.folder`."""
 
     @property
     def name(self) -> str: ...

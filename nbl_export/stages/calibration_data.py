@@ -43,12 +43,11 @@ from nbl_export.calibrate.text import (
     save_text,
 )
 from nbl_export.errors import InputError, first_line
-from nbl_export.models.folder import PREPROCESSOR
+from nbl_export.models.folder import PREPROCESSOR, task_named
 from nbl_export.models.layers import positions
 from nbl_export.models.lengths import crossed_by, crossing_prompts
 from nbl_export.models.running import accepts
 from nbl_export.models.source import ModelIdentity, ModelSource
-from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 from nbl_export.settings.choices import SELF

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nbl_export.blocks import most_blocks
 from nbl_export.files import Unread
+from nbl_export.models.folder import task_named
 from nbl_export.models.load import LoadedModel
 from nbl_export.models.source import ModelSource, find_model
-from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener, Silent
 from nbl_export.report.drawing import Table
 from nbl_export.settings import (

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from nbl_export import __version__
 from nbl_export.errors import InputError
 from nbl_export.files import read_sealed, sha256_of_json, write_sealed
+from nbl_export.models.folder import task_named
 from nbl_export.models.source import ModelSource
-from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener
 from nbl_export.records import MODEL, SIDECARS, StageRecord, from_json, to_json
 from nbl_export.settings import EvalSettings

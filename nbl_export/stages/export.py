@@ -51,7 +51,7 @@ def export(
         if asked.exported_by == "torch":
             recorded["opset"] = asked.opset or OPSETS[str(asked.kv_cache)]
         if not task.causal:
-            recorded |= {"task": task.name, "pooling": model.pooling.as_json() if model.pooling else None}
+            recorded |= {"task": task.name, "pooling": vars(model.pooling) if model.pooling else None}
         made_of = {MODEL: source.model, SIDECARS: source.sidecars}
         if asked.reads_calibration(task):
             made_of["calibrate"] = ws.require("calibrate").result

@@ -101,7 +101,7 @@ def generate(
 
 def _graphs(ws: Workspace, asked: str) -> dict[str, Path]:
     """The files of the graphs that are asked for, by name, the base first."""
-    from nbl_export.models.tasks import GENERATION, is_causal
+    from nbl_export.models.folder import GENERATION, is_causal
 
     task = str((ws.model_info or {}).get("task", GENERATION))
     if not is_causal(task):

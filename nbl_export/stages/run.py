@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nbl_export.errors import os_error_in_words
-from nbl_export.models.device import check_device
+from nbl_export.models.device import described, exact_float32, find_device
+from nbl_export.models.folder import Task, task_named
 from nbl_export.models.load import LoadedModel
 from nbl_export.models.source import ModelSource, check_apart, find_model, same_model
-from nbl_export.models.tasks import Task, task_named
 from nbl_export.packages import check_system, part
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE, Ranks, check_alone, together
@@ -80,8 +80,6 @@ class Run:
 
         Raises :class:`MissingDependencyError` if it is not there.
         """
-        from nbl_export.models.device import find_device
-
         self.model.device = device = find_device(asked)
         return device
 
@@ -106,8 +104,6 @@ class Run:
             return
         if why:
             self.listener.note(f"{name}: done again, since {why}.")
-        from nbl_export.models.device import described, exact_float32
-
         work, start = Work(self.listener), time.perf_counter()
         try:
             with nullcontext() if device is None else exact_float32():
@@ -186,7 +182,7 @@ def check_machine(asked: Settings | RunSettings) -> None:
     check_system()
     for settings in asked.parts if isinstance(asked, RunSettings) else [asked]:
         if isinstance(settings, OnDevice):
-            check_device(settings.device)
+            find_device(settings.device)
 
 
 def read_by(settings: Settings | RunSettings, task: Task) -> tuple[str, ...]:

@@ -33,9 +33,9 @@ from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.rounding import UNTIMED, needs_emulation
 from nbl_export.graph.summary import OnCopy, ProvenTensors
 from nbl_export.linearize.plan import Plan
+from nbl_export.models.folder import Pooling, Task
 from nbl_export.models.layers import positions
 from nbl_export.models.lengths import Crossed, crossed_by, crossing_prompts
-from nbl_export.models.tasks import Pooling, Task
 from nbl_export.progress import Listener
 from nbl_export.records import Check, Status
 from nbl_export.settings import VerifySettings

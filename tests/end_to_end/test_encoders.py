@@ -24,9 +24,9 @@ from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.candidates import check_supported
+from nbl_export.models.folder import task_named
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import task_named
 from nbl_export.report.schema import Report
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.verify.parity.figures import EncoderParity

@@ -15,8 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaCo
 
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.models.folder import find_pooling, task_named
 from nbl_export.models.forward import encoder_of
-from nbl_export.models.tasks import find_pooling, task_named
 from nbl_export.report.schema import load_report
 from nbl_export.runtime.torch import TorchEncoder
 from tests.sessions import cpu_session

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from nbl_export import api
-from nbl_export.models import device as devices
 from nbl_export.packages import pip_line
 from nbl_export.runtime import session as sessions
+from nbl_export.stages import run
 from nbl_export.stages.run import graphs_on
 from nbl_export.workspace import Workspace
 from tests.listening import Notes
@@ -29,10 +29,9 @@ from tests.virtual_device import Mixed, virtual_device
 @pytest.fixture(scope="module")
 def device() -> Iterator[torch.device]:
     """The virtual device, which is what cuda means here."""
-    find = devices.find_device
+    find = run.find_device
     with virtual_device() as found, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "find_device", lambda asked: found if asked == "cuda" else find(asked))
-        patch.setattr("nbl_export.stages.run.check_device", lambda _asked: None)
+        patch.setattr(run, "find_device", lambda asked: found if asked == "cuda" else find(asked))
         yield found
 
 

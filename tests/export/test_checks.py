@@ -35,8 +35,8 @@ from nbl_export.graph.embedding import NAME
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.summary import OnCopy
 from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.folder import task_named
 from nbl_export.models.lengths import Room
-from nbl_export.models.tasks import task_named
 from nbl_export.rewrite.replace import rewrite_file
 from tests.end_to_end.matrix import parity
 from tests.families import Calibrated, unsaved

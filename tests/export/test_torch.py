@@ -26,10 +26,10 @@ from nbl_export.export.tidy import add_num_logits_input, sliced_lm_head
 from nbl_export.export.torch import export_torch, trace
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.models.candidates import check_supported
+from nbl_export.models.folder import Pooling, task_named
 from nbl_export.models.forward import SENTENCE
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import Pooling, task_named
 from nbl_export.runtime.ort import OrtModel
 from tests.alone import graph_logits
 from tests.conftest import ROOT

@@ -16,12 +16,12 @@ from nbl_export.files import read_table
 from nbl_export.models import layers
 from nbl_export.models.candidates import check_supported
 from nbl_export.models.dummy_run import BlockCache, dummy_run
+from nbl_export.models.folder import task_named
 from nbl_export.models.layers import Family as Row
 from nbl_export.models.layers import attention_layers, structure
 from nbl_export.models.load import load_model
 from nbl_export.models.running import observed
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import task_named
 from tests.conftest import ROOT
 from tests.encoders import IMAGE_TOKENS, text_encoder, vision_encoder
 from tests.families import LAYERS, WIDTH, unsaved

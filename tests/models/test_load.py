@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.models import load
 from nbl_export.models.device import (
-    check_device,
     exact_float32,
     find_device,
 )
-from nbl_export.models.folder import PREPROCESSOR
+from nbl_export.models.folder import PREPROCESSOR, Pooling, find_pooling, task_named, task_of
 from nbl_export.models.forward import last_token, pool
 from nbl_export.models.load import (
     LoadedModel,
@@ -31,7 +30,6 @@ from nbl_export.models.load import (
     load_tokenizer,
 )
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import Pooling, find_pooling, task_named, task_of
 from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
 from tests.encoders import as_sentence_transformer, vision_encoder
@@ -234,12 +232,9 @@ def test_a_device_that_is_not_there_is_refused(machine: Any, asked: str) -> None
     ):
         find_device("cuda:4")
     machine()
-    for find in (find_device, check_device):
-        with pytest.raises(
-            MissingDependencyError, match=rf"^--device {asked}: .*: say --device cpu"
-        ) as raised:
-            find(asked)
-        assert raised.value.exit_code == 3 and str(raised.value).count(". ") == 0
+    with pytest.raises(MissingDependencyError, match=rf"^--device {asked}: .*: say --device cpu") as raised:
+        find_device(asked)
+    assert raised.value.exit_code == 3 and str(raised.value).count(". ") == 0
 
 
 PLACES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)

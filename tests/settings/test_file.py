@@ -12,7 +12,7 @@ from cyclopts import App
 from nbl_export import api, settings
 from nbl_export.cli import main
 from nbl_export.errors import InputError, NblError
-from nbl_export.models.tasks import task_named
+from nbl_export.models.folder import task_named
 from nbl_export.settings import TABLES, read_settings
 from nbl_export.settings.definition import (
     TEXT,

@@ -13,7 +13,7 @@ import pytest
 from nbl_export import api, settings
 from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
-from nbl_export.models.tasks import task_named
+from nbl_export.models.folder import task_named
 from nbl_export.settings import (
     NO_BOUND,
     NO_BUDGET,

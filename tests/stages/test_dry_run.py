@@ -19,8 +19,8 @@ import transformers
 
 from nbl_export import api, files
 from nbl_export.errors import InputError
+from nbl_export.models.folder import task_named
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import task_named
 from nbl_export.settings import RunSettings
 from nbl_export.stages.dry_run import DryRun
 from nbl_export.stages.needs import (

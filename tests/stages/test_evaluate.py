@@ -203,9 +203,8 @@ def test_what_cuda_answers_is_kept_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both graphs are asked on one device; what the CPU answered earlier is no half of a comparison."""
-    monkeypatch.setattr("nbl_export.models.device.find_device", torch.device)
-    monkeypatch.setattr("nbl_export.models.device.described", str)
-    monkeypatch.setattr("nbl_export.stages.run.check_device", lambda _asked: None)
+    monkeypatch.setattr("nbl_export.stages.run.find_device", torch.device)
+    monkeypatch.setattr("nbl_export.stages.run.described", str)
     api.evaluate(stories_copy, settings(folder / "words.jsonl", device="cpu"))
     before = Workspace.open(stories_copy).record("eval")
     assert before and before.device == "cpu" and not {"device", "graphs"} & set(before.settings)

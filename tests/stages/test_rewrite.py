@@ -17,7 +17,7 @@ from nbl_export import api
 from nbl_export.errors import InputError
 from nbl_export.graph.io import external_files, load_graph
 from nbl_export.linearize.plan import load_plan, save_plan
-from nbl_export.models.tasks import task_named
+from nbl_export.models.folder import task_named
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages.export import export, not_given
 from nbl_export.stages.rewrite import current_rewrite, rewrite

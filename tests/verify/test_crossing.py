@@ -22,8 +22,8 @@ from nbl_export.export.torch import export_torch
 from nbl_export.graph.summary import OnCopy
 from nbl_export.linearize.lmmse import fit_lmmse
 from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.models.folder import FEATURES, task_named
 from nbl_export.models.lengths import Crossed, Length
-from nbl_export.models.tasks import FEATURES, task_named
 from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import ort_stream

@@ -17,10 +17,10 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoMode
 from nbl_export import api
 from nbl_export.calibrate.text import heldout_rows, load_text
 from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
+from nbl_export.models.folder import find_pooling, task_named
 from nbl_export.models.forward import encoder_of
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import find_pooling, task_named
 from nbl_export.records import to_json
 from nbl_export.runtime.torch import TorchEncoder
 from nbl_export.settings import NO_BOUND, LossBound, VerifySettings
