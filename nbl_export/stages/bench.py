@@ -234,7 +234,8 @@ def bench_candidates(
     from nbl_export.runtime.tensorrt import EngineStream, load_engine
     from nbl_export.stages.convert import unmodified_form
     from nbl_export.stages.forms import place_of
-    from nbl_export.verify.speed.candidates import Candidate, StreamPrompt, graph_candidate
+    from nbl_export.verify.speed.candidates import Candidate, StreamPrompt
+    from nbl_export.verify.speed.pair import graph_candidate
 
     ws, cuda = run.workspace, settings.device == "cuda"
     if cuda and CUDA not in require_onnxruntime().get_available_providers():
@@ -309,7 +310,7 @@ def _pytorch(run: Run, device: str, compiled: bool, context: int, batch: int) ->
     import torch
 
     from nbl_export.models.weights import in_memory
-    from nbl_export.verify.speed.candidates import TorchPrompt
+    from nbl_export.verify.speed.pair import TorchPrompt
 
     model = in_memory(run.model.model, device)
     if not compiled:

@@ -36,9 +36,8 @@ from nbl_export.verify.speed.candidates import (
     Candidate,
     Prompt,
     StreamPrompt,
-    TorchPrompt,
-    graph_candidate,
 )
+from nbl_export.verify.speed.pair import TorchPrompt, graph_candidate
 from nbl_export.verify.speed.race import MORE, Harness, Rounds
 from nbl_export.verify.speed.values import Machine, Speed
 

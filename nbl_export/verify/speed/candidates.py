@@ -1,19 +1,21 @@
-"""Make what is timed, and tell which of it finds room: graphs in ONNX Runtime, PyTorch, whatever else can be stepped.
+"""Make what is timed, and tell which of it finds room: graphs in ONNX Runtime, and whatever else can be stepped.
 
 A :class:`Candidate` makes a :class:`Prompt` for each cell, a number of rows and of tokens in each. What it needs beyond
 that (a session, a copy of the model) is made when it is first asked for, and kept from cell to cell.
 
 The peak memory of a graph is measured in a process of its own: the resident bytes at their highest, Python and runtime
-included, or the reason why it did not run. Cells are run in ascending order: a runtime keeps what it once took.
+included, or the reason why it did not run. Cells are run in ascending order: a runtime keeps what it once took. That
+process imports this module, which therefore imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
+import resource
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,28 +23,16 @@ from numpy.typing import NDArray
 from nbl_export.batch.names import MASK, NUM_LOGITS_TO_KEEP, POSITIONS, TOKENS, WRITE_INDICES
 from nbl_export.batch.rows import Inputs
 from nbl_export.errors import NblError
-from nbl_export.runtime.ort import OrtModel
-from nbl_export.runtime.session import CPU, CUDA, require_onnxruntime
-from nbl_export.runtime.stream import Stream
-from nbl_export.verify.speed.ceiling import graph_cost
-from nbl_export.verify.speed.values import CandidateInfo, GraphCost
-
-if TYPE_CHECKING:
-    import torch
-import resource
-import signal
-import sys
-from collections.abc import Sequence
-from dataclasses import field
-
 from nbl_export.machine import free_memory
 from nbl_export.processes import OUT_OF_MEMORY, ChildError, Tell, in_child
 from nbl_export.progress import Listener, Silent
-from nbl_export.runtime.session import USABLE
-from nbl_export.verify.speed.values import reason_of
+from nbl_export.runtime.ort import OrtModel
+from nbl_export.runtime.session import CPU, CUDA, USABLE, require_onnxruntime
+from nbl_export.runtime.stream import Stream
+from nbl_export.verify.speed.values import CandidateInfo, GraphCost, reason_of
 
 TIMED_STEPS = 16  # the most decode steps between two prefills: a static cache has that much room
-_DEVICES = {CPU: "cpu", CUDA: "cuda"}
+DEVICES = {CPU: "cpu", CUDA: "cuda"}
 _TOKENS = 32  # distinct tokens in a timed prompt; every vocabulary has these ids
 # Idle threads of one session must not spin on the cores while another is timed.
 _CONFIG = {"session.force_spinning_stop": "1"}
@@ -98,24 +88,6 @@ def loaded(path: Path, provider: str = CPU) -> OrtModel:
     return OrtModel(path, _CONFIG, provider, rounded=False)
 
 
-def graph_candidate(
-    name: str,
-    path: Path,
-    base: str | None = None,
-    provider: str = CPU,
-    run: RunGraph | None = None,
-    kept: bool = True,
-) -> Candidate:
-    """The graph at ``path`` in ONNX Runtime, with what it costs; its session is ``kept``, ``run`` makes a cell."""
-    made = cache(loaded) if kept else loaded
-
-    def make(context: int, batch: int) -> Prompt:
-        model = made(path, provider)
-        return (run or partial(OrtPrompt, device=_DEVICES[provider]))(model, context, batch)
-
-    return Candidate(name, make, base, path, graph_cost(path))
-
-
 class OrtPrompt(Prompt):
     """A graph in a session with ``batch`` prompts of ``context`` tokens; an in-place cache has ``room`` more slots.
 
@@ -139,8 +111,6 @@ class OrtPrompt(Prompt):
             prefill[WRITE_INDICES], step[WRITE_INDICES] = one[:, 0] * 0, one[:, 0] * context
         else:
             prefill[MASK], step[MASK] = np.ones_like(ids), np.ones((batch, context + 1), dtype=np.int64)
-        # Generation needs the logits of the last position only.
-        prefill[NUM_LOGITS_TO_KEEP] = step[NUM_LOGITS_TO_KEEP] = np.array(1, dtype=np.int64)
         self.step_inputs = step
         # What is bound lies in the memory of NumPy's arrays, which not every release of onnxruntime keeps alive.
         self._bound: list[Any] = []
@@ -168,11 +138,10 @@ class OrtPrompt(Prompt):
         return sum(int(np.prod(v.shape())) for v in self.past.values()) * self.model.cache_dtype.itemsize
 
     def _bind(self, inputs: Mapping[str, Any], past: Mapping[str, Any]) -> Any:
-        binding = self.model.session.io_binding()
-        asked = {name: array for name, array in inputs.items() if name == NUM_LOGITS_TO_KEEP}
-        given = {**self._interface.named(inputs), **asked}
-        fed = {n: self._on_device(a) for n, a in given.items() if n in self._interface.inputs}
-        values = {**fed, **past}
+        binding, given = self.model.session.io_binding(), self._interface.named(inputs)
+        if NUM_LOGITS_TO_KEEP in given:  # generation needs the logits of the last position only
+            given[NUM_LOGITS_TO_KEEP] = np.array(1, dtype=np.int64)
+        values = {name: self._on_device(array) for name, array in given.items()} | dict(past)
         self._bound += values.values()
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -221,58 +190,6 @@ class StreamPrompt(Prompt):
 
     def memory_bytes(self) -> int:
         return self.stream.memory_bytes
-
-
-class TorchPrompt(Prompt):
-    """PyTorch with transformers' own cache; ``forward`` is the model, or a compiled form of it."""
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        context: int,
-        batch: int = 1,
-        forward: Callable[..., Any] | None = None,
-    ) -> None:
-        import torch
-
-        from nbl_export.models.running import accepted_arguments, cache_argument
-        from nbl_export.models.weights import device_of
-
-        self._forward, self._name = forward or model, cache_argument(model)
-        row = torch.from_numpy(timed_row(context).astype(np.int64))
-        self._rows = row.repeat(batch, 1).to(device_of(model))
-        self._last = accepted_arguments(model, logits_to_keep=1)
-        self._cache: Any = None
-        self._steps = 0
-
-    def prefill(self) -> None:
-        self._cache, self._steps = None, 0
-        self._run(self._rows)
-
-    def rewind(self) -> None:
-        if self._cache is None:
-            self.prefill()
-        if self._steps:
-            self._cache.crop(-self._steps)  # the last tokens go
-        self._steps = 0
-
-    def step(self) -> None:
-        self._run(self._rows[:, :1])
-        self._steps += 1
-
-    def _run(self, ids: torch.Tensor) -> None:
-        import torch
-
-        with torch.inference_mode():
-            past = {self._name: self._cache} if self._cache is not None else {}
-            output = self._forward(input_ids=ids, use_cache=True, **past, **self._last)
-        self._cache = output[self._name]
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def memory_bytes(self) -> int:
-        sides = (side for layer in self._cache.layers for side in (layer.keys, layer.values))
-        return sum(side.nbytes for side in sides if side is not None)
 
 
 # memory --------------------------------------------------------------------------------------------
@@ -386,13 +303,8 @@ def measure(asked: Any, tell: Tell) -> None:
             for _ in cells[index:]:
                 tell(reason)
             return
-        tell(_highest())
+        # What getrusage says on Linux counts what the parent took.
+        status = Path("/proc/self/status")
+        peak = status.read_text().split("VmHWM:")[1].split()[0] if status.exists() else None
+        tell(int(peak) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         del prompt
-
-
-def _highest() -> int:
-    """The process's highest resident bytes so far."""
-    if (status := Path("/proc/self/status")).exists():  # getrusage counts what the parent took
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import torch
 
 from nbl_export.blocks import Block, parts_in
 from nbl_export.export.tidy import sliced_lm_head
@@ -199,7 +201,6 @@ def cpu_machine() -> Machine:
 
 def measure_roofline(device: str = "cpu", dtype: str = "float32") -> Roofline:
     """Measure the machine that the process runs on; a second or two."""
-    import torch
 
     def rate(work: Callable[[], object], amount: float) -> float:
         def finished() -> None:
@@ -224,8 +225,6 @@ def measure_roofline(device: str = "cpu", dtype: str = "float32") -> Roofline:
 
 
 def _ort_product() -> Callable[[], object]:
-    import onnx
-
     square = np.random.default_rng(0).random((_PRODUCT, _PRODUCT), dtype=np.float32)
     shape = f"float[{_PRODUCT},{_PRODUCT}]"
     model = onnx.parser.parse_model(

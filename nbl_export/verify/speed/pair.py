@@ -1,20 +1,34 @@
-"""Time base and linearized graph in ONNX Runtime on the CPU, and workloads in them; judge measured speedups."""
+"""Time base and linearized graph in ONNX Runtime on the CPU, and workloads in them, and PyTorch; judge speedups."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.machine import free_memory
+from nbl_export.models.running import accepted_arguments, cache_argument
+from nbl_export.models.weights import device_of
 from nbl_export.progress import Listener
 from nbl_export.records import Check
-from nbl_export.runtime.session import fit, require_onnxruntime, session_bytes
+from nbl_export.runtime.session import CPU, fit, session_bytes
 from nbl_export.settings.making import Workload
-from nbl_export.verify.speed.candidates import RunGraph, graph_candidate
-from nbl_export.verify.speed.ceiling import cpu_machine
+from nbl_export.verify.speed.candidates import (
+    DEVICES,
+    Candidate,
+    OrtPrompt,
+    Prompt,
+    RunGraph,
+    loaded,
+    timed_row,
+)
+from nbl_export.verify.speed.ceiling import cpu_machine, graph_cost
 from nbl_export.verify.speed.race import MORE, Harness, Rounds
 from nbl_export.verify.speed.values import CONTROL, DECODE, PREFILL, GraphCost, Speed
 
@@ -28,6 +42,69 @@ ROUNDS, SECONDS = 9, 120.0
 _UNLIKE = 0.5
 
 
+def graph_candidate(
+    name: str,
+    path: Path,
+    base: str | None = None,
+    provider: str = CPU,
+    run: RunGraph | None = None,
+    kept: bool = True,
+) -> Candidate:
+    """The graph at ``path`` in ONNX Runtime, with what it costs; its session is ``kept``, ``run`` makes a cell."""
+    made = cache(loaded) if kept else loaded
+
+    def make(context: int, batch: int) -> Prompt:
+        model = made(path, provider)
+        return (run or partial(OrtPrompt, device=DEVICES[provider]))(model, context, batch)
+
+    return Candidate(name, make, base, path, graph_cost(path))
+
+
+class TorchPrompt(Prompt):
+    """PyTorch with transformers' own cache; ``forward`` is the model, or a compiled form of it."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        context: int,
+        batch: int = 1,
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
+        self._forward, self._name = forward or model, cache_argument(model)
+        row = torch.from_numpy(timed_row(context).astype(np.int64))
+        self._rows = row.repeat(batch, 1).to(device_of(model))
+        self._last = accepted_arguments(model, logits_to_keep=1)
+        self._cache: Any = None
+        self._steps = 0
+
+    def prefill(self) -> None:
+        self._cache, self._steps = None, 0
+        self._run(self._rows)
+
+    def rewind(self) -> None:
+        if self._cache is None:
+            self.prefill()
+        if self._steps:
+            self._cache.crop(-self._steps)  # the last tokens go
+        self._steps = 0
+
+    def step(self) -> None:
+        self._run(self._rows[:, :1])
+        self._steps += 1
+
+    def _run(self, ids: torch.Tensor) -> None:
+        with torch.inference_mode():
+            past = {self._name: self._cache} if self._cache is not None else {}
+            output = self._forward(input_ids=ids, use_cache=True, **past, **self._last)
+        self._cache = output[self._name]
+        if ids.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def memory_bytes(self) -> int:
+        sides = (side for layer in self._cache.layers for side in (layer.keys, layer.values))
+        return sum(side.nbytes for side in sides if side is not None)
+
+
 def anew_or_why_not(*graphs: Path) -> bool | str:
     """Whether the sessions of ``graphs`` are made in turns, since not all fit; or why not even one does."""
     each = [session_bytes(graph) for graph in graphs]
@@ -35,6 +112,11 @@ def anew_or_why_not(*graphs: Path) -> bool | str:
         need, there = (f"{size / 2**30:.1f} GiB" for size in (max(each), free_memory()))
         return f"a session needs about {need}, and {there} are free: use a machine with more memory"
     return not fit(*each)
+
+
+def _pair(base: Path, linearized: Path, anew: bool, run: RunGraph | None = None) -> list[Candidate]:
+    made = partial(graph_candidate, run=run, kept=not anew)
+    return [made(BASE, base), made(LINEARIZED, linearized, BASE)]
 
 
 def measure_speed(
@@ -53,11 +135,7 @@ def measure_speed(
     the decoder's own unless they are given; ``run`` runs a cell in a session. Raises what a graph that does not run
     raises.
     """
-    require_onnxruntime()
-    pair = [
-        graph_candidate(BASE, base, run=run, kept=not anew),
-        graph_candidate(LINEARIZED, linearized, BASE, run=run, kept=not anew),
-    ]
+    pair = _pair(base, linearized, anew, run)
     phases, most = phases or phases_of(pair[0].cost), Rounds(rounds, MORE * rounds)
     harness = Harness(pair, cpu_machine(), most, phases, strict=True, anew=anew)
     return harness.measure([(1, context) for context in contexts], listener)
@@ -116,11 +194,7 @@ def workload_ms(
     Those of ``base`` are medians; the others are these, divided by the median ratio of both in the same round. With
     ``anew`` one session is in memory at a time. Raises what a graph that does not run raises.
     """
-    pair = [
-        graph_candidate(BASE, base, kept=not anew),
-        graph_candidate(LINEARIZED, linearized, BASE, kept=not anew),
-    ]
-    machine, took = cpu_machine(), {}
+    pair, machine, took = _pair(base, linearized, anew), cpu_machine(), {}
     for phase, cells in (
         (PREFILL, {(w.batch, w.prefill) for w in workloads if w.prefill}),
         (DECODE, {(w.batch, w.middle) for w in workloads if w.decode}),

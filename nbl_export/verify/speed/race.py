@@ -15,12 +15,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import repeat
 from math import ceil, inf
 from typing import TypeVar
 
 import numpy as np
+from scipy.stats import quantile_test
 
 from nbl_export.batch.names import LINEARIZED
 from nbl_export.progress import Listener, Silent
@@ -143,19 +144,8 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     Between two order statistics, whatever the distribution (the number of draws below its median is binomial). Even
     the range of fewer than six values holds it less often (75 % of three, 94 % of five): then it has no bounds.
     """
-    if (ranks := _ranks(len(values))) is None:
-        return -inf, inf
-    ordered = np.sort(values)
-    return float(ordered[ranks[0]]), float(ordered[ranks[1]])
-
-
-@cache
-def _ranks(count: int) -> tuple[int, int] | None:
-    """Between which of ``count`` ordered values the interval lies; None where it has no bounds."""
-    from scipy.stats import quantile_test
-
-    found = quantile_test(np.arange(count), p=0.5).confidence_interval(_CONFIDENCE)
-    return (int(found.low), int(found.high)) if np.isfinite(found.low) else None
+    found = quantile_test(values, p=0.5).confidence_interval(_CONFIDENCE)
+    return (float(found.low), float(found.high)) if np.isfinite(found.low) else (-inf, inf)
 
 
 # one round ----------------------------------------------------------------------------------------
