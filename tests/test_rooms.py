@@ -18,7 +18,6 @@ ROOMS = (
     "stages",
     "doctor",
     "report",
-    "generate",
     "evaluate",
     "verify",
     "convert",

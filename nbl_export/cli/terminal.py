@@ -223,7 +223,7 @@ def _show_judged(checks: Sequence[Check], passed: bool, line: str = "") -> None:
 
 
 if TYPE_CHECKING:
-    from nbl_export.generate.answer import Generated
+    from nbl_export.evaluate.answer import Generated
 
 _MOST = 64 << 20  # bytes of a prompt
 _WHY = {

@@ -13,7 +13,7 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from nbl_export.evaluate.chat import in_chat_template
+from nbl_export.evaluate.answer import in_chat_template
 from nbl_export.evaluate.scoring import Limits, Pair, greedy, log_likelihoods
 from nbl_export.progress import Listener
 from nbl_export.runtime.stream import Stream

@@ -1,6 +1,6 @@
-"""Compare both models' answers: scores, recovery = linearized / base with its standard error, and verdicts.
+"""Hide codes in held-out text and ask for them, and compare both models' answers: scores, recovery, verdicts.
 
-``eval.json`` has them as they stand here (:mod:`nbl_export.report.evaluation`).
+``eval.json`` has the results as they stand here (:mod:`nbl_export.report.evaluation`).
 
 Both models answer the same documents, so the scores are paired: a document with equal scores says nothing about their
 difference. With b_i and l_i the scores of document i and R = Σ l / Σ b, the delta method gives
@@ -9,23 +9,42 @@ difference. With b_i and l_i the scores of document i and R = Σ l / Σ b, the d
 
 For several tasks R is the ratio of the mean scores of the tasks (each task counts once, whatever its size), and the
 variances of the tasks add. Recovery above chance subtracts the chance score from both first.
+
+A linearized layer does not mix tokens, so it may reduce retrieval accuracy:
+
+    start │ text … The code of the red door is 4821. … text … The code of the blue door is 1093. … text
+          │ … The code of the red door is  ──►  4821 ?
+
+Several codes are hidden, at depths spread evenly over the context, and the wrong answers are the other hidden codes, so
+copying a random one is right once in :data:`HIDDEN`. Each question has two scores: *choice*, the right code is the most
+likely of the hidden ones; *exact*, greedy decoding generates the right code. Both models get the same questions, which
+depend only on the seed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F64
-from nbl_export.evaluate.retrieval import HIDDEN, Answers, Question
+from nbl_export.errors import InputError
+from nbl_export.evaluate.scoring import Pair, Scored, Tokens
 from nbl_export.records import Check
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.tasks import EvalTask, Outcome
+
+Encode = Callable[[str], list[int]]
+HIDDEN = 4
+_DOORS = ("red", "blue", "green", "white", "black", "brown", "yellow", "purple")
+_DIGITS = 4
+_ASKING = "The code of the {} door is"
 
 # A base score within this many standard errors of chance gives no meaningful recovery.
 _CLEAR = 2.0
@@ -54,16 +73,8 @@ class Paired:
 
     @classmethod
     def of(cls, base: Sequence[Any], linearized: Sequence[Any], chance: Sequence[Any]) -> Paired:
-        """From lists; raises ``ValueError`` if they are not of the same documents."""
-        values = [np.asarray(v, dtype=np.float64) for v in (base, linearized, chance)]
-        if len({v.shape for v in values}) != 1 or values[0].ndim != 1 or not len(values[0]):
-            raise ValueError(f"paired scores of different documents: {[v.shape for v in values]}")
-        return cls(*values)
-
-    @property
-    def difference(self) -> Estimate:
-        """Linearized minus base."""
-        return mean(self.linearized - self.base)
+        """From lists."""
+        return cls(*(np.asarray(v, dtype=np.float64) for v in (base, linearized, chance)))
 
     @property
     def clear(self) -> bool:
@@ -121,7 +132,7 @@ class Compared:
             chance=float(pair.chance.mean()),
             base=mean(pair.base),
             linearized=mean(pair.linearized),
-            difference=pair.difference,
+            difference=mean(pair.linearized - pair.base),
             agreement=float(np.mean(pair.base == pair.linearized)),
             recovery=recovery([pair]),
             above_chance=recovery([pair], above_chance=True),
@@ -234,16 +245,10 @@ def retrieval_result(
     depths = []
     for part in range(HIDDEN):
         # The codes stand in the order of the parts.
-        inside = [i for i, q in enumerate(asked) if q.gold == part]
-        if inside:
-            depths.append(
-                Depth(
-                    f"{100 * part // HIDDEN} to {100 * (part + 1) // HIDDEN} %",
-                    len(inside),
-                    float(choice.base[inside].mean()),
-                    float(choice.linearized[inside].mean()),
-                )
-            )
+        if inside := [i for i, q in enumerate(asked) if q.gold == part]:
+            shares = (float(side[inside].mean()) for side in (choice.base, choice.linearized))
+            where = f"{100 * part // HIDDEN} to {100 * (part + 1) // HIDDEN} %"
+            depths.append(Depth(where, len(inside), *shares))
     context = asked[0].context
     result = RetrievalResult(context, count, Compared.of(choice), Compared.of(exact), tuple(depths))
     return result, choice
@@ -278,7 +283,9 @@ def _check(name: str, pairs: Sequence[Paired], minimum: float, errors: float) ->
     clear = [p for p in pairs if p.clear]
     found, above = recovery(pairs), recovery(clear, above_chance=True)
     if found is None or above is None:
-        base, chance = (100 * float(np.mean([v.mean() for v in of])) for of in _sides(pairs))
+        base, chance = (
+            100 * float(np.mean([getattr(p, of).mean() for p in pairs])) for of in ("base", "chance")
+        )
         return Check(
             name,
             "failed",
@@ -299,5 +306,91 @@ def _check(name: str, pairs: Sequence[Paired], minimum: float, errors: float) ->
     return Check(name, "passed" if kept else "failed", detail)
 
 
-def _sides(pairs: Sequence[Paired]) -> tuple[list[F64], list[F64]]:
-    return [p.base for p in pairs], [p.chance for p in pairs]
+# retrieval -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, the hidden codes as continuations, and the index of the right one.
+
+    ``depth`` is the position of the right one: 0 at the start of the text, 1 at its end.
+    """
+
+    context: int
+    depth: float
+    prompt: Tokens
+    answers: tuple[Tokens, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Filler:
+    """The text around the codes: ``start`` [n], the first tokens of a prompt, and ``text`` [tokens]."""
+
+    start: NDArray[np.int32]
+    text: NDArray[np.int32]
+
+
+def ask(filler: Filler, encode: Encode, context: int, count: int, seed: int) -> list[Question]:
+    """``count`` questions of exactly ``context`` tokens, including the longest answer.
+
+    The depth of the right code cycles through the :data:`HIDDEN` sections of the context. Raises :class:`InputError`
+    for a context that is too short for the sentences and as much text.
+    """
+    if context < (least := least_context(filler, encode)):
+        raise InputError(
+            f"--retrieval-contexts has {context} tokens; this model's tokenizer needs {least} at least to hide "
+            f"{HIDDEN} sentences in text."
+        )
+    rng = random.Random(f"{seed}:{context}")
+    return [_question(filler, encode, context, i % HIDDEN, rng) for i in range(count)]
+
+
+def least_context(filler: Filler, encode: Encode) -> int:
+    """The minimum context: the hidden sentences and the question, with the longest names, and as much text."""
+    sentence = max(len(encode(f"\n{_ASKING.format(door)} {10**_DIGITS - 1}.\n")) for door in _DOORS)
+    return 2 * ((HIDDEN + 1) * sentence + len(filler.start))
+
+
+def _question(filler: Filler, encode: Encode, context: int, gold: int, rng: random.Random) -> Question:
+    doors = rng.sample(_DOORS, HIDDEN)
+    codes = [str(c) for c in rng.sample(range(10 ** (_DIGITS - 1), 10**_DIGITS), HIDDEN)]
+    hidden = [encode(f"\n{_ASKING.format(door)} {code}.\n") for door, code in zip(doors, codes, strict=True)]
+    question = encode(f"\n{_ASKING.format(doors[gold])}")
+    answers = tuple(
+        tuple(encode(f"\n{_ASKING.format(doors[gold])} {code}")[len(question) :]) for code in codes
+    )
+    fixed = sum(map(len, hidden)) + len(question) + max(map(len, answers)) + len(filler.start)
+    room = context - fixed
+    begin = rng.randrange(len(filler.text))
+    text = np.take(filler.text, np.arange(begin, begin + room), mode="wrap").tolist()
+    offsets = [int((section + rng.random()) / HIDDEN * room) for section in range(HIDDEN)]
+    prompt = filler.start.tolist()
+    for before, after, sentence in zip([0, *offsets], offsets, hidden, strict=False):
+        prompt += text[before:after] + sentence
+    prompt += text[offsets[-1] :] + question
+    return Question(context, offsets[gold] / room, tuple(prompt), answers, gold)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """For each question: whether the right code is the most likely one, and whether greedy decoding generates it."""
+
+    choice: tuple[float, ...]
+    exact: tuple[float, ...]
+
+
+def answer(score: Callable[[Sequence[Pair]], Sequence[Scored]], questions: Sequence[Question]) -> Answers:
+    """Answer the questions with ``score``, :func:`~nbl_export.evaluate.scoring.log_likelihoods` of a model.
+
+    Greedy decoding generates a code if each of its tokens is the most likely one after the previous tokens.
+    """
+    pairs = [Pair(q.prompt, a) for q in questions for a in q.answers]
+    scores = list(score(pairs))
+    choice, exact = [], []
+    for i, question in enumerate(questions):
+        own = scores[i * HIDDEN : (i + 1) * HIDDEN]
+        best = max(range(HIDDEN), key=lambda j: own[j].log_likelihood)
+        choice.append(float(best == question.gold))
+        exact.append(float(own[question.gold].greedy))
+    return Answers(tuple(choice), tuple(exact))

@@ -24,7 +24,7 @@ from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.evaluate.retrieval import Question
+    from nbl_export.evaluate.results import Question
     from nbl_export.evaluate.tasks import EvalTask
     from nbl_export.report.evaluation import Evaluation
 
@@ -129,7 +129,7 @@ def _answers(
     listener: Listener,
 ) -> tuple[list[Any], int]:
     """What one graph answers to each task and to the questions of each length, and how many were kept."""
-    from nbl_export.evaluate.retrieval import HIDDEN, Answers, answer
+    from nbl_export.evaluate.results import HIDDEN, Answers, answer
     from nbl_export.evaluate.scoring import Limits, log_likelihoods
     from nbl_export.evaluate.tasks import Outcome, run_task
     from nbl_export.runtime.ort import ort_stream
@@ -172,7 +172,7 @@ def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[
     """The questions of each context length; lengths asked for that the model cannot have are refused."""
     from nbl_export.batch.arrays import words
     from nbl_export.calibrate.text import load_text
-    from nbl_export.evaluate.retrieval import Filler, ask, least_context
+    from nbl_export.evaluate.results import Filler, ask, least_context
 
     text, tokenizer = load_text(run.workspace.text), run.model.tokenizer
     filler = Filler(text.start, words(text.heldout).reshape(-1))

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.errors import InputError
-from nbl_export.generate.answer import Generated, generate_answer, sampler
+from nbl_export.evaluate.answer import (
+    ASSISTANT,
+    SYSTEM,
+    USER,
+    Generated,
+    Message,
+    generate_answer,
+    prompt_tokens,
+    sampler,
+    stop_tokens,
+)
+from nbl_export.evaluate.scoring import Limits
 from nbl_export.progress import Listener, Silent
 from nbl_export.settings import GenerateSettings
 from nbl_export.stages.build import model_positions
@@ -17,7 +28,6 @@ from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.workspace import Workspace, kept_digests
 
 if TYPE_CHECKING:
-    from nbl_export.evaluate.chat import Message
     from nbl_export.runtime.stream import Stream
 
 # Bytes of a session from which on it is said that it is loaded; less takes a moment.
@@ -43,16 +53,6 @@ def generate(
 
     Raises :class:`InputError` for a folder of an encoder, without the graphs asked for, or without a tokenizer.
     """
-    from nbl_export.evaluate.scoring import Limits
-    from nbl_export.generate.prompts import (
-        ASSISTANT,
-        SYSTEM,
-        USER,
-        TextOfTokens,
-        message,
-        prompt_tokens,
-        stop_tokens,
-    )
     from nbl_export.runtime.session import require_onnxruntime
 
     settings, listener = settings or GenerateSettings(), listener or Silent()
@@ -69,29 +69,29 @@ def generate(
         )
     limits = Limits(model_positions(ws) or _UNBOUNDED, len(tokenizer))
     stops = stop_tokens(folder, tokenizer)
-    begun = [message(SYSTEM, settings.system)] if settings.system else []
+    begun = [{"role": SYSTEM, "content": settings.system}] if settings.system else []
     turns: dict[str, list[Message]] = {name: list(begun) for name in graphs}
     choose = {name: sampler(settings.temperature, settings.top_p, settings.seed) for name in graphs}
     streams: dict[str, Stream] = {}
     found: list[Generated] = []
     for asked in [prompt] if isinstance(prompt, str) else prompt:
         for name, path in graphs.items():
-            turns[name].append(message(USER, asked))
+            turns[name].append({"role": USER, "content": asked})
             tokens = prompt_tokens(tokenizer, turns[name], settings.raw)
             if name not in streams:
                 streams[name] = _opened(name, path, listener)
             answer = generate_answer(
                 name,
                 streams[name],
+                tokenizer,
                 tokens,
-                TextOfTokens(tokenizer, tokens),
                 choose[name],
                 stops,
                 settings.max_tokens,
                 limits,
                 lambda piece, name=name: told(name, piece),  # type: ignore[misc]
             )
-            turns[name].append(message(ASSISTANT, answer.text))
+            turns[name].append({"role": ASSISTANT, "content": answer.text})
             found.append(answer)
             answered(answer)
             if answer.why == "stopped":

@@ -23,7 +23,7 @@ from nbl_export.cli import output
 from nbl_export.cli.output import TerminalListener
 from nbl_export.cli.terminal import Written, prompts
 from nbl_export.errors import InputError, Interrupted
-from nbl_export.generate.answer import Figures, Generated
+from nbl_export.evaluate.answer import Figures, Generated
 from nbl_export.packages import pip_line
 from nbl_export.progress import Silent
 from tests.command_line import (

@@ -13,7 +13,7 @@ import torch
 
 from nbl_export import api
 from nbl_export.errors import InputError
-from nbl_export.evaluate import retrieval, tasks
+from nbl_export.evaluate import results, tasks
 from nbl_export.report.evaluation import load_evaluation
 from nbl_export.workspace import Workspace
 from tests.command_line import assert_refused, nbl
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is really asked of a graph, in order."""
     names: list[str] = []
-    run_task, answer = tasks.run_task, retrieval.answer
+    run_task, answer = tasks.run_task, results.answer
 
     def noting(lm: Any, task: Any, settings: Any) -> Any:
         names.append(lm.title)
@@ -55,7 +55,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return answer(score, questions)
 
     monkeypatch.setattr(tasks, "run_task", noting)
-    monkeypatch.setattr(retrieval, "answer", noting_retrieval)
+    monkeypatch.setattr(results, "answer", noting_retrieval)
     return names
 
 

@@ -13,17 +13,23 @@ import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from nbl_export.errors import InputError
-from nbl_export.evaluate.scoring import Limits
-from nbl_export.generate.answer import ENDED, FULL, MOST, STOPPED, Generated, generate_answer, sampler
-from nbl_export.generate.prompts import (
+from nbl_export.evaluate.answer import (
     ASSISTANT,
+    ENDED,
+    FULL,
+    MOST,
+    STOPPED,
     SYSTEM,
     USER,
+    Generated,
+    Message,
     TextOfTokens,
-    message,
+    generate_answer,
     prompt_tokens,
+    sampler,
     stop_tokens,
 )
+from nbl_export.evaluate.scoring import Limits
 from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.runtime.stream import Stream
@@ -70,10 +76,8 @@ def answer(
         heard.append(piece)
         return len(heard) < hears
 
-    text, limits = TextOfTokens(Words(), prompt), Limits(positions, VOCAB)
-    found = generate_answer(
-        "base", stream or Counting(), prompt, text, sampler(), set(stops), most, limits, told
-    )
+    running, limits = stream or Counting(), Limits(positions, VOCAB)
+    found = generate_answer("base", running, Words(), prompt, sampler(), set(stops), most, limits, told)
     assert "".join(heard) == found.text
     return found, heard
 
@@ -159,6 +163,11 @@ def test_what_is_no_number_is_refused(value: float) -> None:
 
 
 # prompts -------------------------------------------------------------------------------------------
+
+
+def message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
 
 TURNS = [
     message(SYSTEM, "Be kind."),
