@@ -30,7 +30,7 @@ from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.verify.case import DecoderCase, Measurement, parity_text, scaled_prompts, text_of
 from nbl_export.verify.parity.compare import Recorded, record, stepped
 from nbl_export.verify.parity.figures import EngineParity, Parity
-from nbl_export.verify.parity.reference import Reference
+from nbl_export.verify.parity.pytorch import Reference
 from nbl_export.verify.speed.candidates import (
     TIMED_STEPS,
     Candidate,

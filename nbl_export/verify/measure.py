@@ -59,8 +59,7 @@ from nbl_export.verify.parity.figures import (
     StepParity,
     gates_for,
 )
-from nbl_export.verify.parity.pytorch import rounding_noise
-from nbl_export.verify.parity.reference import OWN, Reference, choices_as_outputs, choices_of
+from nbl_export.verify.parity.pytorch import OWN, Reference, choices_as_outputs, choices_of, rounding_noise
 from nbl_export.verify.parity.unmodified import differences, first_divergence, kept_cache
 from nbl_export.verify.speed.candidates import EncoderPass
 from nbl_export.verify.speed.pair import fitting_contexts, verify_speed

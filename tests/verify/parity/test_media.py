@@ -23,7 +23,7 @@ from nbl_export.verify.case import Measurement
 from nbl_export.verify.measure import decoder_parity, media_parity, rows_with_media
 from nbl_export.verify.parity.compare import Text
 from nbl_export.verify.parity.figures import Routing, gates_for
-from nbl_export.verify.parity.reference import routing_failures, routing_of
+from nbl_export.verify.parity.pytorch import routing_failures, routing_of
 from tests.conftest import exhaustive
 from tests.experts import Experts, swap_experts
 from tests.families import WIDTH, Calibrated

@@ -39,8 +39,7 @@ from nbl_export.verify.case import PROMPTS, DecoderCase, Measurement
 from nbl_export.verify.measure import decoder_parity, unlike
 from nbl_export.verify.parity.compare import Recorded, Text, compare, record, stepped
 from nbl_export.verify.parity.figures import UNMODIFIED, gates_for
-from nbl_export.verify.parity.pytorch import record_pytorch, rounding_noise
-from nbl_export.verify.parity.reference import pytorch_in_precision
+from nbl_export.verify.parity.pytorch import pytorch_in_precision, record_pytorch, rounding_noise
 from nbl_export.verify.parity.unmodified import (
     differences,
     first_divergence,
