@@ -59,11 +59,6 @@ def test_what_is_no_rank_is_refused(monkeypatch: pytest.MonkeyPatch, rank: objec
     assert place().first and place().count == 1
 
 
-def test_a_share_is_every_so_manyth() -> None:
-    shares = [list(Ranks(rank, 3).mine(range(8))) for rank in range(3)]
-    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
-
-
 def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert on_this_machine() == 1  # of no torchrun
@@ -76,41 +71,24 @@ def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest.Monk
     assert on_this_machine() == 1
 
 
-def test_what_the_first_makes_is_what_all_get(tmp_path: Path) -> None:
-    def work(here: Ranks) -> Any:
-        made: list[int] = []
-
-        def make() -> dict[str, Any]:
-            made.append(here.rank)
-            return {"from": here.rank, "array": torch.arange(3)}
-
-        found = here.shared(make)
-        return here.rank, here.count, here.first, made, found["from"], found["array"].tolist()
-
-    assert forked(3, tmp_path, work) == [
-        (rank, 3, rank == 0, [0] if rank == 0 else [], 0, [0, 1, 2]) for rank in range(3)
-    ]
-
-
-def test_items_are_spread_and_come_back_in_their_order(tmp_path: Path) -> None:
+def test_work_is_shared_spread_and_added_up(tmp_path: Path) -> None:
     def work(here: Ranks) -> Any:
         def own(share: Any) -> Any:
             return [(item, here.rank) for item in share]
 
+        made = here.shared(lambda: {"from": here.rank, "array": torch.arange(3)})
         # Also fewer items than processes.
-        return here.spread(list("abcde"), own), here.spread(["z"], own), here.spread([], own)
-
-    all_of = [(item, at % 3) for at, item in enumerate("abcde")]
-    assert forked(3, tmp_path, work) == [(all_of, [("z", 0)], [])] * 3
-
-
-def test_sums_are_of_all_in_float64(tmp_path: Path) -> None:
-    def work(here: Ranks) -> Any:
+        spread = here.spread(list("abcde"), own), here.spread(["z"], own), here.spread([], own)
         sums = torch.full((2, 2), 1.0 if here.rank else 2.0**-50, dtype=torch.float64)
         here.add_up([sums])
-        return sums.tolist() if here.first else None
+        place = here.rank, here.count, here.first
+        return place, made["from"], made["array"].tolist(), spread, sums.tolist()
 
-    assert forked(3, tmp_path, work)[0] == [[2 + 2.0**-50] * 2] * 2
+    found = forked(3, tmp_path, work)
+    spread = [(item, at % 3) for at, item in enumerate("abcde")], [("z", 0)], []
+    for rank, (here, made_by, array, of_all, _) in enumerate(found):
+        assert (here, made_by, array) == ((rank, 3, rank == 0), 0, [0, 1, 2]) and of_all == spread
+    assert found[0][-1] == [[2 + 2.0**-50] * 2] * 2, "in float64, in the first process"
 
 
 def test_an_error_of_one_is_the_error_of_all(tmp_path: Path) -> None:

@@ -109,20 +109,6 @@ def test_files_that_nothing_goes_on_from_go_with_them() -> None:
 # going on ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("before", "after"), [(SMALL, LARGE), (LARGE, SMALL)])
-def test_a_run_that_is_killed_goes_on_with_any_memory(tmp_path: Path, before: int, after: int) -> None:
-    (tmp_path / "000.safetensors").write_bytes(b"moments")
-    first = made(tmp_path, memory=before, every_seconds=0.0)
-    walked(first, 2)
-    first.put(0, of(0, 3))  # and is killed
-    second = made(tmp_path, memory=after)
-    assert second.resume(BATCHES, most=7)
-    assert_before(second, 2)
-    # A layer before it is gone.
-    assert not made(tmp_path).resume(BATCHES, most=1)
-    assert (tmp_path / "000.safetensors").exists()
-
-
 def test_they_are_saved_when_it_is_time_or_asked_for(tmp_path: Path) -> None:
     states = made(tmp_path, every_seconds=3600.0)
     states.save(now=True)
@@ -165,18 +151,3 @@ def test_half_of_a_save_leaves_the_one_before(tmp_path: Path) -> None:
     states = made(tmp_path / "partial")
     assert states.resume(BATCHES, most=2)
     assert_before(states, 1)
-
-
-@pytest.mark.parametrize("how", ["a changed bit", "of another model", "of fewer batches"])
-def test_what_is_damaged_or_of_others_is_not_gone_on_from(tmp_path: Path, how: str) -> None:
-    walked(
-        made(tmp_path, identity={"model": "theirs"} if how == "of another model" else OURS, every_seconds=0),
-        1,
-    )
-    (path,) = tmp_path.iterdir()
-    content = bytearray(path.read_bytes())
-    content[-1] ^= how == "a changed bit"
-    path.write_bytes(content)
-    states = made(tmp_path)
-    assert not states.resume(BATCHES + (how == "of fewer batches"), most=1)
-    assert states.part == 0 and states.get(0) is None

@@ -12,10 +12,9 @@ import torch
 
 from nbl_export.models.attention import Routers, count_positions, decoding, takes_attention
 from nbl_export.models.dummy_run import BlockCache, CacheShape, StateShape, dummy_run
-from nbl_export.models.forward import cache_layer, cache_with, entry_in, limited_steps, run_with_past
-from nbl_export.models.running import accepted_arguments, cache_argument
+from nbl_export.models.forward import limited_steps, run_with_past
+from nbl_export.models.running import cache_argument
 from tests.alone import furthest, own_logits, rows_of
-from tests.fixtures_graph import original_logits, ragged_rows
 from tests.tiny_types import tiny_model
 
 
@@ -108,37 +107,6 @@ def test_padded_rows_of_pytorch_are_the_rows_alone(model: Any) -> None:
 # passes with a cache ------------------------------------------------------------------------------
 
 
-LAYERS, KV_HEADS, SIZE, VOCAB = 4, 2, 8, 260
-
-
-def empty(rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    nothing = torch.zeros(rows, KV_HEADS, 0, SIZE)
-    return [(nothing, nothing)] * LAYERS
-
-
-def step(model: Any, ids: Any, mask: Any, positions: Any, past: Any, keep: int = 0) -> Any:
-    tensors = (torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, mask, positions))
-    with torch.inference_mode():
-        return run_with_past(model, *tensors, past, mask.shape[1] - ids.shape[1], keep)
-
-
-@pytest.mark.parametrize("cuts", [(9,), (4, 5), (1, 1, 1, 6)], ids=str)
-def test_a_row_in_pieces_is_the_row_in_one(tiny_model: Any, cuts: tuple[int, ...]) -> None:
-    (row,) = ragged_rows([9], VOCAB)
-    past, done, found = empty(1), 0, []
-    for cut in cuts:
-        ids = row[None, done : done + cut].astype(np.int64)
-        done += cut
-        positions = np.arange(done - cut, done)[None]
-        logits, past = step(tiny_model, ids, np.ones((1, done), np.int64), positions, past)
-        assert [t.shape for pair in past for t in pair] == [(1, KV_HEADS, done, SIZE)] * 2 * LAYERS
-        found.append(logits[0].numpy())
-    np.testing.assert_allclose(np.concatenate(found), original_logits(tiny_model, row), rtol=0, atol=2e-4)
-
-
-# in one pass -------------------------------------------------------------------------------------
-
-
 KV, CONV, MATRIX = CacheShape(2, 8, 8), StateShape("conv", (32, 3)), StateShape("recurrent", (4, 8, 8))
 
 
@@ -160,22 +128,21 @@ def test_each_block_keeps_what_its_cache_layer_holds(model_type: str, expected: 
     assert (facts.cache_class is None) == (model_type != "minimax")
 
 
-@pytest.mark.parametrize("model_type", ["lfm2", "bamba", "minimax", "falcon_h1", "nemotron_h", "qwen3_next"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "lfm2", "bamba", "minimax", "falcon_h1", "nemotron_h", "qwen3_next"]
+)
 def test_a_text_goes_on_from_its_entries(model_type: str) -> None:
-    """A text in two parts, with a cache made anew in between, has the logits of the whole."""
+    """A text in parts, with a cache made anew in between, has the logits of the whole."""
     model: Any = tiny_model(model_type)
-    facts, ids = dummy_run(model), torch.arange(2, 25)[None]
-    entries = [block.empty(torch.zeros(()), 1) for block in facts.cache]
-    found = []
+    ids, found = torch.arange(2, 25)[None], []
+    entries = [block.empty(torch.zeros(()), 1) for block in dummy_run(model).cache]
     with torch.inference_mode():
         whole = model(input_ids=ids).logits[0]
         for start, stop in ((0, 20), (20, 21), (21, 22), (22, 23)):
-            layers = [cache_layer(*block, start) for block in zip(facts.cache, entries, strict=True)]
-            cache = cache_with(layers, facts.cache_class)
-            given = accepted_arguments(model, position_ids=torch.arange(start, stop)[None])
-            part = model(input_ids=ids[:, start:stop], cache=cache, use_cache=True, **given)
-            found.append(part.logits[0])
-            entries = [entry_in(cache, i, block) for i, block in enumerate(facts.cache)]
+            mask, positions = torch.ones(1, stop, dtype=torch.long), torch.arange(start, stop)[None]
+            logits, entries = run_with_past(model, ids[:, start:stop], mask, positions, entries, start)
+            found.append(logits[0])
+    assert model_type != "llama" or {t.shape for pair in entries for t in pair} == {(1, 2, 23, 8)}
     torch.testing.assert_close(torch.cat(found), whole, rtol=1e-3, atol=1e-4)
 
 
