@@ -143,7 +143,13 @@ def moments_of(
                     batch = _inputs(model, tokens[starts[number] : starts[number] + rows])
                     states.put(number, step(batch, states.get(number)))
                     if (broken := sums.broken()) is not None:
-                        raise _not_finite(model, broken, starts[number])
+                        span = isinstance(broken, Span)
+                        module = "" if span else f" ({block_modules(model, broken).module})"
+                        raise CalibrationError(
+                            f"The activations of {described(broken)}{module} are NaN or infinite, first seen in the "
+                            f"batch at calibration row {starts[number]}, so nothing can be fitted to them: check the "
+                            "model's weights, or use --calibration-dtype float32."
+                        )
                     shown.advance(passed(count + 1) - passed(count))
                     if stop:
                         states.save(now=True)
@@ -157,14 +163,6 @@ def _inputs(model: torch.nn.Module, rows: NDArray[Any]) -> dict[str, torch.Tenso
     tensor = torch.from_numpy(rows.astype(np.int64 if rows.ndim == 2 else np.float32)).to(device_of(model))
     # Not every model rounds pixels itself.
     return {main_input(model): tensor.to(weights_like(model).dtype) if tensor.is_floating_point() else tensor}
-
-
-def _not_finite(model: torch.nn.Module, block: Block, row: int) -> CalibrationError:
-    named = "" if isinstance(block, Span) else f" ({block_modules(model, block).module})"
-    return CalibrationError(
-        f"The activations of {described(block)}{named} are NaN or infinite, first seen in the batch at calibration row "
-        f"{row}, so nothing can be fitted to them: check the model's weights, or use --calibration-dtype float32."
-    )
 
 
 # states between blocks ---------------------------------------------------------------------------
@@ -267,7 +265,9 @@ class States:
     def _written(self, part: int, name: str, states: Mapping[int, torch.Tensor]) -> StoredTensors:
         assert self._place is not None
         self._place.mkdir(exist_ok=True)
-        arrays = {str(number): _as_array(one) for number, one in states.items()}
+        # NumPy has no bfloat16: the bits of two bytes are kept as an integer.
+        bits = ((n, s.view(torch.int16) if s.element_size() == 2 else s) for n, s in states.items())
+        arrays = {str(number): state.cpu().numpy() for number, state in bits}
         path = self._place / f"states.{part:03}.{name}.safetensors"
         save_tensors(path, _FORMAT, arrays, {"nbl": self._about(part)})
         return StoredTensors(path, list(arrays))
@@ -297,8 +297,3 @@ class States:
 
 def _part_of(path: Path) -> int:
     return int(path.name.split(".")[1])
-
-
-def _as_array(states: torch.Tensor) -> Any:
-    """``states`` as an array; NumPy has no bfloat16, so the bits of two bytes are kept as an integer."""
-    return (states.view(torch.int16) if states.element_size() == 2 else states).cpu().numpy()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.names import PIXELS
@@ -59,10 +60,25 @@ def documents(sources: Iterable[str], field: str, read: Read = field_of) -> Iter
     """
     for source in sources:
         files = local_files(source)
-        for file in files or ():
-            yield from _of_file(file, field, read)
-        if files is None:
-            yield from _of_hub(source, field, read)
+        for place in [source] if files is None else files:
+            try:
+                yield from (
+                    _of_file(place, field, read) if isinstance(place, Path) else _of_hub(place, field, read)
+                )
+            except NblError:
+                raise
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{place} is not UTF-8 text ({error.reason} at byte {error.start} of a block): convert it."
+                ) from None
+            except Exception as error:  # of a file, gzip, zstandard, Parquet or the Hub client
+                raise InputError(
+                    f"{place} cannot be read ({first_line(error)}): download it again."
+                    if files is not None
+                    else f"The calibration text {source} is neither a local file or folder nor a data set (NAME or "
+                    f"NAME:CONFIG) that can be read from the Hub ({first_line(error)}): check the spelling and the "
+                    "network."
+                ) from None
 
 
 def named_files(source: str, what: str, wanted: Callable[[Path], bool]) -> list[Path]:
@@ -118,30 +134,14 @@ def _format(path: Path) -> str | None:
     return None if found == ".parquet" and plain != name else found  # that is compressed internally
 
 
-def open_text(path: Path) -> Any:
-    """A UTF-8 text, unpacked if it is packed, to read lines of within a ``with`` block."""
-    from fsspec.implementations.local import LocalFileSystem
-
-    how = {"encoding": "utf-8-sig", "newline": "\n", "compression": "infer"}
-    return LocalFileSystem().open(str(path), "rt", **how)
-
-
 def _of_file(path: Path, field: str, read: Read) -> Iterator[Any]:
     kind = _format(path)
-    try:
-        if kind == ".parquet":
-            yield from _of_data_set("parquet", str(path), field, read, data_files=str(path))
-            return
-        with open_text(path) as text:
-            yield from (_of_lines if kind == ".jsonl" else _of_txt)(path, text, field, read)
-    except NblError:
-        raise
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start} of a block): convert it."
-        ) from None
-    except Exception as error:  # of the file, gzip, zstandard or Parquet
-        raise InputError(f"{path} cannot be read ({first_line(error)}): download it again.") from None
+    if kind == ".parquet":
+        yield from _of_data_set("parquet", str(path), field, read, data_files=str(path))
+        return
+    how = {"encoding": "utf-8-sig", "newline": "\n", "compression": "infer"}
+    with LocalFileSystem().open(str(path), "rt", **how) as text:
+        yield from (_of_lines if kind == ".jsonl" else _of_txt)(path, text, field, read)
 
 
 def _of_txt(path: Path, text: IO[str], _field: str, _read: Read) -> Iterator[str]:
@@ -186,15 +186,7 @@ def _of_data_set(path: str, where: str, field: str, read: Read, **how: Any) -> I
 
 def _of_hub(source: str, field: str, read: Read) -> Iterator[Any]:
     name, _, config = source.partition(":")
-    try:
-        yield from _of_data_set(name, f"data set {source}", field, read, name=config or None)
-    except NblError:
-        raise
-    except Exception as error:  # the Hub client raises its own, httpx's and OS errors
-        raise InputError(
-            f"The calibration text {source} is neither a local file or folder nor a data set (NAME or NAME:CONFIG) "
-            f"that can be read from the Hub ({first_line(error)}): check the spelling and the network."
-        ) from None
+    return _of_data_set(name, f"data set {source}", field, read, name=config or None)
 
 
 # images ------------------------------------------------------------------------------------------
@@ -278,7 +270,14 @@ def read_images(
         for number, file in enumerate(files):
             held = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             if len(splits[held]) < want[held]:
-                splits[held].append(_pixels(file, processor))
+                image = open_image(file)
+                try:
+                    pixels = processor(images=[image], return_tensors="np")[PIXELS][0]
+                except Exception as error:  # a processor's own code may raise anything
+                    raise InputError(
+                        f"The model's image processor does not accept {file} ({first_line(error)[:200]}): remove it."
+                    ) from None
+                splits[held].append(np.asarray(pixels, dtype=np.float32))
                 task.advance(1)
             if all(len(splits[k]) >= want[k] for k in want):
                 break
@@ -299,17 +298,6 @@ def read_images(
             "size: give images of one shape."
         )
     return CalibrationImages(np.stack(splits[False]), np.stack(splits[True]))
-
-
-def _pixels(file: Path, processor: Any) -> F32:
-    image = open_image(file)
-    try:
-        pixels = processor(images=[image], return_tensors="np")[PIXELS][0]
-    except Exception as error:  # a processor's own code may raise anything
-        raise InputError(
-            f"The model's image processor does not accept {file} ({first_line(error)[:200]}): remove it."
-        ) from None
-    return np.asarray(pixels, dtype=np.float32)
 
 
 def save_images(path: Path, images: CalibrationImages) -> None:

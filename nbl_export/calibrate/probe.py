@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32, I64
@@ -29,9 +30,6 @@ from nbl_export.models.layers import backbone, hidden_size, layer_count
 from nbl_export.models.lengths import BEYOND, lengths
 from nbl_export.models.running import observed
 from nbl_export.tensorfile import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    import torch
 
 FORMAT = "nbl-export/probe/1"
 _LENGTH, _ROUTES = 24, "routes"
@@ -87,8 +85,6 @@ def probe_inputs(model: torch.nn.Module, inputs: Inputs, parts: Collection[str] 
     They are those of every attention layer, also of those that are no candidates, and with ``parts`` that have MLPs of
     every MLP.
     """
-    import torch
-
     h: dict[Block, F32] = {}
     x: dict[Block, F32] = {}
     y: dict[Block, F32] = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from nbl_export.calibrate.text import (
@@ -25,9 +26,6 @@ from nbl_export.models.weights import device_of, half_free, resident, room, stre
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 
-if TYPE_CHECKING:
-    import torch
-
 I32 = NDArray[np.int32]
 
 
@@ -42,8 +40,6 @@ def sample_from_model(
     A model that does not stay in memory is read once for each token of a document: all documents whose KV cache has
     room are sampled together, with the same random numbers; a note says so.
     """
-    import torch
-
     config: Any = model.config
     known = (tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id)
     start_token = next((t for t in known if t is not None), 0)
@@ -70,7 +66,9 @@ def sample_from_model(
                 f"Sampling reads all weights {-(-total // at_once) * length:,} times, once for each token of a "
                 "document: name a text with --calibration where that takes too long."
             )
-        numbers = _draws(total, length, generator)
+        # The same however many are sampled at once.
+        drawn = [min(_DRAWN_BATCH, total - done) for done in range(0, total, _DRAWN_BATCH)]
+        numbers = torch.cat([torch.rand(length, n, generator=generator) for n in drawn], dim=1)
         for done in range(0, total, at_once):
             documents.append(_sample(model, start_token, numbers[:, done : done + at_once], task.advance))
     tokens = np.concatenate(documents)
@@ -116,18 +114,8 @@ def _at_once(model: torch.nn.Module, length: int, total: int) -> int:
     return max(1, int(half_free(model) // max(1, each)))
 
 
-def _draws(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """A random number in [0, 1) for each token [length, count], the same however many are sampled at once."""
-    import torch
-
-    batches = [min(_DRAWN_BATCH, count - done) for done in range(0, count, _DRAWN_BATCH)]
-    return torch.cat([torch.rand(length, n, generator=generator) for n in batches], dim=1)
-
-
 def _sample(model: Any, start: int, numbers: torch.Tensor, advance: Any) -> I32:
     """Documents [count, length] of the random ``numbers`` [length, count]."""
-    import torch
-
     length, count = numbers.shape
     numbers = numbers.to(device_of(model))
     seen = torch.full((count, 1), start, dtype=torch.long, device=device_of(model))
@@ -155,8 +143,6 @@ def _drawn(distribution: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     Inverse transform sampling: torch.multinomial draws one random number per vocabulary entry, this needs one per
     document. The part of the vocabulary is found first, and the token within it.
     """
-    import torch
-
     rows, vocab = distribution.shape
     if missing := -vocab % _ENTRIES:
         distribution = torch.nn.functional.pad(distribution, (0, missing))

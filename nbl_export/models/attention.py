@@ -24,6 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.rows import by_token
@@ -44,9 +47,6 @@ def takes_attention(model: Any) -> bool:
 @contextmanager
 def attending_by(model: Any, name: str, attend: Callable[..., Any]) -> Iterator[None]:
     """Within the block, the attention of ``model`` is ``attend``, with the masks of sdpa, registered as ``name``."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     before = model.config._attn_implementation
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, sdpa_mask)
@@ -80,8 +80,6 @@ def _attend(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     half = query.device.type == "cpu" and query.element_size() == 2
     plain = attention_mask is None and not any(more.get(name) is not None for name in _OF_SDPA)
     if not (half and plain and query.shape[2] == 1):
@@ -103,8 +101,6 @@ def shared_keys(model: Any, layers: Sequence[AttentionModules], run: Callable[[]
 
     Empty for a model whose attention does not use transformers' interface.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if not takes_attention(model):
         return {}
     indices = {model.get_submodule(layer.module): layer.index for layer in layers}
@@ -199,27 +195,17 @@ class Routers(TorchFunctionMode):
             return result
         choices, real = self.passes[self._current], self.real[self._current]
         scores, own = args[0], result.indices
-        if (
-            _axis(scores, args, kwargs or {}) != scores.ndim - 1
-            or by_token(own.numpy(force=True), real) is None
-        ):
+        axis = (kwargs or {}).get("dim", args[2] if len(args) > 2 else -1)
+        if axis % scores.ndim != scores.ndim - 1 or by_token(own.numpy(force=True), real) is None:
             choices.append(None)
             return result
         kept = (by_token(t.numpy(force=True), real) for t in (scores.float(), own))
         choices.append(Choice(*(part.copy() for part in kept if part is not None)))
-        told = self._told(len(choices) - 1)
+        every = self.told[self._current] if self.told else ()
+        told = every[len(choices) - 1] if len(choices) <= len(every) else None
         if told is None:
             return result
         taken = own.clone()
         flat = taken.view(real.size, *told.shape[1:])
         flat[torch.from_numpy(np.flatnonzero(real)).to(own.device)] = torch.from_numpy(told).to(own)
         return torch.return_types.topk((scores.gather(-1, taken), taken))
-
-    def _told(self, number: int) -> I64 | None:
-        told = self.told[self._current] if self.told else ()
-        return told[number] if number < len(told) else None
-
-
-def _axis(scores: torch.Tensor, args: Any, kwargs: Any) -> int:
-    given = kwargs.get("dim", args[2] if len(args) > 2 else -1)
-    return int(given) % scores.ndim
