@@ -266,8 +266,7 @@ def _torch_computes() -> dict[str, Any]:
     one = torch.ones(2, 2, dtype=torch.float64)
     if float((one @ one).sum()) != 8:
         raise RuntimeError("it computes wrongly")
-    from nbl_export.models.device import hindrance
-    from nbl_export.models.load import fast_dtype
+    from nbl_export.models.load import fast_dtype, hindrance
 
     return {"fast": fast_dtype(), "no_gpu": hindrance("cuda")}
 

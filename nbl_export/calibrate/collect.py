@@ -31,9 +31,9 @@ from nbl_export.blocks import ATTENTION, Block, Span, described, layer_of
 from nbl_export.calibrate.moments import Accumulator, LayerMoments, Moments, digest_of_tokens
 from nbl_export.errors import CalibrationError, InputError, Interrupted
 from nbl_export.models.candidates import block_modules, choices, observing
-from nbl_export.models.device import as_setting
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import hidden_size, main_input
+from nbl_export.models.load import as_setting
 from nbl_export.models.walk import segments, walking
 from nbl_export.models.weights import device_of, dtype_of, half_free, weights_like
 from nbl_export.processes import deferred_interrupt

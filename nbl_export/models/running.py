@@ -17,8 +17,6 @@ import torch
 from nbl_export.errors import InputError
 from nbl_export.models.layers import B, BlockModules
 
-CACHE_ARGUMENTS = ("cache", "past_key_values")  # the KV cache, today and before
-
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -65,8 +63,7 @@ def accepted_arguments(model: torch.nn.Module, **arguments: Any) -> dict[str, An
 
 def cache_argument(model: torch.nn.Module) -> str:
     """The name of the KV cache argument of ``forward``: it was renamed within transformers 5."""
-    new, old = CACHE_ARGUMENTS
-    return new if accepts(model, new) else old
+    return "cache" if accepts(model, "cache") else "past_key_values"
 
 
 class Hooks(ExitStack):

@@ -138,9 +138,9 @@ def refused(what: str, error: BaseException, source: ModelSource | None = None) 
 
 def _class(source: ModelSource) -> Any:
     """What loads the model: the class of its task, or that of a multimodal model without its towers."""
-    return (
-        text_only(source.wrapper) if source.wrapper else getattr(transformers, task_named(source.task).loads)
-    )
+    if source.wrapper:
+        return text_only(source.wrapper)
+    return getattr(transformers, task_named(source.task).loads)
 
 
 def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> Any:

@@ -162,8 +162,7 @@ def dtype_of(model: torch.nn.Module) -> str:
 
 def origin(model: torch.nn.Module) -> torch.nn.Module:
     """The model of which ``model`` is another precision; itself for an ordinary model."""
-    streaming = _STREAMED.get(model)
-    return streaming.stored.model if streaming else model
+    return streaming_of(model).stored.model
 
 
 def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.nn.Module:

@@ -110,8 +110,7 @@ def dry_run(
     import torch
 
     from nbl_export.linearize.scores import check_selection
-    from nbl_export.models.device import find_device
-    from nbl_export.models.load import fast_dtype
+    from nbl_export.models.load import fast_dtype, find_device
 
     asked, out = RunSettings.of(selection, calibration, verification, exporting, engines, folder), Path(out)
     check_asked(str(model), asked)

@@ -209,7 +209,7 @@ def verify_package(
 
     Nothing is written. Raises :class:`InputError` for a file that is not as it was packaged, and for another model.
     """
-    from nbl_export.models.device import find_device
+    from nbl_export.models.load import find_device
     from nbl_export.verify.measure import measure
 
     settings, listener, root = settings or VerifySettings(), listener or Silent(), Path(package)

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nbl_export.errors import os_error_in_words
-from nbl_export.models.device import described, exact_float32, find_device
 from nbl_export.models.folder import Task, task_named
-from nbl_export.models.load import LoadedModel
+from nbl_export.models.load import LoadedModel, described, exact_float32, find_device
 from nbl_export.models.source import ModelSource, check_apart, find_model, same_model
 from nbl_export.packages import check_system, part
 from nbl_export.progress import Listener, Silent

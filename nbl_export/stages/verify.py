@@ -42,7 +42,7 @@ def verify(
     where the model is now, if it was moved; the folder records it.
     """
     from nbl_export.calibrate.text import load_text
-    from nbl_export.models.device import as_setting
+    from nbl_export.models.load import as_setting
     from nbl_export.report.assemble import assemble, keeping
     from nbl_export.report.render import write_report
     from nbl_export.verify.case import DecoderCase, fitting_prompts

@@ -16,15 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.models import load
-from nbl_export.models.device import (
-    exact_float32,
-    find_device,
-)
 from nbl_export.models.folder import PREPROCESSOR, Pooling, find_pooling, task_named, task_of
 from nbl_export.models.forward import last_token, pool
 from nbl_export.models.load import (
     LoadedModel,
     check_processor,
+    exact_float32,
+    find_device,
     load_image_processor,
     load_model,
     load_tokenizer,

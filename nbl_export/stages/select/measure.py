@@ -45,7 +45,7 @@ from nbl_export.linearize.search import NOISE, MeasuredSets, measured_losses, se
 from nbl_export.linearize.selection import Candidate, Loss
 from nbl_export.models import load
 from nbl_export.models.candidates import block_modules
-from nbl_export.models.device import as_setting
+from nbl_export.models.load import as_setting
 from nbl_export.models.media_tokens import seeing
 from nbl_export.models.weights import resident, room
 from nbl_export.processes import Checkpoint

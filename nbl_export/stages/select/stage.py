@@ -21,7 +21,7 @@ def select(
     rehash: bool = False,
 ) -> Plan:
     """Score every layer, choose K of them, and save their W and b with the evidence for the proof; returns the plan."""
-    from nbl_export.models.device import exact_float32
+    from nbl_export.models.load import exact_float32
     from nbl_export.stages.select.make import make_plan
     from nbl_export.stages.select.measure import Measuring
 
