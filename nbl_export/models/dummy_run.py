@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -83,7 +83,7 @@ class BlockCache:
         return entry[:of_kv], entry[of_kv:]
 
 
-@dataclass(frozen=True)
+@dataclass
 class DummyRun:
     """``returns``: of each attention and MLP, the length of the tuple that it returns; None for a bare tensor.
     ``block_returns``: the same for every block.
@@ -96,18 +96,18 @@ class DummyRun:
     reads the residual stream before each MLP, by layer; ``odd_mlps`` what is odd about others.
     """
 
-    returns: Mapping[Block, int | None]
-    block_returns: Mapping[int, int | None]
-    cache: tuple[BlockCache, ...]
-    cache_class: type[Any] | None
-    causal: bool
-    tokens: int
-    outputs: tuple[str, ...]
-    linear_output: bool
-    separate: bool
-    shared: Mapping[int, int]
-    mlp_streams: Mapping[int, str]
-    odd_mlps: Mapping[int, str]
+    returns: dict[Block, int | None] = field(default_factory=dict)
+    block_returns: dict[int, int | None] = field(default_factory=dict)
+    cache: tuple[BlockCache, ...] = ()
+    cache_class: type[Any] | None = None
+    causal: bool = False
+    tokens: int = 0
+    outputs: tuple[str, ...] = ()
+    linear_output: bool = False
+    separate: bool = True
+    shared: Mapping[int, int] = field(default_factory=dict)
+    mlp_streams: dict[int, str] = field(default_factory=dict)
+    odd_mlps: dict[int, str] = field(default_factory=dict)
 
 
 _DONE: weakref.WeakKeyDictionary[torch.nn.Module, DummyRun] = weakref.WeakKeyDictionary()
@@ -158,24 +158,20 @@ def unrunnable(model: torch.nn.Module, error: Exception) -> InputError:
 
 
 class _Watch:
-    """What hooks on the modules of a model see in a pass; fields are as in :class:`DummyRun`."""
+    """What hooks on the modules of a model see in a pass, of which ``facts`` stay."""
 
     def __init__(self) -> None:
-        self.returns: dict[Block, int | None] = {}
-        self.block_returns: dict[int, int | None] = {}
+        self.facts = DummyRun()
         self.times: Counter[int] = Counter()
         self.linear: list[Any] = []
         self.states: Any = None  # that the last attention writes
-        self.mlp_streams: dict[int, str] = {}
-        self.odd_mlps: dict[int, str] = {}
-        self.separate = True
+        self.normed: dict[str, Any] = {}
         self._beside: list[torch.Tensor] = []  # what blocks have returned beside their states
-        self._normed: dict[str, Any] = {}
         self._shape: Any = None  # of the states of the block that runs
         self._read: Any = None  # of what its MLP reads
 
     def note(self, output: Any, block: Block) -> None:
-        self.returns[block] = _length(output)
+        self.facts.returns[block] = _length(output)
 
     def enter(self, args: Any, kwargs: dict[str, Any], index: int) -> None:
         """A block begins; it may take what an earlier one has returned beside its states.
@@ -187,32 +183,31 @@ class _Watch:
             self._shape = getattr(hidden_states(args, kwargs), "shape", None)
         given = _tensors((args[1:], list(kwargs.values())))
         handed = any(one is other for one in given for other in self._beside)
-        self.separate &= not handed and not any(isinstance(v, dict) for v in (*args, *kwargs.values()))
+        self.facts.separate &= not handed and not any(isinstance(v, dict) for v in (*args, *kwargs.values()))
 
     def leave(self, output: Any, index: int) -> None:
-        self.block_returns[index] = _length(output)
+        self.facts.block_returns[index] = _length(output)
         self._beside += _tensors(output[1:]) if isinstance(output, tuple) else []
-
-    def norm(self, output: Any, path: str) -> None:
-        self._normed[path] = output
 
     def mlp_reads(self, args: Any, kwargs: dict[str, Any], index: int, path: str) -> None:
         if not args and "hidden_states" not in kwargs:
-            self.odd_mlps[index] = "it takes no hidden_states"
+            self.facts.odd_mlps[index] = "it takes no hidden_states"
             return
         u, rows = hidden_states(args, kwargs), self._shape
         # As it is, or with all tokens of the rows in one list.
         listed = rows is not None and getattr(u, "shape", None) == (rows[:-1].numel(), rows[-1])
-        if index in self.mlp_streams or not (listed or getattr(u, "ndim", 0) == 3):
-            self.odd_mlps[index] = "it is run more than once, or not on [rows, tokens, width]"
+        if index in self.facts.mlp_streams or not (listed or getattr(u, "ndim", 0) == 3):
+            self.facts.odd_mlps[index] = "it is run more than once, or not on [rows, tokens, width]"
             return
-        norms = {path: t for path, t in self._normed.items() if getattr(t, "shape", None) == u.shape}
+        norms = {path: t for path, t in self.normed.items() if getattr(t, "shape", None) == u.shape}
         same = [path for path, normed in norms.items() if torch.equal(normed, u)]
-        self.mlp_streams[index], self._read = same[-1] if same else path, u.shape
+        self.facts.mlp_streams[index], self._read = same[-1] if same else path, u.shape
 
     def mlp_writes(self, output: Any, index: int) -> None:
         if getattr(states_in(output), "shape", None) != self._read:
-            self.odd_mlps.setdefault(index, "it does not return what it was given, [rows, tokens, width]")
+            self.facts.odd_mlps.setdefault(
+                index, "it does not return what it was given, [rows, tokens, width]"
+            )
 
     def attention(self, index: int, residual: torch.Tensor, normed: torch.Tensor, output: Any) -> None:
         self.states, shape = output, getattr(output, "shape", ())
@@ -239,6 +234,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
     run: Any = backbone(model) if headed else model
     inputs |= accepted_arguments(run, use_cache=True)
     seen = _Watch()
+    facts = seen.facts
     with Hooks(model) as hooks, torch.inference_mode(), quiet():
         for layer in layers:
             hooks.after(layer.module, partial(seen.note, block=layer.index))
@@ -248,7 +244,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
             hooks.after(path, partial(seen.leave, index=index))
             for child, inner in model.get_submodule(path).named_children():
                 if "norm" in f"{child} {type(inner).__name__}".lower():
-                    hooks.after(f"{path}.{child}", partial(seen.norm, path=f"{path}.{child}"))
+                    hooks.after(f"{path}.{child}", partial(seen.normed.__setitem__, f"{path}.{child}"))
         for index, mlp in mlp_modules(model).items():
             if not isinstance(mlp, str):
                 hooks.before(mlp.module, partial(seen.mlp_reads, index=index, path=mlp.module))
@@ -271,36 +267,28 @@ def _run(model: torch.nn.Module) -> DummyRun:
             f"{name} runs block {repeated[0]} {seen.times[repeated[0]]} times in one pass, each with other states, and "
             "one W and b is for one of them: this architecture is not supported."
         )
-    if silent := [layer.index for layer in layers if layer.index not in seen.returns]:
+    if silent := [layer.index for layer in layers if layer.index not in facts.returns]:
         raise InputError(
             f"{name} does not run the attention of layer {silent[0]} as it is, but replaces it at run time: {NOT_YET}."
         )
     cache = getattr(output, "get", lambda _name: None)(cache_argument(run))
-    blocks = block_caches(cache, count)
-    shared: dict[int, int] = {}
-    if 0 < sum(blocks[layer.index].kv is not None for layer in layers) < len(layers):
+    facts.cache = block_caches(cache, count)
+    if 0 < sum(facts.cache[layer.index].kv is not None for layer in layers) < len(layers):
         with torch.inference_mode(), quiet():
-            shared = shared_keys(model, layers, lambda: run(**inputs))
+            facts.shared = shared_keys(model, layers, lambda: run(**inputs))
     named: Any = getattr(output, "items", tuple)()  # a model's own code may return a plain tuple
     tensors = tuple(name for name, value in named if isinstance(value, torch.Tensor))
-    states = seen.states
-    before = states[:, :-1].float()
-    return DummyRun(
-        returns=seen.returns,
-        block_returns=seen.block_returns,
-        cache=blocks,
+    before = seen.states[:, :-1].float()
+    return replace(
+        facts,
         cache_class=type(cache) if hasattr(cache, "linear_cache") else None,
         causal=TOKENS in inputs and bool((before[0] - before[1]).norm() <= 1e-3 * before[0].norm()),
-        tokens=states.shape[1],
+        tokens=seen.states.shape[1],
         outputs=("logits",) if headed else tensors,
         linear_output=any(
-            isinstance(m, torch.Tensor) and torch.equal(m.reshape(-1), states.reshape(-1))
+            isinstance(m, torch.Tensor) and torch.equal(m.reshape(-1), seen.states.reshape(-1))
             for m in seen.linear
         ),
-        separate=seen.separate,
-        shared=shared,
-        mlp_streams=seen.mlp_streams,
-        odd_mlps=seen.odd_mlps,
     )
 
 
@@ -319,9 +307,10 @@ def block_caches(cache: Any, count: int) -> tuple[BlockCache, ...]:
     found = []
     for index in range(count):
         keys, values = (getattr(layers[index], name, None) for name in ("keys", "values"))
-        kv = None
-        if keys is not None and values is not None and keys.ndim == 4 and keys.shape[:3] == values.shape[:3]:
-            kv = CacheShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
+        own = (
+            keys is not None and values is not None and keys.ndim == 4 and keys.shape[:3] == values.shape[:3]
+        )
+        kv = CacheShape(keys.shape[1], keys.shape[3], values.shape[3]) if own else None  # type: ignore[union-attr]
         states = (StateShape(kind, tuple(state.shape[1:])) for kind, state in states_of(cache, index))
         found.append(BlockCache(kv, tuple(states)))
     return tuple(found)

@@ -29,16 +29,6 @@ from tests.tiny_types import activations
 FINGERPRINT = "f" * 64
 
 
-@pytest.fixture(scope="module")
-def batches(model: Any, tokens: np.ndarray) -> int:
-    """How many batches an uninterrupted run takes, over all blocks."""
-    listener = Recorder()
-    collect_moments(model, tokens, listener)
-    assert len(listener.advanced) >= 4 * BLOCKS
-    assert listener.advanced[-1] < listener.advanced[0]
-    return len(listener.advanced)
-
-
 def assert_same(one: Moments, other: Moments) -> None:
     assert set(one.layers) == set(other.layers)
     for index, layer in one.layers.items():
@@ -71,18 +61,10 @@ def test_moments_are_those_of_the_activations(model: Any, tokens: np.ndarray) ->
             assert np.all(np.abs(getattr(layer, name) - value) <= 1e-12 * size[name]), (index, name)
 
 
-SPANNED = ("attention", "span")
-
-
-@pytest.fixture(scope="module")
-def spanned(model: Any, tokens: np.ndarray) -> Moments:
-    return collect_moments(model, tokens, parts=SPANNED)
-
-
 def test_moments_of_spans_are_those_of_the_streams_around_them(
-    model: Any, tokens: np.ndarray, whole: Moments, spanned: Moments
+    model: Any, tokens: np.ndarray, whole: Moments
 ) -> None:
-    spans = spans_of(range(BLOCKS))
+    spans, spanned = spans_of(range(BLOCKS)), collect_moments(model, tokens, parts=("attention", "span"))
     assert list(spanned.layers) == sorted([*range(BLOCKS), *spans])
     ends: dict[int, torch.Tensor] = {}
     handles = [
@@ -168,7 +150,7 @@ def place(tmp_path: Path) -> Place:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_finishes_the_batch_and_the_next_run_goes_on_at_the_block(
-    model: Any, tokens: np.ndarray, whole: Moments, batches: int, place: Place, signum: int
+    model: Any, tokens: np.ndarray, whole: Moments, place: Place, signum: int
 ) -> None:
     first = Recorder(BATCHES + 2, send(signum))
     with pytest.raises(KeyboardInterrupt):
@@ -178,7 +160,8 @@ def test_an_interrupt_finishes_the_batch_and_the_next_run_goes_on_at_the_block(
     assert_same(place.collect(model, tokens, second), whole)
     assert second.notes == ["Calibration goes on at block 1, from the states before it."]
     assert second.start == (BLOCKS * ROWS * LENGTH, ROWS * LENGTH)
-    assert len(second.advanced) == batches - BATCHES
+    assert len(second.advanced) == BATCHES * BLOCKS - BATCHES
+    assert second.advanced[-1] < second.advanced[0]
 
 
 @pytest.mark.parametrize("what", ["other tokens", "damage", "a layer that is gone"])

@@ -16,9 +16,7 @@ from nbl_export.calibrate.documents import (
     documents,
     image_files,
     images_in,
-    load_images,
     read_images,
-    save_images,
 )
 from nbl_export.calibrate.text import (
     PADDING,
@@ -301,16 +299,6 @@ def test_what_names_no_image_of_the_folder_is_refused(images: Any, said: str, tm
 # found -------------------------------------------------------------------------------------------
 
 
-def test_files_folders_and_patterns_in_the_order_given(tmp_path: Path) -> None:
-    deep = write(tmp_path / "a" / "deep", 2)
-    upper = write(tmp_path / "a", 1, suffix="PNG")
-    (tmp_path / "a" / "notes.txt").write_text("no image")
-    others = write(tmp_path / "b", 3, suffix="bmp")
-    assert image_files([str(tmp_path / "a")]) == sorted([*upper, *deep])
-    pattern = str(tmp_path / "b" / "00[02].bmp")
-    assert image_files([pattern, str(deep[1])]) == [others[0], others[2], deep[1]]
-
-
 @pytest.mark.parametrize("source", ["empty", "*.nothing"])
 def test_a_source_that_names_no_image(tmp_path: Path, source: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -371,16 +359,3 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path, damage: bytes | None) 
     files[2].write_bytes(files[2].read_bytes()[:60] if damage is None else damage)
     with pytest.raises(InputError, match=r"002\.png is not a readable image"):
         read_images(files, processor, CalibrateSettings(), Silent())
-
-
-def test_images_come_back_to_the_bit(tmp_path: Path) -> None:
-    found = read_images(
-        write(tmp_path, 16), processor, CalibrateSettings(samples=9, heldout_samples=2), Silent()
-    )
-    save_images(tmp_path / "images.safetensors", found)
-    again = load_images(tmp_path / "images.safetensors")
-    for name in ("calibration", "heldout"):
-        assert np.array_equal(getattr(again, name), getattr(found, name))
-    (tmp_path / "images.safetensors").write_bytes(b"damaged")
-    with pytest.raises(InputError, match="nbl-export calibrate"):
-        load_images(tmp_path / "images.safetensors")
