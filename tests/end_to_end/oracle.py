@@ -1,64 +1,127 @@
-"""A rewritten random decoder, held against the float64 oracle in a prefill and in decode steps."""
+"""Hold a rewritten random decoder to its plain graph, in which the maps were put by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from nbl_export.linearize.plan import Plan
-from tests.end_to_end.random_decoder_graphs import Pair, Written
-from tests.end_to_end.random_decoders import VOCAB, Choices, Weights, forward
+from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.settings.choices import FitInput
+from tests.end_to_end.random_decoder_graphs import Pair, Written, written
+from tests.end_to_end.random_decoders import VOCAB, Array, Choices, Weights
 from tests.fixtures_graph import pad_left, ragged_rows
 from tests.sessions import cpu_session
 
 STEPS = 2
 
 
-def names_after(c: Choices, graph: Written, kept: Sequence[int]) -> tuple[Sequence[Pair], Sequence[Pair]]:
-    """Names of the caches that are left: numbers are given anew, other names stay."""
-    if c.cache in ("usual", "numbered"):
-        return graph.past[: len(kept)], graph.present[: len(kept)]
-    return [graph.past[i] for i in kept if graph.past], [graph.present[i] for i in kept if graph.present]
+def random_plan(
+    c: Choices, weights: Weights, layers: Sequence[int], fit_input: FitInput, seed: int = 1
+) -> Plan:
+    """A plan of random maps; its probe is what the decoder of ``weights``, unquantized, computes."""
+    rng = np.random.default_rng(seed)
+    rows = ragged_rows((9, 6, 11), VOCAB, seed)
+    ids, mask, positions = pad_left(rows)
+    graph = written(replace(c, linear="Gemm") if c.quantized else c, weights)
+    names = dict.fromkeys(name for tensors in graph.tensors for name in tensors)
+    outputs = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    graph.proto.graph.output.extend(outputs)
+    pairs = dict(zip(flat(graph.past), flat(graph.present), strict=True))
+    runs = [next(decode(graph.proto, c, [row], pairs, 0)) for row in rows]
+
+    def probe(which: int, later: Sequence[Any]) -> dict[int, Array]:
+        return {
+            i: np.concatenate([run[tensors[which]][0] for run in runs]) + np.float32(later[i])
+            for i, tensors in enumerate(graph.tensors)
+        }
+
+    def linear() -> LinearLayer:
+        w = rng.standard_normal((c.width, c.width)) / c.width**0.5
+        if c.quantized:  # numbers that 4 bits hold exactly, with the ends of the range in every block
+            w = rng.integers(-7, 8, (c.width, c.width)) / 16
+            w[:, :2] = -8 / 16, 7 / 16
+        return LinearLayer(w.astype(np.float32), rng.standard_normal(c.width).astype(np.float32))
+
+    return Plan(
+        model="random",
+        hidden_size=c.width,
+        layer_count=c.layers,
+        fit_input=fit_input,
+        criterion="by hand",
+        ridge=0.0,
+        calibration_tokens=sum(map(len, rows)),
+        layers={i: linear() for i in layers},
+        probe={"input_ids": ids, "attention_mask": mask, "position_ids": positions},
+        probe_u=probe(0 if fit_input == "normed" else 1, [0] * c.layers),
+        probe_y=probe(2, graph.later),
+    )
 
 
-def assert_computes(path: Path, c: Choices, weights: Weights, graph: Written, plan: Plan | None) -> None:
-    """The graph at ``path`` gives the oracle's logits and caches, in a prefill and in decode steps."""
-    runner = cpu_session(path)
-    kept = range(c.layers) if plan is None else plan.attention_layers
-    past_names, present_names = names_after(c, graph, kept)
+def flat(pairs: Sequence[Pair]) -> list[str]:
+    return [name for pair in pairs for name in pair]
+
+
+def replaced(graph: Written, plan: Plan) -> ModelProto:
+    """The plain graph, in which whoever reads what a layer of ``plan`` writes reads W u + b."""
+    nodes = graph.proto.graph.node
+    for i, linear in plan.layers.items():
+        normed, residual, y = graph.tensors[i]
+        for node in nodes:
+            node.input[:] = [f"{y} by hand" if name == y else name for name in node.input]
+        for name, array in (("W", linear.w.T), ("b", linear.b - np.float32(graph.later[i]))):
+            stored = numpy_helper.from_array(np.ascontiguousarray(array), f"{y} {name}")
+            graph.proto.graph.initializer.append(stored)
+        place = next(place for place, node in enumerate(nodes) if y in node.output)
+        u = normed if plan.fit_input == "normed" else residual
+        nodes.insert(place, helper.make_node("Add", [f"{y} W u", f"{y} b"], [f"{y} by hand"]))
+        nodes.insert(place, helper.make_node("MatMul", [u, f"{y} W"], [f"{y} W u"]))
+    return graph.proto
+
+
+def decode(
+    graph: Path | ModelProto, c: Choices, rows: Sequence[Any], pairs: Mapping[str, str], steps: int
+) -> Iterator[dict[str, Any]]:
+    """All outputs of a prefill and of decode ``steps``; ``pairs`` are the outputs that caches come from."""
+    runner = cpu_session(graph)
     inputs, outputs = ([v.name for v in values] for values in (runner.get_inputs(), runner.get_outputs()))
-    ordinary = {"input_ids", "attention_mask", "position_ids"}
-    assert set(inputs) - ordinary == {name for pair in past_names for name in pair}
-    assert set(outputs) == {"logits", *(name for pair in present_names for name in pair)}
+    ids, mask, positions = pad_left([row[: len(row) - steps] for row in rows])
+    past = dict.fromkeys(pairs, np.zeros((len(rows), c.kv_heads, 0, c.head_size), dtype=np.float32))
+    for step in range(steps + 1):
+        if step:
+            ids = np.array([[row[len(row) - steps + step - 1]] for row in rows], dtype=np.int64)
+            mask, positions = np.c_[mask, np.ones_like(ids)], positions[:, -1:] + 1
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
+        yield (found := dict(zip(outputs, runner.run(None, {n: feeds[n] for n in inputs}), strict=True)))
+        past = {old: found[new] for old, new in pairs.items()}
+
+
+def assert_computes(path: Path, c: Choices, weights: Weights, plan: Plan) -> None:
+    """The graph at ``path`` gives the logits and caches of the plain one with the maps, in prefill and decode."""
+    graph, steps = written(c, weights), STEPS if c.cache != "none" else 0
+    kept = [i for i in plan.attention_layers if i < len(graph.past)]
+    # Numbers are given anew, other names stay.
+    places = range(len(kept)) if c.cache in ("usual", "numbered") else kept
+    past, present = (flat([pairs[i] for i in places]) for pairs in (graph.past, graph.present))
     # Padding on the left moves positions that are counted; GroupQueryAttention has it on the right.
     ragged = c.positions == "input" and c.attention != "GroupQueryAttention"
     rows = ragged_rows((9, 6, 11) if ragged else (9, 9), VOCAB, seed=3)
-    traces = [forward(c, weights.stored(), row, plan) for row in rows]
-    ids, mask, positions = pad_left([row[: len(row) - STEPS] for row in rows])
-    empty = np.zeros((len(rows), c.kv_heads, 0, c.head_size), dtype=np.float32)
-    past = {name: empty for pair in past_names for name in pair}
-    for step in range(STEPS + 1 if c.cache != "none" else 1):
-        if step:
-            ids = np.array([[row[len(row) - STEPS + step - 1]] for row in rows], dtype=np.int64)
-            mask, positions = np.c_[mask, np.ones_like(ids)], positions[:, -1:] + 1
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
-        found = dict(zip(outputs, runner.run(None, {n: feeds[n] for n in inputs}), strict=True))
-        past = {
-            old: found[new]
-            for before, after in zip(past_names, present_names, strict=True)
-            for old, new in zip(before, after, strict=True)
-        }
-        for number, (row, trace) in enumerate(zip(rows, traces, strict=True)):
-            stop = len(row) - STEPS + step
-            start = stop - 1 if step else 0
-            assert_near(found["logits"][number, start - stop :], trace.logits[start:stop])
-            for layer, pair in zip(kept, present_names, strict=False):
-                for name, expected in zip(pair, (trace.keys[layer], trace.values[layer]), strict=True):
-                    assert expected is not None
-                    assert_near(found[name][number][:, -stop:], expected[:, :stop])
+    every = dict(zip(flat(graph.past), flat(graph.present), strict=True))
+    shared = dict(zip(present, flat([graph.present[i] for i in kept]), strict=True))
+    rewritten = decode(path, c, rows, dict(zip(past, present, strict=True)), steps)
+    by_hand = decode(replaced(graph, plan), c, rows, every, steps)
+    for step, (found, expected) in enumerate(zip(rewritten, by_hand, strict=True)):
+        assert set(found) == {"logits", *present}
+        for number, row in enumerate(rows):
+            seen = len(row) - steps + step
+            new = 1 if step else seen
+            assert_near(found["logits"][number, -new:], expected["logits"][number, -new:])
+            for name, old in shared.items():
+                assert_near(found[name][number][:, -seen:], expected[old][number][:, -seen:])
 
 
 def assert_near(found: Any, expected: Any) -> None:

@@ -20,11 +20,17 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Written:
-    """A decoder's graph, and the names of past and present (key, value) of each layer."""
+    """A decoder's graph, the names of past and present (key, value) of each layer, and of its tensors.
+
+    ``tensors`` are by layer: what the attention reads, the stream before it, and what it writes, without the bias
+    ``later``, where a norm behind it adds that.
+    """
 
     proto: onnx.ModelProto
     past: tuple[Pair, ...]
     present: tuple[Pair, ...]
+    tensors: list[tuple[str, str, str]]
+    later: list[Any]
 
 
 def written(c: Choices, weights: Weights) -> Written:
@@ -55,6 +61,7 @@ class _Writer:
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.past, self.present = cache_names(c)
         self.allowed = self.bias = self.total = ""  # once they are known
+        self.tensors: list[tuple[str, str, str]] = []
 
     # parts ---------------------------------------------------------------------------------------
 
@@ -175,7 +182,7 @@ class _Writer:
         for i in range(c.layers):
             if c.block == "fused":
                 x = x or self.norm(h, f"{i}.before")
-                y = self.attention(i, x)
+                y = self.attention(i, x, h)
                 later = self.weight(f"{i}.o.bias") if c.o_bias == "skip norm" else ""
                 x, h = self.skip_norm(h, y, f"{i}.mlp before", later)
                 following = "last" if i + 1 == c.layers else f"{i + 1}.before"
@@ -187,12 +194,13 @@ class _Writer:
             self.op("MatMul", x, self.op("Transpose", self.weight("embed"), perm=[1, 0]), to="logits")
         else:
             self.op("MatMul", x, self.weight("head"), to="logits")
-        return Written(self.proto(), self.past, self.present)
+        bias = [self.weights.arrays[f"{i}.o.bias"] if c.o_bias == "skip norm" else 0 for i in range(c.layers)]
+        return Written(self.proto(), self.past, self.present, self.tensors, bias)
 
     def block(self, i: int, h: str) -> str:
         c = self.c
         x = h if c.block == "post" else self.norm(h, f"{i}.before")
-        y = self.attention(i, x)
+        y = self.attention(i, x, h)
         if c.block.startswith("parallel"):
             m = self.mlp(i, x if c.block == "parallel" else self.norm(h, f"{i}.mlp before"))
             return self.op("Add", self.op("Add", y, m), h)
@@ -247,7 +255,7 @@ class _Writer:
 
     # attention -----------------------------------------------------------------------------------
 
-    def attention(self, i: int, x: str) -> str:
+    def attention(self, i: int, x: str, h: str) -> str:
         c = self.c
         query, key, value = self.projections(i, x)
         counts = {"q": c.heads, "k": c.kv_heads, "v": c.kv_heads}
@@ -278,7 +286,9 @@ class _Writer:
             else:
                 mixed = self.fused(i, four["q"], four["k"], four["v"])
             mixed = self.reshape(self.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, c.heads * c.head_size)
-        return self.linear(mixed, f"{i}.o", c.o_bias)
+        y = self.linear(mixed, f"{i}.o", c.o_bias)
+        self.tensors.append((x, h, y))
+        return y
 
     def projections(self, i: int, x: str) -> tuple[str, str, str]:
         c = self.c

@@ -1,23 +1,17 @@
-"""Small random decoders: how they are written as a graph, and what they compute in float64 NumPy.
+"""Choose small random decoders: a set of :class:`Choices` and :class:`Weights`.
 
-A decoder is a set of :class:`Choices` and :class:`Weights`. :func:`forward` here is the oracle: it is
-written from the architectures' papers and knows no graph. :mod:`tests.end_to_end.random_decoder_graphs` writes
-the same decoder as ONNX.
+:mod:`tests.end_to_end.random_decoder_graphs` writes them as ONNX.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-
-from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.settings.choices import FitInput
-from tests.fixtures_graph import pad_left, ragged_rows
 
 Array = NDArray[Any]
 VOCAB, POSITIONS, EPSILON = 24, 32, 1e-5
@@ -169,10 +163,6 @@ class Quantized:
     zeros: Array
     rows: int
 
-    def values(self) -> Array:
-        stored = (self.numbers.astype(np.float64) - self.zeros[..., None]) * self.scales[..., None]
-        return stored.reshape(len(stored), -1)[:, : self.rows].T
-
 
 def quantized(matrix: Array, symmetric: bool) -> Quantized:
     rows, columns = matrix.shape
@@ -200,13 +190,6 @@ class Weights:
 
     arrays: Mapping[str, Array]
     blocks: Mapping[str, Quantized]
-
-    def get(self, name: str) -> Array | None:
-        return self.arrays.get(name)
-
-    def stored(self) -> Weights:
-        """What the graph computes with: quantized matrices as they come out of their blocks."""
-        return replace(self, arrays={**self.arrays, **{n: q.values() for n, q in self.blocks.items()}})
 
 
 def random_weights(c: Choices) -> Weights:
@@ -254,132 +237,3 @@ def random_weights(c: Choices) -> Weights:
         if c.quantized and a.ndim == 2 and n.partition(".")[2] in linear
     }
     return Weights(arrays, blocks)
-
-
-# what it computes --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One row of tokens through the decoder, float64: logits, and by layer x, h, y [n, d] and the cache.
-
-    ``keys`` and ``values`` [kv heads, n, size] are None for layers that were replaced, unless they are borrowed.
-    """
-
-    logits: Array
-    x: list[Array]
-    h: list[Array]
-    y: list[Array]
-    keys: list[Array | None]
-    values: list[Array | None]
-
-
-def forward(c: Choices, weights: Weights, tokens: Array, plan: Plan | None = None) -> Trace:
-    """The decoder on one row [n], all at once; the layers of ``plan`` are W u + b instead of attention."""
-    w = {n: a.astype(np.float64) for n, a in weights.arrays.items()}
-    h = w["embed"][tokens] + w["positions"][: len(tokens)]
-    trace = Trace(h, [], [], [], [], [])
-    for i in range(c.layers):
-
-        def norm(name: str, value: Array, i: int = i) -> Array:
-            return _norm(c, w, f"{i}.{name}", value)
-
-        x = h if c.block == "post" else norm("before", h)
-        key, value = None, None
-        if plan is not None and i in plan.layers:
-            u = x if plan.fit_input == "normed" else h
-            y = u @ plan.layers[i].w.T.astype(np.float64) + plan.layers[i].b
-            if c.borrows:
-                _, key, value = _attention(c, w, i, x)
-        else:
-            borrowed = (trace.keys[-1], trace.values[-1]) if c.borrows and i == c.layers - 1 else None
-            y, key, value = _attention(c, w, i, x, borrowed)
-        for kept, what in zip((trace.x, trace.h, trace.y), (x, h, y), strict=True):
-            kept.append(what)
-        trace.keys.append(key)
-        trace.values.append(value)
-        if c.block.startswith("parallel"):
-            h = h + y + _mlp(w, i, x if c.block == "parallel" else norm("mlp before", h))
-            continue
-        h = h + (norm("after", y) if c.block in ("post", "sandwich") else y)
-        m = _mlp(w, i, h if c.block == "post" else norm("mlp before", h))
-        h = h + (norm("mlp after", m) if c.block in ("post", "sandwich") else m)
-    return replace(trace, logits=_norm(c, w, "last", h) @ w["head"])
-
-
-def _norm(c: Choices, w: Mapping[str, Array], name: str, x: Array) -> Array:
-    if c.centered:
-        x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON)
-    return x * w[f"{name}.scale"] + w.get(f"{name}.bias", 0)
-
-
-def _mlp(w: Mapping[str, Array], i: int, x: Array) -> Array:
-    return np.maximum(x @ w[f"{i}.up"], 0) @ w[f"{i}.down"]
-
-
-def _attention(
-    c: Choices, w: Mapping[str, Array], i: int, x: Array, borrowed: tuple[Any, Any] | None = None
-) -> tuple[Array, Array, Array]:
-    def heads(name: str, count: int) -> Array:
-        rows = x @ w[f"{i}.{name}"] + w.get(f"{i}.{name}.bias", 0)
-        split = rows.reshape(len(x), count, c.head_size).transpose(1, 0, 2)
-        return _norm(c, w, f"{i}.{name} norm", split) if c.qk_norm and name != "v" else split
-
-    query, key, value = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
-    key, value = borrowed or (key, value)
-    groups = c.heads // c.kv_heads
-    scores = query @ np.repeat(key, groups, 0).transpose(0, 2, 1) / c.head_size**0.5
-    scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)
-    scores = np.exp(scores - scores.max(-1, keepdims=True))
-    mixed = scores / scores.sum(-1, keepdims=True) @ np.repeat(value, groups, 0)
-    joined = mixed.transpose(1, 0, 2).reshape(len(x), -1)
-    return joined @ w[f"{i}.o"] + w.get(f"{i}.o.bias", 0), key, value
-
-
-# the plan ----------------------------------------------------------------------------------------
-
-
-def random_plan(
-    c: Choices, weights: Weights, layers: Sequence[int], fit_input: FitInput, seed: int = 1
-) -> Plan:
-    """A plan of random maps; its probe is what the decoder of ``weights``, unquantized, computes."""
-    rng = np.random.default_rng(seed)
-    rows = ragged_rows((9, 6, 11), VOCAB, seed)
-    ids, mask, positions = pad_left(rows)
-    traces = [forward(c, weights, row) for row in rows]
-
-    def probe(what: str) -> dict[int, Array]:
-        return {
-            i: np.concatenate([getattr(t, what)[i] for t in traces]).astype(np.float32)
-            for i in range(c.layers)
-        }
-
-    def linear() -> LinearLayer:
-        w = rng.standard_normal((c.width, c.width)) / c.width**0.5
-        if c.quantized:
-            w = _on_the_grid(rng, c)
-        return LinearLayer(w.astype(np.float32), rng.standard_normal(c.width).astype(np.float32))
-
-    return Plan(
-        model="random",
-        hidden_size=c.width,
-        layer_count=c.layers,
-        fit_input=fit_input,
-        criterion="by hand",
-        ridge=0.0,
-        calibration_tokens=sum(map(len, rows)),
-        layers={i: linear() for i in layers},
-        probe={"input_ids": ids, "attention_mask": mask, "position_ids": positions},
-        probe_u=probe("x" if fit_input == "normed" else "h"),
-        probe_y=probe("y"),
-    )
-
-
-def _on_the_grid(rng: np.random.Generator, c: Choices) -> Array:
-    """Numbers that 4 bits hold exactly, so that the rewritten graph can be compared to the last digit."""
-    numbers = rng.integers(-7, 8, (c.width, c.width))
-    numbers[:, 0] = -8  # the end of the range is met in every block
-    if not c.symmetric:
-        numbers[:, 1] = 7
-    return numbers / 16

@@ -21,7 +21,8 @@ from nbl_export.linearize.plan import save_plan
 from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.rewrite.foreign import rewrite_foreign
 from tests.command_line import assert_refused, nbl
-from tests.end_to_end.random_decoders import random_plan, random_weights
+from tests.end_to_end.oracle import random_plan
+from tests.end_to_end.random_decoders import random_weights
 from tests.listening import killed_at_change
 from tests.rewrite.foreign import (
     CONFIG,
