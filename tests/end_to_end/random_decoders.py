@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,36 +83,34 @@ class Choices:
         return self.norm == "LayerNormalization"
 
 
-def possible(c: Choices) -> Choices:
-    """The nearest choices that go together: the operators' specifications rule some out."""
-    changes: dict[str, Any] = {}
-    if c.attention == "MultiHeadAttention":
-        changes["kv_heads"] = c.heads
-    elif c.heads % c.kv_heads:
-        changes["kv_heads"] = 1
-    if c.attention == "GroupQueryAttention" and c.cache == "none":
-        changes["cache"] = "usual"
+# What goes together, since the operators' specifications rule the rest out: where the first holds, the second changes.
+RULES: tuple[tuple[Callable[[Choices], bool], Callable[[Choices], dict[str, Any]]], ...] = (
+    (lambda c: c.attention == "MultiHeadAttention", lambda c: {"kv_heads": c.heads}),
+    (lambda c: c.heads % c.kv_heads != 0, lambda c: {"kv_heads": 1}),
+    (lambda c: c.attention == "GroupQueryAttention" and c.cache == "none", lambda c: {"cache": "usual"}),
     # A fused attention hands its present out after it has read the mask, which would be computed from it.
-    inside = c.attention not in ("decomposed", "Attention")
-    cache = changes.get("cache", c.cache)
-    if c.length == "present" and (inside or cache == "none"):
-        changes["length"] = "past"
-    if changes.get("length", c.length) == "present":
-        changes["positions"] = "input"
-    if c.o_bias == "skip norm" and c.block != "fused":
-        changes["o_bias"] = "Add"
-    if c.o_bias == "inside" and c.linear not in ("Gemm", "Gemm transposed", "MatMulNBits"):
-        changes["o_bias"] = "Add"
-    if c.block == "fused" and c.norm in ("RMSNormalization", "decomposed"):
-        changes["norm"] = "SimplifiedLayerNormalization"
-    if c.attention != "decomposed":
-        changes |= {"nan_guard": False, "scale": "Mul", "mask": "Add"}
-    elif c.nan_guard:
-        changes["mask"] = "Add"
-    changed = replace(c, **changes)
-    if changed.attention.startswith("Attention") or changed.norm != "decomposed":
-        changed = replace(changed, opset=23)
-    return changed
+    (
+        lambda c: c.length == "present" and (c.attention not in ATTENTIONS[:2] or c.cache == "none"),
+        lambda c: {"length": "past"},
+    ),
+    (lambda c: c.length == "present", lambda c: {"positions": "input"}),
+    (lambda c: c.o_bias == "skip norm" and c.block != "fused", lambda c: {"o_bias": "Add"}),
+    (lambda c: c.o_bias == "inside" and c.linear not in LINEARS[2:], lambda c: {"o_bias": "Add"}),
+    (
+        lambda c: c.block == "fused" and c.norm in ("RMSNormalization", "decomposed"),
+        lambda c: {"norm": "SimplifiedLayerNormalization"},
+    ),
+    (lambda c: c.attention != "decomposed", lambda c: {"nan_guard": False, "scale": "Mul", "mask": "Add"}),
+    (lambda c: c.nan_guard, lambda c: {"mask": "Add"}),
+    (lambda c: c.attention.startswith("Attention") or c.norm != "decomposed", lambda c: {"opset": 23}),
+)
+
+
+def possible(c: Choices) -> Choices:
+    """The nearest choices that go together."""
+    for holds, change in RULES:
+        c = replace(c, **change(c)) if holds(c) else c
+    return c
 
 
 @st.composite

@@ -1,9 +1,10 @@
-"""A real report, for tests that change one thing of it, and one with everything that may be plotted."""
+"""A real report, one with everything that may be plotted, and two sides of a comparison with speeds that are known."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,42 @@ from nbl_export.report.diff_facts import Opened, opened
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import Budget
 from nbl_export.verify.speed.values import CandidateInfo, CellResult, Machine, Ratio, Result, Speed, Timing
-from tests.report.diff_sides import with_speed
+
+
+def sped(speed: Speed, factor: float = 1.0, width: float = 0.02, rounds: int = 9) -> Speed:
+    """Every linearized candidate ``factor`` times as fast as its base, known to ``width``; the base takes 10 ms."""
+    ratio = Ratio(factor, factor, factor, factor * (1 - width), factor * (1 + width), True)
+
+    def timed(result: Any) -> Any:
+        own = result.name == speed.linearized
+        ms = 10 / factor if own else 10.0
+        timing = replace(result.timing, median_ms=ms, low_ms=ms * 0.99, high_ms=ms * 1.01)
+        return replace(
+            result,
+            timing=timing,
+            rounds=rounds,
+            over_base=ratio if own else None,
+            linearized_over=None,
+        )
+
+    cells = (replace(cell, results=tuple(map(timed, cell.results))) for cell in speed.cells)
+    return replace(speed, cells=tuple(cells))
+
+
+def changed(side: Opened, **changes: Any) -> Opened:
+    """The side with another report."""
+    report = replace(report_of(side), **changes)
+    return replace(side, report=report, bench=report.bench)
+
+
+def with_speed(side: Opened, factor: float = 1.0, width: float = 0.02, rounds: int = 9) -> Opened:
+    speed: Any = report_of(side).speed
+    return changed(side, speed=sped(speed, factor, width, rounds))
+
+
+def report_of(side: Opened) -> Report:
+    assert side.report is not None
+    return side.report
 
 
 @pytest.fixture

@@ -32,12 +32,12 @@ from nbl_export.report.diff_facts import (
     Opened,
     opened,
 )
-from nbl_export.report.diff_gates import Race, gates, races_of, unlike
+from nbl_export.report.diff_gates import gates, races_of, unlike
 from nbl_export.report.evaluation import write_evaluation
 from nbl_export.settings import DiffBounds
 from nbl_export.verify.parity.figures import MethodLoss
-from tests.report.diff_sides import changed, report_of, with_speed
-from tests.report.test_evaluation import evaluation
+from tests.report.conftest import changed, report_of, with_speed
+from tests.report.test_tables import evaluation
 
 NONE = DiffBounds()
 MIRRORED = {"better": "worse", "worse": "better", "only in A": "only in B", "only in B": "only in A"}
@@ -61,7 +61,8 @@ def edited(out: Path, folder: Path, **changes: Any) -> Path:
 
 
 def test_the_same_twice_is_no_difference(stories_out: Path) -> None:
-    for where in (stories_out, stories_out / "report" / "report.json", stories_out / "model.onnx"):
+    for name in ("", "report/report.json", "report", "model.onnx", "baseline"):
+        where = stories_out / name
         diff = compare(where, where, NONE)
         assert diff.difference == "none" and diff.passed
         assert {change.effect for change in diff.changes} == {"same"} and diff.changes
@@ -119,10 +120,6 @@ def both(a: Fact | None, b: Fact | None) -> str:
     return there.effect
 
 
-def fact(value: float | str, better: Better = "", **noise: float) -> Fact:
-    return Fact(Figure(value, **noise), better)
-
-
 @pytest.mark.parametrize(
     ("a", "b", "better", "effect"),
     [
@@ -147,32 +144,29 @@ def fact(value: float | str, better: Better = "", **noise: float) -> Fact:
     ],
 )
 def test_exact_figures(a: float | str, b: float | str, better: Better, effect: str) -> None:
-    assert both(fact(a, better), fact(b, better)) == effect
+    assert both(Fact(Figure(a), better), Fact(Figure(b), better)) == effect
 
 
 @pytest.mark.parametrize(
-    ("difference", "effect"), [(0.0, "same"), (0.09, "within noise"), (0.1, "within noise"), (0.11, "worse")]
-)
-def test_two_standard_errors_of_the_difference(difference: float, effect: str) -> None:
-    """Errors of 0.03 and 0.04 are one of 0.05."""
-    a, b = fact(0.0, "lower", se=0.03), fact(difference, "lower", se=0.04)
-    assert both(a, b) == effect
-
-
-@pytest.mark.parametrize(
-    ("least", "most", "effect"),
+    ("a", "b", "effect"),
     [
-        (1.25, 1.4, "better"),
-        (1.2, 1.4, "within noise"),  # they touch
-        (1.15, 1.4, "within noise"),
-        (0.9, 1.09, "worse"),
-        (-inf, inf, "of unknown noise"),
-        (nan, nan, "of unknown noise"),
+        # Errors of 0.03 and 0.04 are one of 0.05; two of them are noise.
+        (Figure(0.0, 0.03), Figure(0.0, 0.04), "same"),
+        (Figure(0.0, 0.03), Figure(-0.09, 0.04), "within noise"),
+        (Figure(0.0, 0.03), Figure(-0.1, 0.04), "within noise"),
+        (Figure(0.0, 0.03), Figure(-0.11, 0.04), "worse"),
+        # So are intervals that touch.
+        (Figure(1.15, None, 1.1, 1.2), Figure(1.3, None, 1.25, 1.4), "better"),
+        (Figure(1.15, None, 1.1, 1.2), Figure(1.3, None, 1.2, 1.4), "within noise"),
+        (Figure(1.15, None, 1.1, 1.2), Figure(1.3, None, 1.15, 1.4), "within noise"),
+        (Figure(1.15, None, 1.1, 1.2), Figure(1.0, None, 0.9, 1.09), "worse"),
+        (Figure(1.15, None, 1.1, 1.2), Figure(1.3, None, -inf, inf), "of unknown noise"),
+        (Figure(1.15, None, 1.1, 1.2), Figure(1.3, None, nan, nan), "of unknown noise"),
+        (Figure(1.15, nan), Figure(1.3, 0.1), "of unknown noise"),
     ],
 )
-def test_intervals_that_are_apart(least: float, most: float, effect: str) -> None:
-    a = fact(1.15, "higher", least=1.1, most=1.2)
-    assert both(a, fact(1.3 if most > 1.2 else 1.0, "higher", least=least, most=most)) == effect
+def test_what_is_noise(a: Figure, b: Figure, effect: str) -> None:
+    assert both(Fact(a, "higher"), Fact(b, "higher")) == effect
 
 
 # drawing -------------------------------------------------------------------------------------------
@@ -217,38 +211,21 @@ def test_a_file_is_written_anew_and_nothing_else_is_overwritten(tmp_path: Path) 
 # what is compared ------------------------------------------------------------------------------------
 
 
-def test_what_lies_in_an_output_folder(stories_out: Path) -> None:
-    side = opened(stories_out)
-    assert side.kind == "report" and side.report is not None and side.graph is not None
-    assert side.graph.linear == side.report.selection.layers
-    path = stories_out / "report" / "report.json"
-    for where in (path, path.parent):
-        alone = opened(where)
-        assert alone.kind == "report" and alone.report == side.report and alone.graph is None
-    for where in (stories_out / "model.onnx", stories_out / "baseline"):
-        graph = opened(where)
-        assert graph.kind == "graph" and graph.header is None and graph.summary is not None
-
-
 def test_an_evaluation_of_other_graphs_is_left_out(stories_copy: Path) -> None:
     write_evaluation(stories_copy / "report", evaluation())
     side = opened(stories_copy)
     assert side.evaluation is None and "eval.json is of other graphs, or was changed" in side.notes[0]
 
 
-def test_an_edited_report_is_refused(stories_copy: Path) -> None:
-    path = stories_copy / "report" / "report.json"
-    path.write_text(path.read_text().replace('"documents": 4', '"documents": 5'))
-    with pytest.raises(
-        InputError, match=r"report\.json was changed after `verify` wrote it: run `nbl-export verify"
-    ):
-        opened(stories_copy)
-
-
-def test_a_report_of_another_graph_is_refused(stories_copy: Path) -> None:
+def test_a_report_that_is_not_of_its_folder_is_refused(stories_copy: Path) -> None:
     with (stories_copy / "model.onnx").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(InputError, match=r"model\.onnx is not the graph that .*report\.json is about"):
+        opened(stories_copy)
+    path = stories_copy / "report" / "report.json"
+    path.write_text(path.read_text().replace('"documents": 4', '"documents": 5'))
+    edited = r"report\.json was changed after `verify` wrote it: run `nbl-export verify"
+    with pytest.raises(InputError, match=edited):
         opened(stories_copy)
 
 
@@ -345,16 +322,9 @@ def test_size_at_the_bound_exactly_passes(two: Opened) -> None:
     assert gate(sized(two, 0), a, max_size_increase=2).detail.endswith("no size of a graph is known in A")
 
 
-# how much slower -------------------------------------------------------------------------------------
-
-
-def race(side: Opened) -> Race:
-    return races_of(side)[SPEED]
-
-
 def test_another_machine_and_other_versions(two: Opened) -> None:
     report = report_of(two)
-    env = report.environment
+    env, race = report.environment, lambda side: races_of(side)[SPEED]
     for elsewhere in (replace(env, processor="A chip"), replace(env, cores=96), replace(env, system="Other")):
         why, notes = unlike(race(two), race(changed(two, environment=elsewhere)))
         assert why == "on another machine" and "do not compare" in notes[0]

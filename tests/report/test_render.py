@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import fields, is_dataclass, replace
-from html.parser import HTMLParser
+from html import unescape
 from math import nan
 from pathlib import Path
 from typing import Any
 
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
-from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 
 from nbl_export.linearize.selection import Curve
 from nbl_export.records import Check, from_json
-from nbl_export.report.plots import Plot, report_plots
+from nbl_export.report.plots import report_plots
 from nbl_export.report.render import markdown, page, write_report
 from nbl_export.report.schema import Report, load_report
 
@@ -107,23 +106,6 @@ def test_junit_counts(report: Report, tmp_path: Path) -> None:
 
 # the page ----------------------------------------------------------------------------------------
 
-
-class Reader(HTMLParser):
-    """The elements and the words of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
 NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'</style></title>&amp;{{ 7 * 7 }}"
 
 
@@ -149,20 +131,16 @@ def test_texts_of_the_report_are_only_text(full: Report) -> None:
     hostile = from_json(Report, fields, "The report", "make it again")
     hostile = replace(hostile, checks=checks, notes=[NASTY], divergence=NASTY)
     text = page(hostile, report_plots(hostile))
-    reader = Reader(text)
-    kinds = [tag for tag, _ in reader.tags]
+    tags = re.findall(r"<(\w+)([^<>]*)>", text)  # whatever opens one
+    kinds = [tag for tag, _ in tags]
     assert "script" not in kinds and kinds.count("title") == kinds.count("style") == 1
-    assert all(str(a["src"]).startswith("data:") for tag, a in reader.tags if tag == "img")
-    assert not [a for _, a in reader.tags if any(name.startswith("on") for name in a)]
-    policy = [a["content"] for tag, a in reader.tags if tag == "meta" and "http-equiv" in a]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    assert all(' src="data:' in attributes for tag, attributes in tags if tag == "img")
+    assert not [a for _, a in tags if re.search(r"""\son\w+\s*=""", re.sub(r'"[^"]*"', '""', a))]
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in text
     assert "<script" not in text and "{{ 7 * 7 }}" in text
     # It is there to be read: title, head, check, note, operator, package, engine.
-    assert " ".join(reader.words).count("<script>alert(1)</script>") >= 10
-
-
-def axes_of(plot: Plot) -> list[Axes]:
-    return plot.draw().axes
+    assert unescape(re.sub(r"<[^<>]*>", "", text)).count("<script>alert(1)</script>") >= 10
 
 
 def line(container: Any) -> tuple[list[float], list[float]]:
@@ -179,7 +157,7 @@ def whiskers(container: Any) -> list[tuple[float, float]]:
 
 def test_the_curve_is_the_report_s(full: Report, curve: Curve) -> None:
     by_k = sorted(curve.points, key=lambda p: p.k)
-    ratio, kl, speed = axes_of(report_plots(full)["k-curve"])
+    ratio, kl, speed = report_plots(full)["k-curve"].draw().axes
     for key, axes in (("perplexity_ratio", ratio), ("kl", kl)):
         (drawn,) = axes.containers
         assert line(drawn) == ([1, 2, 3, 4], [getattr(p, key) for p in by_k])
