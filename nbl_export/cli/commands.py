@@ -89,7 +89,7 @@ def run(
     asked = (selection, calibration, verification, listener, trust, exporting, built, rehash, folder)
     if dry_run:
         ahead = api.dry_run(model, output, *asked)
-        terminal.show_dry_run(ahead)
+        terminal.show("dry-run", vars(ahead), ahead.tables)
         return 0
     value = api.run(model, output, *asked)
     terminal.show_report(value, output)
@@ -312,7 +312,8 @@ def report(out: Out, /, *, said: Said = Said()) -> int:
 def inspect(path: Shown, /, *, said: Said = Said()) -> None:
     """Show what a file or an output folder holds, as a table."""
     api, terminal, _ = loaded(said)
-    terminal.finish_tables("inspect", api.inspect(path))
+    tables = api.inspect(path)
+    terminal.show("inspect", {"tables": tables}, tables)
 
 
 def diff(
@@ -337,11 +338,11 @@ def doctor(*, said: Said = Said()) -> int:
     """Show what is here, and what each missing part would bring."""
     # Not by the API, which imports numpy: where that does not work, this says so.
     from nbl_export import doctor as diagnosing
-    from nbl_export.cli import output, terminal
+    from nbl_export.cli import output
 
     output.set_up(said.json, said.quiet, said.log_file)
     found = diagnosing.doctor(output.TerminalListener())
-    terminal.show_diagnosis(found)
+    output.show_diagnosis(found)
     return 0 if found.runs_here else MissingDependencyError.exit_code
 
 

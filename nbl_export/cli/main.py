@@ -47,8 +47,6 @@ _HOW_MANY = {
     "--max-weight-bytes",
     "--min-speedup",
 }
-# The options of every command.
-EVERYWHERE = ("--json", "--quiet", "--log-file")
 
 
 def from_file(_app: App, _names: tuple[str, ...], arguments: Any) -> None:

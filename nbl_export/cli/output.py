@@ -21,15 +21,16 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as RichTask
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from nbl_export.errors import Interrupted, os_error_in_words
@@ -37,21 +38,15 @@ from nbl_export.files import jsonable, printable, printable_lines
 from nbl_export.processes import in_main_thread, on_signals
 from nbl_export.progress import Task
 from nbl_export.ranks import place
+from nbl_export.report.drawing import Table
+
+if TYPE_CHECKING:
+    from nbl_export.doctor import Diagnosis
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
+LOG = Console(quiet=True, width=120, highlight=False, color_system=None)
 ANSWER = "nbl-export/answer/1"
-
-
-@dataclass
-class _Answering:
-    """How the command of this process answers."""
-
-    json: bool = False
-    log: Console | None = None
-
-
-answering = _Answering()
 
 
 def set_up(as_json: bool, quiet: bool, log_file: Path | None) -> None:
@@ -59,40 +54,25 @@ def set_up(as_json: bool, quiet: bool, log_file: Path | None) -> None:
 
     Raises :class:`InputError` for a file that cannot be written.
     """
-    answering.json, answering.log = as_json, None
-    OUT.quiet, ERR.quiet = as_json, quiet
+    OUT.quiet, ERR.quiet, LOG.quiet = as_json, quiet, log_file is None
     if log_file is not None:
         try:
             # Until the process ends; line by line, so that it can be watched.
-            opened = log_file.open("a", encoding="utf-8", buffering=1)
+            LOG.file = log_file.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise os_error_in_words(error, f"opening --log-file {log_file}") from None
-        answering.log = Console(file=opened, width=120, highlight=False, color_system=None)
 
 
 def log(text: str, stamped: bool = True) -> None:
     """Write a line into the log file, with the time, or text of several lines as it is, if there is one."""
-    if answering.log is not None:
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}" if stamped else printable_lines(text)
-        answering.log.print(Text(line), soft_wrap=True)
+    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}" if stamped else printable_lines(text)
+    LOG.print(Text(line), soft_wrap=True)
 
 
 def result(drawn: Any = "", soft_wrap: bool = False) -> None:
     """Draw a part of the results; with ``soft_wrap`` as one line, whatever the width."""
-    for console in (OUT, answering.log):
-        if console is not None:
-            console.print(drawn, soft_wrap=soft_wrap)
-
-
-def note(text: str) -> None:
-    ERR.print(drawable(text, "dim"))
-    log(text)
-
-
-def say(text: str) -> None:
-    """One line of result."""
-    OUT.print(drawable(text))
-    log(text)
+    for console in (OUT, LOG):
+        console.print(drawn, soft_wrap=soft_wrap)
 
 
 def drawable(text: str, style: str = "") -> Text:
@@ -104,7 +84,7 @@ def finish(command: str, text: str | None, **facts: Any) -> None:
     """The last line of a command, if it has one, or its JSON object: what it has made."""
     answer(command, facts)
     if text is not None:
-        say(text)
+        result(drawable(text))
 
 
 def answer(command: str, facts: Mapping[str, Any]) -> None:
@@ -112,9 +92,68 @@ def answer(command: str, facts: Mapping[str, Any]) -> None:
 
     Values, dataclasses and paths stand there by name; a report has a ``schema`` of its own.
     """
-    if answering.json:
+    if OUT.quiet:
         value = facts if "schema" in facts else {"schema": ANSWER, "command": command, **facts}
         print(json.dumps(jsonable(value), indent=1))
+
+
+# tables --------------------------------------------------------------------------------------------
+
+_COLOURS = {
+    "passed": "green",
+    "failed": "bold red",
+    "skipped": "yellow",
+    "works": "green",
+    "broken": "bold red",
+    "missing": "yellow",
+}
+
+
+def show_tables(tables: Sequence[Table]) -> None:
+    for table in tables:
+        result(drawn(table))
+        for line, colour in [(table.note, "dim"), *((problem, "yellow") for problem in table.problems)]:
+            if line:
+                result(drawable(line, colour))
+        result()
+
+
+def drawn(table: Table, left: bool = False) -> RichTable:
+    found = RichTable(
+        title=drawable(table.title, "bold"),
+        title_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    for number, column in enumerate(table.columns):
+        found.add_column(
+            drawable(column), justify="left" if left or number == 0 else "right", overflow="fold"
+        )
+    for row in table.rows:
+        found.add_row(*(drawable(cell, _COLOURS.get(cell, "")) for cell in row))
+    return found
+
+
+def show_diagnosis(found: Diagnosis) -> None:
+    """The machine, the packages, what is missing, and whether the main job runs."""
+    answer("doctor", {"runs_here": found.runs_here, **vars(found)})
+    for table in found.tables:
+        result(drawn(table, left=True))
+        result()
+    if missing := found.offers:
+        result(drawable("What is missing, and what brings it", "bold"))
+        for use, line in missing:
+            result(drawable(use))
+            result(drawable(f"    {line}", "cyan"), soft_wrap=True)  # a line that can be copied
+        result()
+    runs = "The main job runs here." if found.runs_here else "The main job does not run here."
+    said = [(problem, "yellow") for problem in found.problems]
+    said += [(sentence, "bold red") for sentence in found.lacking]
+    for line, colour in [*said, (runs, "bold green" if found.runs_here else "bold red")]:
+        result(drawable(line, colour), soft_wrap=True)
 
 
 # progress ------------------------------------------------------------------------------------------
@@ -208,7 +247,8 @@ class TerminalListener:
                 _stop(progress)
 
     def note(self, text: str) -> None:
-        note(f"· {text}")
+        ERR.print(drawable(f"· {text}", "dim"))
+        log(f"· {text}")
 
 
 def _stop(progress: Progress) -> None:

@@ -8,222 +8,149 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.table import Table as RichTable
 from rich.text import Text
 
-from nbl_export.cli.output import answer, answering, drawable, finish, log, result
+from nbl_export.cli.output import OUT, answer, drawable, drawn, finish, log, result, show_tables
+from nbl_export.engine.manifest import EngineFile
 from nbl_export.errors import InputError, os_error_in_words
+from nbl_export.evaluate.answer import Generated
 from nbl_export.files import printable_lines, read_bytes
+from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Listener
-from nbl_export.records import Check, to_json
+from nbl_export.records import Check
+from nbl_export.report import diff
 from nbl_export.report.drawing import Table
+from nbl_export.report.evaluation import Evaluation, evaluation_tables
 from nbl_export.report.schema import BenchReport, Conversion, Report
 from nbl_export.report.summary import loss_in_words, numbered, replaced, verdict_line
-from nbl_export.report.tables import engines_table, graph_table, report_tables, verdicts_table
+from nbl_export.report.tables import (
+    BENCH,
+    engines_table,
+    graph_table,
+    report_tables,
+    speed_table,
+    verdicts_table,
+)
 from nbl_export.settings.definition import UsageError
 from nbl_export.settings.measuring import BOTH
 
 if TYPE_CHECKING:
-    from nbl_export.doctor import Diagnosis
-    from nbl_export.engine.manifest import EngineFile
-    from nbl_export.linearize.plan import Plan
-    from nbl_export.report.diff import Diff
-    from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
-    from nbl_export.stages.dry_run import DryRun
     from nbl_export.stages.inspection import Package
     from nbl_export.stages.package import Verified
 
-__all__ = ["finish"]
 
-_COLOURS = {
-    "passed": "green",
-    "failed": "bold red",
-    "skipped": "yellow",
-    "works": "green",
-    "broken": "bold red",
-    "missing": "yellow",
-}
+def show(
+    command: str,
+    facts: Mapping[str, Any],
+    tables: Sequence[Table] = (),
+    judged: Any = None,
+    line: str = "",
+    after: Sequence[str] = (),
+) -> None:
+    """The JSON object of ``facts``; or tables, the checks and the verdict of what is ``judged`` with a line, others.
 
-
-def finish_tables(command: str, tables: Sequence[Table]) -> None:
-    """A command whose results are ``tables``, or its JSON object with them."""
-    answer(command, {"tables": tables})
+    Without checks there is no verdict.
+    """
+    answer(command, facts)
     show_tables(tables)
-
-
-def show_dry_run(ahead: DryRun) -> None:
-    """What a run would do, or its JSON object."""
-    answer("dry-run", to_json(ahead))
-    show_tables(ahead.tables)
+    checks: Sequence[Check] = judged.checks if judged is not None else ()
+    verdict = Text()
+    if checks:
+        found = drawn(verdicts_table(checks))
+        found.columns[-1].justify = "left"
+        result(found)
+        verdict = Text("PASS  ", style="bold green") if judged.passed else Text("FAIL  ", style="bold red")
+    if checks or line:
+        result(verdict + drawable(line))
+    for text in after:
+        result(drawable(text))
 
 
 def show_plan(plan: Plan, out: Path) -> None:
     """What was chosen, and how it was fitted; not W and b."""
     names = ("model", "criterion", "fit", "fit_input", "ridge", "repair", "rank", "calibration_tokens")
     facts = {name: getattr(plan, name) for name in names}
-    ranks = {str(layer): rank for layer, rank in plan.ranks.items()}
     text = f"Plan: layers {', '.join(map(str, plan.blocks)) or 'none'}. Next: nbl-export export {out}"
-    finish("select", text, out=out, k=len(plan.chosen), layers=plan.blocks, **facts, ranks=ranks)
+    finish("select", text, out=out, k=len(plan.chosen), layers=plan.blocks, **facts, ranks=plan.ranks)
 
 
 def show_rewrite(found: RewriteResult) -> None:
     """The graph before and after; as JSON the files and the proof of each block, too."""
     from nbl_export.rewrite.replace import rewrite_summary
 
-    show_tables([graph_table(found.before, found.after)])
     text = f"Wrote {found.files[0]}; every replaced layer is proven against the plan's activations."
-    finish("rewrite", text, files=found.files, graph=rewrite_summary(found))
+    facts = {"files": found.files, "graph": rewrite_summary(found)}
+    show("rewrite", facts, [graph_table(found.before, found.after)], after=[text])
 
 
 def show_engines(engines: Sequence[EngineFile], out: Path) -> None:
     """What was built, from the manifests."""
     manifests = [engine.manifest for engine in engines]
-    show_tables([engines_table(manifests)])
-    finish("build", f"Built {out / 'engine'}. Next: nbl-export verify {out}", out=out, engines=manifests)
-
-
-def show_tables(tables: Sequence[Table]) -> None:
-    for table in tables:
-        result(_drawn(table))
-        for line, colour in [(table.note, "dim"), *((problem, "yellow") for problem in table.problems)]:
-            if line:
-                result(drawable(line, colour))
-        result()
-
-
-def show_diagnosis(found: Diagnosis) -> None:
-    """The machine, the packages, what is missing, and whether the main job runs."""
-    answer("doctor", {"runs_here": found.runs_here, **to_json(found)})
-    for table in found.tables:
-        result(_drawn(table, left=True))
-        result()
-    if missing := found.offers:
-        result(drawable("What is missing, and what brings it", "bold"))
-        for use, line in missing:
-            result(drawable(use))
-            result(drawable(f"    {line}", "cyan"), soft_wrap=True)  # a line that can be copied
-        result()
-    runs = "The main job runs here." if found.runs_here else "The main job does not run here."
-    said = [(problem, "yellow") for problem in found.problems]
-    said += [(sentence, "bold red") for sentence in found.lacking]
-    for line, colour in [*said, (runs, "bold green" if found.runs_here else "bold red")]:
-        result(drawable(line, colour), soft_wrap=True)
-
-
-def _drawn(table: Table, left: bool = False) -> RichTable:
-    drawn = RichTable(
-        title=drawable(table.title, "bold"),
-        title_justify="left",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-    )
-    for number, column in enumerate(table.columns):
-        drawn.add_column(
-            drawable(column), justify="left" if left or number == 0 else "right", overflow="fold"
-        )
-    for row in table.rows:
-        drawn.add_row(*(drawable(cell, _COLOURS.get(cell, "")) for cell in row))
-    return drawn
+    text = f"Built {out / 'engine'}. Next: nbl-export verify {out}"
+    show("build", {"out": out, "engines": manifests}, [engines_table(manifests)], after=[text])
 
 
 def show_report(report: Report, out: Path) -> None:
     """The summary of a run: tables, then checks, then the verdict and where to look next."""
-    answer("verify", report.as_json())
     layers, name = report.selection.layers, Path(report.model.source).name
-    show_tables(report_tables(report, brief=True))
     now = "left out" if report.selection.fit == "drop" else "now linear"
-    linear = f"      {replaced(report)} of {name} are {now}" + (f": {numbered(layers)}" if layers else "")
-    _show_judged(report.checks, report.passed, f"  {verdict_line(report)}")
-    result(drawable(linear))
-    if report.divergence:
-        result(drawable(f"      {report.divergence}", "red"))
-    result(drawable(f"      model {out / 'model.onnx'}   report {out / 'report' / 'report.html'}"))
+    said = [f"{replaced(report)} of {name} are {now}" + (f": {numbered(layers)}" if layers else "")]
+    said += [report.divergence] if report.divergence else []
+    said += [f"model {out / 'model.onnx'}   report {out / 'report' / 'report.html'}"]
+    tables = report_tables(report, brief=True)
+    show("verify", report.as_json(), tables, report, verdict_line(report), [f"      {text}" for text in said])
 
 
 def show_evaluation(value: Evaluation, out: Path) -> None:
     """The tables of an evaluation, its verdicts, and where to look next."""
-    from nbl_export.report.evaluation import evaluation_tables
-
-    answer("eval", value.as_json())
-    show_tables(evaluation_tables(value, brief=True))
-    _show_judged(value.checks, value.passed)
-    result(drawable(f"evaluation {out / 'report' / 'eval.md'}"))
+    after = [f"evaluation {out / 'report' / 'eval.md'}"]
+    show("eval", value.as_json(), evaluation_tables(value, brief=True), value, after=after)
 
 
 def show_bench(value: BenchReport, out: Path) -> None:
     """The table of a bench, its verdicts, and where to look next."""
-    from nbl_export.report.tables import BENCH, speed_table
-
-    answer("bench", value.as_json())
-    show_tables([speed_table(BENCH, value.speed, brief=True)])
-    _show_judged(value.checks, value.passed)
-    for line in (*value.notes, f"bench {out / 'report' / 'bench.md'}"):
-        result(drawable(line))
+    after = [*value.notes, f"bench {out / 'report' / 'bench.md'}"]
+    show("bench", value.as_json(), [speed_table(BENCH, value.speed, brief=True)], value, after=after)
 
 
-def show_diff(value: Diff, as_markdown: bool) -> None:
+def show_diff(value: diff.Diff, as_markdown: bool) -> None:
     """What changed: its tables, its gates and its verdict, or all of it as Markdown."""
-    from nbl_export.report.diff import headline_table, markdown, tables, verdict_line
-
-    answer("diff", to_json(value))
-    if as_markdown and not answering.json:
-        print(markdown(value), end="")
+    if as_markdown and not OUT.quiet:
+        print(diff.markdown(value), end="")
         return
-    show_tables([*tables(value, brief=True), headline_table(value, brief=True)])
-    for note in value.notes:
-        result(drawable(note))
-    _show_judged(value.checks, value.passed, f"  {verdict_line(value)}")
+    tables = [*diff.tables(value, brief=True), diff.headline_table(value, brief=True)]
+    show("diff", vars(value), tables, value, diff.verdict_line(value), value.notes)
 
 
 def show_conversion(value: Conversion, out: Path) -> None:
     """The checks of a file for another engine, its verdict, and where it is."""
-    answer("convert", {"out": out, **vars(value), "passed": value.passed})
     linear = ", ".join(value.layers) or "none"
-    where = f"  {out / value.file}, {value.bytes / 2**20:,.1f} MiB; linear: {linear}"
-    _show_judged(value.checks, value.passed, where)
+    where = f"{out / value.file}, {value.bytes / 2**20:,.1f} MiB; linear: {linear}"
+    show("convert", {"out": out, **vars(value), "passed": value.passed}, judged=value, line=where)
 
 
 def show_package(value: Package, to: Path) -> None:
     """What was packaged, and its size."""
     size = sum((to / name).stat().st_size for name in value.files)
-    answer("package", {"package": to, "bytes": size, **vars(value)})
     linear = ", ".join(map(str, value.layers)) or "none"
-    mib = f"{size / 2**20:,.1f} MiB"
-    result(drawable(f"{to}: {len(value.files)} files, {mib}, {value.precision}; linear: {linear}"))
-    result(drawable(f"Verify it anywhere: nbl-export verify {to} --model MODEL"))
+    said = f"{to}: {len(value.files)} files, {size / 2**20:,.1f} MiB, {value.precision}; linear: {linear}"
+    after = [said, f"Verify it anywhere: nbl-export verify {to} --model MODEL"]
+    show("package", {"package": to, "bytes": size, **vars(value)}, after=after)
 
 
 def show_verified(value: Verified, root: Path) -> None:
     """The checks of a package and its verdict."""
-    measured = vars(value.measured)
-    answer("verify", {**measured, "package": root, "passed": value.passed, "checks": value.checks})
-    cost = loss_in_words(value.measured.method_loss)
-    _show_judged(value.checks, value.passed, f"  {root}, of {value.package.model.source}; {cost}")
+    facts = {**vars(value.measured), "package": root, "passed": value.passed, "checks": value.checks}
+    line = f"{root}, of {value.package.model.source}; {loss_in_words(value.measured.method_loss)}"
+    show("verify", facts, judged=value, line=line)
 
 
-def _show_judged(checks: Sequence[Check], passed: bool, line: str = "") -> None:
-    """The checks, and the verdict before a ``line``; without checks there is none."""
-    verdict = Text()
-    if checks:
-        drawn = _drawn(verdicts_table(checks))
-        drawn.columns[-1].justify = "left"
-        result(drawn)
-        verdict = Text("PASS", style="bold green") if passed else Text("FAIL", style="bold red")
-    if checks or line:
-        result(verdict + drawable(line if checks else line.lstrip()))
-
-
-if TYPE_CHECKING:
-    from nbl_export.evaluate.answer import Generated
+# text ----------------------------------------------------------------------------------------------
 
 _MOST = 64 << 20  # bytes of a prompt
 _WHY = {

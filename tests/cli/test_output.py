@@ -14,8 +14,8 @@ import pytest
 
 from nbl_export.blocks import Mlp
 from nbl_export.cli import main, output, terminal
-from nbl_export.cli.output import TerminalListener
-from nbl_export.cli.terminal import show_report, show_tables
+from nbl_export.cli.output import TerminalListener, show_tables
+from nbl_export.cli.terminal import show_report
 from nbl_export.errors import InputError
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report, load_report
@@ -45,7 +45,6 @@ def test_an_answer_in_json_is_all_there_is_on_stdout(
     output.set_up(True, False, None)
     show_report(report, Path("out"))
     assert json.loads(capsys.readouterr().out) == report.as_json()
-    output.say("a line")
     show_tables([TABLE])
     output.finish("export", "Exported.", graph=Path("a/model.onnx"), layers=(1, Mlp(2)), kl=float("inf"))
     text = capsys.readouterr().out
@@ -56,7 +55,7 @@ def test_an_answer_in_json_is_all_there_is_on_stdout(
         "layers": [1, "2.mlp"],
         "kl": "inf",
     }
-    terminal.finish_tables("inspect", [TABLE])
+    terminal.show("inspect", {"tables": [TABLE]}, [TABLE])
     (table,) = json.loads(capsys.readouterr().out)["tables"]
     assert table["title"] == "A title" and table["rows"][1] == ["second", "1,234", "failed"]
 
@@ -205,7 +204,7 @@ def test_what_looks_like_markup_or_is_obeyed_is_text_everywhere(screen: Any) -> 
     with listener.task("a[/b]\x1b[2J", 1, "rows") as task:
         task.advance(1)
     listener.note("x[/b]\x07\u202e")
-    output.say("y[/b]\x9b2J")
+    output.result(output.drawable("y[/b]\x9b2J"))
     evil = replace(THREE, title="[/b]\x1b", columns=("[/c]", "\x07", "d"), note="\x1b]0;t\x07 [/n]")
     show_tables([evil])
     assert "a[/b]�[2J" in err.getvalue() and "x[/b]��" in err.getvalue()
