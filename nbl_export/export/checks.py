@@ -28,7 +28,7 @@ from nbl_export.batch.arrays import F32
 from nbl_export.batch.names import MASK, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError, NblError, first_line
-from nbl_export.export.forms import ENCODER, FORMS, NONE, STATIC, Branches, Form
+from nbl_export.export.forms import ENCODER, FORMS, NONE, STATIC, Form
 from nbl_export.export.functions import attention, exportable, is_replaced
 from nbl_export.export.fused import check_sizes, unsupported_by_gqa
 from nbl_export.export.torch import check_traces, export_torch, trace
@@ -69,54 +69,14 @@ def check_form(model: torch.nn.Module, form: Form, listener: Listener | None = N
 
     Returns the lengths that were crossed on a copy of the model, or not at all.
     """
-    listener = listener or Silent()
-    try:
-        _check_layers(model, form)
-    except InputError:
-        if form.name != NONE.name:
-            check_form(model, NONE)  # it may be advised, so it must be served
-        raise
-    if not (fault := _fault(model, form, listener)):
-        with listener.task("Tracing a few blocks", 1, "trace") as task:
-            _check_trace(model, form)
-            task.advance(1)
-        return crossed_on_copy(model, FORMS[form.name], listener)  # whatever it reads
-    try:
-        check_traces(model, form)
-    except Branches:  # which is why its logits are others
-        raise
-    except NblError:
-        pass
-    others = [other for other in FORMS.values() if other.name != form.name and _serves(model, other)]
-    remedy = f"use --kv-cache {others[0].name}" if others else "this architecture is not supported yet"
-    raise InputError(f"{type(model).__name__} {fault}: {remedy}.")
-
-
-def _check_layers(model: torch.nn.Module, form: Form) -> None:
+    listener, name = listener or Silent(), type(model).__name__
     check_supported(model, cached=form.name != NONE.name, states=form.name != STATIC.name)
-
-
-def _check_trace(model: torch.nn.Module, form: Form) -> None:
-    """Refuse a model that loops over its tokens, or branches on their number: no graph is the model."""
-    if form.fused and not is_replaced(model):
-        trace(model, form)  # the masks can only be checked in the graph
-    else:
-        check_traces(model, form)
-
-
-def _serves(model: torch.nn.Module, form: Form) -> bool:
-    try:
-        _check_layers(model, form)
-        if _fault(model, form, Silent()):
-            return False
-        _check_trace(model, form)
-    except NblError:
-        return False
-    return True
-
-
-def _fault(model: torch.nn.Module, form: Form, listener: Listener) -> str:
-    """What is wrong with ``form`` as PyTorch runs it, in words; nothing if it is the model."""
+    with listener.task("Tracing a few blocks", 1, "trace") as task:
+        if form.fused and not is_replaced(model):
+            trace(model, form)  # the masks can only be checked in the graph
+        else:
+            check_traces(model, form)
+        task.advance(1)
     try:
         with listener.task("Checking the export", 1, "check") as task:
             error = _error(model, form)
@@ -124,13 +84,15 @@ def _fault(model: torch.nn.Module, form: Form, listener: Listener) -> str:
     except NblError:
         raise
     except Exception as failed:  # a model's own code may raise anything
-        return f"cannot be run with --kv-cache {form.name} ({first_line(failed)[:300]})"
-    return (
-        ""
-        if error <= _TOLERANCE
-        else f"computes other logits with --kv-cache {form.name} than without (error {error:.1g} of their standard "
-        "deviation), so its masks or positions do not support a batch of padded rows"
-    )
+        raise InputError(
+            f"{name} cannot be run with --kv-cache {form.name} ({first_line(failed)[:300]}): {form.remedy}."
+        ) from failed
+    if not error <= _TOLERANCE:
+        raise InputError(
+            f"{name} computes other logits with --kv-cache {form.name} than without (error {error:.1g} of their "
+            f"standard deviation), so its masks or positions do not support a batch of padded rows: {form.remedy}."
+        )
+    return crossed_on_copy(model, FORMS[form.name], listener)  # whatever it reads
 
 
 def _error(model: torch.nn.Module, form: Form) -> float:

@@ -64,6 +64,7 @@ from nbl_export.models.forward import (
     run_with_past,
 )
 from nbl_export.models.layers import (
+    NOT_YET,
     backbone,
     family_of,
     has_per_layer,
@@ -99,6 +100,15 @@ class Form:
     )
     examples: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fused: bool = False
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a model that this form is not for."""
+        known = {
+            "concat": "try --kv-cache none",
+            **dict.fromkeys(("static", "shared"), "use --kv-cache concat"),
+        }
+        return known.get(self.name, NOT_YET)
 
     def capture(self, decoder: CachedDecoder) -> torch.export.ExportedProgram:
         """Trace ``decoder``; every dimension named here is dynamic.

@@ -162,9 +162,7 @@ def check_traces(model: torch.nn.Module, form: Form) -> None:
     except NblError:
         raise
     except Exception as error:
-        raise InputError(
-            f"{type(model).__name__} {_why_not(error, model)}: this architecture is not supported yet."
-        ) from error
+        raise InputError(f"{type(model).__name__} {_why_not(error, model)}: {form.remedy}.") from error
 
 
 def _why_not(error: Exception, model: torch.nn.Module) -> str:
