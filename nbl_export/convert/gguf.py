@@ -30,7 +30,7 @@ from gguf import TokenType as Token
 
 from nbl_export.batch.arrays import F32
 from nbl_export.blocks import Block, Mlp, layer_of
-from nbl_export.convert.llama import LAYERS, check_like_llama, numbers, rope_base, rope_factors
+from nbl_export.convert.folders import LAYERS, check_like_llama, numbers, rope_base
 from nbl_export.errors import InputError
 from nbl_export.files import atomic_path, read_table
 from nbl_export.linearize.plan import Plan
@@ -160,6 +160,15 @@ def _describe(writer: Any, model: torch.nn.Module, blocks: Sequence[DeciBlock], 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(rope_base(model))
+
+
+def rope_factors(model: torch.nn.Module) -> torch.Tensor | None:
+    """By what each frequency is divided [head_dim / 2], from the model's own; None where they are plain."""
+    rotary: Any = model.get_submodule("model").rotary_emb
+    own = rotary.inv_freq.float()
+    plain = rope_base(model) ** (-2.0 / (2 * len(own)) * own.new_tensor(range(len(own))))
+    factors: torch.Tensor = plain / own
+    return None if bool((factors - 1).abs().max() < 1e-5) else factors
 
 
 def _tensors(model: torch.nn.Module, plan: Plan, blocks: Sequence[DeciBlock]) -> Iterator[_Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.calibrate.moments import load_moments
+from nbl_export.convert.folders import IN_MLX, write_decilm, write_hf, write_mlx
 from nbl_export.convert.gguf import (
     QUANTIZED,
     check_stored,
@@ -18,8 +19,6 @@ from nbl_export.convert.gguf import (
     matrices_of,
     write_gguf,
 )
-from nbl_export.convert.hf import write_hf
-from nbl_export.convert.mlx import IN_MLX, write_decilm, write_mlx
 from nbl_export.convert.openvino import write_openvino
 from nbl_export.errors import MissingDependencyError
 from nbl_export.files import TEMPORARY, atomic_path

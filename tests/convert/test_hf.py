@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from transformers import CONFIG_MAPPING
 
 from nbl_export.blocks import Block, Mlp
-from nbl_export.convert.hf import configuration, write_hf
+from nbl_export.convert.folders import hf_configuration, write_hf
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.linearize.swap import linearized
@@ -120,7 +120,7 @@ def test_the_numbers_are_those_of_the_model_and_the_plan(
 def test_the_configuration_says_what_stands_in_each_place(model: Any, random_plan: RandomPlan) -> None:
     plan = random_plan(model, [1, Mlp(2)])
     plan = plan.with_replaced({**plan.layers, 3: DROPPED})
-    found = configuration(model, plan, "bfloat16")
+    found = hf_configuration(model, plan, "bfloat16")
     assert found["nbl"]["modules"] == {
         "model.layers.1.self_attn": {"linear": True, "returns": 2},
         "model.layers.2.mlp": {"linear": True, "returns": None},

@@ -17,16 +17,17 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig
 
 from nbl_export.blocks import Block, Mlp
-from nbl_export.convert import llama
-from nbl_export.convert.llama import check_like_llama, numbers, rope_base, rope_factors
-from nbl_export.convert.mlx import (
+from nbl_export.convert import folders
+from nbl_export.convert.folders import (
     IN_MLX,
-    check_held,
-    check_held_by_decilm,
-    configuration,
+    check_like_llama,
+    mlx_configuration,
+    numbers,
+    rope_base,
     write_decilm,
     write_mlx,
 )
+from nbl_export.convert.gguf import rope_factors
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import DROPPED, Adapter, LinearLayer, Plan
 from nbl_export.progress import Silent
@@ -48,13 +49,13 @@ def test_the_configuration_says_what_stands_in_each_place(random_plan: RandomPla
     model = tiny_model("llama", num_hidden_layers=3)
     plan = random_plan(model, [0, Mlp(1)])
     plan = plan.with_replaced({**plan.layers, 2: DROPPED})
-    found = configuration(model, plan)
+    found = mlx_configuration(model, plan)
     linear, gone, kept = {"replace_with_linear": True}, {"no_op": True}, {"n_heads_in_group": 2}
     assert [block["attention"] for block in found["block_configs"]] == [linear, kept, gone]
     mlps = [block["ffn"] for block in found["block_configs"]]
     assert mlps[1] == linear and mlps[0] == mlps[2] == {"ffn_mult": 12.0}  # 2 · 12 · 32 / 3 = 256
     assert (found["model_type"], found["attention_bias"], found["mlp_bias"]) == ("nemotron-nas", True, True)
-    plain = configuration(model, plan.without_layers())
+    plain = mlx_configuration(model, plan.without_layers())
     assert (plain["attention_bias"], plain["mlp_bias"]) == (False, False)
 
 
@@ -85,7 +86,7 @@ def test_what_cannot_be_held_is_refused_before_anything_is_written(
     with pytest.raises(
         InputError, match="mlx-lm has heads of 8 in such a model, and MistralForCausalLM of 16"
     ):
-        check_held(model, random_plan(model, [1]))
+        write_mlx(tmp_path / "a", model, random_plan(model, [1]), NoTokenizer(), "float32", Silent())
     with pytest.raises(InputError, match="mlx-lm has linear attention for models like Llama alone"):
         write_mlx(
             tmp_path / "a", tiny_model("gemma2"), random_plan(model, [1]), NoTokenizer(), "float32", Silent()
@@ -145,7 +146,7 @@ def test_what_it_cannot_hold_is_refused(tmp_path: Path, random_plan: RandomPlan)
     with pytest.raises(
         InputError, match=r"DeciLM has no biases, and Qwen2ForCausalLM has model\.layers\.0\."
     ):
-        check_held_by_decilm(biased, random_plan(biased, [1]))
+        write_decilm(tmp_path / "a", biased, random_plan(biased, [1]), NoTokenizer(), "float32", Silent())
     assert not (tmp_path / "a").exists()
 
 
@@ -201,11 +202,11 @@ def test_what_a_repair_changed_is_in_the_numbers(random_plan: RandomPlan) -> Non
 
 
 def test_weights_are_in_files_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "_SHARD", 1000)
+    monkeypatch.setattr(folders, "_SHARD", 1000)
     own = {f"w{i}": np.full((10, 20), i, np.float32) for i in range(5)}  # 400 bytes each
     told = ("float16", "pt", NoTokenizer(), {"a.txt": "a"}, {"of": 1}, Silent())
     read = {name: partial(own.get, name) for name in own}
-    *paths, index, text, config = llama.write_folder(tmp_path, read, *told)  # type: ignore[arg-type]
+    *paths, index, text, config = folders.write_folder(tmp_path, read, *told)  # type: ignore[arg-type]
     assert [path.name for path in paths] == [f"model-0000{n}.safetensors" for n in (1, 2, 3)]
     assert text.read_text() == "a" and json.loads(config.read_text()) == {"of": 1}
     raw = json.loads(index.read_text())
@@ -219,5 +220,5 @@ def test_weights_are_in_files_of_a_size(tmp_path: Path, monkeypatch: pytest.Monk
         found |= tensors
     assert all(found[n].dtype == np.float16 and np.array_equal(found[n], own[n]) for n in own)
     with pytest.raises(InputError, match="w has numbers that float16 does not have: use --precision bf16"):
-        llama.write_folder(tmp_path, {"w": lambda: np.array([1e6], np.float32)}, *told)
+        folders.write_folder(tmp_path, {"w": lambda: np.array([1e6], np.float32)}, *told)
     assert not config.exists()

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from nbl_export.blocks import Block, Mlp, Span
+from nbl_export.convert.folders import write_hf, write_mlx
 from nbl_export.convert.gguf import Fields, fields_of, matrices_of, write_gguf
-from nbl_export.convert.hf import write_hf
-from nbl_export.convert.mlx import write_mlx
 from nbl_export.convert.openvino import write_openvino
 from nbl_export.errors import BuildError
 from nbl_export.linearize.plan import LinearLayer, Plan
