@@ -86,7 +86,7 @@ class Form:
     """One form of the cache. ``inputs`` are those before the cache, in order, with their dimensions.
 
     ``outputs`` are those before the cache; ``examples`` are traced with instead of zeros. ``fused`` graphs use
-    onnxruntime's own operators for attention and for residual norms.
+    onnxruntime's own operators for attention and for residual norms. ``remedy`` is for a model that it is not for.
     """
 
     name: str
@@ -100,15 +100,7 @@ class Form:
     )
     examples: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fused: bool = False
-
-    @property
-    def remedy(self) -> str:
-        """What to do about a model that this form is not for."""
-        known = {
-            "concat": "try --kv-cache none",
-            **dict.fromkeys(("static", "shared"), "use --kv-cache concat"),
-        }
-        return known.get(self.name, NOT_YET)
+    remedy: str = NOT_YET
 
     def capture(self, decoder: CachedDecoder) -> torch.export.ExportedProgram:
         """Trace ``decoder``; every dimension named here is dynamic.
@@ -306,8 +298,9 @@ CONCAT = Form(
     past={0: BATCH, 2: PAST},
     present={0: BATCH, 2: TOTAL},
     module=_Concat,
+    remedy="try --kv-cache none",
 )
-SHARED = replace(CONCAT, name="shared", fused=True)
+SHARED = replace(CONCAT, name="shared", fused=True, remedy="use --kv-cache concat")
 NONE = Form(
     "none",
     OPSETS["none"],
@@ -323,6 +316,7 @@ STATIC = Form(
     past={0: BATCH, 2: MAX},
     present={0: BATCH, 2: MAX},
     module=_Static,
+    remedy="use --kv-cache concat",
 )
 FORMS = {form.name: form for form in (CONCAT, SHARED, STATIC, NONE)}
 
