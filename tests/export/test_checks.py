@@ -1,10 +1,9 @@
-"""A form in which a model is another one is refused before any work; decoders that read embeddings."""
+"""A form in which a model is another one is refused before any work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,33 +12,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from nbl_export.blocks import Mlp
 from nbl_export.errors import InputError
 from nbl_export.export import checks as module
 from nbl_export.export import torch as exporting
 from nbl_export.export.checks import _error, check_form, crossed_on_copy
-from nbl_export.export.forms import (
-    CONCAT,
-    FORMS,
-    NONE,
-    SHARED,
-    STATIC,
-    Branches,
-    embedding_form,
-    encoder_form,
-    reading_embeds,
-)
+from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC, Branches, encoder_form
 from nbl_export.export.functions import exportable
 from nbl_export.export.torch import export_torch
-from nbl_export.graph.embedding import NAME
-from nbl_export.graph.io import load_graph
 from nbl_export.graph.summary import OnCopy
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.folder import task_named
 from nbl_export.models.lengths import Room
-from nbl_export.rewrite.replace import rewrite_file
-from tests.end_to_end.matrix import parity
-from tests.families import Calibrated, unsaved
+from tests.families import unsaved
 from tests.tiny_types import BEYOND, ENCODERS, tiny_model
 
 
@@ -164,15 +148,6 @@ def test_a_branch_on_the_number_of_new_tokens_is_refused(monkeypatch: pytest.Mon
         check_form(model, form)
 
 
-def test_doge_that_drops_keys_of_longer_texts_is_refused() -> None:
-    # Its logits were wrong from token 100 on. Of keys of one score transformers drops any: a row's logits are others in
-    # a batch, so there is nothing to be equal to.
-    with pytest.raises(
-        Branches, match=r"^DogeForCausalLM computes texts of more than \d+ tokens in another way"
-    ):
-        check_form(tiny_model("doge"), STATIC)
-
-
 # On a copy ----------------------------------------------------------------------------------------
 
 
@@ -226,26 +201,3 @@ def test_what_a_copy_cannot_show_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "small_copy", refuse)
     found = crossed_on_copy(BEYOND["mistral"].model(), CONCAT)
     assert found == (OnCopy("sliding_window", 100, why="It cannot be made smaller"),)
-
-
-# embeddings ---------------------------------------------------------------------------------------
-
-
-def exported(model: torch.nn.Module, form: str, folder: Path) -> Path:
-    """The decoder of ``model`` in ``folder`` with its embedding beside it."""
-    reads = reading_embeds(FORMS[form], model)
-    check_form(model, reads)
-    export_torch(model, folder / NAME, form=embedding_form(model))
-    export_torch(model, folder / "baseline" / "model.onnx", form=reads)
-    return folder / "baseline" / "model.onnx"
-
-
-def test_a_decoder_of_embeddings_is_the_model(wrapper: Callable[[str], Calibrated], tmp_path: Path) -> None:
-    """Ragged prefill and decode of the rewritten graph, by token ids that its embedding scales and embeds."""
-    case = wrapper("gemma3")
-    (tmp_path / "baseline").mkdir()
-    source = exported(case.model, "concat", tmp_path)
-    plan = case.plan((Mlp(0), 1, Mlp(2), 3))
-    rewrite_file(source, plan, tmp_path / "model.onnx")
-    assert parity(case.model, plan, tmp_path / "model.onnx").failures() == []
-    assert "input_ids" not in {i.name for i in load_graph(tmp_path / "model.onnx").graph.inputs}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,8 @@ from nbl_export.errors import InputError
 from nbl_export.export.forms import CONCAT, SHARED
 from nbl_export.export.fused import fuse_norms, group_queries
 from nbl_export.export.torch import trace
-from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import SKIP_NORMS
-from nbl_export.runtime.ort import ort_stream
 from tests.families import HEADS, unsaved
-from tests.fixtures_graph import ragged_rows
 from tests.sessions import cpu_session
 
 LONGEST, LAYERS = 256, 2
@@ -50,13 +46,6 @@ def growing(traced: Any) -> ir.Model:
 @pytest.fixture(scope="module")
 def shared(model: Any) -> ir.Model:
     return trace(model, SHARED)
-
-
-@pytest.fixture(scope="module")
-def path(shared: ir.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("shared") / "model.onnx"
-    save_graph(shared, target)
-    return target
 
 
 def operators(graph: ir.Model) -> Counter[str]:
@@ -136,21 +125,6 @@ def test_numbers_added_to_scores_are_refused(growing: ir.Model) -> None:
 def test_heads_that_the_operator_does_not_take_are_refused() -> None:
     graph = trace(small(FAMILY, head_dim=12), CONCAT)
     assert refusal(graph) == "Layer 0 has head_dim 12 for keys and 12 for values"
-
-
-# Rows ------------------------------------------------------------------------------------------
-
-
-def test_ragged_rows_are_what_each_is_alone(path: Path) -> None:
-    rows = ragged_rows((20, 13, 7), 200, seed=3)
-    together = ort_stream(path, 64)
-    logits = np.split(together.prefill(rows), np.cumsum([len(r) for r in rows])[:-1])
-    steps = [together.decode([5, 6, 7]), together.decode([8, 9, 10])]
-    for i, row in enumerate(rows):
-        alone = ort_stream(path, 64)
-        np.testing.assert_allclose(logits[i], alone.prefill([row]), rtol=0, atol=1e-5)
-        np.testing.assert_allclose(steps[0][i], alone.decode([5 + i])[0], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(steps[1][i], alone.decode([8 + i])[0], rtol=0, atol=1e-5)
 
 
 # norms of sums ------------------------------------------------------------------------------------

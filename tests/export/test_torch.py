@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +110,7 @@ def test_tied_embeddings_are_stored_once(tiny_graph: Path, tiny_model: torch.nn.
     assert 4 * matrices <= size < 4 * matrices + 4096
 
 
+@pytest.mark.parametrize("form", ["concat", "static"])
 @pytest.mark.parametrize(
     ("lengths", "steps", "size"),
     [
@@ -120,10 +120,16 @@ def test_tied_embeddings_are_stored_once(tiny_graph: Path, tiny_model: torch.nn.
     ],
 )
 def test_logits_equal_transformers(
-    tiny_graph: Path, tiny_model: torch.nn.Module, lengths: tuple[int, ...], steps: int, size: int
+    tiny_graph: Path,
+    static_graph: Path,
+    tiny_model: torch.nn.Module,
+    form: str,
+    lengths: tuple[int, ...],
+    steps: int,
+    size: int,
 ) -> None:
-    rows = ragged_rows(lengths, VOCAB)
-    for row, found in zip(rows, graph_logits(tiny_graph, "concat", rows, steps, size), strict=True):
+    rows, graph = ragged_rows(lengths, VOCAB), static_graph if form == "static" else tiny_graph
+    for row, found in zip(rows, graph_logits(graph, form, rows, steps, size), strict=True):
         np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
 
 
@@ -268,85 +274,6 @@ def test_the_static_interface_is_the_documented_one(static_proto: onnx.ModelProt
         ("logits", onnx.TensorProto.FLOAT, (*tokens, VOCAB)),
         *((f"present.{p}", onnx.TensorProto.FLOAT, buffer) for p in pairs),
     ]
-
-
-# Numbers -----------------------------------------------------------------------------------------
-
-
-class Buffers:
-    """The graph's cache, kept by the test: ``capacity`` places, all of them ``garbage`` at first."""
-
-    def __init__(self, path: Path, batch: int, capacity: int, garbage: float = 0.0) -> None:
-        self.session = cpu_session(path)
-        shapes = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past")}
-        generator = np.random.default_rng(9)
-        self.past = {
-            n: (garbage * generator.standard_normal((batch, s[1], capacity, s[3]))).astype(np.float32)
-            for n, s in shapes.items()
-        }
-
-    def __call__(self, tokens: Sequence[Any], at: Sequence[int], pad: int = 0) -> list[Any]:
-        """Logits of each row's ``tokens``, written from its place ``at``; rows are padded on the right."""
-        width = max(map(len, tokens))
-        ids = np.stack([np.r_[t, np.full(width - len(t), pad)].astype(np.int64) for t in tokens])
-        start = np.array(at, dtype=np.int64)
-        feeds = {"input_ids": ids, "position_ids": start[:, None] + np.arange(width), "write_indices": start}
-        logits, *present = self.session.run(None, feeds | self.past)
-        self.past = dict(zip(self.past, present, strict=True))
-        return [logits[i, : len(t)] for i, t in enumerate(tokens)]
-
-
-def worst(
-    path: Path, rows: Sequence[Any], chunks: Sequence[Sequence[int]], model: Any, **options: Any
-) -> float:
-    """Feed ``chunks[step][row]`` tokens of each row at a time; the largest difference of any logit.
-
-    A row with no tokens left in a step is fed padding where its next token will go.
-    """
-    capacity = options.pop("capacity", max(map(len, rows)) + max(map(max, chunks)))
-    pad = options.pop("pad", 0)
-    buffers = Buffers(path, len(rows), capacity, **options)
-    done = [0] * len(rows)
-    found: list[list[Any]] = [[] for _ in rows]
-    for sizes in chunks:
-        parts = [r[d : d + n] for r, d, n in zip(rows, done, sizes, strict=True)]
-        for i, logits in enumerate(buffers(parts, done, pad)):
-            found[i].extend(logits)
-        done = [d + n for d, n in zip(done, sizes, strict=True)]
-    assert done == [len(r) for r in rows]
-    expected = [original_logits(model, row) for row in rows]
-    return max(float(np.abs(np.stack(f) - e).max()) for f, e in zip(found, expected, strict=True))
-
-
-ONE = (1, 1, 1)
-
-
-@pytest.mark.parametrize(
-    "chunks",
-    [
-        pytest.param([(11, 6, 2), ONE, ONE, ONE, ONE, ONE], id="prefill, then decode"),
-        pytest.param([ONE] * 7, id="one token at a time"),
-        pytest.param([(9, 2, 4), (1, 5, 2), (3, 3, 3), ONE], id="chunks that change places"),
-        pytest.param([(4, 7, 5), (0, 2, 1), (2, 0, 1), ONE], id="rows that wait"),
-        pytest.param([(1,), (1,)], id="batch 1 from one token"),
-    ],
-)
-def test_logits_of_a_static_cache_equal_transformers(
-    static_graph: Path, tiny_model: Any, chunks: list[tuple[int, ...]]
-) -> None:
-    rows = ragged_rows(np.sum(chunks, axis=0).tolist(), VOCAB, seed=1)
-    assert worst(static_graph, rows, chunks, tiny_model) < 2e-4
-
-
-@pytest.mark.parametrize("pad", [0, 259])
-def test_what_lies_in_free_places_and_in_padding_is_not_seen(
-    static_graph: Path, tiny_model: Any, pad: int
-) -> None:
-    rows = ragged_rows((13, 8, 3), VOCAB, seed=3)
-    chunks = [(9, 5, 1), (2, 1, 1), ONE, (1, 1, 0)]
-    for capacity in (13, 60):  # the longest row fills the buffer to its end, or does not
-        options = {"garbage": 1e4, "pad": pad, "capacity": capacity}
-        assert worst(static_graph, rows, chunks, tiny_model, **options) < 2e-4
 
 
 # Other families ----------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_figures_are_those_of_the_right_graph(stories_copy: Path, folder: Path) 
     """The perplexity of each graph, from a bare session's logits."""
     from nbl_export.models.load import load_tokenizer
     from nbl_export.models.source import find_model
-    from tests.export.exported import graph_logits
+    from tests.alone import graph_logits
 
     value = api.evaluate(stories_copy, settings(folder / "words.jsonl"))
     model = Workspace.open(stories_copy).model_info
@@ -100,7 +100,9 @@ def test_figures_are_those_of_the_right_graph(stories_copy: Path, folder: Path) 
         for row in WORDS:
             context = tokenizer(row["context"])["input_ids"]
             whole = tokenizer(f"{row['context']} {row['target']}")["input_ids"]
-            logits = graph_logits(stories_copy / graph, whole[:-1], len(whole) - 1).astype(np.float64)
+            logits = graph_logits(stories_copy / graph, "concat", [np.array(whole[:-1])], 0)[0].astype(
+                np.float64
+            )
             values = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
             total += sum(values[i - 1, whole[i]] for i in range(len(context), len(whole)))
         found = getattr(value.tasks[0].figures["perplexity"], role)

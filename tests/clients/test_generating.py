@@ -1,25 +1,43 @@
-"""onnxruntime-genai generates from our folders and from its own, rewritten, what our own decode loop gives."""
+"""onnxruntime-genai and optimum generate from our folders and from their own, rewritten, what our decode loop gives."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nbl_export import api
+from nbl_export.export.tidy import add_num_logits_input_to_file, sliced_lm_head
+from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import save_plan
 from nbl_export.rewrite.foreign import rewrite_foreign
 from tests.clients.greedy import by_genai, greedy
 from tests.conftest import exhaustive
-from tests.exporters import GRAPH, Graphs
+from tests.exporters import GRAPH, Graphs, optimum_python
 from tests.families import Calibrated
 from tests.tiny import save_tokenizer
 from tests.tiny_types import tiny_model
 
 COUNT = 24
 PROMPT = [1, 403, 407, 261, 378]  # "<s> Once upon a time"
+TOKENS = list(range(40, 52))
+# No token ends the text; it is run where there is optimum and none of this package.
+GENERATE = """
+import json, sys
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+
+folder, prompt, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model = ORTModelForCausalLM.from_pretrained(folder)
+ids = torch.tensor([prompt])
+model.generation_config.eos_token_id = None
+tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+print(json.dumps(tokens[0, len(prompt):].tolist()))
+"""
 
 
 @pytest.mark.client
@@ -51,14 +69,13 @@ def test_genai_generates_from_its_own_folder_rewritten(
     precision: str,
 ) -> None:
     source = graphs(f"genai-{precision}", "llama-gqa")
-    prompt = list(range(40, 52))
     save_plan(tmp_path / "plan.json", calibrated_of("llama-gqa").plan((1, 3)))
     folder = tmp_path / "folder"
     rewrite_foreign(source, tmp_path / "plan.json", folder)
-    tokens = by_genai(folder, prompt, COUNT, ends=True)
-    assert tokens == greedy(folder / GRAPH, prompt, COUNT)
-    assert tokens != greedy(source / GRAPH, prompt, COUNT)
-    assert by_genai(source, prompt, COUNT, ends=True) == greedy(source / GRAPH, prompt, COUNT)
+    tokens = by_genai(folder, TOKENS, COUNT, ends=True)
+    assert tokens == greedy(folder / GRAPH, TOKENS, COUNT)
+    assert tokens != greedy(source / GRAPH, TOKENS, COUNT)
+    assert by_genai(source, TOKENS, COUNT, ends=True) == greedy(source / GRAPH, TOKENS, COUNT)
 
 
 @pytest.mark.client
@@ -105,6 +122,40 @@ def test_states_beside_the_cache_are_carried_from_token_to_token(model_type: str
     api.rewrite(tmp_path / "out")
     found = []
     for folder in (tmp_path / "out" / "baseline", tmp_path / "out"):
-        found.append(by_genai(folder, list(range(40, 52)), COUNT, ends=True))
-        assert found[-1] == greedy(folder / GRAPH, list(range(40, 52)), COUNT)[: len(found[-1])]
+        found.append(by_genai(folder, TOKENS, COUNT, ends=True))
+        assert found[-1] == greedy(folder / GRAPH, TOKENS, COUNT)[: len(found[-1])]
     assert found[0] != found[1] and min(map(len, found)) > 4
+
+
+# optimum ------------------------------------------------------------------------------------------
+
+
+def by_optimum(folder: Path) -> list[int]:
+    command = [optimum_python(), "-c", GENERATE, str(folder), json.dumps(TOKENS), str(COUNT)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    tokens: list[int] = json.loads(found.stdout.splitlines()[-1])
+    return tokens
+
+
+@pytest.mark.client
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama-gqa", pytest.param("parallel-residual", marks=exhaustive)])
+@pytest.mark.parametrize("layers", [(0,)], ids=["one"])
+def test_optimum_generates_what_our_decoder_does(
+    graphs: Graphs,
+    calibrated_of: Callable[[str], Calibrated],
+    tmp_path: Path,
+    family: str,
+    layers: tuple[int, ...],
+) -> None:
+    source = graphs("optimum", family)
+    save_plan(tmp_path / "plan.json", calibrated_of(family).plan(layers))
+    rewrite_foreign(source, tmp_path / "plan.json", tmp_path / "out")
+    add_num_logits_input_to_file(tmp_path / "out" / GRAPH)  # as a run with its exporter does
+    assert sliced_lm_head(load_graph(tmp_path / "out" / GRAPH)) is not None
+    tokens = by_optimum(tmp_path / "out")
+    assert len(tokens) == COUNT
+    assert tokens == greedy(tmp_path / "out" / GRAPH, TOKENS, COUNT)
+    assert tokens != greedy(source / GRAPH, TOKENS, COUNT)
