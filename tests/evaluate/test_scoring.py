@@ -14,7 +14,7 @@ from nbl_export.evaluate import scoring
 from nbl_export.evaluate.scoring import Limits, Pair, Scored, greedy, log_likelihoods
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
-from nbl_export.runtime.ort import OrtRowsStream, ort_stream
+from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.stream import Stream
 from tests.exporters import GRAPH, Graphs
 from tests.fixtures_graph import load
@@ -167,32 +167,6 @@ def test_a_context_is_read_once_for_all_its_continuations(path_of: Callable[[str
     assert letters.passes == [100]
 
 
-# Going on from rows ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", EXTENDING)
-def test_rows_go_on_in_several_ways(path_of: Callable[[str], Path], model: Any, form: str) -> None:
-    """Two rows of different length go on in three ways of different length, and, as one batch, are decoded after."""
-    rng = np.random.default_rng(6)
-    contexts = [np.array(random_tokens(rng, n)) for n in (7, 3)]
-    ways = [np.array(random_tokens(rng, n)) for n in (4, 1, 2)]
-    owners, last = [1, 0, 1], random_tokens(rng, 3)
-    stream: Any = ort_stream(path_of(form), 16)
-    stream.prefill(contexts)
-    logits = np.split(stream.extend(owners, ways), np.cumsum([len(w) for w in ways])[:-1])
-    together = not isinstance(stream, OrtRowsStream) or stream.static
-    if together:
-        decoded = stream.decode(list(last))
-        assert stream.cache()[1].sum(axis=1).tolist() == [3 + 4 + 1, 7 + 1 + 1, 3 + 2 + 1]
-    for i, (owner, way) in enumerate(zip(owners, ways, strict=True)):
-        row = np.concatenate([contexts[owner], way, [last[i]]])
-        with torch.inference_mode():
-            whole = model(input_ids=torch.from_numpy(row)[None]).logits[0].numpy()
-        np.testing.assert_allclose(logits[i], whole[-len(way) - 1 : -1], rtol=0, atol=2e-4)
-        if together:
-            np.testing.assert_allclose(decoded[i], whole[-1], rtol=0, atol=2e-4)
-
-
 def transformers_greedy(model: Any, prompt: Sequence[int], most: int) -> list[int]:
     ids = torch.tensor([list(prompt)])
     with torch.inference_mode():
@@ -202,11 +176,15 @@ def transformers_greedy(model: Any, prompt: Sequence[int], most: int) -> list[in
     return [int(t) for t in out[0, len(prompt) :]]
 
 
-@pytest.mark.parametrize("form", ["ours-static", "genai-fp32", "whole"])
-def test_greedy_answers_are_transformers(path_of: Callable[[str], Path], model: Any, form: str) -> None:
+@pytest.mark.parametrize("form", [*EXTENDING, "whole"])
+def test_greedy_answers_are_transformers(
+    path_of: Callable[[str], Path], model: Any, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of more than 64 tokens is read in parts, and decoded from there on."""
+    monkeypatch.setattr(scoring, "LOGITS_BYTES", 1)
     rng = np.random.default_rng(7)
-    prompts = [(1, *random_tokens(rng, n)) for n in (11, 3, 24, 6)]
-    found = greedy(ort_stream(path_of(form), 64), prompts, 12, lambda _i, _t: False, Limits(64, VOCAB, 2))
+    prompts = [(1, *random_tokens(rng, n)) for n in (11, 3, 24, 6, 90)]
+    found = greedy(ort_stream(path_of(form), 128), prompts, 12, lambda _i, _t: False, Limits(128, VOCAB, 2))
     assert found == [transformers_greedy(model, p, 12) for p in prompts]
 
 

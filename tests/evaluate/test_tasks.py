@@ -476,14 +476,3 @@ def test_a_task_of_the_hub_is_asked_as_its_rows_in_a_file_are(
     assert served == [path] and named.total == 12
     found, expected = (run_task(stories[0], task, settings) for task in (named, local))
     assert found == expected
-
-
-def test_a_conversation_is_written_by_the_tokenizers_template(stories: tuple[Any, Any]) -> None:
-    lm = stories[0]
-    before = lm.tokenizer.chat_template
-    lm.tokenizer.chat_template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}"
-    lm.tokenizer.chat_template += "{% if add_generation_prompt %}<me>{% endif %}"
-    try:
-        assert lm.apply_chat_template([{"role": "user", "content": "Hi"}]) == "<user>Hi<me>"
-    finally:
-        lm.tokenizer.chat_template = before

@@ -26,8 +26,6 @@ from nbl_export.models.folder import FEATURES, task_named
 from nbl_export.models.lengths import Crossed, Length
 from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
-from nbl_export.runtime.ort import ort_stream
-from nbl_export.runtime.torch import torch_stream
 from nbl_export.settings import VerifySettings
 from nbl_export.verify import case as crossing
 from nbl_export.verify import measure as module
@@ -110,30 +108,6 @@ def test_a_graph_without_it_is_refused_and_short_text_would_not_see_it(
     short = Measurement()
     decoder_parity(wrong, short)
     assert [c.status for c in short.checks] == ["passed"]
-
-
-@pytest.mark.parametrize("name", [pytest.param("ministral3", marks=exhaustive), "phi3"])
-def test_decoding_across_alone_sees_it_too(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def across(*arguments: Any) -> tuple[Crossed, ...]:
-        return tuple(replace(one, prompts=one.prompts[1:]) for one in original(*arguments))
-
-    original = crossing.crossed_by
-    monkeypatch.setattr(crossing, "crossed_by", across)
-    found = Measurement()
-    decoder_parity(case(name, True, "concat"), found)
-    assert found.checks[0].status == "failed"
-
-
-def test_the_longest_row_of_a_batch_decides_for_all_in_long_rope(case: Case) -> None:
-    """By transformers' own rule, in PyTorch as in the graph: a short row beside a long one is another row."""
-    right = case("phi3", False, "static")
-    long, short = ROWS[0, :120], ROWS[1, :30]
-    streams = torch_stream(right.model), ort_stream(right.baseline, 130)
-    beside = [stream.prefill([long, short])[120:] for stream in streams]
-    alone = [stream.prefill([short]) for stream in streams]
-    for found in (beside, alone):
-        assert np.abs(found[0] - found[1]).max() < 1e-3
-    assert np.abs(beside[0] - alone[0]).max() > 0.1
 
 
 @pytest.mark.parametrize(
