@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbl_export.batch.rows import left_padded, right_padded
+from nbl_export.batch import left_padded, right_padded
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
 from nbl_export.models.running import cache_argument

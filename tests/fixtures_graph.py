@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from nbl_export.batch.rows import real_positions, rows_of_batch
+from nbl_export.batch import real_positions, rows_of_batch
 from nbl_export.blocks import Block, Mlp, layer_of
 from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.probe import load_probe

@@ -19,8 +19,7 @@ from typing import IO, Any
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from nbl_export.batch.arrays import F32
-from nbl_export.batch.names import PIXELS
+from nbl_export.batch import F32, PIXELS
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.calibrate.text import HELD_OUT_EVERY, Document
 from nbl_export.errors import InputError, NblError, first_line

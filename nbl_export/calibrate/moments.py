@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import F64
+from nbl_export.batch import F64
 from nbl_export.blocks import Block, as_json, block_of, from_json
 from nbl_export.errors import InputError
 from nbl_export.files import parse_json, sync

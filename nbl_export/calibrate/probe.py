@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import F32, I64
-from nbl_export.batch.names import MASK, POSITIONS, TOKENS
-from nbl_export.batch.rows import Inputs, left_padded, real_positions
+from nbl_export.batch import F32, I64, MASK, POSITIONS, TOKENS, Inputs, left_padded, real_positions
 from nbl_export.blocks import ATTENTION, Block, block_of, part_of
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import NblError

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import FIRST, are_media, words
-from nbl_export.batch.names import TOKEN_TYPES, TOKENS
+from nbl_export.batch import FIRST, TOKEN_TYPES, TOKENS, are_media, words
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
 from nbl_export.models.media_tokens import MediaTokens, joined, load_media, save_media

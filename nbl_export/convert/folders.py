@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from nbl_export.batch.arrays import F32
+from nbl_export.batch import F32
 from nbl_export.blocks import Block, Mlp
 from nbl_export.errors import InputError
 from nbl_export.files import atomic_path, json_text, write_json, write_text

@@ -28,7 +28,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as Type
 from gguf import TokenType as Token
 
-from nbl_export.batch.arrays import F32
+from nbl_export.batch import F32
 from nbl_export.blocks import Block, Mlp, layer_of
 from nbl_export.convert.folders import LAYERS, check_like_llama, numbers, rope_base
 from nbl_export.errors import InputError

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from nbl_export.batch.names import TOKENS
+from nbl_export.batch import TOKENS
 from nbl_export.errors import BuildError, InputError, first_line
 from nbl_export.export.torch import trace
 from nbl_export.files import TEMPORARY, publish

@@ -22,7 +22,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from nbl_export.batch.names import MASK, MAX, POSITIONS, TOKENS, WRITE_INDICES
+from nbl_export.batch import MASK, MAX, POSITIONS, TOKENS, WRITE_INDICES
 from nbl_export.engine.manifest import DECODE, Manifest, Profile
 from nbl_export.files import TEMPORARY, atomic_path, write_text
 from nbl_export.graph.cache import is_static

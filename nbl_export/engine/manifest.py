@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbl_export.batch.names import BATCH, MAX, PAST, SEQUENCE, TOTAL
+from nbl_export.batch import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.blocks import Block
 from nbl_export.engine.library import Gpu, Library, import_library, runs_here
 from nbl_export.errors import BuildError, InputError, MissingDependencyError

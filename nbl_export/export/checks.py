@@ -24,9 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import F32
-from nbl_export.batch.names import MASK, TOKEN_TYPES, TOKENS
-from nbl_export.batch.rows import Inputs
+from nbl_export.batch import F32, MASK, TOKEN_TYPES, TOKENS, Inputs
 from nbl_export.errors import InputError, NblError, first_line
 from nbl_export.export.forms import ENCODER, FORMS, NONE, STATIC, Form
 from nbl_export.export.functions import attention, exportable, is_replaced

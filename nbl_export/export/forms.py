@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from nbl_export.batch.names import (
+from nbl_export.batch import (
     BATCH,
     EMBEDDINGS,
     MASK,
@@ -43,8 +43,8 @@ from nbl_export.batch.names import (
     SEQUENCE,
     TOKENS,
     TOTAL,
+    Inputs,
 )
-from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN, GraphStates, rows_of
 from nbl_export.models.dummy_run import Entry, dummy_run

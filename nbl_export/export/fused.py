@@ -29,7 +29,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
-from nbl_export.batch.names import EMBEDDINGS, MASK, POSITIONS, TOKENS
+from nbl_export.batch import EMBEDDINGS, MASK, POSITIONS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KVPair, kv_pairs
 from nbl_export.graph.io import int64_initializer

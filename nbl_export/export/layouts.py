@@ -20,7 +20,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from nbl_export.batch.names import BASE, LINEARIZED
+from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.engine.manifest import load_manifest, manifest_path
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, write_json, write_text

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, PIXELS, TOKENS
+from nbl_export.batch import EMBEDDINGS, PER_LAYER, PIXELS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.files import atomic_path, json_text, read_json, stays_in, write_text
 from nbl_export.graph.embedding import FEATURES

@@ -31,16 +31,12 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from nbl_export import __version__
-from nbl_export.batch.names import (
+from nbl_export.batch import (
     ALL_LOGITS,
     BATCH,
     NUM_LOGITS_TO_KEEP,
     SIDES,
     WRITE_INDICES,
-    past_name,
-    past_state_name,
-    present_name,
-    present_state_name,
 )
 from nbl_export.errors import BuildError
 from nbl_export.export.forms import ENCODER, Form
@@ -224,11 +220,11 @@ def _name_interface(graph: ir.Graph, form: Form, blocks: Sequence[BlockCache]) -
     state = {0: BATCH}
     for layer, block in enumerate(blocks):
         for side in SIDES if block.kv else ():
-            pasts.append((past_name(layer, side), form.past))
-            presents.append((present_name(layer, side), form.present))
+            pasts.append((f"past_key_values.{layer}.{side}", form.past))
+            presents.append((f"present.{layer}.{side}", form.present))
         for one in block.states:
-            pasts.append((past_state_name(layer, one.kind), state))
-            presents.append((present_state_name(layer, one.kind), state))
+            pasts.append((f"past.{layer}.{one.kind}", state))
+            presents.append((f"present.{layer}.{one.kind}", state))
     if len(graph.inputs) != len(pasts) or len(graph.outputs) != len(presents):
         raise BuildError(
             f"The exported graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs for {len(blocks)} "

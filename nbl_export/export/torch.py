@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
-from nbl_export.batch.rows import Inputs
+from nbl_export.batch import Inputs
 from nbl_export.errors import BuildError, InputError, NblError, first_line, interrupt_behind
 from nbl_export.export.forms import CONCAT, Form
 from nbl_export.export.functions import experts_are_replaced, exportable

@@ -26,7 +26,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from nbl_export.batch.names import EMBEDDINGS
+from nbl_export.batch import EMBEDDINGS
 from nbl_export.blocks import Block, Mlp
 from nbl_export.graph.cores import Search, reach, roles
 from nbl_export.graph.operators import (

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import onnx_ir as ir
 
-from nbl_export.batch.names import SIDES, WRITE_INDICES
+from nbl_export.batch import SIDES, WRITE_INDICES
 from nbl_export.errors import InputError
 from nbl_export.files import parse_json
 from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, upstream, weight_shape

@@ -19,16 +19,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from nbl_export.batch.names import (
-    EMBEDDINGS,
-    MASK,
-    PIXELS,
-    POSITIONS,
-    SIDES,
-    TOKEN_TYPES,
-    TOKENS,
-    WRITE_INDICES,
-)
+from nbl_export.batch import EMBEDDINGS, MASK, PIXELS, POSITIONS, SIDES, TOKEN_TYPES, TOKENS, WRITE_INDICES
 from nbl_export.errors import InputError
 from nbl_export.files import parse_json
 from nbl_export.graph.cache import KVPair, after_softmax, grown_value, kv_pairs

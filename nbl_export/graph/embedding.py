@@ -10,8 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from nbl_export.batch.arrays import F32, I64
-from nbl_export.batch.names import EMBEDDINGS, TOKENS
+from nbl_export.batch import EMBEDDINGS, F32, I64, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.graph.io import FOLDER, int64_initializer, load_graph, save_again
 from nbl_export.graph.operators import upstream

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.batch.names import (
+from nbl_export.batch import (
     ALL_LOGITS,
     EMBEDDINGS,
     MASK,
@@ -24,8 +24,8 @@ from nbl_export.batch.names import (
     TOKEN_TYPES,
     TOKENS,
     WRITE_INDICES,
+    Inputs,
 )
-from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KVPair, StatePair, kv_layers, kv_pairs, state_pairs
 from nbl_export.graph.cores import roles, visible_cores

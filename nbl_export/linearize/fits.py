@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbl_export.batch.names import TOKENS
+from nbl_export.batch import TOKENS
 from nbl_export.blocks import ATTENTION, Block, layer_of
 from nbl_export.calibrate.collect import States, moments_of
 from nbl_export.calibrate.moments import Accumulator, LayerMoments, Moments

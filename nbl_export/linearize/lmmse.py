@@ -24,7 +24,7 @@ from typing import TypeVar
 import numpy as np
 import scipy.linalg
 
-from nbl_export.batch.arrays import F64
+from nbl_export.batch import F64
 from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.settings.choices import DEFAULT_RIDGE, MAX_RIDGE, FitInput
 

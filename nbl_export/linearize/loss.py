@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import F64
+from nbl_export.batch import F64
 from nbl_export.blocks import Block, layer_of
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize.plan import Plan, Replacement

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import F32
+from nbl_export.batch import F32
 from nbl_export.blocks import Block, as_json, attentions, block_of, grouped, parts_in
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json

@@ -34,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 from transformers.pytorch_utils import Conv1D
 
-from nbl_export.batch.arrays import are_media
+from nbl_export.batch import are_media
 from nbl_export.blocks import Block, layer_of
 from nbl_export.errors import InputError
 from nbl_export.linearize.lmmse import Covariances

@@ -28,8 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from nbl_export.batch.arrays import BOOL, F32, I64
-from nbl_export.batch.rows import by_token
+from nbl_export.batch import BOOL, F32, I64, by_token
 
 if TYPE_CHECKING:
     from nbl_export.models.layers import AttentionModules

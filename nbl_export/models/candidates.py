@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from nbl_export.batch.names import PIXELS, TOKENS
+from nbl_export.batch import PIXELS, TOKENS
 from nbl_export.blocks import ATTENTION, MLP, SPAN, Block, Mlp, Span, part_of, spans_of
 from nbl_export.errors import InputError
 from nbl_export.models.attention import shared_keys

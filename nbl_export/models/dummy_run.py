@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nbl_export.batch.names import PIXELS, TOKENS
+from nbl_export.batch import PIXELS, TOKENS
 from nbl_export.blocks import Block
 from nbl_export.errors import InputError, first_line
 from nbl_export.models.attention import shared_keys

@@ -15,8 +15,7 @@ from typing import Any, cast
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
-from nbl_export.batch.names import BATCH, EMBEDDINGS, MASK, PER_LAYER, PIXELS, TOKEN_TYPES, TOKENS
-from nbl_export.batch.rows import Inputs
+from nbl_export.batch import BATCH, EMBEDDINGS, MASK, PER_LAYER, PIXELS, TOKEN_TYPES, TOKENS, Inputs
 from nbl_export.models.dummy_run import CONV, BlockCache, Entry, StateShape, dummy_run, states_of
 from nbl_export.models.folder import Pooling, Task
 from nbl_export.models.layers import backbone, has_per_layer, scoring_head

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nbl_export.batch.names import PIXELS
+from nbl_export.batch import PIXELS
 from nbl_export.errors import InputError, first_line
 from nbl_export.files import read_table
 from nbl_export.models.layers import (

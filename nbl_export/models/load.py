@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 import transformers
 
-from nbl_export.batch.names import PIXELS
+from nbl_export.batch import PIXELS
 from nbl_export.errors import InputError, MissingDependencyError, NblError, first_line
 from nbl_export.models.dummy_run import dummy_run, example_inputs
 from nbl_export.models.folder import (

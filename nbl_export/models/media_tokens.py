@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import F32, FIRST, are_media
-from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, POSITIONS
+from nbl_export.batch import EMBEDDINGS, F32, FIRST, PER_LAYER, POSITIONS, are_media
 from nbl_export.models.layers import backbone, has_per_layer
 from nbl_export.models.running import Hooks
 from nbl_export.tensorfile import load_as, save_tensors

@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from nbl_export.batch.names import PIXELS, TOKENS
+from nbl_export.batch import PIXELS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.files import (
     JSON_LIMIT,

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbl_export.batch.arrays import FIRST
-from nbl_export.batch.names import PER_LAYER
+from nbl_export.batch import FIRST, PER_LAYER
 from nbl_export.errors import InputError, MissingDependencyError, first_line
 from nbl_export.models.load import load_beside
 from nbl_export.models.media_tokens import (

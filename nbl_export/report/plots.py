@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.batch.names import LINEARIZED
+from nbl_export.batch import LINEARIZED
 from nbl_export.blocks import Block, Mlp, Span, layer_of
 from nbl_export.files import printable
 from nbl_export.linearize.selection import Candidate, Curve

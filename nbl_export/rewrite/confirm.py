@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from nbl_export.batch.arrays import F32
+from nbl_export.batch import F32
 from nbl_export.blocks import Block
 from nbl_export.errors import BuildError
 from nbl_export.graph.io import load_graph

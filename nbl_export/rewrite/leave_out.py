@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from nbl_export.batch.names import EMBEDDINGS, MASK, TOKENS
+from nbl_export.batch import EMBEDDINGS, MASK, TOKENS
 from nbl_export.blocks import Block, described
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import KVPair, state_pairs

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from nbl_export.batch.names import PIXELS
+from nbl_export.batch import PIXELS
 from nbl_export.blocks import attentions
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.branches import mlp_regions

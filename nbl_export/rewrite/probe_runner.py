@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.names import PIXELS, TOKENS
-from nbl_export.batch.rows import rows_of_batch
+from nbl_export.batch import PIXELS, TOKENS, rows_of_batch
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.rounding import nudge, nudged_values
 from nbl_export.linearize.plan import Plan

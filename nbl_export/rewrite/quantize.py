@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import F32
+from nbl_export.batch import F32
 from nbl_export.errors import BuildError
 from nbl_export.graph.operators import DYNAMIC, MICROSOFT, dequantizer, int_attribute, key, weight_bits
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.batch.rows import moved, shortfall
+from nbl_export.batch import moved, shortfall
 from nbl_export.graph.operators import infer_types, int_attribute
 
 # Of the scores' size, beside what is measured.

@@ -20,8 +20,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import BOOL, F32, I64
-from nbl_export.batch.names import MASK, POSITIONS, SIDES, TOKENS
+from nbl_export.batch import BOOL, F32, I64, MASK, POSITIONS, SIDES, TOKENS
 from nbl_export.errors import BuildError, first_line
 from nbl_export.machine import cores
 from nbl_export.packages import missing

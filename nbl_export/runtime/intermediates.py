@@ -19,8 +19,11 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.batch.names import MASK, POSITIONS, TOKENS, WRITE_INDICES
-from nbl_export.batch.rows import (
+from nbl_export.batch import (
+    MASK,
+    POSITIONS,
+    TOKENS,
+    WRITE_INDICES,
     Inputs,
     left_padded,
     prefix_padded,

@@ -10,9 +10,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import BOOL, F32, I64
-from nbl_export.batch.names import ALL_LOGITS, MASK, NUM_LOGITS_TO_KEEP, POSITIONS, TOKENS, WRITE_INDICES
-from nbl_export.batch.rows import Inputs, prefix_mask, right_padded
+from nbl_export.batch import (
+    ALL_LOGITS,
+    BOOL,
+    F32,
+    I64,
+    MASK,
+    NUM_LOGITS_TO_KEEP,
+    POSITIONS,
+    TOKENS,
+    WRITE_INDICES,
+    Inputs,
+    prefix_mask,
+    right_padded,
+)
 from nbl_export.errors import InputError
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph

@@ -14,8 +14,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import BOOL, F32, I64
-from nbl_export.batch.rows import left_padded, one_more, prefix_mask, right_padded
+from nbl_export.batch import BOOL, F32, I64, left_padded, one_more, prefix_mask, right_padded
 
 # Keys and values of a layer, or one state of a layer that is not softmax attention.
 KV = tuple[F32, ...]

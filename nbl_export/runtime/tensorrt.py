@@ -19,9 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import BOOL, F32
-from nbl_export.batch.names import MASK, POSITIONS, TOKENS, WRITE_INDICES
-from nbl_export.batch.rows import left_padded, one_more, prefix_mask, right_padded
+from nbl_export.batch import (
+    BOOL,
+    F32,
+    MASK,
+    POSITIONS,
+    TOKENS,
+    WRITE_INDICES,
+    left_padded,
+    one_more,
+    prefix_mask,
+    right_padded,
+)
 from nbl_export.engine.library import find_gpu
 from nbl_export.engine.manifest import DECODE, PREFILL, Manifest, check_runs, load_manifest
 from nbl_export.errors import BuildError, InputError, MissingDependencyError

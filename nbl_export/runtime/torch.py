@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from nbl_export.batch.arrays import F32, I64
-from nbl_export.batch.rows import Inputs
+from nbl_export.batch import F32, I64, Inputs
 from nbl_export.errors import BuildError, first_line
 from nbl_export.models.dummy_run import Entry, cache_shapes, dummy_run
 from nbl_export.models.forward import Encoder, run_uncached, run_with_past

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from nbl_export.batch.names import BASE, LINEARIZED
+from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.settings.choices import DEVICES, PEERS, RETRIEVAL_CONTEXTS
 from nbl_export.settings.definition import (
     ANSWERS,

@@ -30,7 +30,7 @@ def build(
     rehash: bool = False,
 ) -> list[EngineFile]:
     """Build the base and the linearized TensorRT engine; returns them with their manifests."""
-    from nbl_export.batch.names import BASE, LINEARIZED
+    from nbl_export.batch import BASE, LINEARIZED
     from nbl_export.engine.build import Source, Target, build_pair
     from nbl_export.engine.library import check_capabilities, choose_library, find_gpu
     from nbl_export.engine.manifest import EngineFile, load_manifest

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import are_media, words
-from nbl_export.batch.names import EMBEDDINGS, MASK, PIXELS, TOKEN_TYPES, TOKENS
-from nbl_export.batch.rows import batch_of_rows
+from nbl_export.batch import EMBEDDINGS, MASK, PIXELS, TOKEN_TYPES, TOKENS, are_media, batch_of_rows, words
 from nbl_export.calibrate.documents import (
     check_readable,
     document_of,

@@ -170,7 +170,7 @@ def _answers(
 
 def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[list[Question]]:
     """The questions of each context length; lengths asked for that the model cannot have are refused."""
-    from nbl_export.batch.arrays import words
+    from nbl_export.batch import words
     from nbl_export.calibrate.text import load_text
     from nbl_export.evaluate.results import Filler, ask, least_context
 

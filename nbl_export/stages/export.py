@@ -147,7 +147,7 @@ def _of_opset(form: Form, settings: ExportSettings) -> Form:
 def _export_torch(
     run: Run, settings: ExportSettings, listener: Listener
 ) -> tuple[list[Path], list[Float32Node]]:
-    from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, PIXELS
+    from nbl_export.batch import EMBEDDINGS, PER_LAYER, PIXELS
     from nbl_export.export.forms import embedding_form
     from nbl_export.export.torch import save_in_precision, trace
     from nbl_export.graph.embedding import add_features
@@ -191,7 +191,7 @@ def _export_elsewhere(
 
 def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> list[Path]:
     """Write the configuration and tokenizer files that the exporter did not write itself."""
-    from nbl_export.batch.names import TOKENS
+    from nbl_export.batch import TOKENS
     from nbl_export.export.sidecars import GENAI
     from nbl_export.models.folder import save_tokenizer
     from nbl_export.models.running import quiet

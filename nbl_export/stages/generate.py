@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.batch.names import BASE, LINEARIZED
+from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.errors import InputError
 from nbl_export.evaluate.answer import (
     ASSISTANT,

@@ -89,7 +89,7 @@ class Sizes:
 
 def sizes_of(model: torch.nn.Module, stored: int = 0) -> Sizes:
     """The sizes of ``model``, whose weights may be on the meta device."""
-    from nbl_export.batch.names import PIXELS
+    from nbl_export.batch import PIXELS
     from nbl_export.models.candidates import shared_without_numbers
     from nbl_export.models.layers import (
         attention_layers,

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
-from nbl_export.batch.names import BASE, LINEARIZED
+from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.errors import InputError
 from nbl_export.files import (
     TEMPORARY,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbl_export.batch.names import TOKENS
+from nbl_export.batch import TOKENS
 from nbl_export.errors import InputError
 from nbl_export.files import read_json
 from nbl_export.graph.summary import RewriteRecord

@@ -21,9 +21,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import words
-from nbl_export.batch.names import BASE, LINEARIZED, PIXELS, TOKENS
-from nbl_export.batch.rows import Inputs, batch_of_rows
+from nbl_export.batch import BASE, LINEARIZED, PIXELS, TOKENS, Inputs, batch_of_rows, words
 from nbl_export.blocks import Block
 from nbl_export.calibrate.text import CalibrationText
 from nbl_export.engine.manifest import EngineFile

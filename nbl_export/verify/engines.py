@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from nbl_export.batch.arrays import words
-from nbl_export.batch.names import BASE, LINEARIZED
+from nbl_export.batch import BASE, LINEARIZED, words
 from nbl_export.engine.library import Gpu, find_gpu
 from nbl_export.engine.manifest import EngineFile
 from nbl_export.errors import BuildError, InputError, MissingDependencyError

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import F64
-from nbl_export.batch.rows import Inputs, batch_of_rows
+from nbl_export.batch import F64, Inputs, batch_of_rows
 from nbl_export.linearize.loss import compare, loss_over_documents, mean_over_documents, reference
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.selection import exp

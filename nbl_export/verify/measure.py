@@ -12,9 +12,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import F32, FIRST, are_media
-from nbl_export.batch.names import EMBEDDINGS, PIXELS, POSITIONS, TOKENS
-from nbl_export.batch.rows import Inputs, Outputs, batch_of_rows
+from nbl_export.batch import (
+    EMBEDDINGS,
+    F32,
+    FIRST,
+    PIXELS,
+    POSITIONS,
+    TOKENS,
+    Inputs,
+    Outputs,
+    are_media,
+    batch_of_rows,
+)
 from nbl_export.graph.interface import interface_of
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized, sweep, version_of

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from nbl_export.batch.arrays import FIRST, are_media, words
+from nbl_export.batch import FIRST, are_media, words
 from nbl_export.calibrate.documents import (
     document_of,
     documents,

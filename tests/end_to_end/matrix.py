@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 from onnx import numpy_helper
 
-from nbl_export.batch.names import NUM_LOGITS_TO_KEEP
+from nbl_export.batch import NUM_LOGITS_TO_KEEP
 from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.graph.cache import KV_LAYERS_KEY
 from nbl_export.graph.io import check_file, passes_checker

@@ -15,8 +15,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from nbl_export import api
-from nbl_export.batch.names import MASK, TOKENS
-from nbl_export.batch.rows import batch_of_rows
+from nbl_export.batch import MASK, TOKENS, batch_of_rows
 from nbl_export.blocks import Mlp
 from nbl_export.calibrate.documents import load_images
 from nbl_export.errors import InputError

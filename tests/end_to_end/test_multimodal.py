@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nbl_export import api
-from nbl_export.batch.arrays import are_media
+from nbl_export.batch import are_media
 from nbl_export.blocks import attentions
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError

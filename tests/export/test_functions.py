@@ -12,7 +12,7 @@ import torch
 from transformers.models.deberta_v2 import modeling_deberta_v2
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from nbl_export.batch.arrays import BOOL, F64
+from nbl_export.batch import BOOL, F64
 from nbl_export.errors import InputError
 from nbl_export.export import functions
 from nbl_export.export.functions import _inverse_erf, attention, exportable

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.batch.names import LINEARIZED
+from nbl_export.batch import LINEARIZED
 from nbl_export.engine.manifest import load_manifest, manifest_path, save_manifest
 from nbl_export.errors import InputError
 from nbl_export.export.forms import FORMS

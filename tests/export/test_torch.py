@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.opt import modeling_opt
 
-from nbl_export.batch.names import NUM_LOGITS_TO_KEEP
+from nbl_export.batch import NUM_LOGITS_TO_KEEP
 from nbl_export.errors import BuildError, InputError
 from nbl_export.export.forms import STATIC, encoder_form
 from nbl_export.export.tidy import add_num_logits_input, sliced_lm_head

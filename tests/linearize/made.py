@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import F64
+from nbl_export.batch import F64
 from nbl_export.linearize.plan import Adapter, LinearLayer, Plan, weight_digests
 
 D, COUNT = 6, 5

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.batch.arrays import F64
+from nbl_export.batch import F64
 from nbl_export.calibrate.moments import ARRAYS
 from nbl_export.linearize.fits import sequential_fits, weighted_moments
 from nbl_export.linearize.lmmse import LinearFit, fit_lmmse

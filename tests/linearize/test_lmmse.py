@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbl_export.batch.arrays import F64
+from nbl_export.batch import F64
 from nbl_export.calibrate.moments import LayerMoments, Moments
 from nbl_export.errors import InputError
 from nbl_export.linearize.fits import without_bias

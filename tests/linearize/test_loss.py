@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.batch.arrays import F64, FIRST
+from nbl_export.batch import F64, FIRST
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize import loss as module
 from nbl_export.linearize.loss import LossMeter, compare, loss_over_documents, reference

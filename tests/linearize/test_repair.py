@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.batch.arrays import FIRST
+from nbl_export.batch import FIRST
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.linearize import repair as module
 from nbl_export.linearize.fits import as_layer

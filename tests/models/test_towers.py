@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.batch.arrays import FIRST, are_media
+from nbl_export.batch import FIRST, are_media
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import Moments
 from nbl_export.errors import InputError

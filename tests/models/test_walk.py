@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from nbl_export.batch.names import PIXELS, TOKENS
+from nbl_export.batch import PIXELS, TOKENS
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layers, block_stack, main_input
 from nbl_export.models.running import observed

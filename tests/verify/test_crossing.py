@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.batch.names import MASK, TOKENS
-from nbl_export.batch.rows import batch_of_rows
+from nbl_export.batch import MASK, TOKENS, batch_of_rows
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.probe import probe_inputs, probe_model
 from nbl_export.calibrate.text import CalibrationText

@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import BOOL, F32, F64, I64
-from nbl_export.batch.rows import Inputs, Outputs, left_padded, one_more, real_positions
+from nbl_export.batch import BOOL, F32, F64, I64, Inputs, Outputs, left_padded, one_more, real_positions
 from nbl_export.errors import InputError
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.stream import KV, Stream

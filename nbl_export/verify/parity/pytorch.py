@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nbl_export.batch.arrays import BOOL, F32, I64
-from nbl_export.batch.rows import by_token, differing, moved, shortfall
+from nbl_export.batch import BOOL, F32, I64, by_token, differing, moved, shortfall
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import follow_links, load_graph, scratch
 from nbl_export.graph.precision import Precision

@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from nbl_export.batch.rows import real_positions
+from nbl_export.batch import real_positions
 from nbl_export.blocks import Block, attentions, described
 from nbl_export.graph.cache import LAYERS_KEY, metadata_list
 from nbl_export.graph.io import follow_links, load_graph, scratch

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.names import MASK, NUM_LOGITS_TO_KEEP, POSITIONS, TOKENS, WRITE_INDICES
-from nbl_export.batch.rows import Inputs
+from nbl_export.batch import MASK, NUM_LOGITS_TO_KEEP, POSITIONS, TOKENS, WRITE_INDICES, Inputs
 from nbl_export.errors import NblError
 from nbl_export.machine import free_memory
 from nbl_export.processes import OUT_OF_MEMORY, ChildError, Tell, in_child

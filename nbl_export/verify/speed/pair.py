@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nbl_export.batch.names import BASE, LINEARIZED
+from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.machine import free_memory
 from nbl_export.models.running import accepted_arguments, cache_argument
 from nbl_export.models.weights import device_of

@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 from scipy.stats import quantile_test
 
-from nbl_export.batch.names import LINEARIZED
+from nbl_export.batch import LINEARIZED
 from nbl_export.progress import Listener, Silent
 from nbl_export.verify.speed.candidates import Candidate, Memory, Prompt, ordered
 from nbl_export.verify.speed.ceiling import ceiling, timed

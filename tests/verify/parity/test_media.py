@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nbl_export.batch.arrays import FIRST
+from nbl_export.batch import FIRST
 from nbl_export.export.forms import FORMS, embedding_form, reading_embeds
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.embedding import NAME

@@ -7,9 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.batch.arrays import FIRST, are_media, words
-from nbl_export.batch.names import MASK, PIXELS, POSITIONS, TOKEN_TYPES, TOKENS
-from nbl_export.batch.rows import (
+from nbl_export.batch import (
+    FIRST,
+    MASK,
+    PIXELS,
+    POSITIONS,
+    TOKEN_TYPES,
+    TOKENS,
+    are_media,
     batch_of_rows,
     differing,
     left_padded,
@@ -20,6 +25,7 @@ from nbl_export.batch.rows import (
     right_padded,
     rows_of_batch,
     shortfall,
+    words,
 )
 
 RAGGED = [np.array([7, 8, 9], np.int32), np.array([4], np.int32), np.array([5, 6], np.int32)]

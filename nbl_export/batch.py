@@ -1,4 +1,4 @@
-"""A batch by input name, its rows, and which of its positions are not padding."""
+"""Name what a graph is given, and make it of ragged rows: batches, their padding, and tokens of images and sounds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,49 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import BOOL, F32, I64
-from nbl_export.batch.names import MASK, POSITIONS, TOKEN_TYPES, TOKENS
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+BOOL = NDArray[np.bool_]
+
+# The graph of the unmodified model, and the rewritten one.
+BASE, LINEARIZED = "base", "linearized"
+# Inputs of a graph.
+TOKENS, EMBEDDINGS, MASK, POSITIONS = "input_ids", "inputs_embeds", "attention_mask", "position_ids"
+TOKEN_TYPES, PIXELS = "token_type_ids", "pixel_values"
+# Embeddings of each layer, beside inputs_embeds, as onnxruntime-genai calls them.
+PER_LAYER = "per_layer_inputs"
+WRITE_INDICES = "write_indices"  # the input that only a static cache has
+# For how many last positions logits are computed, and the value that means all of them.
+NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
+ALL_LOGITS = 0
+# Symbolic dimensions of a decoder graph. MAX is the length of a static cache.
+BATCH, SEQUENCE, PAST, TOTAL, MAX = (
+    "batch_size",
+    "sequence_length",
+    "past_sequence_length",
+    "total_sequence_length",
+    "max_sequence_length",
+)
+SIDES = ("key", "value")  # of a KV pair
+
+# Tokens from here on, beyond those of every vocabulary, stand for the embeddings of images and sounds.
+FIRST = 1 << 30
+
+
+def are_media(ids: Any) -> Any:
+    """Which of ``ids``, an array or a tensor, stand for an embedding of an image or a sound."""
+    return ids >= FIRST
+
+
+def words(rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    """``rows`` with their tokens of text alone, one after the other, repeated as often as is needed; int32."""
+    there = are_media(rows)
+    return np.resize(rows[~there], rows.shape) if there.any() else rows
+
+
+# rows ----------------------------------------------------------------------------------------------
+
 
 # A batch by input name: integers [batch, sequence], or pixels [batch, channels, height, width].
 Inputs = Mapping[str, NDArray[Any]]
