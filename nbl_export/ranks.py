@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -108,29 +108,27 @@ class Ranks:
             raise
         except NblError as error:
             refused = error  # the name of an except clause ends with it
-            with suppress(NblError):
-                self.shared(lambda: _raise(refused))
+            self.shared(lambda: refused)
             raise
-        self.shared(lambda: None)
+        self.shared(_nothing)
 
     def ask(self, jobs: Mapping[str, Job], name: str, items: Sequence[Any], *common: Any) -> list[Any]:
         """What the job ``name`` gives for each of ``items``, from the first rank and from those that follow it."""
         self.shared(lambda: (name, items, common))
-        return self._do(jobs[name], items, common)
+        return self.spread(items, lambda share: jobs[name](share, *common))
 
     def follow(self, jobs: Callable[[], Mapping[str, Job]]) -> None:
         """Do this rank's share of what the first one asks for; ``jobs`` are made when it asks for something."""
         while (asked_for := self.shared(_nothing)) is not None:
+            if isinstance(asked_for, NblError):
+                raise asked_for
             name, items, common = asked_for
             try:
-                self._do(jobs()[name], items, common)
+                self.spread(items, lambda share: jobs()[name](share, *common))  # noqa: B023
             except LostRankError:
                 raise
             except NblError:
                 pass  # the first rank has it too, and knows what is to be done
-
-    def _do(self, job: Job, items: Sequence[Any], common: tuple[Any, ...]) -> list[Any]:
-        return self.spread(items, lambda share: job(share, *common))
 
 
 ALONE = Ranks()
@@ -179,30 +177,25 @@ def begin() -> Ranks:
     here = asked()
     if here.count > 1:
         import torch
+        from torch.distributed.rendezvous import rendezvous
 
         if not torch.distributed.is_initialized():
-            here = _connect(here)
+            # NCCL wants a GPU for each process.
+            gpus = torch.cuda.device_count() if torch.distributed.is_nccl_available() else 0
+            backend = "cpu:gloo,cuda:nccl" if gpus and gpus >= on_this_machine() else "gloo"
+            try:
+                store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
+                torch.distributed.init_process_group(
+                    backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT
+                )
+            except (RuntimeError, ValueError, OSError) as error:
+                raise InputError(
+                    f"The {here.count} processes do not find each other ({first_line(error)}): start them with "
+                    "torchrun."
+                ) from error
+            here = Ranks(rank, count, store)
     _current = here
     return here
-
-
-def _connect(here: Ranks) -> Ranks:
-    import torch
-    from torch.distributed.rendezvous import rendezvous
-
-    # NCCL wants a GPU for each process.
-    gpus = torch.cuda.device_count() if torch.distributed.is_nccl_available() else 0
-    backend = "cpu:gloo,cuda:nccl" if gpus and gpus >= on_this_machine() else "gloo"
-    try:
-        store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
-        torch.distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(
-            f"The {here.count} processes do not find each other ({first_line(error)}): start them with torchrun."
-        ) from error
-    return Ranks(rank, count, store)
 
 
 def end() -> None:
@@ -256,10 +249,6 @@ def _travels(device: torch.device) -> bool:
 
 def _nothing() -> Any:
     return None
-
-
-def _raise(error: NblError) -> None:
-    raise error
 
 
 @contextmanager

@@ -106,7 +106,14 @@ def test_an_error_of_one_is_the_error_of_all(tmp_path: Path) -> None:
 
         here.spread(list("abc"), refuse)
 
-    for work, kind, words in ((first, CalibrationError, "Layer 3"), (last, InputError, "item c")):
+    def leading(here: Ranks) -> Any:
+        if not here.first:
+            here.follow(dict)
+        with here.leading():
+            raise InputError("The first one is odd: leave it out.")
+
+    cases = (first, CalibrationError, "Layer 3"), (last, InputError, "item c"), (leading, InputError, "first")
+    for work, kind, words in cases:
         found = forked(3, tmp_path, work)
         assert [type(error) for error in found] == [kind] * 3
         assert len({str(error) for error in found}) == 1 and words in str(found[0])
