@@ -14,7 +14,6 @@ with a norm on y, as of Gemma, or with another path beside the stream, returns s
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -29,7 +28,14 @@ from nbl_export.batch import PIXELS, TOKENS
 from nbl_export.blocks import ATTENTION, MLP, SPAN, Block, Mlp, Span, part_of, spans_of
 from nbl_export.errors import InputError
 from nbl_export.models.attention import shared_keys
-from nbl_export.models.dummy_run import TINY, cache_shapes, dummy_run, example_inputs, state_kinds
+from nbl_export.models.dummy_run import (
+    TINY,
+    cache_shapes,
+    dummy_run,
+    example_inputs,
+    of_original,
+    state_kinds,
+)
 from nbl_export.models.folder import FEATURES, GENERATION, Task, task_named
 from nbl_export.models.layers import (
     NOT_YET,
@@ -45,7 +51,6 @@ from nbl_export.models.layers import (
 )
 from nbl_export.models.running import Hooks, Observer, hidden_states, observed, quiet, states_in
 from nbl_export.models.walk import Segment, Step, segments, walking
-from nbl_export.models.weights import origin
 
 # What a layer may return beside h + c · y, relative to c · y: more than rounding to bfloat16, less than any norm.
 _TOLERANCE = 0.02
@@ -210,18 +215,9 @@ class Adding:
     why_not: Mapping[int, str]
 
 
-_DONE: weakref.WeakKeyDictionary[torch.nn.Module, Adding] = weakref.WeakKeyDictionary()
-
-
+@of_original
 def adding(model: torch.nn.Module) -> Adding:
-    """Which layers of the *original* ``model`` can be in a span; it is run at the first call."""
-    known = origin(model)
-    if known not in _DONE:
-        _DONE[known] = _adding(model)
-    return _DONE[known]
-
-
-def _adding(model: torch.nn.Module) -> Adding:
+    """Which layers of ``model`` can be in a span."""
     layers = range(layer_count(model))
     if main_input(model) != TOKENS:
         return Adding({}, dict.fromkeys(layers, "it reads no tokens"))
@@ -231,16 +227,14 @@ def _adding(model: torch.nn.Module) -> Adding:
     scales, kept, why_not = _scales(model, modules), reasons(model), {}
     for layer in layers:
         attention, mlp = modules.get(layer), modules.get(Mlp(layer))
-        if attention is None or layer in kept:
-            why_not[layer] = "its attention cannot become linear"
-        elif mlp is None:
-            why_not[layer] = "its MLP cannot become linear"
-        elif attention.adds or mlp.adds:
-            why_not[layer] = "one of its modules adds the residual itself"
-        elif layer not in scales:
-            why_not[layer] = (
-                "it does more than add its attention and its MLP to the stream, such as a norm between"
-            )
+        reasons_of = {
+            "its attention cannot become linear": attention is None or layer in kept,
+            "its MLP cannot become linear": mlp is None,
+            "one of its modules adds the residual itself": any(one and one.adds for one in (attention, mlp)),
+            "it does more than add its attention and its MLP to the stream, such as a norm between": layer
+            not in scales,
+        }
+        why_not |= {layer: why for why, true in reversed(reasons_of.items()) if true}
     return Adding({layer: scale for layer, scale in scales.items() if layer not in why_not}, why_not)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import torch
 
@@ -42,6 +42,7 @@ from nbl_export.models.running import (
 )
 from nbl_export.models.weights import origin, weights_like
 
+T = TypeVar("T")
 Entry = tuple[torch.Tensor, ...]
 CONV, _RECURRENT = "conv", "recurrent"
 TINY = 8  # tokens of a row
@@ -110,18 +111,18 @@ class DummyRun:
     odd_mlps: dict[int, str] = field(default_factory=dict)
 
 
-_DONE: weakref.WeakKeyDictionary[torch.nn.Module, DummyRun] = weakref.WeakKeyDictionary()
+def of_original(find: Callable[[torch.nn.Module], T]) -> Callable[[torch.nn.Module], T]:
+    """``find``, which is called once for a model and all that are made of it, when the *original* is there."""
+    done: weakref.WeakKeyDictionary[torch.nn.Module, T] = weakref.WeakKeyDictionary()
 
+    @wraps(find)
+    def found(model: torch.nn.Module) -> T:
+        known = origin(model)
+        if known not in done:
+            done[known] = find(model)
+        return done[known]
 
-def dummy_run(model: torch.nn.Module) -> DummyRun:
-    """The facts found by a forward pass of the *original* ``model``, which is run at the first call.
-
-    Raises :class:`InputError` if the model cannot be run.
-    """
-    known = origin(model)
-    if known not in _DONE:
-        _DONE[known] = _run(model)
-    return _DONE[known]
+    return found
 
 
 def cache_shapes(model: torch.nn.Module) -> dict[int, CacheShape]:
@@ -225,7 +226,15 @@ def _length(output: Any) -> int | None:
     return len(output) if isinstance(output, tuple) else None
 
 
-def _run(model: torch.nn.Module) -> DummyRun:
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []
+
+
+@of_original
+def dummy_run(model: torch.nn.Module) -> DummyRun:
+    """The facts found by a forward pass of ``model``; raises :class:`InputError` if it cannot be run."""
     name, inputs, layers = type(model).__name__, example_inputs(model), attention_layers(model)
     stack, count = layers[0].block.rpartition(".")[0], layer_count(model)
     # A language-model head has the size of several blocks, and nothing to tell. transformers scores the last token of
@@ -290,12 +299,6 @@ def _run(model: torch.nn.Module) -> DummyRun:
             for m in seen.linear
         ),
     )
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []
 
 
 # what blocks keep ---------------------------------------------------------------------------------
