@@ -234,7 +234,8 @@ def adding(model: torch.nn.Module) -> Adding:
             "it does more than add its attention and its MLP to the stream, such as a norm between": layer
             not in scales,
         }
-        why_not |= {layer: why for why, true in reversed(reasons_of.items()) if true}
+        if found := [why for why, true in reasons_of.items() if true]:
+            why_not[layer] = found[0]
     return Adding({layer: scale for layer, scale in scales.items() if layer not in why_not}, why_not)
 
 
