@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+
+from tests.fixtures_graph import pad_left
 
 
 def cpu_session(graph: Path | onnx.ModelProto | ir.Model, options: Any = None) -> Any:
@@ -26,6 +28,22 @@ def run_graph(graph: Path | onnx.ModelProto | ir.Model, feeds: Mapping[str, Any]
     session = cpu_session(graph, options)
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def decode(
+    runner: Any, rows: Sequence[Any], past: Mapping[str, Any], pairs: Mapping[str, str], steps: int
+) -> Iterator[dict[str, Any]]:
+    """All outputs of a ragged prefill and of decode ``steps``; ``pairs`` are the outputs that caches come from."""
+    inputs, outputs = ([v.name for v in values] for values in (runner.get_inputs(), runner.get_outputs()))
+    ids, mask, positions = pad_left([row[: len(row) - steps] for row in rows])
+    for step in range(steps + 1):
+        if step:
+            ids = np.array([[row[len(row) - steps + step - 1]] for row in rows], dtype=np.int64)
+            mask, positions = np.c_[mask, np.ones_like(ids)], positions[:, -1:] + 1
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
+        found = dict(zip(outputs, runner.run(None, {n: feeds[n] for n in inputs}), strict=True))
+        past = {old: found[new] for old, new in pairs.items()}
+        yield found
 
 
 def empty_past(session: Any, rows: int, head_size: int | None = None) -> dict[str, Any]:

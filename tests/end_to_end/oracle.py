@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from nbl_export.settings.choices import FitInput
 from tests.end_to_end.random_decoder_graphs import Pair, Written, written
 from tests.end_to_end.random_decoders import VOCAB, Array, Choices, Weights
 from tests.fixtures_graph import pad_left, ragged_rows
-from tests.sessions import cpu_session
+from tests.sessions import cpu_session, decode
 
 STEPS = 2
 
@@ -32,7 +32,8 @@ def random_plan(
     outputs = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     graph.proto.graph.output.extend(outputs)
     pairs = dict(zip(flat(graph.past), flat(graph.present), strict=True))
-    runs = [next(decode(graph.proto, c, [row], pairs, 0)) for row in rows]
+    runner = cpu_session(graph.proto)
+    runs = [next(decode(runner, [row], empty(c, [row], pairs), pairs, 0)) for row in rows]
 
     def probe(which: int, later: Sequence[Any]) -> dict[int, Array]:
         return {
@@ -66,6 +67,10 @@ def flat(pairs: Sequence[Pair]) -> list[str]:
     return [name for pair in pairs for name in pair]
 
 
+def empty(c: Choices, rows: Sequence[Any], names: Iterable[str]) -> dict[str, Any]:
+    return dict.fromkeys(names, np.zeros((len(rows), c.kv_heads, 0, c.head_size), dtype=np.float32))
+
+
 def replaced(graph: Written, plan: Plan) -> ModelProto:
     """The plain graph, in which whoever reads what a layer of ``plan`` writes reads W u + b."""
     nodes = graph.proto.graph.node
@@ -83,37 +88,21 @@ def replaced(graph: Written, plan: Plan) -> ModelProto:
     return graph.proto
 
 
-def decode(
-    graph: Path | ModelProto, c: Choices, rows: Sequence[Any], pairs: Mapping[str, str], steps: int
-) -> Iterator[dict[str, Any]]:
-    """All outputs of a prefill and of decode ``steps``; ``pairs`` are the outputs that caches come from."""
-    runner = cpu_session(graph)
-    inputs, outputs = ([v.name for v in values] for values in (runner.get_inputs(), runner.get_outputs()))
-    ids, mask, positions = pad_left([row[: len(row) - steps] for row in rows])
-    past = dict.fromkeys(pairs, np.zeros((len(rows), c.kv_heads, 0, c.head_size), dtype=np.float32))
-    for step in range(steps + 1):
-        if step:
-            ids = np.array([[row[len(row) - steps + step - 1]] for row in rows], dtype=np.int64)
-            mask, positions = np.c_[mask, np.ones_like(ids)], positions[:, -1:] + 1
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
-        yield (found := dict(zip(outputs, runner.run(None, {n: feeds[n] for n in inputs}), strict=True)))
-        past = {old: found[new] for old, new in pairs.items()}
-
-
 def assert_computes(path: Path, c: Choices, weights: Weights, plan: Plan) -> None:
     """The graph at ``path`` gives the logits and caches of the plain one with the maps, in prefill and decode."""
     graph, steps = written(c, weights), STEPS if c.cache != "none" else 0
     kept = [i for i in plan.attention_layers if i < len(graph.past)]
     # Numbers are given anew, other names stay.
     places = range(len(kept)) if c.cache in ("usual", "numbered") else kept
-    past, present = (flat([pairs[i] for i in places]) for pairs in (graph.past, graph.present))
+    past, present = (flat([names[i] for i in places]) for names in (graph.past, graph.present))
     # Padding on the left moves positions that are counted; GroupQueryAttention has it on the right.
     ragged = c.positions == "input" and c.attention != "GroupQueryAttention"
     rows = ragged_rows((9, 6, 11) if ragged else (9, 9), VOCAB, seed=3)
     every = dict(zip(flat(graph.past), flat(graph.present), strict=True))
     shared = dict(zip(present, flat([graph.present[i] for i in kept]), strict=True))
-    rewritten = decode(path, c, rows, dict(zip(past, present, strict=True)), steps)
-    by_hand = decode(replaced(graph, plan), c, rows, every, steps)
+    pairs = dict(zip(past, present, strict=True))
+    rewritten = decode(cpu_session(path), rows, empty(c, rows, past), pairs, steps)
+    by_hand = decode(cpu_session(replaced(graph, plan)), rows, empty(c, rows, every), every, steps)
     for step, (found, expected) in enumerate(zip(rewritten, by_hand, strict=True)):
         assert set(found) == {"logits", *present}
         for number, row in enumerate(rows):

@@ -57,13 +57,11 @@ def n_bits(bits: int, block: int, zeros: bool, rank: int, accuracy: int | None) 
 
 def dequantized(dtype: int, block: int | None, zeros: bool, turned: bool = False) -> ir.Model:
     """x ─► MatMul ◄─ (Transpose ◄─) DequantizeLinear."""
-    bits = 4 if dtype in (TensorProto.INT4, TensorProto.UINT4) else 8
     shape = [D // block, D] if block else [D]
     number = helper.make_tensor("q", dtype, [D, D], np.ones(D * D, dtype=np.int8).tolist())
     weights: dict[str, Any] = {"q": number, "s": np.full(shape, 0.5, dtype=np.float32)}
     if zeros:
         weights["z"] = helper.make_tensor("z", dtype, shape, [1] * int(np.prod(shape)))
-    assert bits in (4, 8)
     attributes = {"axis": 0, "block_size": block} if block else {"axis": 1}
     nodes = [helper.make_node("DequantizeLinear", list(weights), ["w"], name="dequantize", **attributes)]
     if turned:

@@ -279,7 +279,6 @@ def test_the_precision_of_a_graph_is_that_of_its_weights(tmp_path: Path, name: s
 
 
 BFLOAT = ml_dtypes.bfloat16
-FLOAT32, BFLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
 
 
 def is_bf16(array: Any) -> bool:
@@ -380,19 +379,20 @@ def moved(model: ir.Model, name: str, seed: int = 0) -> tuple[Any, Any]:
     return before, after
 
 
-def unpacked(numbers: Any, bits: int) -> Any:
-    return np.stack([(numbers >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)], -1).astype(int)
+def packed(numbers: Any, bits: int) -> list[Any]:
+    """The numbers of a MatMulNBits before and after they were moved."""
+    model, stored = n_bits(bits, 32, True, 2, accuracy=None), pack(numbers, bits)
+    b = model.graph.initializers["b"]
+    b.const_value, b.shape = ir.tensor(stored, name="b"), ir.Shape(stored.shape)
+    shifts, mask = range(0, 8, bits), (1 << bits) - 1
+    return [np.stack([(n >> s) & mask for s in shifts], -1).astype(int) for n in moved(model, "b")]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_one_packed_number_of_twelve_moves_by_one(bits: int) -> None:
-    model = n_bits(bits, 32, True, 2, accuracy=None)
     # More numbers than the fixture has, to count them.
-    wide = pack(quantize_blocks(matrix(512, 512), bits, 32, False).numbers, bits)
-    b = model.graph.initializers["b"]
-    b.const_value, b.shape = ir.tensor(wide, name="b"), ir.Shape(wide.shape)
-    before, after = moved(model, "b")
-    steps = unpacked(after, bits) - unpacked(before, bits)
+    before, after = packed(quantize_blocks(matrix(512, 512), bits, 32, False).numbers, bits)
+    steps = after - before
     assert set(np.unique(steps)) == {-1, 0, 1}
     assert (steps != 0).mean() == pytest.approx(1 / 12, rel=0.05)
     assert steps.mean() == pytest.approx(0, abs=2e-3)
@@ -425,12 +425,7 @@ def test_moved_numbers_are_as_far_from_a_weight_as_its_rounding() -> None:
     """What the measure rests on: the error of rounding W, and that of moving its numbers, are of one size."""
     w = matrix(D, 512)
     blocks = quantize_blocks(w, 4, 32, symmetric=False)
-    model = n_bits(4, 32, True, 2, accuracy=None)
-    b = model.graph.initializers["b"]
-    packed = pack(blocks.numbers, 4)
-    b.const_value, b.shape = ir.tensor(packed, name="b"), ir.Shape(packed.shape)
-    _, after = moved(model, "b")
-    numbers = unpacked(after, 4).reshape(blocks.numbers.shape)
+    numbers = packed(blocks.numbers, 4)[1].reshape(blocks.numbers.shape)
     values = (numbers - blocks.zeros[..., None].astype(np.float32)) * blocks.scales[..., None]
     rounding = np.linalg.norm(blocks.values() - w.reshape(blocks.numbers.shape))
     assert np.linalg.norm(values - blocks.values()) == pytest.approx(rounding, rel=0.1)

@@ -114,22 +114,26 @@ def text(rows: int = ROWS, length: int = LENGTH) -> tuple[Any, Any]:
     return rng.integers(3, 250, (rows, length)).astype(np.int32), document
 
 
-def whole_run(model: Any, rows: Any, document: Any, maps: Mapping[int, LinearLayer], how: FitInput) -> Loss:
-    """The loss by whole runs of both models, in NumPy."""
+def run(model: Any, rows: Any) -> list[Any]:
+    """The logits of each row, by itself."""
+    ids = [torch.from_numpy(row.astype(np.int64))[None] for row in rows]
+    with torch.inference_mode():
+        return [model(input_ids=row).logits[0].numpy() for row in ids]
 
-    def logits() -> list[Any]:
-        with torch.inference_mode():
-            return [
-                model(input_ids=torch.from_numpy(r.astype(np.int64))[None]).logits[0].numpy() for r in rows
-            ]
 
-    original = logits()
-    with replaced(model, maps, how):
-        changed = logits()
-    each = [by_hand(o, c, r) for o, c, r in zip(original, changed, rows, strict=True)]
+def losses(before: Any, after: Any, rows: Any, document: Any) -> tuple[float, ...]:
+    """KL and excess with their standard errors, in NumPy."""
+    each = [by_hand(o, c, r) for o, c, r in zip(before, after, rows, strict=True)]
     kl, excess = (np.concatenate([e[i] for e in each]) for i in (0, 1))
     owner = document[:, 1:].reshape(-1)
-    return Loss(*ratio_estimate(kl, owner), *ratio_estimate(excess, owner))
+    return (*ratio_estimate(kl, owner), *ratio_estimate(excess, owner))
+
+
+def whole_run(model: Any, rows: Any, document: Any, maps: Mapping[int, LinearLayer], how: FitInput) -> Loss:
+    """The loss by whole runs of both models."""
+    original = run(model, rows)
+    with replaced(model, maps, how):
+        return Loss(*losses(original, run(model, rows), rows, document))
 
 
 def assert_close(found: Loss, want: Loss) -> None:
@@ -299,21 +303,11 @@ def test_noise_against_a_run_with_the_noise_added_by_hand() -> None:
         drawn.append(noise * math.sqrt(NOISE * energy / D))
         return original(x) + drawn[-1]
 
-    def logits() -> list[Any]:
-        with torch.inference_mode():
-            return [
-                model(input_ids=torch.from_numpy(r.astype(np.int64))[None]).logits[0].numpy() for r in rows
-            ]
-
-    before = logits()
+    before = run(model, rows)
     inner.forward = noisy
-    after = logits()
+    after = run(model, rows)
     del inner.forward
-    each = [by_hand(b, a, r) for b, a, r in zip(before, after, rows, strict=True)]
-    owner = document[:, 1:].reshape(-1)
-    kl, excess = (np.concatenate([e[i] for e in each]) for i in (0, 1))
-    want = [v / NOISE for v in (*ratio_estimate(kl, owner), *ratio_estimate(excess, owner))]
-    assert_close(found, Loss(*want))
+    assert_close(found, Loss(*(v / NOISE for v in losses(before, after, rows, document))))
     per_token = torch.cat(drawn).square().sum(-1).mean()
     assert float(per_token) == pytest.approx(NOISE * energy, rel=0.05)
 

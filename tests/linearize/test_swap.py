@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
+from tests.fixtures_graph import maps_in_place
 from tests.linearize.made import random_maps
 from tests.listening import Notes
 from tests.models.test_weights import reads
@@ -57,23 +58,7 @@ def by_hand(
     model: Any, ids: torch.Tensor, layers: Mapping[int, LinearLayer], fit_input: FitInput
 ) -> torch.Tensor:
     """The original model, what whose attention of ``layers`` returns is W u + b instead, by hooks."""
-    stream: dict[int, torch.Tensor] = {}
-
-    def mapped(layer: LinearLayer, index: int) -> Any:
-        def attention(_module: Any, _args: Any, given: Any, output: Any) -> Any:
-            u = (given["hidden_states"] if fit_input == "normed" else stream[index]).double()
-            y = u @ torch.from_numpy(layer.w).double().T + torch.from_numpy(layer.b).double()
-            return (y.float(), *output[1:])
-
-        return attention
-
-    with ExitStack() as hooks:
-        for index, layer in layers.items():
-            block = model.model.layers[index]
-            keep = block.register_forward_pre_hook(lambda _m, args, i=index: stream.update({i: args[0]}))
-            put = block.self_attn.register_forward_hook(mapped(layer, index), with_kwargs=True)
-            hooks.callback(keep.remove)
-            hooks.callback(put.remove)
+    with maps_in_place(model, make_plan(layers, fit_input)):
         return logits(model, ids)
 
 

@@ -58,26 +58,9 @@ from tests.fixtures_graph import (
 )
 from tests.listening import Notes
 from tests.rewrite.by_hand import assert_clean, baseline, prompts
-from tests.sessions import cpu_session, empty_past
+from tests.sessions import cpu_session, decode, empty_past
 
 LAYERS, WIDTH, KV_WIDTH = 5, 64, 32  # stories260K
-
-
-def decode(runner: Any, rows: Sequence[Any], steps: int) -> list[Any]:
-    """All outputs of a ragged prefill and ``steps`` decode steps, straight from onnxruntime."""
-    names = [i.name for i in runner.get_inputs()]
-    past = empty_past(runner, len(rows))
-    ids, mask, positions = pad_left([r[: len(r) - steps] for r in rows])
-    outputs = []
-    for step in range(steps + 1):
-        if step:
-            ids = np.array([[r[len(r) - steps + step - 1]] for r in rows], dtype=np.int64)
-            mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-            positions = positions[:, -1:] + 1
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
-        outputs.append(runner.run(None, {k: v for k, v in feeds.items() if k in names}))
-        past = dict(zip(past, outputs[-1][1:], strict=True))
-    return outputs
 
 
 def full_recompute(model: Any, plan: Plan, row: Any) -> Any:
@@ -89,15 +72,15 @@ def full_recompute(model: Any, plan: Plan, row: Any) -> Any:
 
 
 def assert_computes_the_plan(path: Path, model: Any, plan: Plan, rows: Sequence[Any], steps: int) -> None:
-    outputs = decode(cpu_session(path), rows, steps)
-    for number, row in enumerate(rows):
-        expected = full_recompute(model, plan, row)
-        prefill = len(row) - steps
-        np.testing.assert_allclose(outputs[0][0][number, -prefill:], expected[:prefill], rtol=0, atol=1e-3)
-        for step in range(steps):
-            np.testing.assert_allclose(
-                outputs[1 + step][0][number, 0], expected[prefill + step], rtol=0, atol=1e-3
-            )
+    """In a ragged prefill and in decode steps, by onnxruntime alone."""
+    runner = cpu_session(path)
+    past, (_, *present) = empty_past(runner, len(rows)), [o.name for o in runner.get_outputs()]
+    expected = [full_recompute(model, plan, row) for row in rows]
+    pairs = dict(zip(past, present, strict=True))
+    for step, found in enumerate(decode(runner, rows, past, pairs, steps)):
+        for logits, want in zip(found["logits"], expected, strict=True):
+            own = want[len(want) - steps + step - 1 :][:1] if step else want[: len(want) - steps]
+            np.testing.assert_allclose(logits[-len(own) :], own, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -318,16 +301,25 @@ def beyond_float16(plan: Plan, layer: int) -> Plan:
     return replace(plan, layers={**plan.layers, layer: LinearLayer(w, plan.layers[layer].b)})
 
 
+def computed(path: Path, plan: Plan, layer: int) -> tuple[dict[str, int], str, Any, Any]:
+    """The types of all maps' numbers; of one layer the operator that writes its output, that, and W u + b of its u."""
+    proto = onnx.load(str(path))
+    types = {t.name: t.data_type for t in proto.graph.initializer if "nbl_linear" in t.name}
+    described = json.loads(next(p.value for p in proto.metadata_props if p.key == "nbl_export.layers"))[layer]
+    writer = next(n for n in proto.graph.node if described["output"] in n.output)
+    tensors = intermediate_tensors(path, [described["input"], described["output"]], plan.probe)
+    u, y = (v[plan.probe["attention_mask"].astype(bool)].astype(np.float64) for v in tensors.values())
+    return types, writer.op_type, y, (u, u @ plan.layers[layer].w.T.astype(np.float64) + plan.layers[layer].b)
+
+
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(("name", "form"), zip(HALVES, FORMS, strict=True))
 def test_a_map_beyond_float16_is_computed_in_float32(
     graphs: Any, stories_out: Path, tmp_path: Path, form: str, name: str
 ) -> None:
     plan = beyond_float16(plan_by_hand(stories_out, (0, 3), "residual"), 0)
-    path = tmp_path / "model.onnx"
-    rewrite_file(graphs[form, name], plan, path)
-    proto = onnx.load(str(path))
-    types = {t.name: t.data_type for t in proto.graph.initializer if "nbl_linear" in t.name}
+    rewrite_file(graphs[form, name], plan, tmp_path / "model.onnx")
+    types, writer, y, (u, expected) = computed(tmp_path / "model.onnx", plan, 0)
     full = onnx.TensorProto.FLOAT if name == "fp16" else DATA[name]
     assert types == {
         "layers.0.nbl_linear.weight": full,
@@ -335,18 +327,10 @@ def test_a_map_beyond_float16_is_computed_in_float32(
         "layers.3.nbl_linear.weight": DATA[name],
         "layers.3.nbl_linear.bias": DATA[name],
     }
-    described = json.loads(next(p.value for p in proto.metadata_props if p.key == "nbl_export.layers"))[0]
-    writer = {n.output[0]: n for n in proto.graph.node}[described["output"]]
-    assert writer.op_type == ("Cast" if name == "fp16" else "Add")
-    # Its numbers: W u + b in float64 of the u that the graph has.
-    found = intermediate_tensors(path, [described["input"], described["output"], "logits"], plan.probe)
-    u, y, _ = (v.astype(np.float64) for v in found.values())
-    linear = plan.layers[0]
-    real = plan.probe["attention_mask"].astype(bool)
-    expected = (u @ linear.w.T.astype(np.float64) + linear.b)[real]
+    assert writer == ("Cast" if name == "fp16" else "Add")
     assert np.abs(expected).max() < 65_504
-    scale = np.abs(u)[real] @ np.abs(linear.w.T) + np.abs(linear.b)
-    assert (np.abs(y[real] - expected) <= {"fp16": 2.0**-10, "bf16": 2.0**-6}[name] * scale).all()
+    scale = np.abs(u) @ np.abs(plan.layers[0].w.T) + np.abs(plan.layers[0].b)
+    assert (np.abs(y - expected) <= {"fp16": 2.0**-10, "bf16": 2.0**-6}[name] * scale).all()
 
 
 # A residual stream that float16 cannot hold --------------------------------------------------------
@@ -363,22 +347,12 @@ def test_a_map_whose_result_is_kept_in_float32_is_computed_in_float32(
     save_graph(model, source)
     plan = plan_by_hand(stories_out, (1,))
     # Every entry fits into float16, their sum does not.
-    linear = LinearLayer(plan.layers[1].w.copy(), plan.layers[1].b.copy())
-    linear.w[5] = 30_000 * np.sign(plan.probe_u[1][0])
-    rewrite_file(source, replace(plan, layers={1: linear}), tmp_path / "model.onnx")
-    proto = onnx.load(str(tmp_path / "model.onnx"))
-    types = {t.name: t.data_type for t in proto.graph.initializer if "nbl_linear" in t.name}
-    assert set(types.values()) == {onnx.TensorProto.FLOAT} and len(types) == 2
-    writers = {n.output[0]: n for n in proto.graph.node}
-    described = json.loads(next(p.value for p in proto.metadata_props if p.key == "nbl_export.layers"))[1]
-    assert writers[described["output"]].op_type == "Add"
-    u, y = intermediate_tensors(
-        tmp_path / "model.onnx", [described["input"], described["output"]], plan.probe
-    ).values()
-    real = plan.probe["attention_mask"].astype(bool)
-    expected = u[real].astype(np.float64) @ linear.w.T + linear.b
+    plan.layers[1].w[5] = 30_000 * np.sign(plan.probe_u[1][0])
+    rewrite_file(source, plan, tmp_path / "model.onnx")
+    types, writer, y, (_, expected) = computed(tmp_path / "model.onnx", plan, 1)
+    assert set(types.values()) == {onnx.TensorProto.FLOAT} and len(types) == 2 and writer == "Add"
     assert np.abs(expected).max() > 65_504
-    np.testing.assert_allclose(y[real], expected, rtol=1e-3, atol=1)
+    np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1)
 
 
 # Proof -------------------------------------------------------------------------------------------
@@ -427,29 +401,15 @@ def test_spans_of_a_real_model(
 # compared with what a linear layer gives ----------------------------------------------------------
 
 
-def without_attention(model: Any, layers: tuple[int, ...], row: Any) -> Any:
-    """Logits [sequence, vocab] of transformers' own model whose attention in ``layers`` writes zeros."""
-    hooks = [
-        model.model.layers[i].self_attn.register_forward_hook(
-            lambda _m, _a, output: (torch.zeros_like(output[0]), *output[1:])
-        )
-        for i in layers
-    ]
-    try:
-        with torch.inference_mode():
-            ids = torch.from_numpy(row.astype(np.int64))[None]
-            return model(input_ids=ids, use_cache=False).logits[0].numpy()
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @pytest.mark.parametrize("layers", [(1, 4), (0, 1, 2, 3, 4)], ids=str)
 def test_what_is_left_is_the_model_without_those_layers(
     stories_out: Path, stories_model: Any, tmp_path: Path, layers: tuple[int, ...]
 ) -> None:
     path = tmp_path / "linear.onnx"
-    rewrite_file(stories_out / "baseline" / "model.onnx", plan_by_hand(stories_out, layers), path)
+    plan = plan_by_hand(stories_out, layers)
+    nothing = LinearLayer(np.zeros((WIDTH, WIDTH), np.float32), np.zeros(WIDTH, np.float32))
+    zeros = replace(plan, layers=dict.fromkeys(layers, nothing))
+    rewrite_file(baseline(stories_out), plan, path)
     graph = load_graph(path)
     before = len(list(graph.graph))
     drop_layers(graph)
@@ -460,7 +420,7 @@ def test_what_is_left_is_the_model_without_those_layers(
     rows = ragged_rows((9, 4), 500, seed=7)
     logits = decoder(*pad_left(rows), decoder.empty_past(2)).logits
     for i, row in enumerate(rows):
-        expected = without_attention(stories_model, layers, row)
+        expected = full_recompute(stories_model, zeros, row)
         np.testing.assert_allclose(logits[i, 9 - len(row) :], expected, rtol=0, atol=5e-4)
 
 
