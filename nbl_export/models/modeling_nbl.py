@@ -1,7 +1,7 @@
 """A model of transformers with linear layers in the place of attentions and MLPs (Neural Block Linearization).
 
 This file lies in the folder of a model that `nbl-export convert --to hf` has written, with the classes of that model at
-its end, and needs torch and transformers alone. In nbl-export what makes and registers such classes is at its end.
+its end, and needs torch and transformers alone. In nbl-export it is a module of its own.
 """
 
 from __future__ import annotations

@@ -162,9 +162,7 @@ def same_model(
     told = {name: value for name, value in info.items() if name != _TRUST}
     recorded = from_json(ModelSource, told, "The record of the model", remedy)
     if at is not None:
-        return expected(
-            find_model(at, trust_remote_code, digests, early), recorded.source, recorded.fingerprint
-        )
+        return expected(find_model(at, trust_remote_code, digests, early), recorded)
     folder = Path(recorded.path)
     if recorded.kind == "hub" and not folder.is_dir():
         folder = _hub_snapshot(recorded.source, trust_remote_code, fetch=False)
@@ -176,20 +174,16 @@ def same_model(
             f"or {remedy}."
         )
     found = _read(recorded.source, there, recorded.kind, trust_remote_code, digests or Digests(), early)
+    return expected(found, recorded)
+
+
+def expected(found: ModelSource, recorded: ModelIdentity) -> ModelSource:
+    """``found``, which must be the ``recorded`` model."""
     if found.fingerprint != recorded.fingerprint:
         raise InputError(
-            f"The model {recorded.source} has changed since this output folder was made from it: "
-            "choose another --output."
-        )
-    return found
-
-
-def expected(found: ModelSource, source: str, fingerprint: str) -> ModelSource:
-    """``found``, which must be the model of that ``fingerprint``; ``source`` is what it was called."""
-    if found.fingerprint != fingerprint:
-        raise InputError(
-            f"{found.source} is not the model that this was made from ({source}, fingerprint {fingerprint[:12]}; here "
-            f"{found.fingerprint[:12]}): name that one with --model."
+            f"{found.source} is not the model that this was made from, or has changed since ({recorded.source}, "
+            f"fingerprint {recorded.fingerprint[:12]}; here {found.fingerprint[:12]}): name that one with --model, or "
+            "start again with another --output."
         )
     return found
 

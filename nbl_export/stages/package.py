@@ -219,7 +219,7 @@ def verify_package(
     for name, digest in found.files.items():
         if not (root / name).is_file() or sha256_of_file(root / name) != digest:
             raise InputError(f"{root / name} is missing or was changed after it was packaged: {REMEDY}.")
-    source = expected(find_model(str(model), trust_remote_code), found.model.source, found.model.fingerprint)
+    source = expected(find_model(str(model), trust_remote_code), found.model)
     places, loaded = Places(root), LoadedModel(source, listener)
     plan = load_plan(places.plan)
     if plan.model != source.fingerprint:

@@ -37,45 +37,42 @@ from tests.tiny import save_tokenizer
 from tests.tiny_types import tiny_model
 
 
-def load_refusal(source: Path | str) -> str:
-    """The sentence with which a model is refused, at the latest while loading."""
+def dropped(weights: dict[str, torch.Tensor]) -> object:
+    return weights.pop("model.layers.1.self_attn.o_proj.weight")
+
+
+def spoiled(weights: dict[str, torch.Tensor]) -> object:
+    return weights["model.layers.1.mlp.up_proj.weight"][2, 3].fill_(float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            dropped,
+            "has no weights for model.layers.1.self_attn.o_proj.weight and 0 more, which LlamaForCausalLM",
+        ),
+        (spoiled, "the weight model.layers.1.mlp.up_proj.weight is NaN or infinite"),
+    ],
+)
+def test_weights_that_are_missing_or_no_numbers(folder: Path, spoil: Any, said: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    spoil(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError) as caught:
-        load_model(find_model(str(source)))
-    return one_sentence(caught)
+        load_model(find_model(str(folder)))
+    assert said in one_sentence(caught)
 
 
-def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    name = "model.layers.1.self_attn.o_proj.weight"
-    del weights[name]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert name in load_refusal(folder)
-
-
-def test_a_weight_that_is_no_number_is_named(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.weight"
-    weights[name][2, 3] = float("inf")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert f"the weight {name} is NaN or infinite" in load_refusal(folder)
-
-
-def test_an_architecture_that_transformers_does_not_know(folder: Path) -> None:
-    edit_config(folder, model_type="nonsense", architectures=["NonsenseForCausalLM"])
-    known = (
-        f"{folder} has an architecture that transformers {transformers.__version__} does not know: install "
-    )
-    assert load_refusal(folder).startswith(known)
-
-
-def test_a_tokenizer_that_cannot_be_read(folder: Path) -> None:
+def test_what_transformers_does_not_read(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError) as caught:
-        load_tokenizer(find_model(str(folder)))
-    assert f"No tokenizer can be loaded from {folder}" in one_sentence(caught)
-
-
-# precision ---------------------------------------------------------------------------------------
+    source = find_model(str(folder))
+    with pytest.raises(InputError, match=rf"^No tokenizer can be loaded from {folder}"):
+        load_tokenizer(source)
+    edit_config(folder, model_type="nonsense", architectures=["NonsenseForCausalLM"])
+    known = f"has an architecture that transformers {transformers.__version__} does not know: install "
+    with pytest.raises(InputError, match=known):
+        load_model(find_model(str(folder)))
 
 
 # processors --------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +40,12 @@ def refused(source: Path | str, *words: str) -> None:
 # found -------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_found_and_loads(tiny_folder: Path) -> None:
+def test_a_folder_is_found(tiny_folder: Path) -> None:
     found = find_model(str(tiny_folder))
     assert (found.source, found.kind, found.path) == (str(tiny_folder), "folder", str(tiny_folder.resolve()))
     assert found.gguf_file is None
     assert not found.trust_remote_code
     assert len(found.fingerprint) == 64
-    model: Any = load_model(found)
-    weights = load_file(tiny_folder / "model.safetensors")
-    state = model.state_dict()
-    assert set(weights) <= set(state)
-    assert all(torch.equal(state[name], value) for name, value in weights.items())
-    assert all(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters())
-    assert not model.training
-    assert load_tokenizer(found)("ab")["input_ids"]
 
 
 def test_a_gguf_file_is_found_by_its_magic(tmp_path: Path) -> None:
@@ -76,10 +70,7 @@ def test_the_same_model_is_found_again_and_a_changed_one_refused(folder: Path) -
     assert len({info["fingerprint"], changed, find_model(str(folder)).fingerprint}) == 3
     with pytest.raises(InputError) as caught:
         same_model(info)
-    message = one_sentence(caught)
-    assert str(folder) in message
-    assert "has changed since" in message
-    assert "--output" in message
+    assert re.search(rf"{folder} .* has changed since .* another --output", one_sentence(caught))
 
 
 # refused before loading --------------------------------------------------------------------------
@@ -101,52 +92,75 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     assert "it has 2 .gguf files, name one of them" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]"])
-def test_a_broken_config(folder: Path, content: bytes) -> None:
-    (folder / "config.json").write_bytes(content)
-    refused(folder, str(folder), "config.json cannot be read")
+Spoil = Callable[[Path], object]
 
 
-def test_pickled_weights_are_not_loaded(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    torch.save(weights, folder / "pytorch_model.bin")
+def configured(**changes: Any) -> Spoil:
+    return lambda folder: edit_config(folder, **changes)
+
+
+def written(name: str, content: bytes) -> Spoil:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def of_t5(architecture: str) -> Spoil:
+    return configured(model_type="t5", is_encoder_decoder=True, architectures=[architecture])
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    refused(folder, "has no .safetensors weights", "pickled weights (.bin) are not loaded", "save_pretrained")
-
-
-def test_an_encoder_decoder_model(tmp_path: Path) -> None:
-    from transformers import T5Config, UMT5Config
-
-    T5Config(d_model=8, num_layers=1, num_heads=1).save_pretrained(tmp_path)
-    refused(
-        tmp_path,
-        "is an encoder-decoder model (t5)",
-        "only decoder-only language models and encoders are supported",
-    )
-    UMT5Config(d_model=8, num_layers=1, num_heads=1, architectures=["UMT5EncoderModel"]).save_pretrained(
-        tmp_path
-    )
-    assert "is the encoder of an encoder-decoder model (umt5)" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "architecture", ["BertForNextSentencePrediction", "BertForMultipleChoice", "WhisperEncoder"]
+    ("spoil", "said"),
+    [
+        *(
+            (written("config.json", content), "config.json cannot be read")
+            for content in (b"{", b"\xff\xfe", b"[]")
+        ),
+        (
+            pickled,
+            "has no .safetensors weights: pickled weights (.bin) are not loaded; convert them with `save_pret",
+        ),
+        (
+            of_t5("T5Model"),
+            "is an encoder-decoder model (t5): only decoder-only language models and encoders are",
+        ),
+        (of_t5("T5EncoderModel"), "is the encoder of an encoder-decoder model (t5)"),
+        *(
+            (
+                configured(architectures=[head]),
+                f"for a task that is not supported (architecture {head}): supported are …ForCausalLM",
+            )
+            for head in ("BertForNextSentencePrediction", "BertForMultipleChoice", "WhisperEncoder")
+        ),
+        # Weights that lie elsewhere, or are quantized. Where peft is installed, transformers loads an adapter on top,
+        # also from a pickle.
+        (configured(transformers_weights="sub/x.safetensors"), "config.json has transformers_weights 'sub/x"),
+        (configured(text_config={"backbone": "someone/model"}), "config.json has backbone 'someone/model'"),
+        (configured(towers=[{"attribute_map": {"mine": "x"}}]), "config.json has attribute_map"),
+        (written("adapter_config.json", b'{"peft_type": "LORA"}'), "merge it into the model"),
+        (configured(quantization_config={"quant_method": "gptq"}), "is a quantized checkpoint (gptq)"),
+        (
+            configured(text_config={"model_type": "llama", "quantization_config": {"quant_method": "awq"}}),
+            "checkpoint (awq)",
+        ),
+        (configured(compression_config={"quant_method": "compressed-tensors"}), "(compressed-tensors)"),
+        (
+            configured(quantization_config={"load_in_4bit": True}),
+            "checkpoint (bitsandbytes): dequantize it first",
+        ),
+    ],
 )
-def test_a_head_that_is_not_served(folder: Path, architecture: str) -> None:
-    edit_config(folder, architectures=[architecture])
-    message = refusal(folder)
-    assert (
-        f"is for a task that is not supported (architecture {architecture}): supported are …ForCausalLM"
-        in message
-    )
+def test_a_folder_that_is_not_served(folder: Path, spoil: Spoil, said: str) -> None:
+    spoil(folder)
+    assert said in refusal(folder)
 
 
 def test_a_hub_id_without_a_network() -> None:
     source = "someone/no-such-model"
-    message = refusal(source)
-    assert message.startswith(f"{source} is not a local path")
-    assert "cannot be reached" in message
-    assert "spelling and the network" in message
+    refused(source, f"{source} is not a local path", "cannot be reached", "spelling and the network")
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -192,34 +206,6 @@ def split(folder: Path, second: str) -> Path:
     index = {"metadata": {}, "weight_map": {n: name for name, held in parts.items() for n in held}}
     (folder / INDEX).write_text(json.dumps(index))
     return folder / second
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"transformers_weights": "sub/x.safetensors"}, "config.json has transformers_weights 'sub/x"),
-        ({"text_config": {"backbone": "someone/model"}}, "config.json has backbone 'someone/model'"),
-        ({"towers": [{"attribute_map": {"mine": "x"}}]}, "config.json has attribute_map"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "is a quantized checkpoint (gptq)"),
-        (
-            {"text_config": {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}},
-            "checkpoint (awq)",
-        ),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, "(compressed-tensors)"),
-        ({"quantization_config": {"load_in_4bit": True}}, "checkpoint (bitsandbytes): dequantize it first"),
-    ],
-)
-def test_weights_that_lie_elsewhere_or_are_quantized(
-    folder: Path, changes: dict[str, Any], named: str
-) -> None:
-    edit_config(folder, **changes)
-    assert named in refusal(folder)
-
-
-def test_an_adapter_beside_the_weights(folder: Path) -> None:
-    """Where peft is installed, transformers loads it on top, also from a pickle."""
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert "merge it into the model" in refusal(folder)
 
 
 # weight files ------------------------------------------------------------------------------------

@@ -8,14 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from nbl_export.linearize.plan import Adapter
-from nbl_export.linearize.swap import adapted
 from nbl_export.models import weights
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
@@ -35,6 +32,7 @@ from tests import families
 from tests.models.spoiled import small_gguf
 from tests.tiny import build as build_tiny
 from tests.tiny import save_tokenizer
+from tests.tiny_types import tiny_model
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -190,22 +188,6 @@ def test_a_model_stays_if_all_of_it_finds_room(model: Any) -> None:
     assert 0 < room() <= 2 << 30
 
 
-def test_adapters_are_merged_into_what_is_read_and_nowhere_else(model: Any, half_folder: Path) -> None:
-    name = "model.layers.2.mlp.down_proj.weight"
-    rng = np.random.default_rng(0)
-    up, down = (rng.standard_normal(s).astype(np.float32) for s in ((32, 3), (3, 64)))
-    theirs = plain(half_folder)
-    with torch.no_grad():
-        theirs.get_parameter(name).add_(torch.from_numpy(up @ down))
-    half = in_precision(model, "float16")
-    before = logits(half)
-    with adapted(model, {name: Adapter(up, down, ())}):
-        assert torch.equal(logits(model), logits(theirs))
-        assert torch.equal(logits(half), before), "another precision of the same checkpoint"
-    assert model.get_parameter(name).is_meta
-    assert torch.equal(logits(model), logits(plain(half_folder)))
-
-
 def test_a_model_whose_passes_are_timed_reads_nothing_in_one(model: Any, tmp_path: Path) -> None:
     gguf = load_model(find_model(str(small_gguf(tmp_path / "m.gguf", 1))))
     for one in (model, in_precision(model, "bfloat16"), gguf):
@@ -274,26 +256,8 @@ def test_a_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     assert torch.equal(logits(model, ids), logits(plain(tmp_path, gguf_file="m.gguf"), ids))
 
 
-SIZES = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "decoder_sparse_step": 1,
-}
-FAMILIES = ("mixtral", "qwen3_moe")
-
-
-def saved(target: Path, family: str = "mixtral", **changes: Any) -> Path:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **changes})
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(target)
+def saved(target: Path, family: str = "mixtral") -> Path:
+    tiny_model(family).to(torch.bfloat16).save_pretrained(target)
     save_tokenizer(target)
     return target
 
@@ -302,7 +266,7 @@ def of_experts(model: Any) -> dict[str, Merged]:
     return {read.name: read for read in streaming_of(model).stored.read.values() if isinstance(read, Merged)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_are_read_by_block_and_are_what_transformers_makes(family: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "m", family)
     model = load_model(find_model(str(folder)))

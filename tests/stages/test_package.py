@@ -177,7 +177,7 @@ def test_another_model_is_refused(copied: Path, stories_folder: Path, tmp_path: 
     from safetensors.numpy import save_file
 
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"other is not the model that this was made from .* with --model"):
+    with pytest.raises(InputError, match=r"other is not the model that this was made from, .* with --model"):
         api.verify_package(copied, other)
 
 
