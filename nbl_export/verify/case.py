@@ -21,7 +21,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.batch import BASE, LINEARIZED, PIXELS, TOKENS, Inputs, batch_of_rows, words
+from nbl_export.batch import PIXELS, TOKENS, Inputs, batch_of_rows, words
 from nbl_export.blocks import Block
 from nbl_export.calibrate.text import CalibrationText
 from nbl_export.engine.manifest import EngineFile
@@ -85,12 +85,6 @@ class Case:
         if self.baseline is None:
             return "the unmodified graph is not there"
         return UNTIMED if needs_emulation(self.graph) else None
-
-    @property
-    def graphs(self) -> dict[str, Path]:
-        """The graphs that are there, by role."""
-        base = {} if self.baseline is None else {BASE: self.baseline}
-        return {**base, LINEARIZED: self.rewritten}
 
 
 @dataclass(frozen=True)

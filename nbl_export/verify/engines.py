@@ -143,9 +143,11 @@ def _engine_speed(
     for role, stream in streams.items():
         own = BASE_ENGINE if role == LINEARIZED else None
         candidates.append(Candidate(f"{role} engine", partial(StreamPrompt, stream), own))
-    for role, path in case.graphs.items():
+    for role, path in ((BASE, case.baseline), (LINEARIZED, case.rewritten)):
         own = f"onnxruntime CUDA, {BASE}" if role == LINEARIZED else None
-        candidates.append(replace(graph_candidate(f"onnxruntime CUDA, {role}", path, own, CUDA), cost=None))
+        if path:
+            graph = graph_candidate(f"onnxruntime CUDA, {role}", path, own, CUDA)
+            candidates.append(replace(graph, cost=None))
     harness = Harness(
         [*candidates, Candidate(f"PyTorch eager, {BASE}", eager)],
         Machine(gpu.name, compute_capability=gpu.compute_capability),
