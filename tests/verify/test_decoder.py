@@ -1,35 +1,41 @@
-"""A decoder measured part by part: what passes, what fails and where it says so, and what is left out."""
+"""A decoder measured part by part, its engines and its forms: what passes, what fails and where it says so."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from nbl_export.calibrate.text import CalibrationText
+from nbl_export.calibrate.text import CalibrationText, load_text
 from nbl_export.engine.library import Gpu
 from nbl_export.engine.manifest import EngineFile, Limits
-from nbl_export.errors import BuildError, InputError, NblError
+from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.rounding import UNTIMED
-from nbl_export.linearize.plan import Plan
+from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
+from nbl_export.linearize.swap import linearized
 from nbl_export.models.weights import in_precision
 from nbl_export.progress import Silent
 from nbl_export.runtime.tensorrt import EngineStream
+from nbl_export.runtime.torch import torch_stream
 from nbl_export.settings import VerifySettings
 from nbl_export.verify import engines as engines_module
 from nbl_export.verify import measure as module
 from nbl_export.verify.case import DecoderCase, Measurement, fitting_prompts
+from nbl_export.verify.engines import check_gguf, check_tokens, measure_converted
 from nbl_export.verify.measure import measure
 from nbl_export.verify.parity.figures import DecoderParity, gates_for
 from nbl_export.verify.speed.pair import fitting_contexts
+from nbl_export.workspace import Workspace
 from tests.runtime.fake_tensorrt import Graphs, loaded_engine, manifest_of
-from tests.verify.measured import LAYERS, PARITY, case_of, changed, checks, with_fault
+from tests.verify.conftest import LAYERS, PARITY, case_of, changed, checks, with_fault
 
 
 def test_a_right_graph_passes_and_what_is_not_asked_for_says_so(
@@ -286,13 +292,10 @@ def test_an_engine_that_cannot_run_is_a_failed_check_and_not_the_end(
 @pytest.mark.parametrize("limits", [Limits(3, 4, 8), Limits(3, 1, 2)], ids=str)
 def test_an_engine_too_short_for_the_steps_is_no_crash_and_no_pass(on_gpu: Measure, limits: Limits) -> None:
     """``build --max-context 8`` and ``verify --decode-steps 8`` are both allowed."""
-    try:
-        result = on_gpu(settings=replace(PARITY, decode_steps=8), limits=limits)
-    except NblError as error:
-        assert "context" in str(error)
-        return
-    told = [c for c in result.checks if c.name in ("engine parity", "engine run")]
-    assert told and "passed" not in {c.status for c in told if result.engine_parity is None}
+    result = on_gpu(settings=replace(PARITY, decode_steps=8), limits=limits)
+    told = checks(result)["engine run"]
+    assert told.status == "skipped" and "hold no prompt and 8 decode steps" in told.detail
+    assert result.engine_parity is None
 
 
 def test_without_a_gpu_nothing_is_run_and_nothing_passes(
@@ -346,3 +349,82 @@ def test_speed_of_everyone_at_the_contexts_that_the_engines_hold(on_gpu: Measure
         name, why = f"onnxruntime CUDA, {graph}", "onnxruntime has no CUDAExecutionProvider here"
         assert all(cell.absent[name] == why for cell in speed.cells)
         assert result.notes.count(f"Not timed on the GPU: {name}: {why}.") == 1
+
+
+@pytest.fixture
+def measured(stories_out: Path, stories_model: Any) -> Callable[..., tuple[str, str]]:
+    """The verdict of a form that computes by another plan than it should, and what the unmodified one does."""
+    ws = Workspace.open(stories_out)
+    plan, text = load_plan(ws.plan), load_text(ws.text)
+    settings = VerifySettings(decode_steps=2)
+    case = DecoderCase(stories_model, plan, None, ws.model, settings, Silent(), text)
+
+    def measure(precision: str, change: Callable[[LinearLayer], LinearLayer]) -> tuple[str, str]:
+        whole = plan.layers
+        wrong = replace(plan, layers={i: change(whole[i]) for i in whole})
+        plans: dict[str, Plan] = {"form": wrong, "unmodified": plan.without_layers()}
+
+        @contextmanager
+        def opened(path: Path, _rows: int, _length: int) -> Any:
+            by = plans[path.name]
+            with linearized(stories_model, by):
+                yield torch_stream(stories_model, by.linear_attention)
+
+        check, _ = measure_converted(
+            case, Path("form"), precision, "an engine", opened, lambda: Path("unmodified")
+        )
+        return check.status, check.detail
+
+    return measure
+
+
+def scaled(by: float) -> Callable[[LinearLayer], LinearLayer]:
+    return lambda one: LinearLayer((one.w * np.float32(by)).astype(np.float32), one.b)
+
+
+def test_the_same_plan_passes_in_every_precision(measured: Callable[..., tuple[str, str]]) -> None:
+    for precision in ("fp32", "fp16", "bf16", "q8_0"):
+        status, detail = measured(precision, scaled(1.0))
+        assert status == "passed" and "in an engine, within all" in detail
+
+
+@pytest.mark.parametrize(("precision", "by"), [("fp32", 1.01), ("fp16", 1.05), ("bf16", 1.5), ("q8_0", 1.02)])
+def test_another_plan_fails(measured: Callable[..., tuple[str, str]], precision: str, by: float) -> None:
+    assert measured(precision, scaled(by))[0] == "failed"
+
+
+CONFIG = SimpleNamespace(hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
+CASE: Any = SimpleNamespace(
+    model=SimpleNamespace(config=CONFIG), text=SimpleNamespace(heldout=np.arange(300, 340)[None])
+)
+
+
+@pytest.mark.parametrize(
+    ("layers", "status"), [((0, 1, 3), "passed"), ((0, 1, 2, 3), "failed"), ((0,), "failed")]
+)
+def test_a_cache_of_other_layers_is_seen(
+    monkeypatch: pytest.MonkeyPatch, layers: tuple[int, ...], status: str
+) -> None:
+    stream = SimpleNamespace(memory_bytes=3 * 2 * 4 * 8 * 4 * 512, slots=512, tokenize=None)
+    monkeypatch.setattr("nbl_export.verify.engines.LlamaCppStream", lambda *_, **__: nullcontext(stream))
+    monkeypatch.setattr("nbl_export.verify.engines.check_tokens", lambda *_: None)
+    case: Any = SimpleNamespace(model=CASE.model, plan=SimpleNamespace(attention_layers=layers))
+    assert check_gguf(case, Path("model.gguf"), None)[1].status == status
+
+
+@pytest.mark.parametrize("wrong", [None, 5, -1])
+def test_another_token_is_seen_and_named(stories_folder: Path, wrong: int | None) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(stories_folder)
+
+    def tokenize(text: str) -> list[int]:
+        own = list(tokenizer(text).input_ids)
+        if wrong == -1:
+            return own[:-1]
+        return own if wrong is None else [*own[:wrong], 7, *own[wrong + 1 :]]
+
+    found = check_tokens(CASE, tokenizer, tokenize, "llama.cpp")
+    assert found.status == ("passed" if wrong is None else "failed")
+    if wrong == 5:
+        assert found.detail.startswith("token 5 of held-out text is [7] in llama.cpp")

@@ -43,7 +43,7 @@ from tests.encoders import (
 )
 from tests.fixtures_graph import maps_in_place, original_logits, plan_by_hand, tensors_of
 from tests.listening import Notes
-from tests.verify.measured import with_fault
+from tests.verify.conftest import with_fault
 
 PARITY = VerifySettings(quality=False, speed=False)
 CHOSEN = (0, 2)
