@@ -176,19 +176,6 @@ def test_sources_are_refused_before_a_row_is_read(tmp_path: Path) -> None:
         check_tasks(["hellaswagg", "./none"])
 
 
-def test_a_task_file_of_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness's own form of a task, on local data: its documents are sampled too."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    path = mine(tmp_path, [{**QUESTION, "question": f"Q{i}?"} for i in range(40)])
-    (task,) = find_tasks([path], EvalSettings(limit=8))
-    assert task.name == "mine" and task.total == 40
-    assert task.indices is not None and len(task.indices) == 8 and list(task.indices) == sorted(task.indices)
-    assert list(task.indices) != list(range(8))
-    (again,) = find_tasks([path], EvalSettings(limit=8))
-    (other,) = find_tasks([path], EvalSettings(limit=8, seed=1))
-    assert again.digest == task.digest != other.digest
-
-
 MINE = """
 task: mine
 dataset_path: json
