@@ -94,10 +94,6 @@ class OrtModel:
         feeds |= self.interface.named(inputs)
         if NUM_LOGITS_TO_KEEP in feeds:
             feeds[NUM_LOGITS_TO_KEEP] = np.array(num_logits, dtype=np.int64)
-        return self.run(feeds)
-
-    def run(self, feeds: Mapping[str, Any]) -> DecoderOutput:
-        """Logits and the extended cache for the session's inputs ``feeds``."""
         own = len(self.output_names)
         found = run_session(self.session, [*self.output_names, *self.watch.names], feeds)
         if self.watch.names:

@@ -35,6 +35,7 @@ from nbl_export.models.weights import device_of, in_precision, resident, room
 from nbl_export.progress import Listener
 from nbl_export.rewrite.routers import routers
 from nbl_export.runtime.ort import OrtModel, ort_stream
+from nbl_export.runtime.session import run_session
 from nbl_export.runtime.torch import TorchEncoder
 from nbl_export.verify.case import (
     Case,
@@ -293,8 +294,9 @@ def _by_graph(decoder: OrtModel, row: I32, media: MediaTokens) -> F32:
     given[EMBEDDINGS][there] = media.features[index[there]]
     places = media.positions(torch.from_numpy(ids)).numpy()
     inputs = {**given, POSITIONS: places if len(places) > 1 else places[0]}
-    logits: F32 = decoder.run(decoder.interface.row(inputs, decoder.cache_dtype)).logits
-    return logits[0, -LAST:]
+    feeds = decoder.interface.row(inputs, decoder.cache_dtype)
+    (logits,) = run_session(decoder.session, [decoder.interface.logits], feeds)
+    return np.asarray(logits)[0, -LAST:]
 
 
 # encoders -----------------------------------------------------------------------------------------
