@@ -48,38 +48,39 @@ if TYPE_CHECKING:
     from nbl_export.report.diff import diff
     from nbl_export.rewrite.replace import RewriteResult
     from nbl_export.stages.bench import bench
-    from nbl_export.stages.build import build
     from nbl_export.stages.calibrate import calibrate
     from nbl_export.stages.convert import convert
-    from nbl_export.stages.dry_run import dry_run
     from nbl_export.stages.evaluate import evaluate
     from nbl_export.stages.export import export
     from nbl_export.stages.generate import generate
-    from nbl_export.stages.in_order import run
+    from nbl_export.stages.in_order import dry_run, run
     from nbl_export.stages.inspection import inspect, report
     from nbl_export.stages.package import package, verify_package
-    from nbl_export.stages.rewrite import rewrite
-    from nbl_export.stages.select.stage import select
+    from nbl_export.stages.rewrite import build, rewrite
+    from nbl_export.stages.select import select
     from nbl_export.stages.verify import verify
 
 else:
     # The module of each verb, which is imported when the verb is first asked for: most need torch.
     _VERBS = {
+        "bench": "stages.bench",
+        "build": "stages.rewrite",
+        "calibrate": "stages.calibrate",
+        "convert": "stages.convert",
         "diff": "report.diff",
         "doctor": "doctor",
-        "dry_run": "stages.dry_run",
+        "dry_run": "stages.in_order",
+        "evaluate": "stages.evaluate",
+        "export": "stages.export",
+        "generate": "stages.generate",
         "inspect": "stages.inspection",
+        "package": "stages.package",
         "report": "stages.inspection",
+        "rewrite": "stages.rewrite",
         "run": "stages.in_order",
-        "select": "stages.select.stage",
+        "select": "stages.select",
+        "verify": "stages.verify",
         "verify_package": "stages.package",
-        **{
-            verb: f"stages.{verb}"
-            for verb in (
-                *("bench", "build", "calibrate", "convert", "evaluate", "export", "generate", "package"),
-                *("rewrite", "verify"),
-            )
-        },
     }
 
     def __getattr__(name: str) -> Any:

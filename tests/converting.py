@@ -14,7 +14,7 @@ from nbl_export.convert.gguf import Fields
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import hidden_size, layer_count
 from nbl_export.packages import part
-from nbl_export.stages.forms import FORMS
+from nbl_export.stages.convert import FORMS
 from nbl_export.verify.parity.compare import Text, compare
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.pytorch import record_pytorch

@@ -18,6 +18,7 @@ from nbl_export.export import torch as exporting
 from nbl_export.export.forms import CONCAT, FORMS, Form
 from nbl_export.models.weights import resident
 from nbl_export.progress import Listener, Silent
+from nbl_export.stages import bench, calibrate, export, select
 from nbl_export.verify.speed import ceiling
 
 # Here it is tested what a trace gives, how long it takes, or what it needs.
@@ -87,8 +88,9 @@ def graphs_are_traced_once() -> Iterator[None]:
             checked.update({key} - {None})  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (exporting, checks):
+        for module in (exporting, checks, export):
             patch.setattr(module, "trace", trace)
+        for module in (exporting, checks, calibrate):
             patch.setattr(module, "check_traces", check_traces)
         yield
 
@@ -96,5 +98,7 @@ def graphs_are_traced_once() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def rates_are_measured_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ceiling, "measure_roofline", cache(ceiling.measure_roofline))
+        once = cache(ceiling.measure_roofline)
+        for module in (ceiling, select, bench):
+            patch.setattr(module, "measure_roofline", once)
         yield

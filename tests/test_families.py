@@ -24,7 +24,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
 from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.rewrite.replace import rewrite_file
-from nbl_export.stages.build import check_states
+from nbl_export.stages.rewrite import check_states
 from nbl_export.verify.parity.compare import Parity
 from tests.conftest import ALL, exhaustive
 from tests.end_to_end.matrix import CHOSEN, ROWS, crossed, parity, rewritten

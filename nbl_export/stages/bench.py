@@ -11,28 +11,55 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from nbl_export import __version__
 from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.export.sidecars import graph_in
 from nbl_export.files import read_sealed, sha256_of_file, sha256_of_json, write_sealed
+from nbl_export.graph.io import external_files, load_graph, scratch_copy
+from nbl_export.graph.precision import graph_precision
+from nbl_export.graph.rounding import UNTIMED, needs_emulation
+from nbl_export.linearize.plan import load_plan
+from nbl_export.models.weights import in_memory
 from nbl_export.packages import part
+from nbl_export.progress import Listener
 from nbl_export.records import StageRecord, from_json, key_of, to_json
-from nbl_export.report.assemble import conversions_in, stage_of
+from nbl_export.report.assemble import conversions_in, created, stage_of
+from nbl_export.report.render import write_bench
+from nbl_export.report.schema import BenchReport, environment, load_bench
+from nbl_export.rewrite.replace import drop_layers
+from nbl_export.runtime.clients import LlamaCppStream, OpenVinoStream
+from nbl_export.runtime.session import CPU, CUDA, require_onnxruntime
+from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.settings import BenchSettings
 from nbl_export.settings.graphs import GGUF_TYPES
-from nbl_export.stages.build import current_engines, model_positions, passed_over
+from nbl_export.stages.convert import FORMS, place_of, unmodified_form
 from nbl_export.stages.inspection import update_report
-from nbl_export.stages.rewrite import check_baseline, current_rewrite
-from nbl_export.stages.run import Run, opened
-from nbl_export.verify.speed.values import CONTROL, CellResult
+from nbl_export.stages.run import (
+    Run,
+    check_baseline,
+    current_engines,
+    current_rewrite,
+    model_positions,
+    opened,
+    passed_over,
+)
+from nbl_export.verify.speed.candidates import (
+    TIMED_STEPS,
+    Candidate,
+    Memory,
+    Prompt,
+    StreamPrompt,
+    measure_memory,
+)
+from nbl_export.verify.speed.ceiling import cpu_machine, measure_roofline
+from nbl_export.verify.speed.pair import TorchPrompt, bench_checks, graph_candidate, phases_of
+from nbl_export.verify.speed.race import Harness, Rounds
+from nbl_export.verify.speed.values import CONTROL, CellResult, Machine
 from nbl_export.workspace import Workspace, is_workspace
-
-if TYPE_CHECKING:
-    from nbl_export.progress import Listener
-    from nbl_export.report.schema import BenchReport
-    from nbl_export.verify.speed.candidates import Candidate, Prompt
 
 LLAMA_CPP, OPENVINO = "llama.cpp", "openvino"
 PEER_FORMS = {LLAMA_CPP: "gguf", OPENVINO: "openvino"}  # what `convert` writes for it
@@ -61,9 +88,6 @@ def bench(
     A cell in which the linearized graph is slower than its base is a failed check in the value (``passed``), not an
     exception. Each cell is on disk when it is done: an interrupted bench goes on.
     """
-    from nbl_export.graph.io import external_files, load_graph
-    from nbl_export.report.schema import load_bench
-
     with opened(out, settings or BenchSettings(), listener, trust_remote_code, rehash) as (run, asked):
         ws = run.workspace
         check_baseline(ws)
@@ -101,17 +125,6 @@ def _measured(
     listener: Listener,
 ) -> list[Path]:
     """Race in every cell that is not measured yet, and write the report of all."""
-    from nbl_export.graph.io import load_graph
-    from nbl_export.graph.precision import graph_precision
-    from nbl_export.report.assemble import created
-    from nbl_export.report.render import write_bench
-    from nbl_export.report.schema import BenchReport, environment
-    from nbl_export.verify.speed.candidates import Memory, measure_memory
-    from nbl_export.verify.speed.ceiling import cpu_machine, measure_roofline
-    from nbl_export.verify.speed.pair import bench_checks, phases_of
-    from nbl_export.verify.speed.race import Harness, Rounds
-    from nbl_export.verify.speed.values import Machine
-
     ws, key = run.workspace, key_of("bench", asdict(settings), made_of)
     contexts, notes = _contexts(settings, positions := model_positions(ws))
     kept = _Partial(key)
@@ -182,8 +195,6 @@ def graphs_against(against: Sequence[str]) -> Iterator[tuple[str, str | None, Pa
     """What ``--against`` names, [NAME=]DIR, an output folder (both its graphs) or any folder with a graph: the name of
     each graph, that of its own base, and where it lies.
     """
-    from nbl_export.export.sidecars import graph_in
-
     folders = [_named_folder(given) for given in against]  # a word at the end is read before any graph
     taken: set[str] = set()
     for name, path in folders:
@@ -226,17 +237,6 @@ def bench_candidates(
     The last says what a session's place in memory does to its time, or, where sessions are made anew, how often that
     changes a comparison. ``stack`` holds the graphs made for the race.
     """
-    from nbl_export.graph.io import load_graph, scratch_copy
-    from nbl_export.graph.rounding import UNTIMED, needs_emulation
-    from nbl_export.linearize.plan import load_plan
-    from nbl_export.rewrite.replace import drop_layers
-    from nbl_export.runtime.session import CPU, CUDA, require_onnxruntime
-    from nbl_export.runtime.tensorrt import EngineStream, load_engine
-    from nbl_export.stages.convert import unmodified_form
-    from nbl_export.stages.forms import place_of
-    from nbl_export.verify.speed.candidates import Candidate, StreamPrompt
-    from nbl_export.verify.speed.pair import graph_candidate
-
     ws, cuda = run.workspace, settings.device == "cuda"
     if cuda and CUDA not in require_onnxruntime().get_available_providers():
         raise MissingDependencyError(
@@ -278,8 +278,6 @@ def _peer_records(ws: Workspace, peer: str) -> dict[str, StageRecord]:
 
     Raises :class:`InputError` if there is none, :class:`MissingDependencyError` without the engine.
     """
-    from nbl_export.stages.forms import FORMS
-
     wanted, found = PEER_FORMS[peer], {}
     FORMS[wanted].require()
     for name, conversion in conversions_in(ws, current=True).items():
@@ -297,9 +295,6 @@ def _peer_records(ws: Workspace, peer: str) -> dict[str, StageRecord]:
 
 def _peer_prompt(peer: str, path: Path, context: int, batch: int) -> Prompt:
     """A form in its engine, with the attention, the cache and the batches that it chooses itself."""
-    from nbl_export.runtime.clients import LlamaCppStream, OpenVinoStream
-    from nbl_export.verify.speed.candidates import TIMED_STEPS, StreamPrompt
-
     if peer == OPENVINO:
         return StreamPrompt(OpenVinoStream(path, defaults=True), context, batch)
     stream = LlamaCppStream(path, batch, context + TIMED_STEPS, defaults=True)
@@ -307,11 +302,6 @@ def _peer_prompt(peer: str, path: Path, context: int, batch: int) -> Prompt:
 
 
 def _pytorch(run: Run, device: str, compiled: bool, context: int, batch: int) -> Prompt:
-    import torch
-
-    from nbl_export.models.weights import in_memory
-    from nbl_export.verify.speed.pair import TorchPrompt
-
     model = in_memory(run.model.model, device)
     if not compiled:
         return TorchPrompt(model, context, batch)

@@ -7,26 +7,50 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbl_export import __version__
+from nbl_export.batch import words
+from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError
+from nbl_export.evaluate.results import (
+    HIDDEN,
+    Answers,
+    Filler,
+    Means,
+    Question,
+    answer,
+    ask,
+    gate,
+    least_context,
+    mean_of,
+    retrieval_result,
+    task_result,
+)
+from nbl_export.evaluate.scoring import Limits, log_likelihoods
+from nbl_export.evaluate.tasks import EvalTask, Outcome, check_tasks, find_tasks, run_task
 from nbl_export.files import read_sealed, sha256_of_json, write_sealed
 from nbl_export.models.folder import task_named
 from nbl_export.models.source import ModelSource
 from nbl_export.progress import Listener
 from nbl_export.records import MODEL, SIDECARS, StageRecord, from_json, to_json
+from nbl_export.report.assemble import created
+from nbl_export.report.evaluation import Evaluation, load_evaluation, write_evaluation
+from nbl_export.report.schema import environment
+from nbl_export.runtime.ort import ort_stream
+from nbl_export.runtime.session import fit, require_onnxruntime, session_bytes
 from nbl_export.settings import EvalSettings
 from nbl_export.settings.choices import RETRIEVAL_CONTEXTS
-from nbl_export.stages.build import model_positions
-from nbl_export.stages.rewrite import check_baseline, current_rewrite
-from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
+from nbl_export.stages.run import (
+    Run,
+    check_baseline,
+    current_rewrite,
+    graphs_on,
+    graphs_setting,
+    model_positions,
+    opened,
+)
 from nbl_export.workspace import Workspace
-
-if TYPE_CHECKING:
-    from nbl_export.evaluate.results import Question
-    from nbl_export.evaluate.tasks import EvalTask
-    from nbl_export.report.evaluation import Evaluation
 
 # What a kept answer is worth depends on how it was asked; a change there makes this another number.
 _ASKED = 1
@@ -46,10 +70,6 @@ def evaluate(
     What one graph answered on one task is kept in ``nbl/eval``, so that an interrupted run goes on from
     there and the baseline is asked once for all plans. A failed gate is in the value (``passed``), not an exception.
     """
-    from nbl_export.evaluate.tasks import find_tasks
-    from nbl_export.report.evaluation import load_evaluation, write_evaluation
-    from nbl_export.runtime.session import require_onnxruntime
-
     with opened(out, settings, listener, trust_remote_code, rehash, _check) as (run, asked):
         require_onnxruntime()
         ws, source = run.workspace, run.model.source
@@ -108,8 +128,6 @@ def evaluate(
 
 def _check(source: ModelSource, settings: EvalSettings) -> None:
     if task_named(source.task).causal:
-        from nbl_export.evaluate.tasks import check_tasks
-
         check_tasks(settings.tasks)
 
 
@@ -129,12 +147,6 @@ def _answers(
     listener: Listener,
 ) -> tuple[list[Any], int]:
     """What one graph answers to each task and to the questions of each length, and how many were kept."""
-    from nbl_export.evaluate.results import HIDDEN, Answers, answer
-    from nbl_export.evaluate.scoring import Limits, log_likelihoods
-    from nbl_export.evaluate.tasks import Outcome, run_task
-    from nbl_export.runtime.ort import ort_stream
-    from nbl_export.runtime.session import fit, session_bytes
-
     ws, tokenizer, most = run.workspace, run.model.tokenizer, positions or _UNBOUNDED
     graph, limits = (
         ws.baseline if role == "base" else ws.model,
@@ -170,10 +182,6 @@ def _answers(
 
 def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[list[Question]]:
     """The questions of each context length; lengths asked for that the model cannot have are refused."""
-    from nbl_export.batch import words
-    from nbl_export.calibrate.text import load_text
-    from nbl_export.evaluate.results import Filler, ask, least_context
-
     text, tokenizer = load_text(run.workspace.text), run.model.tokenizer
     filler = Filler(text.start, words(text.heldout).reshape(-1))
 
@@ -205,11 +213,6 @@ def _compared(
     answers: Sequence[tuple[Any, Any]],
 ) -> Evaluation:
     """What both graphs answered, to the tasks and then to the questions, as scores and verdicts."""
-    from nbl_export.evaluate.results import Means, gate, mean_of, retrieval_result, task_result
-    from nbl_export.report.assemble import created
-    from nbl_export.report.evaluation import Evaluation
-    from nbl_export.report.schema import environment
-
     of_tasks, of_questions = answers[: len(tasks)], answers[len(tasks) :]
     results = [task_result(task, *both) for task, both in zip(tasks, of_tasks, strict=True)]
     pairs = {result.name: pair for result, pair in results if pair}

@@ -7,24 +7,40 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from nbl_export.batch import EMBEDDINGS, PER_LAYER, PIXELS, TOKENS
+from nbl_export.calibrate.probe import load_probe
 from nbl_export.errors import InputError
+from nbl_export.export.checks import check_form, crossed_on_copy
+from nbl_export.export.forms import FORMS, Form, embedding_form, encoder_form, reading_embeds
+from nbl_export.export.others import as_hf_folder, export_with, find_exporter
+from nbl_export.export.sidecars import GENAI, genai_config, with_embeds, with_states
+from nbl_export.export.tidy import add_num_logits_input_to_file
+from nbl_export.export.torch import save_in_precision, trace
 from nbl_export.files import TEMPORARY, atomic_path, publish, write_json
-from nbl_export.graph.summary import ExportSummary
+from nbl_export.graph.embedding import add_features
+from nbl_export.graph.io import set_folder
+from nbl_export.graph.precision import precision_of
+from nbl_export.graph.summary import ExportSummary, Float32Node, OnCopy
+from nbl_export.models.candidates import check_supported
+from nbl_export.models.dummy_run import cache_shapes, dummy_run
+from nbl_export.models.folder import save_tokenizer
+from nbl_export.models.layers import backbone, has_per_layer, position_rows
+from nbl_export.models.load import check_processor
+from nbl_export.models.media_tokens import LATER
+from nbl_export.models.multimodal import placeholders, whole_config
+from nbl_export.models.running import accepts, quiet
 from nbl_export.models.source import ModelSource
 from nbl_export.progress import Listener
 from nbl_export.records import MODEL, SIDECARS, to_json
 from nbl_export.settings import ExportSettings, RunSettings
 from nbl_export.settings.choices import OPSETS
+from nbl_export.stages.calibrate import loader_for
 from nbl_export.stages.needs import check_disk, sizes_of_source
 from nbl_export.stages.run import Run, opened
-
-if TYPE_CHECKING:
-    import torch
-
-    from nbl_export.export.forms import Form
-    from nbl_export.graph.summary import Float32Node, OnCopy
 
 
 def export(
@@ -39,8 +55,6 @@ def export(
 
     Where it was deleted on purpose, it is made again if it has to be ``there``.
     """
-    from nbl_export.export.checks import crossed_on_copy
-
     with opened(out, settings or ExportSettings(), listener, trust_remote_code, rehash, check_export) as (
         run,
         asked,
@@ -81,9 +95,6 @@ def check_export(source: ModelSource | None, settings: ExportSettings) -> None:
     """Refuse, before any work, an exporter that is not here, what reads a model in another way than it is read here,
     and what does not run here.
     """
-    from nbl_export.export.others import find_exporter
-    from nbl_export.models.load import check_processor
-
     if settings.exported_by != "torch":
         find_exporter(settings.exported_by, settings.python)
     if source is None:
@@ -98,10 +109,6 @@ def check_export(source: ModelSource | None, settings: ExportSettings) -> None:
 
 def not_given(model: torch.nn.Module) -> str:
     """What a graph that reads embeddings does not get of ``model``, in one sentence; nothing if it gets all."""
-    from nbl_export.models.layers import backbone
-    from nbl_export.models.media_tokens import LATER
-    from nbl_export.models.running import accepts
-
     if not accepts(backbone(model), LATER):
         return ""
     return (
@@ -116,9 +123,6 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
     Returns the lengths of a decoder that were crossed on a copy of it, if it is exported here. A run checks a decoder
     once, before its work, and exports it at the end.
     """
-    from nbl_export.export.checks import check_form
-    from nbl_export.models.candidates import check_supported
-
     task, model = run.model.task, run.model.tried
     if settings.exported_by != "torch" or not task.causal:
         check_supported(model, task=task, pooled=run.model.pooling is not None)
@@ -129,9 +133,6 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
 
 
 def _form(run: Run, settings: ExportSettings) -> Form:
-    from nbl_export.calibrate.probe import load_probe
-    from nbl_export.export.forms import FORMS, encoder_form, reading_embeds
-
     model = run.model
     if not model.task.causal:
         inputs = load_probe(run.workspace.probe).inputs
@@ -147,15 +148,6 @@ def _of_opset(form: Form, settings: ExportSettings) -> Form:
 def _export_torch(
     run: Run, settings: ExportSettings, listener: Listener
 ) -> tuple[list[Path], list[Float32Node]]:
-    from nbl_export.batch import EMBEDDINGS, PER_LAYER, PIXELS
-    from nbl_export.export.forms import embedding_form
-    from nbl_export.export.torch import save_in_precision, trace
-    from nbl_export.graph.embedding import add_features
-    from nbl_export.graph.io import set_folder
-    from nbl_export.graph.precision import precision_of
-    from nbl_export.models.multimodal import placeholders
-    from nbl_export.stages.calibration_data import loader_for
-
     ws, model, precision = run.workspace, run.model.model, precision_of(str(settings.precision))
     form, loader, rows = _form(run, settings), loader_for(run.model.source), []
     if precision.name == "fp16":
@@ -178,9 +170,6 @@ def _export_elsewhere(
     run: Run, settings: ExportSettings, listener: Listener
 ) -> tuple[list[Path], list[Float32Node]]:
     """Export with another project's exporter, which reads the model from a Hugging Face folder."""
-    from nbl_export.export.others import as_hf_folder, export_with, find_exporter
-    from nbl_export.export.tidy import add_num_logits_input_to_file
-
     ws, trust = run.workspace, run.model.source.trust_remote_code
     with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=ws.root) as folder:
         model = as_hf_folder(run.model, Path(folder))
@@ -191,11 +180,6 @@ def _export_elsewhere(
 
 def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> list[Path]:
     """Write the configuration and tokenizer files that the exporter did not write itself."""
-    from nbl_export.batch import TOKENS
-    from nbl_export.export.sidecars import GENAI
-    from nbl_export.models.folder import save_tokenizer
-    from nbl_export.models.running import quiet
-
     loaded, target = run.model, run.workspace.baseline.parent
     model: Any = loaded.model
     names, written = {path.name for path in exported}, []
@@ -226,11 +210,6 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
 
 def _genai(model: Any, settings: ExportSettings) -> dict[str, Any] | None:
     """The configuration for onnxruntime-genai, which knows no write_indices, and layers of one shape alone."""
-    from nbl_export.export.sidecars import genai_config, with_embeds, with_states
-    from nbl_export.models.dummy_run import cache_shapes, dummy_run
-    from nbl_export.models.layers import backbone, has_per_layer, position_rows
-    from nbl_export.models.multimodal import placeholders, whole_config
-
     if settings.exported_by != "torch" or settings.kv_cache not in ("shared", "concat"):
         return None
     shapes, shared = list(cache_shapes(model).values()), settings.kv_cache == "shared"

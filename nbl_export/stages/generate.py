@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.errors import InputError
@@ -21,14 +23,18 @@ from nbl_export.evaluate.answer import (
     stop_tokens,
 )
 from nbl_export.evaluate.scoring import Limits
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.rounding import needs_emulation
+from nbl_export.models.folder import GENERATION, is_causal
+from nbl_export.models.load import load_tokenizer
+from nbl_export.models.source import ModelSource
 from nbl_export.progress import Listener, Silent
+from nbl_export.runtime.ort import ort_stream
+from nbl_export.runtime.session import fit, require_onnxruntime, session_bytes
+from nbl_export.runtime.stream import Stream
 from nbl_export.settings import GenerateSettings
-from nbl_export.stages.build import model_positions
-from nbl_export.stages.rewrite import check_baseline, current_rewrite
+from nbl_export.stages.run import check_baseline, current_rewrite, model_positions
 from nbl_export.workspace import Workspace, kept_digests
-
-if TYPE_CHECKING:
-    from nbl_export.runtime.stream import Stream
 
 # Bytes of a session from which on it is said that it is loaded; less takes a moment.
 _LONG = 1 << 30
@@ -53,8 +59,6 @@ def generate(
 
     Raises :class:`InputError` for a folder of an encoder, without the graphs asked for, or without a tokenizer.
     """
-    from nbl_export.runtime.session import require_onnxruntime
-
     settings, listener = settings or GenerateSettings(), listener or Silent()
     settings.check()
     ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
@@ -101,8 +105,6 @@ def generate(
 
 def _graphs(ws: Workspace, asked: str) -> dict[str, Path]:
     """The files of the graphs that are asked for, by name, the base first."""
-    from nbl_export.models.folder import GENERATION, is_causal
-
     task = str((ws.model_info or {}).get("task", GENERATION))
     if not is_causal(task):
         raise InputError(
@@ -120,9 +122,6 @@ def _graphs(ws: Workspace, asked: str) -> dict[str, Path]:
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    from nbl_export.models.load import load_tokenizer
-    from nbl_export.models.source import ModelSource
-
     # A folder of a graph is one of a model without weights.
     source = ModelSource(
         str(folder), "folder", None, "", trust_remote_code, path=str(folder.resolve()), model="", sidecars=""
@@ -132,13 +131,6 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 def _opened(name: str, path: Path, listener: Listener) -> Stream:
     """The graph in our own loop. What ONNX Runtime's CPU provider has no kernels for is computed in float32."""
-    import numpy as np
-
-    from nbl_export.graph.io import load_graph
-    from nbl_export.graph.rounding import needs_emulation
-    from nbl_export.runtime.ort import ort_stream
-    from nbl_export.runtime.session import fit, session_bytes
-
     size = session_bytes(path)
     small = not fit(size)
     with listener.task(f"Loading {name}", 1, "graph") if size >= _LONG else nullcontext():

@@ -12,19 +12,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from nbl_export.batch import PIXELS
 from nbl_export.blocks import ATTENTION, MLP, SPAN, spans_of
 from nbl_export.calibrate.moments import file_bytes
 from nbl_export.errors import InputError
+from nbl_export.models.candidates import shared_without_numbers
+from nbl_export.models.layers import (
+    attention_layers,
+    block_stack,
+    hidden_size,
+    image_shape,
+    main_input,
+    mlp_modules,
+)
+from nbl_export.models.lengths import crossed_by, crossing_prompts
+from nbl_export.models.source import ModelSource
+from nbl_export.models.stored import load_skeleton, stored_dtype
 from nbl_export.settings import RunSettings, choices
 from nbl_export.settings.definition import bytes_of
 from nbl_export.workspace import Workspace
-
-if TYPE_CHECKING:
-    import torch
-
-    from nbl_export.models.source import ModelSource
 
 MIB, GIB = 1 << 20, 1 << 30
 # Bytes of a weight in a graph; quantized ones with their scales. Their embedding stays float32.
@@ -89,18 +99,6 @@ class Sizes:
 
 def sizes_of(model: torch.nn.Module, stored: int = 0) -> Sizes:
     """The sizes of ``model``, whose weights may be on the meta device."""
-    from nbl_export.batch import PIXELS
-    from nbl_export.models.candidates import shared_without_numbers
-    from nbl_export.models.layers import (
-        attention_layers,
-        block_stack,
-        hidden_size,
-        image_shape,
-        main_input,
-        mlp_modules,
-    )
-    from nbl_export.models.lengths import crossed_by, crossing_prompts
-
     images = main_input(model) == PIXELS
     shared, layers = shared_without_numbers(model), len(attention_layers(model))
     blocks = list(block_stack(model)[1].children())
@@ -141,8 +139,6 @@ def _configured(model: torch.nn.Module, key: str) -> int:
 
 def sizes_of_source(source: ModelSource, model: torch.nn.Module | None = None) -> Sizes:
     """The sizes of a model by its configuration and the headers of its files; ``model`` is it without weights."""
-    from nbl_export.models.stored import load_skeleton, stored_dtype
-
     stored = 0
     if not source.gguf_file:
         dtype = stored_dtype(Path(source.path))

@@ -22,37 +22,35 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from nbl_export import __version__
 from nbl_export.batch import BASE, LINEARIZED
+from nbl_export.engine.manifest import manifest_path
 from nbl_export.errors import InputError
-from nbl_export.files import (
-    TEMPORARY,
-    overlap,
-    sha256_of_file,
-    sync,
-    write_json,
-    write_text,
-)
+from nbl_export.export.layouts import LAYOUTS
+from nbl_export.export.sidecars import GENAI
+from nbl_export.files import TEMPORARY, overlap, sha256_of_file, sync, write_json, write_text
+from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.linearize.plan import load_plan
-from nbl_export.models.load import LoadedModel
+from nbl_export.models.load import LoadedModel, find_device
 from nbl_export.models.source import ModelIdentity, expected, find_model
 from nbl_export.progress import Listener, Silent
 from nbl_export.records import Check, part_from_json, to_json
 from nbl_export.report.assemble import created
 from nbl_export.report.render import CARD, license_of, model_card, without_paths, write_report
 from nbl_export.report.schema import Report, load_report
+from nbl_export.runtime.session import check_like
 from nbl_export.settings import VerifySettings
-from nbl_export.stages.build import current_engines
+from nbl_export.stages.calibrate import loader_for
 from nbl_export.stages.inspection import REMEDY, SCHEMA, Package, load_package
-from nbl_export.stages.rewrite import check_baseline
-from nbl_export.stages.run import check_machine, graphs_on
+from nbl_export.stages.run import check_baseline, check_machine, current_engines, graphs_on
 from nbl_export.stages.verify import case_of
+from nbl_export.verify.case import Measurement
+from nbl_export.verify.measure import measure
 from nbl_export.workspace import PACKAGE, Places, Workspace, is_package, kept_digests
-
-if TYPE_CHECKING:
-    from nbl_export.verify.case import Measurement
 
 _SAME = (
     "Packaged: all weights of the graph are in one file; it is the graph that was verified, operator by operator and "
@@ -117,12 +115,6 @@ def package(
 
 def _write(ws: Workspace, root: Path, report: Report, layout: str, base: bool, listener: Listener) -> Package:
     """Everything of the package, in ``root``."""
-    from nbl_export.engine.manifest import manifest_path
-    from nbl_export.export.layouts import LAYOUTS
-    from nbl_export.export.sidecars import GENAI
-    from nbl_export.graph.io import load_graph, save_graph
-    from nbl_export.runtime.session import check_like
-
     shape, precision, info = LAYOUTS[layout], report.graph.precision, ws.model_info or {}
     graphs = []
     for role, own in ((LINEARIZED, ws.model), (BASE, ws.baseline))[: 1 + base]:
@@ -182,10 +174,6 @@ def _check_place(ws: Workspace, to: Path) -> None:
 
 def _write_heldout(ws: Workspace, places: Places, source: ModelIdentity) -> None:
     """Write the rows that a verification reads; those that the fit and the selection read are left out."""
-    import numpy as np
-
-    from nbl_export.stages.calibration_data import loader_for
-
     material = loader_for(source)
     data = material.load(material.path(ws))
     # A file of rows has one at least of each kind that must be there.
@@ -209,9 +197,6 @@ def verify_package(
 
     Nothing is written. Raises :class:`InputError` for a file that is not as it was packaged, and for another model.
     """
-    from nbl_export.models.load import find_device
-    from nbl_export.verify.measure import measure
-
     settings, listener, root = settings or VerifySettings(), listener or Silent(), Path(package)
     settings.check()
     check_machine(settings)

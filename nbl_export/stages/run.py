@@ -7,15 +7,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from nbl_export.errors import os_error_in_words
+import torch
+
+from nbl_export.engine.manifest import EngineFile, load_manifest
+from nbl_export.errors import InputError, os_error_in_words
+from nbl_export.files import read_json
+from nbl_export.graph.summary import OnCopy
 from nbl_export.models.folder import Task, task_named
 from nbl_export.models.load import LoadedModel, described, exact_float32, find_device
 from nbl_export.models.source import ModelSource, check_apart, find_model, same_model
 from nbl_export.packages import check_system, part
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE, Ranks, check_alone, together
+from nbl_export.records import StageRecord
+from nbl_export.runtime.session import CPU, provider_on, running_on
 from nbl_export.settings import (
     BenchSettings,
     ConvertSettings,
@@ -30,11 +37,6 @@ from nbl_export.settings import (
 from nbl_export.settings.definition import OnDevice
 from nbl_export.stages.inspection import finish_drawing
 from nbl_export.workspace import Workspace, kept_digests
-
-if TYPE_CHECKING:
-    import torch
-
-    from nbl_export.graph.summary import OnCopy
 
 S = TypeVar("S", bound="Settings | RunSettings")
 _GRAPHS = ("select", "export", "rewrite")
@@ -195,19 +197,65 @@ def read_by(settings: Settings | RunSettings, task: Task) -> tuple[str, ...]:
 
 def graphs_setting(device: torch.device) -> dict[str, str]:
     """What is said where graphs run on ``device`` and are no longer measured on the CPU."""
-    from nbl_export.runtime.session import CPU, provider_on
-
     return {} if provider_on(str(device)) == CPU else {"graphs": device.type}
 
 
 @contextmanager
 def graphs_on(device: torch.device, listener: Listener) -> Iterator[None]:
     """Within the block, graphs run on ``device``, if onnxruntime does; a note says where it does not."""
-    from nbl_export.runtime.session import running_on
-
     if device.type != "cpu" and not graphs_setting(device):
         line = part("onnxruntime-gpu").pip
         get = f" ({line} in an environment without [cpu])" if device.type == "cuda" else ""
         listener.note(f"onnxruntime does not run on {device} here{get}: graphs run on the CPU.")
     with running_on(str(device)):
         yield
+
+
+# what the folder holds -----------------------------------------------------------------------------
+
+
+def check_baseline(ws: Workspace) -> None:
+    """Raise :class:`InputError` if the unmodified graph was deleted on purpose."""
+    if (record := ws.record("export")) and record.dropped:
+        raise InputError(
+            f"{ws.root} has no unmodified graph any more (--keep-baseline no): run `nbl-export export {ws.root}` first."
+        )
+
+
+def current_rewrite(ws: Workspace) -> StageRecord:
+    """The record of the rewrite, which must be of the current plan and baseline."""
+    for stage in ("select", "export"):
+        ws.require(stage)
+    return ws.require("rewrite")
+
+
+def model_positions(ws: Workspace) -> int | None:
+    """The model's number of positions, from the configuration of the baseline graph, or of the other one without it."""
+    path = (ws.baseline if ws.baseline.exists() else ws.model).with_name("config.json")
+    config = read_json(path, "The baseline's configuration", "run `nbl-export export` again")
+    try:
+        both = {**config, **(config.get("text_config") or {})}
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        return next((int(both[name]) for name in names if both.get(name)), None)
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(
+            f"{path} is not a configuration of a model: run `nbl-export export` again."
+        ) from None
+
+
+def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
+    """The engines of the current graphs, each checked against its manifest; empty if there are none.
+
+    :func:`passed_over` says why those are not current that there are.
+    """
+    if ws.record("build") is None or ws.stale("build"):
+        return ()
+    ws.require("build")
+    return tuple(EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine))
+
+
+def passed_over(ws: Workspace) -> str | None:
+    """Why the engines in the folder are not those of its graphs, if there are such."""
+    if ws.record("build") is None or not (why := ws.stale("build")):
+        return None
+    return f"the engines in {ws.engine.parent} are of other graphs ({why}): run `nbl-export build {ws.root}`"

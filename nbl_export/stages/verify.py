@@ -5,26 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nbl_export.batch import TOKENS
+from nbl_export.calibrate.text import frame_of, load_text
 from nbl_export.errors import InputError
 from nbl_export.files import read_json
 from nbl_export.graph.summary import RewriteRecord
 from nbl_export.linearize.plan import Plan, load_plan
+from nbl_export.models.load import LoadedModel, as_setting
 from nbl_export.progress import Listener
 from nbl_export.records import STAGES, from_json
+from nbl_export.report.assemble import assemble, exported_of, keeping
+from nbl_export.report.render import write_report
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
-from nbl_export.stages.build import current_engines, model_positions, passed_over
+from nbl_export.stages.calibrate import loader_for
 from nbl_export.stages.inspection import recorded_report
-from nbl_export.stages.rewrite import check_baseline, current_rewrite
-from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
+from nbl_export.stages.run import (
+    Run,
+    check_baseline,
+    current_engines,
+    current_rewrite,
+    graphs_on,
+    graphs_setting,
+    model_positions,
+    opened,
+    passed_over,
+)
+from nbl_export.verify.case import DecoderCase, EncoderCase, fitting_prompts
+from nbl_export.verify.measure import measure
 from nbl_export.workspace import Places, Workspace
-
-if TYPE_CHECKING:
-    from nbl_export.models.load import LoadedModel
-    from nbl_export.verify.case import DecoderCase, EncoderCase
 
 
 def verify(
@@ -41,13 +51,6 @@ def verify(
     With ``again`` nothing is kept of an earlier verification: a folder from somebody else may hold one. ``model`` is
     where the model is now, if it was moved; the folder records it.
     """
-    from nbl_export.calibrate.text import load_text
-    from nbl_export.models.load import as_setting
-    from nbl_export.report.assemble import assemble, keeping
-    from nbl_export.report.render import write_report
-    from nbl_export.verify.case import DecoderCase, fitting_prompts
-    from nbl_export.verify.measure import measure
-
     asked = settings or VerifySettings()
     with opened(out, asked, listener, trust_remote_code, rehash, model=model) as (run, asked):
         ws = run.workspace
@@ -89,11 +92,6 @@ def case_of(
     listener: Listener,
 ) -> DecoderCase | EncoderCase:
     """What ``graph`` is held against, rewritten from ``baseline``, if that is there; ``places`` has its text."""
-    from nbl_export.calibrate.text import frame_of, load_text
-    from nbl_export.report.assemble import exported_of
-    from nbl_export.stages.calibration_data import loader_for
-    from nbl_export.verify.case import DecoderCase, EncoderCase
-
     copies, model, task, tensors = exported_of(places).copies, loaded.in_dtype("float32"), loaded.task, {}
     if baseline:
         what, remedy = "The record of the rewrite", "run `nbl-export rewrite` again"

@@ -51,7 +51,8 @@ def test_parity_is_that_of_the_device(
 ) -> None:
     """The graphs run in CUDA beside the model, and what was verified elsewhere does not stand for it."""
     cuda = (sessions.CUDA, {"use_tf32": "0"})
-    monkeypatch.setattr(sessions, "provider_on", lambda name: cuda if name == "virtual:0" else sessions.CPU)
+    for module in (sessions, run):
+        monkeypatch.setattr(module, "provider_on", lambda name: cuda if name == "virtual:0" else sessions.CPU)
     out = Path(shutil.copytree(finished[0], tmp_path / "out"))
     report = api.verify(out, replace(CHECKS, device="cuda"))
     assert report.passed and cuda in [providers[0] for providers in cuda_sessions]

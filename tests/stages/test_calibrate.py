@@ -27,9 +27,9 @@ from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
 from nbl_export.settings import CalibrateSettings
-from nbl_export.stages import calibration_data as module
-from nbl_export.stages.calibration_data import check_sources, loader_for
-from nbl_export.stages.select import measure
+from nbl_export.stages import calibrate as module
+from nbl_export.stages import measuring
+from nbl_export.stages.calibrate import check_sources, loader_for
 from nbl_export.workspace import Workspace
 from tests.encoders import CLS, PAD, SEP, text_encoder, vision_encoder, write_images, write_text
 from tests.tiny_types import BEYOND, ENCODERS
@@ -76,13 +76,13 @@ def test_fits_that_read_the_text_again_read_it_in_the_same_dtype(
 ) -> None:
     seen = []
     for name in ("weighted_moments", "sequential_fits"):
-        real = getattr(measure, name)
+        real = getattr(measuring, name)
 
         def spy(model: torch.nn.Module, *args: Any, real: Any = real, name: str = name) -> Any:
             seen.append((name.partition("_")[0], dtype_of(model)))
             return real(model, *args)
 
-        monkeypatch.setattr(measure, name, spy)
+        monkeypatch.setattr(measuring, name, spy)
     calibrated(stories_folder, tmp_path / "out", replace(settings, dtype="bfloat16"))
     api.select(tmp_path / "out", api.SelectSettings(k=2, criterion="cca", fit="weighted"))
     assert seen == [("weighted", "bfloat16")]

@@ -24,7 +24,7 @@ from nbl_export.linearize.swap import linearized
 from nbl_export.packages import part
 from nbl_export.report.schema import load_report
 from nbl_export.settings.graphs import PRECISIONS
-from nbl_export.stages.forms import FORMS, place_of
+from nbl_export.stages.convert import FORMS, place_of
 from nbl_export.stages.inspection import inspect
 from nbl_export.workspace import Workspace
 from tests.conftest import exhaustive

@@ -22,7 +22,7 @@ from nbl_export.errors import InputError
 from nbl_export.models.folder import task_named
 from nbl_export.models.source import find_model
 from nbl_export.settings import RunSettings
-from nbl_export.stages.dry_run import DryRun
+from nbl_export.stages.in_order import DryRun
 from nbl_export.stages.needs import (
     GIB,
     MIB,

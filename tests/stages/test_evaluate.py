@@ -13,8 +13,8 @@ import torch
 
 from nbl_export import api
 from nbl_export.errors import InputError
-from nbl_export.evaluate import results, tasks
 from nbl_export.report.evaluation import load_evaluation
+from nbl_export.stages import evaluate as stage
 from nbl_export.workspace import Workspace
 from tests.command_line import assert_refused, nbl
 
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is really asked of a graph, in order."""
     names: list[str] = []
-    run_task, answer = tasks.run_task, results.answer
+    run_task, answer = stage.run_task, stage.answer
 
     def noting(lm: Any, task: Any, settings: Any) -> Any:
         names.append(lm.title)
@@ -54,8 +54,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(f"{questions[0].context} tokens")
         return answer(score, questions)
 
-    monkeypatch.setattr(tasks, "run_task", noting)
-    monkeypatch.setattr(results, "answer", noting_retrieval)
+    monkeypatch.setattr(stage, "run_task", noting)
+    monkeypatch.setattr(stage, "answer", noting_retrieval)
     return names
 
 
@@ -127,7 +127,7 @@ def test_what_is_done_is_kept(stories_copy: Path, folder: Path, asked: list[str]
 def test_an_interrupted_run_goes_on(
     stories_copy: Path, folder: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_task = tasks.run_task
+    run_task = stage.run_task
 
     def interrupted(lm: Any, task: Any, how: Any) -> Any:
         if lm.title == "linearized: fruit":
@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on(
         return run_task(lm, task, how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "run_task", interrupted)
+        patch.setattr(stage, "run_task", interrupted)
         with pytest.raises(KeyboardInterrupt):
             api.evaluate(stories_copy, settings(folder))
     assert not (stories_copy / "report" / "eval.json").exists()

@@ -20,8 +20,8 @@ from nbl_export.linearize.plan import load_plan, save_plan
 from nbl_export.models.folder import task_named
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages.export import export, not_given
-from nbl_export.stages.rewrite import current_rewrite, rewrite
-from nbl_export.stages.run import opened
+from nbl_export.stages.rewrite import rewrite
+from nbl_export.stages.run import current_rewrite, opened
 from nbl_export.workspace import Workspace
 from tests.families import Calibrated
 from tests.finished import QUICK, TWO, assert_same, resumed, state

@@ -10,7 +10,7 @@ import pytest
 
 from nbl_export import api
 from nbl_export.linearize.loss import LossMeter
-from nbl_export.stages.select.speeds import SpeedMeter, Speedups
+from nbl_export.stages.choosing import SpeedMeter
 from tests.stages.select.by_hand import forget
 
 
@@ -87,10 +87,10 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """K layers are 1 + K/10 times as fast; grows by each K that is timed."""
     found: list[int] = []
 
-    def call(self: SpeedMeter, k: int) -> Speedups:
+    def call(self: SpeedMeter, k: int) -> dict[str, float]:
         if k not in self.found:
             found.append(k)
-            self.found[k] = Speedups(1 + k / 10, 1 + k / 8)
+            self.found[k] = {"prefill_speedup": 1 + k / 10, "decode_speedup": 1 + k / 8}
         return self.found[k]
 
     monkeypatch.setattr(SpeedMeter, "__call__", call)

@@ -31,9 +31,8 @@ from nbl_export.linearize.selection import CurvePoint, Loss, per_saving
 from nbl_export.progress import Silent
 from nbl_export.settings import Budget, SelectSettings
 from nbl_export.settings.definition import AUTO
-from nbl_export.stages.select import choose, speeds
-from nbl_export.stages.select.choose import Choosing
-from nbl_export.stages.select.speeds import SpeedMeter, Speedups
+from nbl_export.stages import choosing as stage
+from nbl_export.stages.choosing import Choosing, SpeedMeter
 from nbl_export.verify.speed import pair as pair_module
 from nbl_export.verify.speed.pair import measure_speed
 from nbl_export.workspace import Workspace
@@ -135,7 +134,8 @@ def choosing_of(settings: SelectSettings, ms: Mapping[Block, float] = MS) -> Cho
             name = ",".join(map(str, blocks))
             known |= dict.fromkeys((name, f"{name} roughly"), Loss(total, 0.0, total, 0.0))
     measuring: Any = SimpleNamespace(settings=settings, listener=Silent())
-    found = Choosing(measuring, Saved(ms))  # type: ignore[arg-type]
+    nothing: Any = None  # no graph is written
+    found = Choosing(measuring, nothing, Saved(ms))  # type: ignore[arg-type]
     nobody: Any = lambda *_: pytest.fail("measured")  # noqa: E731
     found.__dict__["sets"] = MeasuredSets(nobody, KL, known, nobody)
     return found
@@ -346,11 +346,11 @@ def test_bisection_times_few() -> None:
 
             class Faked(SpeedMeter):
                 def __init__(self, least: int, asked: list[int]) -> None:
-                    self.context, self.least, self.asked = 511, least, asked
+                    self.context, self.enough, self.asked = 511, least, asked
 
-                def __call__(self, k: int) -> Speedups:
+                def __call__(self, k: int) -> dict[str, float]:
                     self.asked.append(k)
-                    return Speedups(2.0, None) if k >= self.least else Speedups(1.0, 9.0)
+                    return {"a": 2.0} if k >= self.enough else {"a": 9.0, "b": 1.0}
 
             assert Faked(least, asked).least_k(1.5, most) == least
             assert len(asked) <= 1 + math.ceil(math.log2(most)) if most > 1 else len(asked) == 1
@@ -383,11 +383,11 @@ def test_a_speed_without_a_graph_names_the_command(out: Path) -> None:
 
 
 def test_points_that_are_timed() -> None:
-    assert list(choose._timed_ks([1], 1)) == [1]
-    assert list(choose._timed_ks(range(1, 4), 0)) == [1, 2, 3]
-    assert list(choose._timed_ks(range(1, 33), 9)) == [8, 9, 16, 24, 32]
+    assert list(stage._timed_ks([1], 1)) == [1]
+    assert list(stage._timed_ks(range(1, 4), 0)) == [1, 2, 3]
+    assert list(stage._timed_ks(range(1, 33), 9)) == [8, 9, 16, 24, 32]
     # With spans not every K is there.
-    assert list(choose._timed_ks([2, 6, 7, 13, 20], 7)) == [6, 7, 13, 20]
+    assert list(stage._timed_ks([2, 6, 7, 13, 20], 7)) == [6, 7, 13, 20]
 
 
 def test_a_trial_graph_has_only_its_own_weights_and_is_gone_afterwards(
@@ -406,10 +406,10 @@ def test_a_trial_graph_has_only_its_own_weights_and_is_gone_afterwards(
         return measure_speed(base, linear, *asked)
 
     monkeypatch.setattr(pair_module, "measure_speed", measured)
-    monkeypatch.setattr(speeds, "CONTEXT", 16)
-    monkeypatch.setattr(speeds, "ROUNDS", 3)
+    monkeypatch.setattr(stage, "CONTEXT", 16)
+    monkeypatch.setattr(stage, "ROUNDS", 3)
     select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0), rank=8))
-    assert written == [2 * 4 * 64 * 8 * k for k in choose._timed_ks(range(1, 6), 5)]
+    assert written == [2 * 4 * 64 * 8 * k for k in stage._timed_ks(range(1, 6), 5)]
     assert not list(out.glob(f"*{TEMPORARY}"))
     assert all(
         p["prefill_speedup"] is None or p["prefill_speedup"] > 0 for p in candidates(out)["curve"]["points"]

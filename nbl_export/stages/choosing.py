@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nbl_export.blocks import Block, Span, all_parts, with_block
 from nbl_export.errors import BudgetError, InputError
-from nbl_export.linearize.plan import Plan
+from nbl_export.files import TEMPORARY
+from nbl_export.graph.io import load_graph, save_beside
+from nbl_export.graph.rounding import UNTIMED, needs_emulation
+from nbl_export.linearize.plan import Plan, ranks_of
 from nbl_export.linearize.scores import CRITERIA, ranking, with_loss
 from nbl_export.linearize.search import (
     GREEDY_TRIES,
@@ -26,26 +32,105 @@ from nbl_export.linearize.search import (
     single_layer_losses,
 )
 from nbl_export.linearize.selection import Candidate, Curve, CurvePoint, Loss, PlanLoss, keeps, per_saving
+from nbl_export.models.layers import positions
+from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.settings import Budget
 from nbl_export.settings.definition import bytes_of
-from nbl_export.stages.select.measure import Measuring
-from nbl_export.stages.select.speeds import SpeedMeter
+from nbl_export.stages.measuring import Measuring
+from nbl_export.verify.speed import pair
 from nbl_export.verify.speed.ceiling import Savings
 
+# The prompt that K curves are timed with, and the rounds of base and linearized in turn.
+CONTEXT, ROUNDS = 512, 5
 # The best blocks that replace at most K attentions and MLPs, for any K.
 Prefix = Callable[[int], Sequence[Block]]
-
-
 # The plan of what was chosen, and its loss: None where it is that of the K curve.
 Shipped = tuple[Plan, PlanLoss | None]
 Ship = Callable[[Sequence[Block]], Shipped]
 
 
-class Choosing:
-    """Ranks the layers of a model by a criterion, and for a workload by that for what they save; takes the best."""
+class SpeedMeter:
+    """Times the graph with K linear layers over the unmodified one, each K once: for the workloads of the settings or,
+    without any, for a prefill and a decode. ``empty`` is a plan without layers, ``prefix`` has the layers of K.
+    """
 
-    def __init__(self, measuring: Measuring, savings: Savings | None = None) -> None:
-        self._measuring, self._settings, self._listener = measuring, measuring.settings, measuring.listener
+    def __init__(self, of: Measuring, empty: Plan, prefix: Prefix) -> None:
+        self._of, self._empty, self._prefix, self._workloads = of, empty, prefix, of.settings.workloads
+        limit = positions(of.run.model.model) or CONTEXT + 1
+        self.context = None if self._workloads else min(CONTEXT, limit - 1)
+        self.found: dict[int, dict[str, Any]] = {}  # by the names of a point of the curve
+
+    def missing(self) -> str | None:
+        """Why nothing can be timed; None if it can."""
+        ws = self._of.run.workspace
+        exported = ws.current("export")
+        if exported is None or exported.dropped:
+            return f"the model is not exported yet (nbl-export export {ws.root})"
+        if needs_emulation(load_graph(ws.baseline)):
+            return UNTIMED
+        why = pair.anew_or_why_not(ws.baseline, ws.baseline)
+        return why if isinstance(why, str) else None
+
+    def __call__(self, k: int) -> dict[str, Any]:
+        if k not in self.found:
+            base, listener = self._of.run.workspace.baseline, self._of.listener
+            with self._rewritten(k) as graph:
+                anew = pair.anew_or_why_not(base, graph) is not False
+                if self.context is None:
+                    own, other = pair.workload_ms(base, graph, self._workloads, listener, anew)
+                    self.found[k] = {"timed_speedup": own / other}
+                else:
+                    speed = pair.measure_speed(base, graph, [self.context], ROUNDS, listener, anew)
+                    self.found[k] = {
+                        f"{cell.phase}_speedup": over.value for cell, _, over in speed.speedups()
+                    }
+        return self.found[k]
+
+    def least(self, k: int) -> float:
+        """The least speedup of K layers."""
+        return float(min(self(k).values()))
+
+    @contextmanager
+    def _rewritten(self, k: int) -> Iterator[Path]:
+        """The exported graph with K layers replaced, gone afterwards; it reads other weights of the unmodified one."""
+        ws = self._of.run.workspace
+        graph, data = (ws.root / f"k{k}.{what}{TEMPORARY}" for what in ("onnx", "data"))
+        try:
+            plan = self._empty.with_replaced(self._of.fitting.timed(self._prefix(k)))
+            plan = replace(plan, ranks=ranks_of(plan.layers))
+            rewrite_file(ws.baseline, plan, graph, self._of.listener, partial(save_beside, data=data.name))
+            yield graph
+        finally:
+            graph.unlink(missing_ok=True)
+            data.unlink(missing_ok=True)
+
+    def least_k(self, wanted: float, most: int) -> int:
+        """The smallest K up to ``most`` that is ``wanted`` times as fast in prefill and decode, by bisection.
+
+        What K layers save grows with K. Raises :class:`BudgetError` if not even ``most`` are enough.
+        """
+        if (best := self.least(most)) < wanted:
+            where = "for the workload" if self.context is None else f"at {self.context} tokens"
+            raise BudgetError(
+                f"--min-speedup {wanted:g} is out of reach {where}: {most} linear layers are "
+                f"{best:.2f} times as fast as none: ask for less, or allow more loss."
+            )
+        low, high = 0, most
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.least(middle) >= wanted else (middle, high)
+        return high
+
+
+class Choosing:
+    """Ranks the layers of a model by a criterion, and for a workload by that for what they save; takes the best.
+
+    ``empty`` is a plan without layers.
+    """
+
+    def __init__(self, measuring: Measuring, empty: Plan, savings: Savings | None = None) -> None:
+        self._empty, self._measuring = empty, measuring
+        self._settings, self._listener = measuring.settings, measuring.listener
         self._budget, self._criterion = self._settings.budget, CRITERIA[str(self._settings.criterion)]
         self._savings, self._used = savings, savings if self._settings.workload else None
 
@@ -111,9 +196,7 @@ class Choosing:
 
         return Prefixes(path(), any(isinstance(block, Span) for block in blocks))
 
-    def choose(
-        self, candidates: Sequence[Candidate], speeds: Callable[[Prefix], SpeedMeter], ship: Ship
-    ) -> tuple[Shipped, Curve | None]:
+    def choose(self, candidates: Sequence[Candidate], ship: Ship) -> tuple[Shipped, Curve | None]:
         """What ``ship`` makes of the layers to linearize, ascending, and the K curve, if one was measured.
 
         Layers are chosen by the fits that the curve is of. Where what ships is something else, its own loss is weighed,
@@ -132,8 +215,8 @@ class Choosing:
                     "a larger K, or calibrate without spans (--blocks both)."
                 )
             return ship(best), self._curve(points, len(all_parts(best)))
-        count, meter = len(all_parts(blocks)), speeds(prefix)
-        why, least = meter.missing, self._least_k(prefix, count)
+        count, meter = len(all_parts(blocks)), SpeedMeter(self._measuring, self._empty, prefix)
+        why, least = meter.missing(), self._least_k(prefix, count)
         if budget.min_speedup is not None:
             if why:
                 raise InputError(f"--min-speedup cannot be measured: {why}.")
@@ -141,7 +224,7 @@ class Choosing:
         points = self.measure_curve(prefix, count if budget.bounds_loss else least)
         if budget.bounds_loss and not least and self._settings.workload:
             prefix, points = self.fill(prefix, points, blocks)
-            meter = speeds(prefix)
+            meter = SpeedMeter(self._measuring, self._empty, prefix)
         most = largest_within(points, budget) if budget.bounds_loss else least
         if most < max(least, 1):
             raise BudgetError(_why_no_k(points, budget, most, least))
@@ -153,12 +236,7 @@ class Choosing:
         # A workload may take minutes: only what ships is timed.
         for at in [k] if self._settings.workload else _timed_ks([point.k for point in points], k):
             meter(at)
-        timed = [
-            replace(p, prefill_speedup=s.prefill, decode_speedup=s.decode, timed_speedup=s.workload)
-            if (s := meter.found.get(p.k))
-            else p
-            for p in points
-        ]
+        timed = [replace(p, **meter.found.get(p.k, {})) for p in points]
         return made, self._curve(timed, k, meter.context)
 
     def _least_k(self, prefix: Prefix, most: int) -> int:
@@ -261,9 +339,9 @@ class Choosing:
         cost, least = "", self._budget.min_speedup
         for k in ks:
             # The last is the least that is fast enough, which was timed to find it.
-            if k != ks[-1] and least is not None and meter(k).least < least:
+            if k != ks[-1] and least is not None and (speed := meter.least(k)) < least:
                 self._listener.note(
-                    f"K = {k} is {meter(k).least:.2f} times as fast, less than --min-speedup asks for."
+                    f"K = {k} is {speed:.2f} times as fast, less than --min-speedup asks for."
                 )
                 continue
             shipped = ship(sorted(prefix(k)))

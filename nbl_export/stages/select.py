@@ -1,8 +1,9 @@
-"""Make the plan: score the layers, choose some by what they cost and save, fit, repair and truncate their maps."""
+"""Make the plan from the moments: score the layers, choose some by what they cost and save, fit, repair, truncate."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,19 +12,48 @@ from nbl_export.calibrate.probe import load_probe
 from nbl_export.errors import InputError
 from nbl_export.files import read_sealed, write_json, write_sealed
 from nbl_export.graph.io import load_graph
-from nbl_export.linearize.plan import Plan, ranks_of, save_plan
+from nbl_export.linearize.plan import Plan, load_plan, ranks_of, save_plan
 from nbl_export.linearize.scores import check_selection, predicted_excess, score_layers
 from nbl_export.linearize.selection import Curve, PlanLoss, ScoredLayer, Scores
-from nbl_export.models.layers import FULL, positions
+from nbl_export.models.layers import FULL
+from nbl_export.models.load import exact_float32
+from nbl_export.progress import Listener, Silent
+from nbl_export.ranks import ALONE
 from nbl_export.records import STAGES, from_json, to_json
 from nbl_export.report.schema import environment
-from nbl_export.stages.build import model_positions
-from nbl_export.stages.select.choose import Choosing, Prefix, Shipped
-from nbl_export.stages.select.measure import Measuring
-from nbl_export.stages.select.speeds import SpeedMeter
+from nbl_export.settings import SelectSettings
+from nbl_export.stages.choosing import Choosing, Shipped
+from nbl_export.stages.measuring import Measuring
+from nbl_export.stages.run import Run, model_positions, opened
 from nbl_export.verify.speed.ceiling import Savings, block_savings, graph_cost, measure_roofline, stored_bytes
 from nbl_export.verify.speed.values import Roofline
 from nbl_export.workspace import Workspace
+
+
+def select(
+    out: str | Path | Run,
+    settings: SelectSettings,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
+) -> Plan:
+    """Score every layer, choose K of them, and save their W and b with the evidence for the proof; returns the plan."""
+    with opened(out, settings, listener, trust_remote_code, rehash, several=True) as (run, asked):
+        ws, ranks = run.workspace, run.ranks
+        calibrated = ranks.shared(lambda: ws.require("calibrate"))
+        made_of, device = {"calibrate": calibrated.result}, run.on(asked.device)
+        if not ranks.first:
+            with closing(Measuring(run, calibrated.result, asked, Silent())) as own, exact_float32():
+                ranks.follow(lambda: own.jobs)
+            return load_plan(ws.plan)
+        with ranks.leading():
+            if asked.reads_graph:
+                made_of["export"] = ws.require("export").result
+            with replace(run, ranks=ALONE).stage("select", asked.as_json(), made_of, device) as work:
+                if work:
+                    with closing(Measuring(run, calibrated.result, asked, work)) as measuring:
+                        work.files = make_plan(measuring)
+        return load_plan(ws.plan)
 
 
 def make_plan(of: Measuring) -> list[Path]:
@@ -40,12 +70,6 @@ def make_plan(of: Measuring) -> list[Path]:
         predicted = None if settings.layers is not None else predicted_excess(candidates, layers)
         return _fitted(of, empty, layers, predicted)
 
-    def speeds(prefix: Prefix) -> SpeedMeter:
-        limit = positions(run.model.model)
-        return SpeedMeter(
-            ws, empty, lambda k: of.fitting.timed(prefix(k)), limit, listener, settings.workloads
-        )
-
     curve: Curve | None = None
     kl_tokens: int | None = None
     if settings.layers is not None:
@@ -53,11 +77,11 @@ def make_plan(of: Measuring) -> list[Path]:
     else:
         if savings and settings.workload:
             listener.note(_in_words(savings))
-        choosing = Choosing(of, savings)
+        choosing = Choosing(of, empty, savings)
         candidates = choosing.scored(candidates)
         if any(c.kl is not None for c in candidates):
             kl_tokens = choosing.kl_tokens
-        (plan, result), curve = choosing.choose(candidates, speeds, ship)
+        (plan, result), curve = choosing.choose(candidates, ship)
     save_plan(ws.plan, plan)
     ws.repair_checkpoint.unlink(missing_ok=True)
     scored = tuple(
