@@ -23,10 +23,9 @@ from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Listener
 from nbl_export.records import Check
 from nbl_export.report import diff
-from nbl_export.report.drawing import Table
+from nbl_export.report.drawing import Table, loss_in_words, numbered, replaced, verdict_line
 from nbl_export.report.evaluation import Evaluation, evaluation_tables
 from nbl_export.report.schema import BenchReport, Conversion, Report
-from nbl_export.report.summary import loss_in_words, numbered, replaced, verdict_line
 from nbl_export.report.tables import (
     BENCH,
     engines_table,

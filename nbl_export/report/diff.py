@@ -89,31 +89,18 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Side:
-    """What was compared: where it is, of which model, made when and by which version, with which verdict of its own.
-
-    A graph has none but the first.
-    """
-
-    path: str
-    model: str = ""
-    created: str = ""
-    tool_version: str = ""
-    verdict: str = ""
-
-
-@dataclass(frozen=True)
 class Diff:
     """The comparison of B with A.
 
-    ``difference`` is ``none`` where all figures are the same, ``noise`` where none differs by more than its noise. The
-    ``checks`` are those of the ``bounds``, and of reports one more: whether a check of B has failed that had not in A.
-    ``verdict`` is ``no gate`` where there is none.
+    ``a`` and ``b`` say of each side its ``path``, its ``model``, when it was ``created``, by which ``tool_version`` and
+    with which ``verdict`` of its own; of a graph the path alone. ``difference`` is ``none`` where all figures are the
+    same, ``noise`` where none differs by more than its noise. The ``checks`` are those of the ``bounds``, and of
+    reports one more: whether a check of B has failed that had not in A. ``verdict`` is ``no gate`` without any.
     """
 
     kind: Kind
-    a: Side
-    b: Side
+    a: Mapping[str, str]
+    b: Mapping[str, str]
     difference: Literal["none", "noise", "changed"]
     verdict: Literal["passed", "failed", "no gate"]
     checks: tuple[Check, ...]
@@ -167,10 +154,11 @@ def diff(
     return value
 
 
-def _side(side: Opened) -> Side:
+def _side(side: Opened) -> dict[str, str]:
     own = side.header
-    said = (own.model.source, own.created, own.tool_version, own.verdict) if own else ()
-    return Side(str(side.path), *said)
+    said = [own.model.source, own.created, own.tool_version, own.verdict] if own else [""] * 4
+    names = ("path", "model", "created", "tool_version", "verdict")
+    return dict(zip(names, [str(side.path), *said], strict=True))
 
 
 def _section(title: str, a: Opened, b: Opened, own: Facts, other: Facts) -> Section:
@@ -285,11 +273,11 @@ def _table(title: str, changes: Sequence[Change], brief: bool, note: str = "") -
 def _pair(change: Change) -> tuple[str, str]:
     """Both figures as text; those that differ are not written alike: by as many digits as tell them apart."""
     a, b = (_shown(one, change.unit) for one in (change.a, change.b))
-    if a == b and change.a and change.b and change.a.value != change.b.value:
-        one, other = change.a.value, change.b.value
-        pairs = ((number(one, f",.{digits}g"), number(other, f",.{digits}g")) for digits in range(5, 18))
-        return next((pair for pair in pairs if pair[0] != pair[1]), (str(one), str(other)))
-    return a, b
+    if a != b or not (change.a and change.b) or change.a.value == change.b.value:
+        return a, b
+    one, other = change.a.value, change.b.value
+    pairs = ((number(one, f",.{digits}g"), number(other, f",.{digits}g")) for digits in range(5, 18))
+    return next((pair for pair in pairs if pair[0] != pair[1]), (str(one), str(other)))
 
 
 def _shown(one: Figure | None, unit: str) -> str:

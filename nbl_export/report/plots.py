@@ -36,6 +36,12 @@ _BLUE, _ORANGE, _GREY, _INK = "#0069a8", "#c2500c", "#84909d", "#1c2128"
 _MARKERS = "os^vDPX*<>ph"
 _DECADES = 100  # figures that span this factor are drawn on a logarithmic axis
 _MOST_LAYERS = 1000  # of a plot that can be read; the table has any number
+_WHOLE_NUMBERS: dict[str, Any] = {
+    "nbins": 20,
+    "integer": True,
+    "min_n_ticks": 1,
+    "steps": [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10],
+}
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -65,14 +71,14 @@ class Plot:
         """The figure on white, as ``png`` or ``svg``."""
         # It announces the building of its font cache, once on each machine.
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
-        import matplotlib
+        from matplotlib import style
 
         buffer = io.BytesIO()
         nothing: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
-        with warnings.catch_warnings(), matplotlib.rc_context():
-            warnings.simplefilter("ignore")  # of letters that its font does not have
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(_STYLE)  # type: ignore[arg-type]
+        with (
+            warnings.catch_warnings(action="ignore"),
+            style.context(["default", _STYLE]),
+        ):  # no letter that its font lacks
             self.draw().savefig(buffer, format=kind, dpi=160, metadata=nothing[kind])
         return buffer.getvalue()
 
@@ -81,12 +87,12 @@ def report_plots(report: Report) -> dict[str, Plot]:
     """The plots that there are figures for, by name."""
     plots, selection = [], report.selection
     curve, score = selection.curve, scored_by(selection.criterion, selection.candidates)
-    scored = [c for c in selection.candidates if finite(score.of(c)) is not None]
+    scored = [c for c in selection.candidates if finite(getattr(c, score.field)) is not None]
     if curve and curve.points:
         plots.append(_curve_plot(curve))
     if 0 < len(scored) <= _MOST_LAYERS:
-        text = f"{score.name} of {len(scored)} layers, lower is better; replaced: "
-        text += f"{listed(selection.layers) or 'none'}."
+        replaced = listed(selection.layers) or "none"
+        text = f"{score.name} of {len(scored)} layers, lower is better; replaced: {replaced}."
         plots.append(Plot("layers", text, partial(_draw_layers, score, scored, set(selection.layers))))
     bench = report.bench.speed if report.bench else None
     races = {VERIFIED: report.speed, ENGINES: report.engine_speed, BENCH: bench}
@@ -113,13 +119,6 @@ def _drawable(value: Any) -> float:
     return math.nan if (known := finite(value)) is None else known
 
 
-def _whole_numbers(panel: Axes, label: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    panel.set_xlabel(label)
-    panel.xaxis.set_major_locator(MaxNLocator(20, integer=True, min_n_ticks=1))
-
-
 def _log_if_wide(panel: Axes, values: Sequence[Any]) -> bool:
     """A logarithmic axis where positive ``values`` span decades."""
     known = [v for v in map(finite, values) if v is not None]
@@ -133,8 +132,10 @@ def _log_if_wide(panel: Axes, values: Sequence[Any]) -> bool:
 
 def _curve_plot(curve: Curve) -> Plot:
     points, gains = curve.by_k, speedups_of(curve)
-    text = f"Perplexity ratio, KL{' and speedup' if gains else ''} for {len(points)} values of K, {points[0].k} to "
-    text += f"{points[-1].k}; whiskers: standard errors over documents; dashed: the budget."
+    text = (
+        f"Perplexity ratio, KL{' and speedup' if gains else ''} for {len(points)} values of K, {points[0].k} to "
+        f"{points[-1].k}; whiskers: standard errors over documents; dashed: the budget."
+    )
     for p in (p for p in points if p.k == curve.chosen):
         found = ((name, finite(getattr(p, of))) for name, of in gains.items())
         fast = "".join(f", {name} {gain:.2f}×" for name, gain in found if gain is not None)
@@ -153,8 +154,8 @@ def _draw_curve(curve: Curve) -> Figure:
         ("Times as fast as the original", "speedup", {of: name for name, of in gains.items()}),
     ]
     for panel, (title, bounded, series) in zip(axes, panels, strict=False):
-        panel.set_title(title)
-        _whole_numbers(panel, "K, layers replaced")
+        panel.set(title=title, xlabel="K, layers replaced")
+        panel.locator_params("x", **_WHOLE_NUMBERS)
         for of, color, marker in zip(series, (_BLUE, _ORANGE, _GREY, _INK), _MARKERS, strict=False):
             values = [(p.k, getattr(p, of), finite(getattr(p, f"{of}_se", None)) or 0.0) for p in points]
             ends = [(k, y, _drawable(y) - se, _drawable(y) + se) for k, y, se in values]
@@ -175,18 +176,18 @@ def _draw_curve(curve: Curve) -> Figure:
 def _draw_layers(score: Score, scored: Sequence[Candidate], chosen: set[Block]) -> Figure:
     """Each layer's score by the criterion, chosen layers in colour; points instead of bars on a log axis."""
     figure, (panel,) = _panels(1)
-    dots = _log_if_wide(panel, [score.of(c) for c in scored])
+    dots = _log_if_wide(panel, [getattr(c, score.field) for c in scored])
     width = 0.36 if any(isinstance(c.layer, Mlp) for c in scored) else 0.72
     for name, color, marker, replaced in (("replaced", _BLUE, "o", True), ("kept", _GREY, "D", False)):
         group = [c for c in scored if (c.layer in chosen) is replaced]
-        x, y = [_place(c.layer) for c in group], [_drawable(score.of(c)) for c in group]
+        x, y = [_place(c.layer) for c in group], [_drawable(getattr(c, score.field)) for c in group]
         errors = [finite(getattr(c, f"{score.field}_se", None)) or 0.0 for c in group]
         if dots:
             panel.errorbar(x, y, yerr=errors, fmt=marker, color=color, label=name)
         else:
             panel.bar(x, y, width=width, color=color, yerr=errors if any(errors) else None, label=name)
-    panel.set_ylabel(score.name)
-    _whole_numbers(panel, "layer")
+    panel.set(xlabel="layer", ylabel=score.name)
+    panel.locator_params("x", **_WHOLE_NUMBERS)
     panel.legend()
     return figure
 
@@ -245,9 +246,9 @@ def _draw_speed(speed: Speed) -> Figure:
         if not _log_if_wide(above, [r.timing.median_ms for cell in cells for r in cell.results]):
             above.set_ylim(bottom=0)
         for panel in (above, below):
-            panel.set_xlabel("rows × tokens" if any(c.batch > 1 for c in cells) else "tokens")
+            label = "rows × tokens" if any(c.batch > 1 for c in cells) else "tokens"
+            panel.set(xlabel=label, xlim=(-0.6, len(cells) - 0.4))
             panel.set_xticks(range(len(cells)), [c.size for c in cells])
-            panel.set_xlim(-0.6, len(cells) - 0.4)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(labels)))
     return figure

@@ -16,10 +16,18 @@ from typing import Any, TypeVar
 
 from nbl_export.files import atomic_path, printable, write_json, write_text
 from nbl_export.models.source import ModelIdentity
-from nbl_export.report.drawing import Table, finite
+from nbl_export.report.drawing import (
+    Table,
+    finite,
+    headlines,
+    making,
+    measured_on,
+    model_name,
+    replaced_line,
+    verdict_line,
+)
 from nbl_export.report.plots import PLOTS, Plot, report_plots, speed_plot
 from nbl_export.report.schema import BenchReport, Header, Report
-from nbl_export.report.summary import headlines, making, measured_on, model_name, replaced_line, verdict_line
 from nbl_export.report.tables import BENCH, report_tables, speed_table, verdicts_table
 
 M = TypeVar("M", bound=ModelIdentity)

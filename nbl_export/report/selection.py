@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from nbl_export.blocks import ATTENTION, Block, all_parts, part_of
 from nbl_export.graph.summary import ProofErrors
 from nbl_export.linearize.selection import Candidate, Curve, PlanLoss, per_saving
-from nbl_export.report.drawing import Table, figure, finite, listed, number
+from nbl_export.report.drawing import (
+    Table,
+    figure,
+    finite,
+    fit_in_words,
+    listed,
+    number,
+    rank_in_words,
+)
 from nbl_export.report.schema import Selection
 from nbl_export.settings import Budget
 from nbl_export.settings.definition import bytes_of
@@ -21,9 +29,6 @@ class Score(NamedTuple):
     field: str
     name: str
     meaning: str = ""
-
-    def of(self, candidate: Candidate) -> float | None:
-        return cast("float | None", getattr(candidate, self.field))
 
 
 SCORES: Mapping[str, Score] = {
@@ -59,15 +64,6 @@ SCORES: Mapping[str, Score] = {
 BY_BLOCKS = "workload, by its blocks"
 # What a criterion goes by, where it is no score of that name; greedy search begins with each layer's KL alone.
 _GOES_BY = {"greedy": "kl", "linearity": "predicted"}
-# How a fit is said, after "W and b are"; nbl_export/linearize/fits.py has them all.
-_FITS = {
-    "lmmse": "the LMMSE fit",
-    "weighted": "the weighted fit (tokens by 1/‖h‖²)",
-    "sequential": "the sequential fit",
-    "drop": "zero (the layers are dropped)",
-}
-
-
 # Each bound of a budget: the figure that it bounds, how it is said, and its value.
 BUDGETS: Sequence[tuple[str, str, Callable[[Budget], float | None]]] = (
     ("perplexity_ratio", "perplexity ratio ≤ {:g}", lambda b: b.max_perplexity_ratio),
@@ -94,7 +90,11 @@ def bounds_of(budget: Budget) -> list[tuple[str, str, float]]:
 def scored_by(criterion: str, candidates: Sequence[Candidate]) -> Score:
     """The score that the layers are shown by: the criterion's, or the paper's for a choice by hand."""
     score = SCORES.get(_GOES_BY.get(criterion, criterion))
-    return score if score and any(finite(score.of(c)) is not None for c in candidates) else SCORES["cca"]
+    return (
+        score
+        if score and any(finite(getattr(c, score.field)) is not None for c in candidates)
+        else SCORES["cca"]
+    )
 
 
 def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
@@ -105,12 +105,12 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
     more = [
         s
         for s in SCORES.values()
-        if s.field not in ("cca", "nmse") and any(finite(s.of(c)) is not None for c in candidates)
+        if s.field not in ("cca", "nmse") and any(finite(getattr(c, s.field)) is not None for c in candidates)
     ]
 
     def rank(c: Candidate) -> tuple[float, Block]:
         """A layer that was not scored comes last."""
-        value, saved = finite(score.of(c)), 1.0 if c.saved_ms is None else c.saved_ms
+        value, saved = finite(getattr(c, score.field)), 1.0 if c.saved_ms is None else c.saved_ms
         return (math.inf if value is None else per_saving(value, saved), c.layer)
 
     ranked = sorted(candidates, key=rank)
@@ -121,7 +121,7 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
             "linear" if c.layer in chosen else "in a span" if c.layer in parts else part_of(c.layer),
             number(c.cca, ".2f"),
             number(c.nmse, ".4f"),
-            *("" if (value := s.of(c)) is None else figure(value) for s in more),
+            *("" if (value := getattr(c, s.field)) is None else figure(value) for s in more),
             proof.get(c.layer, ""),
         )
         for c in ranked
@@ -146,31 +146,6 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
         plot="layers",
         marked=tuple(i for i, c in enumerate(ranked) if c.layer in chosen),
     )
-
-
-def fit_in_words(selection: Selection) -> str:
-    """How W and b were fitted, and repaired."""
-    words, rank = _FITS.get(selection.fit, selection.fit), _rank_in_words(selection)
-    if selection.fit != "drop":
-        by = "chosen by held-out error" if selection.ridge is None else number(selection.ridge, "g")
-        words += f" on the {selection.fit_input} input, ridge {by}"
-    words += f"; then {selection.repair:,} steps of distillation" if selection.repair else ""
-    lost = (selection.result and selection.result.rank_lost) or {}
-    least = (
-        f", which loses at most {max(lost.values()):.2%} of the variance of a layer's output" if lost else ""
-    )
-    return words + (f"; W {rank}{least}" if rank else "")
-
-
-def _rank_in_words(selection: Selection) -> str:
-    """The rank that every W has, or those that were chosen; empty where W is whole."""
-    ranks = selection.result.ranks if selection.result else None
-    if selection.rank or ranks is None:
-        return f"of rank {selection.rank}" if selection.rank else ""
-    if not ranks:
-        return "whole, since no rank is without loss"
-    low, high = min(ranks.values()), max(ranks.values())
-    return f"of rank {low}{f' to {high}' if high > low else ''} in {len(ranks)} of {len(selection.layers)} layers"
 
 
 # Speedups of the K curve, by their heading; a column that no point has is left out.
@@ -229,7 +204,7 @@ def result_table(selection: Selection, result: PlanLoss) -> Table:
     """What the maps that were kept cost, and what the distillation was worth; where that was measured."""
     # Each is what the one before became of.
     repaired = f"after {selection.repair:,} steps of distillation" if result.before_repair else "as fitted"
-    last = _rank_in_words(selection) if result.before_rank else repaired
+    last = rank_in_words(selection) if result.before_rank else repaired
     measured = (("as fitted", result.before_repair), (repaired, result.before_rank), (last, result.loss))
     rows = tuple(
         (name, _with_error(c.perplexity_ratio, finite(c.perplexity_ratio_se)), _with_error(c.kl, c.kl_se))

