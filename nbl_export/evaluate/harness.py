@@ -86,56 +86,39 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of full texts: each token is predicted once, from as much context as fits."""
-        pairs: list[Pair] = []
-        owners: list[int] = []
-        for i, request in enumerate(requests):
-            windows = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            for window in windows:
-                context, continuation = utils.make_disjoint_window(window)
-                pairs.append(Pair(tuple(context), tuple(continuation)))
-                owners.append(i)
-        totals = [0.0] * len(requests)
-        with self.listener.task(self.title, len(pairs), "windows") as task:
-            scores = log_likelihoods(self.stream, pairs, self.limits, task.advance)
-        for owner, score in zip(owners, scores, strict=True):
-            totals[owner] += score.log_likelihood
-        return totals
+        how = {"prefix_token": self.prefix_token_id, "max_seq_len": self.max_length, "context_len": 1}
+        windows = [
+            [
+                utils.make_disjoint_window(window)
+                for window in utils.get_rolling_token_windows(self.tok_encode(request.args[0]), **how)
+            ]
+            for request in requests
+        ]
+        scores = iter(self._loglikelihood_tokens([("", *pair) for text in windows for pair in text]))
+        return [float(sum(next(scores)[0] for _ in text)) for text in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations up to the first stop sequence of each request."""
+        """Greedy continuations up to the first stop sequence of each request, or its number of tokens."""
         end = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
-        answers = [""] * len(requests)
-        kinds: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-        for i, request in enumerate(requests):
+        asked: list[tuple[int, list[str]]] = []
+        for request in requests:
             kwargs = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
-            stops = tuple(handle_stop_sequences(list(kwargs["until"]), eos=end))
-            kinds.setdefault((self._max_tokens(kwargs["max_gen_toks"]), stops), []).append(i)
+            stops = handle_stop_sequences(list(kwargs["until"]), eos=end)
+            # A prompt must still fit.
+            asked.append((max(1, min(kwargs["max_gen_toks"], self.max_length - 1)), stops))
+
+        def finished(number: int, tokens: list[int]) -> bool:
+            most, stops = asked[number]
+            if len(tokens) >= most or tokens[-1] == self.eot_token_id:
+                return True
+            text = self.tok_decode(tokens)
+            return any(stop and stop in text for stop in stops)
+
+        prompts = [tuple(self.tok_encode(r.args[0])) or (self.prefix_token_id,) for r in requests]
         with self.listener.task(self.title, len(requests), "answers") as task:
-            for (most, stops), indices in kinds.items():
-                prompts = [tuple(self.tok_encode(requests[i].args[0])) for i in indices]
-                written = greedy(
-                    self.stream,
-                    [p or (self.prefix_token_id,) for p in prompts],
-                    most,
-                    lambda _i, tokens, stops=stops: self._stopped(tokens, stops),  # type: ignore[misc]
-                    self.limits,
-                    task.advance,
-                )
-                for i, tokens in zip(indices, written, strict=True):
-                    answers[i] = postprocess_generated_text(self.tok_decode(tokens), list(stops), None)
-        return answers
-
-    def _max_tokens(self, asked: int) -> int:
-        """The number of tokens to generate: as requested, but a prompt must still fit."""
-        return max(1, min(asked, self.max_length - 1))
-
-    def _stopped(self, tokens: list[int], stops: Sequence[str]) -> bool:
-        if tokens[-1] == self.eot_token_id:
-            return True
-        text = self.tok_decode(tokens)
-        return any(stop and stop in text for stop in stops)
+            most = max(number for number, _ in asked)
+            written = greedy(self.stream, prompts, most, finished, self.limits, task.advance)
+        return [
+            postprocess_generated_text(self.tok_decode(tokens), stops, None)
+            for tokens, (_, stops) in zip(written, asked, strict=True)
+        ]

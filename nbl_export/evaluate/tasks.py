@@ -137,19 +137,21 @@ def task_of_rows(path: Path, settings: EvalSettings) -> EvalTask:
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    numbered = _read_rows(path)
-    number, first = numbered[0]
+    placed = list(documents([str(path)], "", _object))
+    if not placed:
+        raise InputError(f"{path} has no rows: give another file.")
+    where, first = placed[0]
     shape = next((one for one in shapes().values() if set(one["fields"]) <= first.keys()), None)
     if shape is None:
         known = "; ".join(", ".join(one["fields"]) for one in shapes().values())
         raise InputError(
-            f"{path}, line {number}: no task has rows with the fields {', '.join(first) or 'none'}: use one of these "
+            f"{where}: no task has rows with the fields {', '.join(first) or 'none'}: use one of these "
             f"sets of fields: {known}."
         )
-    for number, row in numbered:
+    for where, row in placed:
         if problem := _problem(row, shape):
-            raise InputError(f"{path}, line {number}: {problem}.")
-    rows = [{name: row[name] for name in shape["fields"]} for _, row in numbered]
+            raise InputError(f"{where}: {problem}.")
+    rows = [{name: row[name] for name in shape["fields"]} for _, row in placed]
     name = path.name[: -len(next(s for s in SUFFIXES if path.name.lower().endswith(s)))]
     few_shot = settings.few_shot or 0
     asked, pool = sample(len(rows), settings.limit, few_shot, f"{settings.seed}:{name}", str(path))
@@ -177,18 +179,10 @@ def _digest(content: Any, how: Any, settings: EvalSettings) -> str:
     return sha256_of_json([content, how, asked])
 
 
-def _read_rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    """The objects of a .jsonl file (.gz and .zst too) with their line numbers."""
-
-    def read(row: Any, _field: str, where: str, _folder: Any) -> tuple[int, Mapping[str, Any]]:
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: not a JSON object: a .jsonl file has one a line.")
-        return int(where.rpartition(" ")[2]), row
-
-    rows = list(documents([str(path)], "", read))
-    if not rows:
-        raise InputError(f"{path} has no rows: give another file.")
-    return rows
+def _object(row: Any, _field: str, where: str, _folder: Any) -> tuple[str, Mapping[str, Any]]:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: not a JSON object: a .jsonl file has one a line.")
+    return where, row
 
 
 _WANTED = {
