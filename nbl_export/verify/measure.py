@@ -65,6 +65,8 @@ from nbl_export.verify.parity.figures import (
     DecoderParity,
     EncoderParity,
     Gates,
+    Likeness,
+    MethodLoss,
     Parity,
     StepParity,
     gates_for,
@@ -91,12 +93,8 @@ def measure(case: DecoderCase | EncoderCase) -> Measurement:
         with resident(case.model, room(case.model)):
             with found.clock():
                 found.parity = decoder_parity(case, found)
-            with found.clock():
-                if _asks_for_loss(case, found):
-                    found.method_loss = measure_method_loss(
-                        case.model, case.plan, text.heldout, text.heldout_document, case.listener
-                    )
-                    found.checks += loss_checks(found.method_loss, case.settings.bound)
+            asked = (case.model, case.plan, text.heldout, text.heldout_document, case.listener)
+            _measure_loss(case, found, lambda: measure_method_loss(*asked))
         with found.clock():
             found.speed = verify_speed(case, found, contexts)
         measure_engines(case, contexts, found)
@@ -110,11 +108,8 @@ def measure_encoder(case: EncoderCase) -> Measurement:
     with resident(case.model, room(case.model)):
         with found.clock():
             found.parity = encoder_parity(case, encoder, found)
-        with found.clock():
-            if _asks_for_loss(case, found):
-                likeness = measure_likeness(encoder, case.plan, case.heldout, case.unit, case.listener)
-                found.method_loss = likeness
-                found.checks += loss_checks(likeness, case.settings.bound)
+        asked = (encoder, case.plan, case.heldout, case.unit, case.listener)
+        _measure_loss(case, found, lambda: measure_likeness(*asked))
     with found.clock():
         timed = {} if case.why_not_timed else _timed(case, found)
         found.speed = verify_speed(
@@ -127,10 +122,13 @@ def measure_encoder(case: EncoderCase) -> Measurement:
     return found
 
 
-def _asks_for_loss(case: Case, found: Measurement) -> bool:
-    if not case.settings.quality:
-        found.check("method loss", "skipped", "--no-quality")
-    return case.settings.quality
+def _measure_loss(case: Case, found: Measurement, measured: Callable[[], MethodLoss | Likeness]) -> None:
+    with found.clock():
+        if case.settings.quality:
+            found.method_loss = measured()
+            found.checks += loss_checks(found.method_loss, case.settings.bound)
+        else:
+            found.check("method loss", "skipped", "--no-quality")
 
 
 def _against_unmodified(case: Case, compared: Callable[[Path], Sequence[str]]) -> list[str]:
