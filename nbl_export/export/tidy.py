@@ -252,9 +252,9 @@ def add_num_logits_input(model: ir.Model) -> bool:
     graph = model.graph
     if any(value.name == NUM_LOGITS_TO_KEEP for value in graph.inputs):
         return True
-    logits, head = _head(model)
+    chain, head = _head(model)
     states = head.inputs[0] if head is not None else None
-    if logits is None or head is None or states is None or logits.shape is None or len(logits.shape) != 3:
+    if head is None or states is None or chain[0].shape is None or len(chain[0].shape) != 3:
         return False
     count = ir.Value(name=NUM_LOGITS_TO_KEEP, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     count.const_value = ir.tensor(np.array(ALL_LOGITS, dtype=np.int64), name=NUM_LOGITS_TO_KEEP)
@@ -271,7 +271,7 @@ def add_num_logits_input(model: ir.Model) -> bool:
         last.outputs[0].shape = ir.Shape([states.shape[0], _DIMENSION, states.shape[2]])
     graph.insert_before(head, [negative, start, last])
     head.replace_input_with(0, last.outputs[0])
-    for value in _elementwise_chain(logits, head):
+    for value in chain:
         if value.shape is not None and len(value.shape) == 3:
             value.shape = ir.Shape([value.shape[0], _DIMENSION, value.shape[2]])
     graph.register_initializer(count)
@@ -296,23 +296,15 @@ def sliced_lm_head(model: ir.Model) -> ir.Node | None:
     return _head(model)[1] if known else None
 
 
-def _head(model: ir.Model) -> tuple[ir.Value | None, ir.Node | None]:
-    """The logits, and the product that computes them."""
-    logits = next((v for v in model.graph.outputs if v.name == "logits"), None)
-    chain = _elementwise_chain(logits, None)
-    node = chain[-1].producer() if chain else None
-    return logits, node if node is not None and linear_op(node) is not None else None
-
-
-def _elementwise_chain(logits: ir.Value | None, head: ir.Node | None) -> list[ir.Value]:
-    """The logits and the elementwise chain before them, back to the output of the last other operator."""
-    found: list[ir.Value] = []
-    value = logits
+def _head(model: ir.Model) -> tuple[list[ir.Value], ir.Node | None]:
+    """The logits and the elementwise chain before them, back to the output of the product that computes them."""
+    chain: list[ir.Value] = []
+    value = next((v for v in model.graph.outputs if v.name == "logits"), None)
     while value is not None:
-        found.append(value)
+        chain.append(value)
         node = value.producer()
-        if node is None or node is head or node.op_type not in _ELEMENTWISE:
-            break
+        if node is None or node.op_type not in _ELEMENTWISE:
+            return chain, node if node is not None and linear_op(node) is not None else None
         moving = [v for v in node.inputs if v is not None and not is_constant(v)]
         value = moving[0] if len(moving) == 1 else None
-    return found
+    return chain, None

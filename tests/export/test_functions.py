@@ -119,23 +119,6 @@ def test_experts_take_the_tokens_that_were_sent_to_them_none_or_many() -> None:
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-# complex numbers ---------------------------------------------------------------------------------
-
-
-def test_pairs_of_real_numbers_are_complex_numbers() -> None:
-    x, length, angle = drawn(2, 3, 4, 2), drawn(3, 4, seed=1), drawn(3, 4, seed=2)
-    turn = torch.polar(length.abs(), angle)
-    expected = torch.view_as_real(torch.view_as_complex(x) * turn).flatten(-2)
-    with exportable(tiny_model("llama"), None):
-        pairs = torch.view_as_complex(x)
-        assert not isinstance(pairs, torch.Tensor) and pairs.shape == (2, 3, 4)
-        found = torch.view_as_real(pairs * torch.polar(length.abs(), angle)).flatten(-2)
-        # What reshapes or scales one part does so with both.
-        row = torch.view_as_real((pairs.unsqueeze(1) * 2.0)[:, 0])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(row, 2 * x)
-
-
 # in a model --------------------------------------------------------------------------------------
 
 

@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 
-from nbl_export.errors import BuildError
 from nbl_export.export import torch as half_module
-from nbl_export.export.forms import FORMS
-from nbl_export.export.torch import ranges_of, save_in_precision, trace
+from nbl_export.export.torch import ranges_of, save_in_precision
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS
-from tests.fixtures_graph import load, ragged_rows
+from tests.fixtures_graph import ragged_rows
 from tests.graph.parsed import parsed, weight_types
 
 VOCAB, BLOCKS = 260, 4
@@ -116,29 +113,3 @@ def test_float32s_range_needs_no_rows(tmp_path: Path, monkeypatch: pytest.Monkey
     assert kept == [] and files == [tmp_path / "new" / "model.onnx"]
     expected = HALF["bf16"] if name == "bf16" else FLOAT
     assert set(weight_types(onnx.load(str(files[0]))).values()) == {expected}
-
-
-# leftovers ---------------------------------------------------------------------------------------
-
-
-# the KV cache ------------------------------------------------------------------------------------
-
-
-ROWS = ragged_rows((40, 21), VOCAB)
-
-
-def test_a_cache_beyond_float16_is_refused_by_its_layer(
-    tiny_folder: Path, tiny_graph: Path, tmp_path: Path
-) -> None:
-    reaches = ranges_of(load_graph(tiny_graph), ROWS)
-    model = load(tiny_folder)
-    with torch.no_grad():
-        projection = model.get_parameter("model.layers.1.self_attn.v_proj.weight")
-        projection.mul_(70_000 / reaches["present.1.value"])
-    graph = trace(model, FORMS["static"])
-    with pytest.raises(BuildError) as caught:
-        save_in_precision(graph, tmp_path / "model.onnx", PRECISIONS["fp16"], ROWS)
-    message = str(caught.value)
-    assert message.startswith("The values of attention layer 1 (present.1.value) reach "), message
-    assert message.endswith("use --precision bf16.") and "65,504" in message and "\n" not in message
-    assert list(tmp_path.iterdir()) == []
