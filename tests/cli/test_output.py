@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,16 @@ from typing import Any
 import pytest
 
 from nbl_export.blocks import Mlp
-from nbl_export.cli import main, output, terminal
+from nbl_export.cli import output, terminal
 from nbl_export.cli.output import TerminalListener, show_tables
 from nbl_export.cli.terminal import show_report
 from nbl_export.errors import InputError
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report, load_report
+from tests.command_line import nbl
 
 TABLE = Table(
-    "A title", ("", "n", "result"), (("first", "1", "passed"), ("second", "1,234", "failed")), "A note."
+    "A title", ("", "n", "result"), (("first [row]", "1", "passed"), ("second", "1,234", "failed")), "A note."
 )
 
 
@@ -94,52 +94,33 @@ def test_a_log_file_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
 # answers -------------------------------------------------------------------------------------------
 
-Asked = Callable[..., Any]
 
+@pytest.mark.usefixtures("answering")
+def test_each_command_answers_with_one_object(stories_copy: Path) -> None:
+    def answer(*words: object) -> Any:
+        done = nbl(*words, "--json")
+        assert done.code == 0
+        return json.loads(done.out)
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Asked]:
-    """Called with the words of a command: its exit code, what is on stdout, and what is on stderr."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nbl-export", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = int(str(ended.value.code))
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    yield call
-    output.set_up(False, False, None)
-
-
-def test_each_command_answers_with_one_object(asked: Asked, stories_copy: Path) -> None:
-    code, text, _ = asked("inspect", stories_copy / "model.onnx", "--json")
-    assert code == 0 and [t["title"] for t in json.loads(text)["tables"]]
-    assert json.loads(text)["schema"] == output.ANSWER and json.loads(text)["command"] == "inspect"
-
-    code, text, _ = asked("select", stories_copy, "--k", 1, "--criterion", "cca", "--json")
-    found = json.loads(text)
-    assert code == 0 and found["k"] == len(found["layers"]) == 1 and found["fit"] == "lmmse"
+    found = answer("inspect", stories_copy / "model.onnx")
+    assert [t["title"] for t in found["tables"]]
+    assert (found["schema"], found["command"]) == (output.ANSWER, "inspect")
+    found = answer("select", stories_copy, "--k", 1, "--criterion", "cca")
+    assert found["k"] == len(found["layers"]) == 1 and found["fit"] == "lmmse"
     assert found["out"] == str(stories_copy)
-
-    code, text, _ = asked("rewrite", stories_copy, "--json")
-    assert code == 0 and json.loads(text)["graph"] == str(stories_copy / "model.onnx")
-
-    code, text, _ = asked("verify", stories_copy, "--no-quality", "--no-speed", "--json")
-    assert code == 0 and json.loads(text) == json.loads((stories_copy / "report" / "report.json").read_text())
-
-    code, text, _ = asked("report", stories_copy, "--json")
-    assert code == 0 and json.loads(text)["schema"] == "nbl-export/report/2"
+    assert answer("rewrite", stories_copy)["graph"] == str(stories_copy / "model.onnx")
+    report = answer("verify", stories_copy, "--no-quality", "--no-speed")
+    assert report == json.loads((stories_copy / "report" / "report.json").read_text())
+    assert answer("report", stories_copy)["schema"] == "nbl-export/report/2"
 
 
-def test_an_error_is_an_object_too(asked: Asked, tmp_path: Path) -> None:
-    code, text, said = asked("inspect", tmp_path / "nothing", "--json")
-    found = json.loads(text)
-    assert code == found["exit_code"] == 2 and found["schema"] == "nbl-export/error/1"
-    assert said == f"error: {found['error']}\n" and "does not exist" in found["error"]
-    code, text, _ = asked("selct", "--json")
-    assert code == 2 and "did you mean select" in json.loads(text)["error"]
+@pytest.mark.usefixtures("answering")
+def test_an_error_is_an_object_too(tmp_path: Path) -> None:
+    done = nbl("inspect", tmp_path / "nothing", "--json")
+    found = json.loads(done.out)
+    assert done.code == found["exit_code"] == 2 and found["schema"] == "nbl-export/error/1"
+    assert done.err == f"error: {found['error']}\n" and "does not exist" in found["error"]
+    assert "did you mean select" in json.loads(nbl("selct", "--json").out)["error"]
 
 
 # bars ----------------------------------------------------------------------------------------------
@@ -176,14 +157,6 @@ def test_a_log_gets_lines_where_no_bar_is_drawn(screen: Any, monkeypatch: pytest
 # terminal ------------------------------------------------------------------------------------------
 
 
-THREE = Table(
-    "A title",
-    ("", "n", "result"),
-    (("first [row]", "1", "passed"), ("second", "1,234", "failed"), ("third", "5", "skipped")),
-    "A note.",
-)
-
-
 def test_a_report_ends_with_its_verdict_and_where_to_look(screen: Any, report: Report) -> None:
     text = screen("out", width=160)
     show_report(report, Path("out"))
@@ -205,7 +178,7 @@ def test_what_looks_like_markup_or_is_obeyed_is_text_everywhere(screen: Any) -> 
         task.advance(1)
     listener.note("x[/b]\x07\u202e")
     output.result(output.drawable("y[/b]\x9b2J"))
-    evil = replace(THREE, title="[/b]\x1b", columns=("[/c]", "\x07", "d"), note="\x1b]0;t\x07 [/n]")
+    evil = replace(TABLE, title="[/b]\x1b", columns=("[/c]", "\x07", "d"), note="\x1b]0;t\x07 [/n]")
     show_tables([evil])
     assert "a[/b]�[2J" in err.getvalue() and "x[/b]��" in err.getvalue()
     assert all(text in out.getvalue() for text in ("y[/b]�2J", "[/b]�", "[/c]", "�]0;t� [/n]"))

@@ -203,7 +203,8 @@ SMALL = ["--max-tokens", 20]
 class Stream(io.StringIO):
     def __init__(self, terminal: bool) -> None:
         super().__init__()
-        self.terminal, self.lost = terminal, None
+        self.terminal = terminal
+        self.lost: OSError | None = None
 
     def isatty(self) -> bool:
         return self.terminal
@@ -217,7 +218,9 @@ class Stdin:
         return self.terminal
 
 
-def test_words_a_file_and_the_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_a_file_the_standard_input_and_turns_that_are_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "prompt.txt"
     file.write_bytes("\ufeffHé\r\n\n".encode())
     assert prompts(" a\n", None, False) == " a\n"
@@ -225,6 +228,16 @@ def test_words_a_file_and_the_standard_input(tmp_path: Path, monkeypatch: pytest
     for path in (None, Path("-")):
         monkeypatch.setattr(sys, "stdin", Stdin("模型\r\n".encode()))
         assert prompts(None, path, False) == "模型"
+    monkeypatch.setattr(sys, "stdin", Stdin(b"", terminal=True))
+    lines = iter(["Hi", "  ", "b\udcff"])
+
+    def typed_line(_: str) -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", typed_line)
+    assert list(prompts(None, None, False)) == ["Hi", "b?"]
 
 
 @pytest.mark.parametrize(
@@ -235,31 +248,24 @@ def test_words_a_file_and_the_standard_input(tmp_path: Path, monkeypatch: pytest
         ("\ud800", None, "--prompt is not UTF-8"),
         (None, b"\xff", "is not UTF-8: convert it"),
         (None, b"\n", "has no text: give a prompt"),
+        (None, Path("gone"), r"No such file or directory reading --prompt-file gone"),
+        (None, Path("-"), "There is no prompt: give --prompt TEXT, --prompt-file FILE"),
+        (None, None, "There is no prompt: give --prompt TEXT, --prompt-file FILE"),
     ],
 )
 def test_what_is_no_prompt(
-    words: str | None, content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: str | None,
+    content: bytes | Path | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    file = None
-    if content is not None:
-        file = tmp_path / "prompt.txt"
-        file.write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        prompts(words, file, False)
-    if words is None and content is not None:
-        monkeypatch.setattr(sys, "stdin", Stdin(content))
-        with pytest.raises(InputError, match=message):
-            prompts(None, None, True)
-
-
-def test_a_file_that_is_not_there_and_nobody_who_types(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(InputError, match=r"No such file or directory reading --prompt-file .*x"):
-        prompts(None, tmp_path / "x", False)
     monkeypatch.setattr(sys, "stdin", Stdin(b"", terminal=True))
-    with pytest.raises(InputError, match="There is no prompt: give --prompt TEXT, --prompt-file FILE"):
-        prompts(None, None, True)
+    file = content if isinstance(content, Path) else tmp_path / "prompt.txt" if content else None
+    if isinstance(content, bytes):
+        (tmp_path / "prompt.txt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        prompts(words, file, True)
 
 
 PIECES = {"base": ("a\x1b[2J\tb", "\nc"), "linearized": ("d\n", "e")}
@@ -285,22 +291,8 @@ def test_a_pipe_has_the_text_and_a_terminal_what_it_can_show(
             assert written.piece(name, piece)
         written.answered(Generated(name, "", (), "ended", Figures(1, 1.0, 0, 0.0)))
     assert stream.getvalue() == expected
-
-
-def test_what_is_typed_are_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", Stdin(b"", terminal=True))
-    assert prompts("a", None, False) == "a"
-    with pytest.raises(InputError, match="There is no prompt"):
-        prompts(None, Path("-"), False)
-    lines = iter(["Hi", "  ", "b\udcff"])
-
-    def typed_line(_: str) -> str:
-        if (line := next(lines, None)) is None:
-            raise EOFError
-        return line
-
-    monkeypatch.setattr("builtins.input", typed_line)
-    assert list(prompts(None, None, False)) == ["Hi", "b?"]
+    stream.lost = OSError()
+    assert not written.piece("base", "to nobody")
 
 
 def test_the_command_prints_the_text_and_nothing_else(talking_out: Path, tmp_path: Path) -> None:
@@ -312,16 +304,6 @@ def test_the_command_prints_the_text_and_nothing_else(talking_out: Path, tmp_pat
         r"· linearized: prefill 5 tokens [\d,]+/s · decode 19 tokens [\d,]+/s · cut at --max-tokens\n",
         re.sub(r" *\n(?!$)", " ", done.err),
     ), done.err
-
-
-def test_a_pipe_that_is_closed_early_is_no_error(talking_out: Path) -> None:
-    words = [sys.executable, "-m", "nbl_export", "generate", str(talking_out), "--prompt", PROMPT]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
-    assert process.stdout and process.stderr
-    process.stdout.read(1)
-    process.stdout.close()
-    said = process.stderr.read().decode()
-    assert process.wait(60) == 0 and "Traceback" not in said and "error" not in said
 
 
 # commands ------------------------------------------------------------------------------------------

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from cyclopts import App
 
 from nbl_export import api, settings
+from nbl_export.blocks import Mlp
 from nbl_export.cli import main
 from nbl_export.errors import InputError, NblError
 from nbl_export.models.folder import task_named
 from nbl_export.settings import TABLES, read_settings
 from nbl_export.settings.definition import (
-    TEXT,
-    Must,
-    Settings,
-    UsageError,
-    at_least,
-    one_of,
-    options,
-    setting,
     settings_of,
 )
 
@@ -186,164 +178,6 @@ def test_a_refused_file_stops_before_anything(asked: Any, tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["nbl-export.toml"]
 
 
-# definition ----------------------------------------------------------------------------------------
-
-Colour = Literal["red", "blue"]
-
-
-@options
-@dataclass(frozen=True)
-class Inner(Settings):
-    """A part.
-
-    depth: How deep.
-    """
-
-    depth: float | None = setting(None, TEXT, at_least(0, "0 m or more"), key="max-depth")
-
-
-@options
-@dataclass(frozen=True)
-class Sample(Settings):
-    """All kinds.
-
-    count: How many,
-        in two lines.
-    width: How wide.
-    sizes: Some sizes.
-    names: Some names.
-    colour: One of two.
-    fast: Whether it hurries.
-    """
-
-    count: int = setting(3, TEXT, at_least(1))
-    width: float | None = setting(
-        0.5, TEXT, Must(lambda x: x < 9, "is {value}; it must be less than 9"), auto=True
-    )
-    sizes: tuple[int, ...] = setting((1, 2), TEXT)
-    names: tuple[str, ...] = setting((), TEXT, one_of(("a", "b")), key="name", repeated=True)
-    colour: Colour = setting("red", TEXT)
-    fast: bool = setting(True, TEXT)
-    inner: Inner = Inner()
-
-
-def parsed(*words: str) -> Any:
-    found = []
-    app = App(result_action="return_value")
-
-    @app.default
-    def command(*, sample: Sample = Sample()) -> None:
-        found.append(sample)
-
-    app(list(words), exit_on_error=False, print_error=False)
-    return found[0]
-
-
-def test_a_field_is_an_option_and_a_key() -> None:
-    known = {one.key: one for one in settings_of(Sample)}
-    assert list(known) == ["count", "width", "sizes", "name", "colour", "fast", "max-depth"]
-    assert known["max-depth"].path == ("inner", "depth")
-    assert known["count"].help == "How many, in two lines."
-    assert [(one.kind, one.many, one.auto) for one in known.values()] == [
-        (int, False, False),
-        (float, False, True),
-        (int, True, False),
-        (str, True, False),
-        (str, False, False),
-        (bool, False, False),
-        (float, False, False),
-    ]
-
-
-def test_words_become_values() -> None:
-    assert parsed() == Sample()
-    words = ["--count=4", "--width", "2", "--sizes", "5,6", "--name", "b", "--name", "a"]
-    assert parsed(*words, "--colour", "blue", "--no-fast", "--max-depth", "1e3") == Sample(
-        4, 2.0, (5, 6), ("b", "a"), "blue", False, Inner(1000.0)
-    )
-    assert parsed("--count", "4", "--count", "5").count == 5  # the last one counts
-    assert parsed("--width", "auto").width == "auto"
-    assert parsed("--count", "-4").count == -4
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--count", "x"], "--count is 'x'; give a whole number."),
-        (["--count", "1.5"], "--count is '1.5'; give a whole number."),
-        (["--count", "auto"], "--count is 'auto'; give a whole number."),
-        (["--width", ""], "--width is ''; give a number or auto."),
-        (["--sizes", "1;2"], "--sizes is '1;2'; give whole numbers with commas, as 3,7,12."),
-    ],
-)
-def test_words_that_are_no_value(words: list[str], said: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        parsed(*words)
-    assert str(caught.value) == said and caught.value.exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("sample", "said"),
-    [
-        (Sample(count=0), "--count is 0; it must be at least 1."),
-        (Sample(width=9.5), "--width is 9.5; it must be less than 9."),
-        (Sample(width=float("nan")), "--width is nan; it must be less than 9."),
-        (Sample(names=("a", "c")), "--name 'c' is unknown; choose one of a, b."),
-        (Sample(colour="green"), "--colour 'green' is unknown; choose one of red, blue."),  # type: ignore[arg-type]
-        (Sample(inner=Inner(-1.0)), "--max-depth is -1; it must be 0 m or more."),
-        (Sample(inner=Inner(float("inf"))), "--max-depth is inf; give a finite number."),
-        (Sample(width=float("-inf")), "--width is -inf; give a finite number."),
-    ],
-)
-def test_values_that_are_refused(sample: Sample, said: str) -> None:
-    with pytest.raises(InputError) as caught:
-        sample.check()
-    assert str(caught.value) == said
-
-
-EVERY = [one for cls in TABLES.values() for one in settings_of(cls)]
-
-
-def test_no_number_is_infinite_and_no_text_empty() -> None:
-    """A record is JSON, which has no infinity, and an empty word would be read as this folder."""
-    for one in EVERY:
-        for value in (float("inf"), float("-inf"), float("nan")) if one.kind is float else ():
-            with pytest.raises(InputError, match=f"--{one.key} is {value}"):
-                one.check(value, f"--{one.key}")
-        if one.kind is str:
-            with pytest.raises(InputError, match=f"--{one.key} "):
-                one.check(("",) if one.many else "", f"--{one.key}")
-
-
-@dataclass(frozen=True)
-class Task:
-    name: str
-    causal: bool
-
-
-def test_a_run_is_resolved_once_for_its_task() -> None:
-    asked = settings.RunSettings(settings.SelectSettings(k=1))
-    decoder = asked.resolve(Task("text-generation", True))
-    assert (decoder.exporting.precision, decoder.exporting.kv_cache) == ("fp32", "concat")
-    assert decoder.selection.criterion == "greedy"
-    assert decoder.resolve(Task("text-generation", True)) == decoder
-    encoder = asked.resolve(Task("feature-extraction", False))
-    assert (encoder.exporting.precision, encoder.exporting.kv_cache) == ("fp32", "none")
-    assert encoder.selection.criterion == "cca"
-    engines = settings.RunSettings(settings.SelectSettings(k=1), engines=settings.EngineSettings())
-    built = engines.resolve(Task("text-generation", True)).exporting
-    assert (built.precision, built.kv_cache) == ("fp16", "static")
-    with pytest.raises(InputError, match="--trt is for decoders"):
-        engines.resolve(Task("feature-extraction", False))
-    repair = settings.SelectSettings(k=1, repair=5)
-    int4 = settings.ExportSettings("int4", exporter="genai")
-    with pytest.raises(InputError, match="add --repair-rank 0"):
-        settings.RunSettings(repair, exporting=int4).check()
-    shared = settings.ExportSettings(kv_cache="shared")
-    with pytest.raises(InputError, match="TensorRT does not take the graphs of --kv-cache shared"):
-        settings.RunSettings(asked.selection, exporting=shared, engines=settings.EngineSettings()).check()
-
-
 @pytest.mark.parametrize(
     ("words", "library", "export"),
     [
@@ -368,3 +202,47 @@ def test_trt_may_stand_anywhere_and_decides_what_is_exported(
     exporting = exporting.resolve(task_named("text-generation"), wanted is not None)
     assert (exporting.precision, exporting.kv_cache) == export
     assert (wanted.library if wanted else None) == library
+
+
+def test_words_become_values(asked: Any) -> None:
+    words = ["--samples=4", "--seq-len", "9", "--seq-len", "16", "--calibration", "b", "--calibration", "a"]
+    assert asked("calibrate", "model", *words)[2] == api.CalibrateSettings(("b", "a"), samples=4, seq_len=16)
+    words = ["--layers", "3, 7.mlp", "--ridge", "1e-3", "--rank", "auto", "--fit", "drop", "--max-kl", "2"]
+    assert asked("select", "out", *words[:-2])[1] == api.SelectSettings(
+        layers=(3, Mlp(7)), ridge=1e-3, auto_rank=True, fit="drop"
+    )
+    assert asked("select", "out", *words[-2:])[1].budget == api.Budget(2.0)
+    assert asked("verify", "out", "--no-speed", "--contexts", "5,6")[1].contexts == (5, 6)
+
+
+def test_no_number_is_infinite_and_no_text_empty() -> None:
+    """A record is JSON, which has no infinity, and an empty word would be read as this folder."""
+    for one in (one for cls in TABLES.values() for one in settings_of(cls)):
+        odd = [float("inf"), float("-inf"), float("nan")] if one.kind is float else []
+        odd += [("",) if one.many else ""] if one.kind is str else []  # type: ignore[list-item]
+        for value in odd:
+            with pytest.raises(InputError, match=f"--{one.key} "):
+                one.check(value, f"--{one.key}")
+
+
+def test_a_run_is_resolved_once_for_its_task() -> None:
+    decoder, encoder = task_named("text-generation"), task_named("feature-extraction")
+    asked = settings.RunSettings(settings.SelectSettings(k=1))
+    engines = replace(asked, engines=settings.EngineSettings())
+    for run, task, made in (
+        (asked, decoder, ("fp32", "concat", "greedy")),
+        (asked, encoder, ("fp32", "none", "cca")),
+        (engines, decoder, ("fp16", "static", "greedy")),
+    ):
+        found = run.resolve(task)
+        assert (found.exporting.precision, found.exporting.kv_cache, found.selection.criterion) == made
+        assert found.resolve(task) == found
+    with pytest.raises(InputError, match="--trt is for decoders"):
+        engines.resolve(encoder)
+    repair, int4 = settings.SelectSettings(k=1, repair=5), settings.ExportSettings("int4", exporter="genai")
+    with pytest.raises(InputError, match=r"an int4 graph does not hold .* add --repair-rank 0"):
+        settings.RunSettings(repair, exporting=int4).check()
+    settings.RunSettings(replace(repair, repair_rank=0), exporting=int4).check()
+    shared = settings.ExportSettings(kv_cache="shared")
+    with pytest.raises(InputError, match="TensorRT does not take the graphs of --kv-cache shared"):
+        replace(engines, exporting=shared).check()
