@@ -21,6 +21,7 @@ from nbl_export.graph.branches import find_branches, mlp_regions
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.regions import Refusal, Region, find_regions
 from nbl_export.models.dummy_run import dummy_run
+from tests import tiny_types
 from tests.fixtures_graph import (
     intermediate_tensors,
     pad_left,
@@ -78,29 +79,13 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def activations(
-    model: Any, inputs: dict[str, Any], norm: str = "input_layernorm", part: str = "self_attn"
+    model: Any, inputs: dict[str, Any], norm: str = "input_layernorm", part: str = "self_attn.o_proj"
 ) -> list[dict[str, Any]]:
     """h, x and y of every attention, by hooks on the modules of a Llama-like model, real tokens only."""
-    kept = inputs["attention_mask"].astype(bool)
-    seen: list[dict[str, Any]] = [{} for _ in model.model.layers]
-    hooks = []
-    for store, block in zip(seen, model.model.layers, strict=True):
-
-        def normed(_m: Any, args: Any, output: Any, store: Any = store) -> None:
-            store["h"], store["x"] = args[0].numpy()[kept], output.numpy()[kept]
-
-        def written(_m: Any, _args: Any, output: Any, store: Any = store) -> None:
-            store["y"] = (output[0] if isinstance(output, tuple) else output).numpy()[kept]
-
-        hooks.append(block.get_submodule(norm).register_forward_hook(normed))
-        hooks.append(block.get_submodule(part).register_forward_hook(written))
-    try:
-        with torch.inference_mode():
-            model(**{k: torch.from_numpy(v) for k, v in inputs.items()}, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
+    kept, layer = inputs["attention_mask"].astype(bool), "model.layers.{}."
+    with torch.inference_mode(), tiny_types.activations(model, layer + norm, layer + part) as seen:
+        model(**{k: torch.from_numpy(v) for k, v in inputs.items()}, use_cache=False)
+    return [{name: passes[0].numpy()[kept] for name, passes in found.items()} for found in seen]
 
 
 def assert_regions_are_the_attention(path: Path, model: Any, layers: int, core: str) -> None:
