@@ -301,7 +301,7 @@ def read_images(
 
 def save_images(path: Path, images: CalibrationImages) -> None:
     """Write the scaled images, atomically."""
-    save_tensors(path, FORMAT, {"calibration": images.calibration, "heldout": images.heldout})
+    save_tensors(path, FORMAT, vars(images))
 
 
 def load_images(path: Path) -> CalibrationImages:

@@ -72,8 +72,7 @@ def shapes(d: int) -> dict[str, tuple[int, ...]]:
 
 def file_bytes(d: int) -> int:
     """Bytes of the numbers in a file of the moments of one layer of a model of width ``d``."""
-    sizes = {name: shape[0] * shape[-1] if len(shape) == 2 else shape[0] for name, shape in shapes(d).items()}
-    return 8 * sum(d * (d + 1) // 2 if name in _SYMMETRIC else size for name, size in sizes.items())
+    return 8 * (3 * d + len(_SYMMETRIC) * d * (d + 1) // 2 + 2 * d * d)
 
 
 class Accumulator:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nbl_export.batch import FIRST, TOKEN_TYPES, TOKENS, are_media, words
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
-from nbl_export.models.media_tokens import MediaTokens, joined, load_media, save_media
+from nbl_export.models.media_tokens import MediaTokens, joined
 from nbl_export.models.stored import refused
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
@@ -30,7 +30,7 @@ from nbl_export.tensorfile import load_as, save_tensors
 
 I32 = NDArray[np.int32]
 HELD_OUT_EVERY = 8
-FORMAT = "nbl-export/text/2"
+FORMAT, MEDIA_FORMAT = "nbl-export/text/2", "nbl-export/media-tokens/1"
 MEDIA = "media.safetensors"  # beside the text
 CALIBRATION, SELECTION, HELDOUT = "calibration", "selection", "held-out"
 # The selection and held-out documents of every HELD_OUT_EVERY; the others are for calibration.
@@ -341,9 +341,8 @@ def heldout_rows(text: CalibrationText, names: Iterable[str]) -> list[dict[str, 
 def save_text(path: Path, text: CalibrationText) -> None:
     """Write the packed tokens, atomically, and what is known of their images beside them."""
     if text.media is not None:
-        save_media(path.with_name(MEDIA), text.media)
-    names = [name for name in CalibrationText.__annotations__ if name != "media"]
-    save_tensors(path, FORMAT, {name: getattr(text, name) for name in names})
+        save_tensors(path.with_name(MEDIA), MEDIA_FORMAT, vars(text.media))
+    save_tensors(path, FORMAT, {name: rows for name, rows in vars(text).items() if name != "media"})
 
 
 def load_text(path: Path) -> CalibrationText:
@@ -352,7 +351,7 @@ def load_text(path: Path) -> CalibrationText:
     last = max(int(a.max(initial=0)) for a in (text.calibration, text.selection, text.heldout))
     if not are_media(last):
         return text
-    media = load_media(path.with_name(MEDIA), CALIBRATE_AGAIN)
+    media = load_as(MediaTokens, path.with_name(MEDIA), MEDIA_FORMAT, CALIBRATE_AGAIN)
     if last - FIRST >= len(media):
         raise InputError(f"{path} is damaged (a token of no image): {CALIBRATE_AGAIN}.")
     return replace(text, media=media)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,8 @@ from numpy.typing import NDArray
 from nbl_export.batch import EMBEDDINGS, F32, FIRST, PER_LAYER, POSITIONS, are_media
 from nbl_export.models.layers import backbone, has_per_layer
 from nbl_export.models.running import Hooks
-from nbl_export.tensorfile import load_as, save_tensors
 
 I32 = NDArray[np.int32]
-FORMAT = "nbl-export/media-tokens/1"
 # How transformers calls what a language model may be given beside the embeddings of its tokens.
 PLACES, LATER = "visual_pos_masks", "deepstack_visual_embeds"
 
@@ -170,13 +167,3 @@ def joined(parts: Sequence[MediaTokens]) -> MediaTokens:
     names = [name for name in MediaTokens.__annotations__ if name != "both_ways"]
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     return MediaTokens(**columns, both_ways=np.max([part.both_ways for part in parts], axis=0))
-
-
-def save_media(path: Path, media: MediaTokens) -> None:
-    """Write what is known of the tokens of images and sounds, atomically."""
-    save_tensors(path, FORMAT, {name: getattr(media, name) for name in MediaTokens.__annotations__})
-
-
-def load_media(path: Path, remedy: str) -> MediaTokens:
-    """Read what :func:`save_media` wrote; raises :class:`InputError` for anything else."""
-    return load_as(MediaTokens, path, FORMAT, remedy)
