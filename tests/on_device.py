@@ -27,7 +27,7 @@ from nbl_export.models.weights import device_of, in_precision
 from nbl_export.progress import Silent
 from nbl_export.verify.parity.unmodified import first_divergence
 from nbl_export.workspace import Workspace
-from tests.encoders import text_encoder, vision_encoder, write_images, write_text
+from tests.encoders import text_encoder, write_text
 
 TEXT = api.CalibrateSettings(("self",), samples=8, seq_len=32, heldout_samples=2, selection_samples=2)
 PLAIN = replace(TEXT, dtype="float32")
@@ -157,10 +157,9 @@ def test_the_first_layer_that_differs_is_found(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16"])
-def test_a_graph_in_half_precision(finished: tuple[Path, api.Report], tmp_path: Path, precision: str) -> None:
+def test_a_graph_in_half_precision(finished: tuple[Path, api.Report], tmp_path: Path) -> None:
     out = Path(shutil.copytree(finished[0], tmp_path / "out"))
-    api.export(out, api.ExportSettings(precision=precision))
+    api.export(out, api.ExportSettings(precision="fp16"))
     api.rewrite(out)
     report = api.verify(out, replace(CHECKS, quality=False, device="cuda"))
     assert report.passed, report.checks
@@ -175,12 +174,9 @@ class Stops(Silent):
         yield SimpleNamespace(advance=lambda _tokens: next(batches), part=lambda _number, _count: None)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16"])
-def test_an_interrupted_calibration_goes_on(
-    device: torch.device, tiny_folder: Path, tmp_path: Path, dtype: str
-) -> None:
+def test_an_interrupted_calibration_goes_on(device: torch.device, tiny_folder: Path, tmp_path: Path) -> None:
     """States go to a file, and come back to the device."""
-    model = on(device, tiny_folder, dtype)
+    model = on(device, tiny_folder, "bfloat16")
     assert device_of(model) == device
     rows = np.random.default_rng(0).integers(0, 256, (12, 256)).astype(np.int32)
 
@@ -201,19 +197,14 @@ def test_an_interrupted_calibration_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["text", "vision"])
-def test_an_encoder(device: torch.device, tmp_path: Path, text: str, kind: str) -> None:
-    folder, sources = tmp_path / "model", text
-    if kind == "text":
-        text_encoder(folder)
-    else:
-        vision_encoder(folder)
-        sources = str(write_images(tmp_path / "images"))
+def test_an_encoder(device: torch.device, tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "model"
+    text_encoder(folder)
     report = api.run(
         folder,
         tmp_path / "out",
         api.SelectSettings(k=1, device="cuda"),
-        replace(TEXT, sources=(sources,), samples=24, device="cuda"),
+        replace(TEXT, sources=(text,), samples=24, device="cuda"),
         replace(CHECKS, device="cuda"),
     )
     assert report.passed, report.checks

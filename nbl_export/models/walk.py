@@ -43,7 +43,7 @@ Segment = range
 
 def segments(model: torch.nn.Module) -> list[Segment]:
     """The parts of ``model`` in which rows go through it."""
-    count, facts = len(list(block_stack(model)[1].children())), dummy_run(model)
+    count, facts = layer_count(model), dummy_run(model)
     if not facts.separate:
         return [Segment(0, count)]
     # From the first layer whose keys and values are read to the last that reads some, what they share stays.
@@ -241,8 +241,10 @@ def recomputed(model: torch.nn.Module, first: int) -> Iterator[None]:
     more from each other than the states are not.
     """
     facts = dummy_run(model)
-    last = first if facts.shared or not facts.separate else len(list(block_stack(model)[1].children()))
-    with _replaced_blocks(model, range(first, last), lambda _index, block: _Recomputed(block)):
+    last = first if facts.shared or not facts.separate else layer_count(model)
+    # What stands for a block keeps only its input for the backward pass.
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    with _replaced_blocks(model, range(first, last), lambda _index, block: partial(again, block)):
         yield
 
 
@@ -250,7 +252,7 @@ def recomputed(model: torch.nn.Module, first: int) -> Iterator[None]:
 def _without(model: torch.nn.Module, indices: Iterable[int]) -> Iterator[None]:
     """Within the block, these blocks return their input."""
     returns = dummy_run(model).block_returns
-    with _replaced_blocks(model, indices, lambda index, _block: _Skipped(returns[index])):
+    with _replaced_blocks(model, indices, lambda index, _block: partial(_returned, returns[index])):
         yield
 
 
@@ -258,13 +260,13 @@ def _without(model: torch.nn.Module, indices: Iterable[int]) -> Iterator[None]:
 def _replaced_blocks(
     model: torch.nn.Module,
     indices: Iterable[int],
-    instead: Callable[[int, torch.nn.Module], torch.nn.Module],
+    instead: Callable[[int, torch.nn.Module], Callable[..., Any]],
 ) -> Iterator[None]:
     stack: Any = block_stack(model)[1]
     before = {index: stack[index] for index in indices}
     try:
         for index, block in before.items():
-            stack[index] = instead(index, block)
+            stack[index] = _Instead(instead(index, block))
             # Models read attributes of their blocks, such as the kind of attention.
             vars(stack[index]).update(plain_attributes(block))
         yield
@@ -273,24 +275,15 @@ def _replaced_blocks(
             stack[index] = block
 
 
-class _Skipped(torch.nn.Module):
-    """Replaces a block and returns its input in the form of the block's output."""
+class _Instead(torch.nn.Module):
+    """Stands for a block."""
 
-    def __init__(self, returns: int | None) -> None:
+    def __init__(self, forward: Callable[..., Any]) -> None:
         super().__init__()
-        self.returns = returns
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        h = hidden_states(args, kwargs)
-        return h if self.returns is None else (h, *[None] * (self.returns - 1))
+        self.forward = forward
 
 
-class _Recomputed(torch.nn.Module):
-    """Stands for a block, and keeps only its input for the backward pass, in which the block is computed again."""
-
-    def __init__(self, block: torch.nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(self.block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+def _returned(returns: int | None, *args: Any, **kwargs: Any) -> Any:
+    """The input of a block in the form of its output."""
+    h = hidden_states(args, kwargs)
+    return h if returns is None else (h, *[None] * (returns - 1))
