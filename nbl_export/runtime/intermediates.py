@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,10 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.batch import (
-    MASK,
-    POSITIONS,
-    TOKENS,
-    WRITE_INDICES,
-    Inputs,
-    left_padded,
-    prefix_padded,
-    right_padded,
-)
+from nbl_export.batch import MASK, POSITIONS, TOKENS, WRITE_INDICES
+from nbl_export.batch import Inputs, left_padded, prefix_padded
 from nbl_export.errors import InputError
-from nbl_export.graph.interface import Interface, interface_of
+from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import INLINE_BYTES, DataFile, external_files, follow_links
 from nbl_export.graph.operators import captured
 from nbl_export.graph.rounding import HALF, compute_in_float32, float32_name, needs_emulation
@@ -109,38 +101,36 @@ def _run(
     scratch: Path | None,
 ) -> None:
     """Add ``outputs`` of the ``partition`` to ``values``, the tensors of each row."""
-    first = values[0]
-    feeds = {name: first[name] for name in sorted(partition.reads)}
-    with _weights(partition, scratch) as weights:
-        numbers = {name: tensor.numpy() for name, tensor in weights.items() if _is_lent(tensor)}
-        with _place(model, folder, bool(numbers)) as (place, file):
-            proto = _proto(model, partition, weights, feeds, outputs, dict.fromkeys(numbers, file))
-            session, kept = _session(proto, place, numbers)
+    feeds = {name: values[0][name] for name in sorted(partition.reads)}
+    with ExitStack() as stack:
+        weights = stack.enter_context(_weights(partition, scratch))
+        # A weight in memory is lent to the session: written into the graph, it would be copied several times.
+        lent = {name: tensor.numpy() for name, tensor in weights.items() if _is_lent(tensor)}
+        file = ""  # which must exist and is not read: a graph says of a weight that is lent that it is there
+        if lent and folder:
+            file = str(external_files(model)[0].relative_to(folder))
+        elif lent:
+            folder, file = (
+                Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbl-export."))),
+                "none",
+            )
+            (folder / file).touch()
+        proto = _proto(model, partition, weights, feeds, outputs, dict.fromkeys(lent, file))
+        options = frugal(session_options(data_folder(folder)))
+        kept = lend(options, lent)
+        if lent:
+            # onnxruntime's optimizers look for the numbers of a weight in the file that it is said to be in.
+            options.graph_optimization_level = require_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = load(proto.SerializeToString(), options, "the graph", folded=False)
         for row in values:
             found = run_session(session, outputs, {name: row[name] for name in partition.reads})
             row |= dict(zip(outputs, found, strict=True))
-        del session, kept, numbers
+        del session, kept, lent
 
 
 def _is_lent(tensor: ir.TensorProtocol) -> bool:
-    """Whether a weight that is in memory is lent to the session: written into the graph, it is copied several times."""
-    if isinstance(tensor, ir.ExternalTensor) or tensor.dtype not in _LENT:
-        return False
-    return tensor.nbytes >= _LENT_FROM
-
-
-@contextmanager
-def _place(model: ir.Model, folder: Path | None, lent: bool) -> Iterator[tuple[Path | None, str]]:
-    """The ``folder`` of data files and, if weights are ``lent``, the name of a file there.
-
-    A graph says of a weight that is lent that it is in a file, which must exist and is not read.
-    """
-    if not lent or folder is not None:
-        yield folder, str(external_files(model)[0].relative_to(folder)) if lent and folder else ""
-        return
-    with tempfile.TemporaryDirectory(prefix="nbl-export.") as made:
-        (Path(made) / "none").touch()
-        yield Path(made), "none"
+    in_file = isinstance(tensor, ir.ExternalTensor)
+    return not in_file and tensor.dtype in _LENT and tensor.nbytes >= _LENT_FROM
 
 
 def _partitions(model: ir.Model, wanted: set[str], fed: set[str], limit: int) -> Iterator[_Partition]:
@@ -167,30 +157,25 @@ def _partitions(model: ir.Model, wanted: set[str], fed: set[str], limit: int) ->
         yield partition
 
 
-def _constants(model: ir.Model, fed: set[str]) -> set[ir.Node]:
-    """The nodes that depend on weights only."""
-    found: set[ir.Node] = set()
-    for node in model.graph:
+def _constants(model: ir.Model, fed: set[str]) -> dict[ir.Node, int]:
+    """The nodes that depend on weights only, and their places in the graph."""
+    found: dict[ir.Node, int] = {}
+    for place, node in enumerate(model.graph):
         reads = _reads(node)
         if all(v.name not in fed and (v.is_initializer() or v.producer() in found) for v in reads):
-            found.add(node)
+            found[node] = place
     return found
 
 
-def _constants_before(node: ir.Node, constant: set[ir.Node]) -> list[ir.Node]:
+def _constants_before(node: ir.Node, constant: Mapping[ir.Node, int]) -> list[ir.Node]:
     """The constant nodes that ``node`` depends on, in order."""
-    found: dict[ir.Node, None] = {}
-    stack = [(node, False)]
+    found: set[ir.Node] = set()
+    stack = [node]
     while stack:
-        current, ready = stack.pop()
-        if ready:
-            found[current] = None
-        elif current not in found:
-            if current is not node:
-                stack.append((current, True))  # after everything it reads
-            makers = [v.producer() for v in _reads(current)]
-            stack += [(n, False) for n in makers if n is not None and n in constant and n not in found]
-    return list(found)
+        makers = {maker for v in _reads(stack.pop()) if (maker := v.producer()) in constant} - found
+        found |= makers  # type: ignore[arg-type]
+        stack += makers  # type: ignore[arg-type]
+    return sorted(found, key=constant.__getitem__)
 
 
 def _with_casts(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
@@ -282,50 +267,29 @@ def _proto(
     )
 
 
-def _session(
-    proto: onnx.ModelProto, folder: Path | None, lent: Mapping[str, NDArray[Any]]
-) -> tuple[Any, list[Any]]:
-    """A session, and what must be kept as long as it is used."""
-    options = frugal(session_options(data_folder(folder)))
-    kept = lend(options, lent)
-    if lent:
-        # onnxruntime's optimizers look for the numbers of a weight in the file that it is said to be in.
-        options.graph_optimization_level = require_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-    return load(proto.SerializeToString(), options, "the graph", folded=False), kept
-
-
 def batch_rows(model: ir.Model, rows: Sequence[NDArray[Any] | Inputs] | Inputs) -> list[Arrays]:
     """The feeds of :func:`compute_tensors` for ``rows`` padded to one batch, row by row; or for an encoder's batch.
 
     A row may be given by its embeddings and positions instead, and is then not padded.
     """
     interface = interface_of(model)
-    if not isinstance(rows, Mapping):
-        text = [row for row in rows if not isinstance(row, Mapping)]
-        embedded = [row for row in rows if isinstance(row, Mapping)]
-        ours = [interface.row(row, np.dtype(np.float32)) for row in embedded]
-        return [*(_of_tokens(interface, text) if text else ()), *ours]
-    feeds, count = interface.named(rows), len(next(iter(rows.values())))
-    parted = {name: array.ndim > 0 and len(array) == count for name, array in feeds.items()}
-    return [{n: a[i : i + 1] if parted[n] else a for n, a in feeds.items()} for i in range(count)]
+    if isinstance(rows, Mapping):
+        return [interface.named(row) for row in _rows(rows)]
+    text = [row for row in rows if not isinstance(row, Mapping)]
+    found = [interface.row(row, np.float32) for row in rows if isinstance(row, Mapping)]
+    if text:
+        pad = prefix_padded if interface.static or interface.ragged else left_padded
+        batch = dict(zip((TOKENS, MASK, POSITIONS), pad(text), strict=True))
+        batch[WRITE_INDICES] = np.zeros(len(text), dtype=np.int64)
+        past = interface.empty_cache(1, max(map(len, text)) if interface.static else 0, np.float32)
+        found = [*(interface.named(row) | past for row in _rows(batch)), *found]
+    return found
 
 
-def _of_tokens(interface: Interface, rows: Sequence[NDArray[Any]]) -> list[Arrays]:
-    count, longest = len(rows), max(map(len, rows))
-    if interface.static:
-        ids, positions = right_padded(rows)
-        inputs = {TOKENS: ids, POSITIONS: positions, WRITE_INDICES: np.zeros(count, dtype=np.int64)}
-    else:
-        padded = prefix_padded(rows) if interface.ragged else left_padded(rows)
-        inputs = dict(zip((TOKENS, MASK, POSITIONS), padded, strict=True))
-    past = interface.empty_cache(count, longest if interface.static else 0, np.dtype(np.float32))
-    return [
-        interface.named(_part(inputs, i)) | {n: a[i : i + 1] for n, a in past.items()} for i in range(count)
-    ]
-
-
-def _part(inputs: Mapping[str, NDArray[Any]], row: int) -> dict[str, NDArray[Any]]:
-    return {name: array[row : row + 1] for name, array in inputs.items()}
+def _rows(batch: Inputs) -> list[dict[str, NDArray[Any]]]:
+    """The rows of a ``batch``, each as a batch of one, with its padding."""
+    count = len(next(iter(batch.values())))
+    return [{name: array[i : i + 1] for name, array in batch.items()} for i in range(count)]
 
 
 def prefill_rows(model: ir.Model, rows: Sequence[NDArray[Any] | Inputs]) -> list[Arrays]:

@@ -175,13 +175,14 @@ def test_masks_and_positions_stay_right_across_decode(
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The weights of every piece that is run."""
     seen: list[list[str]] = []
-    real = pieces_module._session
+    real = pieces_module._proto
 
-    def session(proto: Any, *others: Any) -> Any:
-        seen.append([t.name for t in proto.graph.initializer])
-        return real(proto, *others)
+    def proto(*given: Any) -> Any:
+        made = real(*given)
+        seen.append([t.name for t in made.graph.initializer])
+        return made
 
-    monkeypatch.setattr(pieces_module, "_session", session)
+    monkeypatch.setattr(pieces_module, "_proto", proto)
     return seen
 
 
