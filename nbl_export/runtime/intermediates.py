@@ -19,8 +19,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.batch import MASK, POSITIONS, TOKENS, WRITE_INDICES
-from nbl_export.batch import Inputs, left_padded, prefix_padded
+from nbl_export.batch import MASK, POSITIONS, TOKENS, WRITE_INDICES, Inputs, left_padded, prefix_padded
 from nbl_export.errors import InputError
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import INLINE_BYTES, DataFile, external_files, follow_links

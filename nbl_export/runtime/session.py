@@ -64,11 +64,6 @@ def running_on(device: str) -> Iterator[None]:
         _running.reset(token)
 
 
-def running_provider() -> Provider:
-    """Where a session runs that is told no provider: the CPU, or what :func:`running_on` says."""
-    return _running.get()
-
-
 def data_folder(folder: Path | None) -> dict[str, str]:
     """The session configuration for a graph passed as bytes whose external data is in ``folder``."""
     return {"session.model_external_initializers_file_folder_path": str(folder)} if folder else {}
@@ -125,15 +120,15 @@ def session(
 ) -> Any:
     """An inference session of the graph at ``path`` on one provider; on the CPU with all cores.
 
-    Without a ``provider`` it is :func:`running_provider`. ``config`` are onnxruntime's session configuration entries. A
-    half-precision graph is run by emulation (:mod:`nbl_export.graph.rounding`), which rounds every tensor;
-    ``rounded=False`` runs the file itself. ``model`` is the graph at ``path`` if it is already loaded; a half-precision
-    one is changed in place. A ``small`` session on the CPU
-    takes little memory beside the weights, which are mapped (:func:`frugal`), and more time for each run: weights in
-    half precision are converted in each. Raises :class:`InputError` if onnxruntime does not load the graph.
+    Without a ``provider`` it is the CPU, or what :func:`running_on` says. ``config`` are onnxruntime's session
+    configuration entries. A half-precision graph is run by emulation (:mod:`nbl_export.graph.rounding`), which rounds
+    every tensor; ``rounded=False`` runs the file itself. ``model`` is the graph at ``path`` if it is already loaded; a
+    half-precision one is changed in place. A ``small`` session on the CPU takes little memory beside the weights, which
+    are mapped (:func:`frugal`), and more time for each run: weights in half precision are converted in each. Raises
+    :class:`InputError` if onnxruntime does not load the graph.
     """
     require_onnxruntime()
-    provider = running_provider() if provider is None else provider
+    provider = _running.get() if provider is None else provider
     model = load_graph(path) if model is None else model
     source: str | bytes = str(path)
     small = small and provider == CPU

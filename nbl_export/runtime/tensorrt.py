@@ -12,32 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from nbl_export.batch import (
     BOOL,
     F32,
+    I64,
     MASK,
     POSITIONS,
     TOKENS,
     WRITE_INDICES,
     left_padded,
-    one_more,
     prefix_mask,
-    right_padded,
+    prefix_padded,
 )
 from nbl_export.engine.library import find_gpu
 from nbl_export.engine.manifest import DECODE, PREFILL, Manifest, check_runs, load_manifest
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.runtime.stream import KV, Stream
-
-if TYPE_CHECKING:
-    import torch
 
 _DTYPES = {
     "FLOAT": "float32",
@@ -53,8 +50,6 @@ class Device:
     """GPU memory and a CUDA stream, through torch. ``name`` is a torch device."""
 
     def __init__(self, name: str = "cuda") -> None:
-        import torch
-
         if name == "cuda" and not torch.cuda.is_available():
             raise MissingDependencyError(
                 "Running an engine needs a CUDA build of torch: install torch from its CUDA index."
@@ -68,8 +63,6 @@ class Device:
         return int(self._stream.cuda_stream) if self._stream else 0
 
     def zeros(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
-        import torch
-
         with self._on_stream():
             return torch.zeros(tuple(shape), dtype=getattr(torch, dtype), device=self.name)
 
@@ -80,8 +73,6 @@ class Device:
 
     def put(self, target: torch.Tensor, array: NDArray[Any]) -> None:
         """Copy a host array into ``target``."""
-        import torch
-
         with self._on_stream():
             target.copy_(torch.from_numpy(np.ascontiguousarray(array)), non_blocking=True)
 
@@ -92,8 +83,6 @@ class Device:
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         # All work is ordered on one stream, the one the engine runs on.
-        import torch
-
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
     def synchronize(self) -> None:
@@ -104,8 +93,6 @@ class Device:
         """``work`` captured as a CUDA graph to replay; ``work`` itself without a GPU."""
         if self._stream is None:
             return work
-        import torch
-
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
             work()
@@ -117,24 +104,8 @@ class Device:
         return replay
 
 
-@dataclass(frozen=True)
-class LoadedEngine:
-    """A deserialized engine with one execution context for each profile.
-
-    ``captures`` says whether the decode step is captured into a CUDA graph here; it is False if the library does
-    that itself. ``runtime`` must live as long as the engine.
-    """
-
-    manifest: Manifest
-    engine: Any
-    contexts: dict[str, Any]
-    device: Device
-    captures: bool = True
-    runtime: Any = None
-
-
-def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
-    """Load the engine at ``path`` on this machine's GPU.
+def load_engine(path: Path, device: Device | None = None) -> EngineStream:
+    """Load the engine at ``path`` on this machine's GPU, with an execution context for each profile.
 
     Its manifest is checked first (:mod:`nbl_export.engine.manifest`), then the dtypes reported by the engine.
     Raises :class:`InputError`, :class:`MissingDependencyError` or :class:`BuildError`.
@@ -167,21 +138,32 @@ def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
             )
         contexts[profile.name] = context
     device.synchronize()
-    return LoadedEngine(manifest, engine, contexts, device, not library.ahead_of_time, runtime)
+    return EngineStream(manifest, engine, contexts, device, not library.ahead_of_time, runtime)
 
 
 class EngineStream(Stream):
-    """A loaded engine as a stream of ragged rows; logits and cache stay on the device until requested."""
+    """A deserialized engine as a stream of ragged rows; logits and cache stay on the device until requested.
 
-    def __init__(self, loaded: LoadedEngine) -> None:
-        self.manifest, self.device = loaded.manifest, loaded.device
-        self.kv_layers = loaded.manifest.kv_layers
-        self._contexts, self._engine, self._captures = loaded.contexts, loaded.engine, loaded.captures
-        network = loaded.manifest.network
+    ``contexts`` has one for each profile. ``captures`` says whether the decode step is captured into a CUDA graph here;
+    it is False if the library does that itself. ``runtime`` must live as long as the engine.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: Any,
+        contexts: dict[str, Any],
+        device: Device,
+        captures: bool = True,
+        runtime: Any = None,
+    ) -> None:
+        self.manifest, self.device, self.kv_layers = manifest, device, manifest.kv_layers
+        self.contexts, self.engine, self.captures, self._runtime = contexts, engine, captures, runtime
+        network = manifest.network
         self._inputs = {t.name: t for t in network.inputs}
         self._outputs = {t.name: t for t in network.outputs}
         self._past = [n for n in self._inputs if n.startswith("past_key_values.")]
-        self.static = loaded.manifest.kv_cache == "static"
+        self.static = manifest.kv_cache == "static"
         self._vocab = self._outputs["logits"].shape[-1]
         # By profile: the tensors bound to a decode step outlive the next prefill, as its CUDA graph needs.
         self._bound: dict[str, dict[str, torch.Tensor]] = {PREFILL: {}, DECODE: {}}
@@ -192,17 +174,14 @@ class EngineStream(Stream):
     def memory_bytes(self) -> int:  # type: ignore[override]  # of this batch
         """Bytes of the cache's buffers on the device, and of the scratch memory, which every context allocates."""
         buffers = {t.data_ptr(): t for name in self._past for t in self._buffers[name]} if self._batch else {}
-        return sum(t.nbytes for t in buffers.values()) + len(self._contexts) * int(
-            self._engine.device_memory_size_v2
+        return sum(t.nbytes for t in buffers.values()) + len(self.contexts) * int(
+            self.engine.device_memory_size_v2
         )
 
     # Stream ----------------------------------------------------------------------------------
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
-        logits: F32 = self.device.get(self.prefill_on_device(rows))
-        lengths = np.array([len(r) for r in rows])
-        mask = prefix_mask(lengths, logits.shape[1]) if self.static else self._mask.astype(bool)
-        real: F32 = logits[mask]
-        return real
+        logits: F32 = self.device.get(self.prefill_on_device(rows))[self._mask.astype(bool)]
+        return logits
 
     def decode(self, tokens: Sequence[int]) -> F32:
         logits: F32 = self.device.get(self.decode_on_device(tokens))
@@ -228,14 +207,9 @@ class EngineStream(Stream):
         self._check_fits(rows)
         self._allocate(len(rows))
         self._lengths = np.array([len(r) for r in rows], dtype=np.int64)
-        if self.static:
-            ids, positions = right_padded(rows)
-            inputs = {TOKENS: ids, POSITIONS: positions, WRITE_INDICES: np.zeros_like(self._lengths)}
-        else:
-            ids, self._mask, self._positions = left_padded(rows)
-            inputs = {TOKENS: ids, MASK: self._mask, POSITIONS: self._positions}
+        ids, self._mask, positions = (prefix_padded if self.static else left_padded)(rows)
         self._length = 0
-        self._feed(PREFILL, inputs)
+        self._feed(PREFILL, ids, positions, np.zeros_like(self._lengths))
         self._run(PREFILL, ids.shape[1])
         self._length = ids.shape[1]
         return self._bound[PREFILL]["logits"]
@@ -248,17 +222,13 @@ class EngineStream(Stream):
                 f"The engine's context of {self.manifest.limits.max_context} tokens is full: build it for more."
             )
         ids = np.array(tokens, dtype=np.int64)[:, None]
-        if self.static:
-            inputs = {TOKENS: ids, POSITIONS: self._lengths[:, None], WRITE_INDICES: self._lengths}
-        else:
-            ids, self._mask, self._positions = one_more(tokens, self._mask, self._positions)
-            inputs = {TOKENS: ids, MASK: self._mask, POSITIONS: self._positions}
-        self._feed(DECODE, inputs)
+        self._mask = np.concatenate([self._mask, np.ones_like(ids)], axis=1)
+        self._feed(DECODE, ids, self._lengths[:, None], self._lengths)
         if self._replay is not None:
             self._replay()
         else:
             self._run(DECODE, 1)
-            if self.static and self._captures:
+            if self.static and self.captures:
                 # Shapes and addresses stay the same from now on; the first step was the warm-up for the capture.
                 self._replay = self.device.capture(lambda: self._execute(DECODE))
         self._length += 1
@@ -301,9 +271,10 @@ class EngineStream(Stream):
         shape = self._shape(name, length)
         return self._buffers[name][turn][: int(np.prod(shape))].view(shape)
 
-    def _feed(self, profile: str, arrays: dict[str, NDArray[np.int64]]) -> None:
+    def _feed(self, profile: str, ids: I64, positions: I64, start: I64) -> None:
         bound = self._bound[profile]
-        for name, array in arrays.items():
+        fed = {TOKENS: ids, MASK: self._mask, POSITIONS: positions, WRITE_INDICES: start}
+        for name, array in fed.items():
             if name not in self._inputs:
                 continue  # a graph without attention has no position input
             if name not in bound or bound[name].shape != array.shape:
@@ -312,7 +283,7 @@ class EngineStream(Stream):
 
     def _run(self, profile: str, sequence: int) -> None:
         """Bind all tensors for a pass over ``sequence`` tokens and execute it."""
-        context, bound = self._contexts[profile], self._bound[profile]
+        context, bound = self.contexts[profile], self._bound[profile]
         shape = (self._batch, sequence, self._vocab)
         if "logits" not in bound or bound["logits"].shape != shape:
             bound["logits"] = self.device.zeros(shape, _DTYPES[self._outputs["logits"].dtype])
@@ -334,5 +305,5 @@ class EngineStream(Stream):
         self._turn = other
 
     def _execute(self, profile: str) -> None:
-        if not self._contexts[profile].execute_async_v3(self.device.stream):
+        if not self.contexts[profile].execute_async_v3(self.device.stream):
             raise BuildError(f"The engine failed to run its {profile} profile: build the engine again.")

@@ -33,7 +33,7 @@ from nbl_export.report.schema import BenchReport, environment, load_bench
 from nbl_export.rewrite.replace import drop_layers
 from nbl_export.runtime.clients import LlamaCppStream, OpenVinoStream
 from nbl_export.runtime.session import CPU, CUDA, require_onnxruntime
-from nbl_export.runtime.tensorrt import EngineStream, load_engine
+from nbl_export.runtime.tensorrt import load_engine
 from nbl_export.settings import BenchSettings
 from nbl_export.settings.graphs import GGUF_TYPES
 from nbl_export.stages.convert import FORMS, place_of, unmodified_form
@@ -251,7 +251,7 @@ def bench_candidates(
     base, linearized = graph(BASE, ws.baseline), graph(LINEARIZED, ws.model, BASE)
     yield from (base, linearized)
     for engine in current_engines(ws) if cuda else ():
-        make = partial(StreamPrompt, EngineStream(load_engine(engine.path)))
+        make = partial(StreamPrompt, load_engine(engine.path))
         if engine.manifest.role == BASE:
             yield Candidate(BASE_ENGINE, make, cost=base.cost)
         else:

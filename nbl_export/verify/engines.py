@@ -60,7 +60,7 @@ def measure_engines(case: DecoderCase, contexts: Sequence[int], found: Measureme
     if (gpu := find_gpu()) is None:
         return not_run("no NVIDIA GPU")
     try:
-        streams = {e.manifest.role: EngineStream(load_engine(e.path)) for e in case.engines}
+        streams = {e.manifest.role: load_engine(e.path) for e in case.engines}
     except (MissingDependencyError, InputError) as error:
         return not_run(str(error))
     except BuildError as error:

@@ -68,7 +68,7 @@ def test_parity_is_that_of_the_device(
 def test_where_onnxruntime_has_no_cuda_a_note_says_so(device: torch.device) -> None:
     notes = Notes()
     with graphs_on(device, notes):
-        assert sessions.running_provider() == sessions.CPU
+        assert sessions._running.get() == sessions.CPU
     assert notes.notes == ["onnxruntime does not run on virtual:0 here: graphs run on the CPU."]
     with graphs_on(torch.device("cuda:0"), notes), graphs_on(torch.device("cpu"), notes):
         pass

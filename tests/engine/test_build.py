@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ from nbl_export.engine.elsewhere import fixed_path
 from nbl_export.engine.library import Library
 from nbl_export.engine.manifest import Limits, Manifest, load_manifest
 from nbl_export.errors import BuildError, InputError
-from tests.engine.conftest import Graphs, converted
+from nbl_export.export.forms import FORMS
+from nbl_export.export.torch import trace
+from nbl_export.graph.io import save_graph
+from nbl_export.graph.precision import precision_of, to_precision
+from tests.fixtures_engine import Graphs
+from tests.fixtures_graph import load
+from tests.tiny import build as tiny_model
 
 LIMITS = Limits(2, 32, 64)
 OTHER = api.EngineSettings("rtx", max_batch=1, max_seq=8, max_context=32, sm=("86",))
@@ -42,18 +48,18 @@ def build(
 
 
 @pytest.mark.parametrize(
-    ("precision", "form", "attention"), [("fp32", "static", 3), ("bf16", "concat", 3), ("fp16", "static", 0)]
+    ("precision", "form", "layers"),
+    [("fp32", "static", (0, 3)), ("bf16", "concat", (0, 3)), ("fp16", "static", range(5))],
 )
 def test_every_precision_and_cache_is_built(
     rtx: Library,
-    graphs: Callable[[str, str], Graphs],
+    engine_graphs: Graphs,
     tmp_path: Path,
     precision: str,
     form: str,
-    attention: int,
+    layers: Sequence[int],
 ) -> None:
-    made = graphs(precision, form)
-    path = made.linearized if attention else made.bare
+    path, attention = engine_graphs(form, precision, layers), 5 - len(layers)
     before = {p.name for p in path.parent.iterdir()}
     built, advanced = build(rtx, path, attention, tmp_path)
     expected = "decomposed" if attention else "none"
@@ -65,19 +71,24 @@ def test_every_precision_and_cache_is_built(
     assert list(tmp_path.iterdir()) == [tmp_path / "model.engine"]
 
 
-def test_attention_is_fused_where_there_is_a_kernel(rtx: Library, fusible: Path, tmp_path: Path) -> None:
-    path = converted(fusible, tmp_path / "model.onnx", "fp16")
+def test_attention_is_fused_where_there_is_a_kernel(rtx: Library, tmp_path: Path) -> None:
+    """In half precision and of 4 heads of size 64."""
+    changes = {"num_hidden_layers": 1, "head_dim": 64, "num_key_value_heads": 1}
+    model, path = load(tiny_model(tmp_path / "model", **changes)), tmp_path / "model.onnx"
+    graph = trace(model, FORMS["static"])
+    to_precision(graph, precision_of("fp16"), {})
+    save_graph(graph, path)
     assert build(rtx, path, 1, tmp_path)[0].attention == "fused"
 
 
 def test_what_is_not_built_is_told_with_its_reason(
-    rtx: Library, graphs: Callable[[str, str], Graphs], tmp_path: Path
+    rtx: Library, engine_graphs: Graphs, tmp_path: Path
 ) -> None:
-    static = graphs("fp16", "static").linearized
+    static = engine_graphs("static", "fp16", (0, 3))
     with pytest.raises(BuildError, match=r"^The TensorRT network has 6 KV inputs, expected 4\.$"):
         build(rtx, static, 2, tmp_path)
     with pytest.raises(BuildError, match=r"refuses the decode profile.*past_key_values"):
-        build(rtx, graphs("fp16", "concat").linearized, 3, tmp_path, Limits(1, 1, 1))
+        build(rtx, engine_graphs("concat", "fp16", (0, 3)), 3, tmp_path, Limits(1, 1, 1))
     with pytest.raises(BuildError, match=rf"does not build {static}.*less than or equal to `cache`"):
         build(rtx, static, 3, tmp_path, Limits(1, 32, 16))  # a prompt beyond the cache
     (tmp_path / "model.onnx").write_bytes(b"no graph")

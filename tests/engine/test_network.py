@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter as Count
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from nbl_export.engine.manifest import Limits, NetworkFacts, NetworkTensor, limi
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import QUANTIZED, precision_of
-from tests.engine.conftest import Graphs
+from tests.fixtures_engine import Graphs
 
 LENGTH = 64
 NAMES = {
@@ -43,23 +43,19 @@ def tensors(values: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "form", "which"),
-    [
-        ("fp32", "concat", "base"),
-        ("bf16", "static", "linearized"),
-        ("fp16", "static", "bare"),
-    ],
+    ("precision", "form", "layers"),
+    [("fp32", "concat", ()), ("bf16", "static", (0, 3)), ("fp16", "static", range(5))],
 )
 def test_a_network_is_what_the_graph_is(
-    rtx: Library, graphs: Callable[[str, str], Graphs], precision: str, form: str, which: str
+    rtx: Library, engine_graphs: Graphs, precision: str, form: str, layers: Sequence[int]
 ) -> None:
-    path = getattr(graphs(precision, form), which)
+    path = engine_graphs(form, precision, layers)
     write_fixed(path, path.with_name("fixed.onnx"), LENGTH)
     path = path.with_name("fixed.onnx")
     facts = Network(rtx, path).facts
     proto = onnx.load(str(path))
     ops = Count(node.op_type for node in proto.graph.node)
-    kept = {"base": 5, "linearized": 3, "bare": 0}[which]
+    kept = 5 - len(layers)
     assert facts.attention == ops["Attention"] == kept
     assert facts.kv_cache_updates == ops["TensorScatter"] == (2 * kept if form == "static" else 0)
     assert facts.layers > sum(ops[op] for op in ("MatMul", "Attention", "Add", "Mul"))

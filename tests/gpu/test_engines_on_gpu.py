@@ -19,7 +19,7 @@ from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.runtime.stream import PastStream
-from nbl_export.runtime.tensorrt import EngineStream, LoadedEngine, load_engine
+from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.verify.parity.figures import gates_for
 from nbl_export.verify.speed.values import Speed
@@ -74,7 +74,7 @@ def build(stories_out: Path, library: str, gpu: Gpu, tmp_path_factory: pytest.Te
     return make
 
 
-def loaded(out: Path, role: str = "linearized") -> LoadedEngine:
+def loaded(out: Path, role: str = "linearized") -> EngineStream:
     workspace = Workspace.open(out)
     return load_engine(workspace.engine if role == "linearized" else workspace.base_engine)
 
@@ -154,7 +154,7 @@ def test_batch_after_batch_to_the_end_of_the_context(
 ) -> None:
     """Each prefill begins anew, whatever the buffers hold, and a step's inputs are never the last one's."""
     out = build(form, precision)
-    plan, stream = load_plan(Workspace.open(out).plan), EngineStream(loaded(out, role))
+    plan, stream = load_plan(Workspace.open(out).plan), loaded(out, role)
     if role == "base":
         plan = replace(plan, layers={})
     gates = gates_for(DTYPES[precision])
@@ -172,19 +172,14 @@ def test_batch_after_batch_to_the_end_of_the_context(
 def test_a_decode_step_as_a_cuda_graph_is_the_same_step(build: Build, library: str) -> None:
     """Ours where the library has none of its own; inputs of every step reach the recorded graph."""
     out = build("static", "fp32")
-    engine = loaded(out)
-    if library == "tensorrt":
-        assert engine.captures
-        plain = replace(loaded(out), captures=False)
-    else:
-        assert not engine.captures
-        other = loaded(out)
-        contexts = {}
-        for index, name in enumerate(other.contexts):
-            contexts[name] = other.engine.create_execution_context()  # without a graph, as is the default
-            assert contexts[name].set_optimization_profile_async(index, other.device.stream)
-        plain = replace(other, contexts=contexts)
-    recorded, stepwise = EngineStream(engine), EngineStream(plain)
+    recorded, stepwise = loaded(out), loaded(out)
+    assert recorded.captures == (library == "tensorrt")
+    stepwise.captures = False
+    if library != "tensorrt":
+        for index, name in enumerate(stepwise.contexts):
+            context = stepwise.engine.create_execution_context()  # without a graph, as is the default
+            assert context.set_optimization_profile_async(index, stepwise.device.stream)
+            stepwise.contexts[name] = context
     for seed, lengths in enumerate(((9, 4, 30), (5, 12, 64), (17,))):
         a, b = (generate(stream, lengths, 40, seed) for stream in (recorded, stepwise))
         for x, y in zip(a, b, strict=True):

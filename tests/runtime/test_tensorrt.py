@@ -18,18 +18,16 @@ from nbl_export.errors import BuildError, InputError
 from nbl_export.linearize.swap import linearized
 from nbl_export.runtime import tensorrt as module
 from nbl_export.runtime.stream import PastStream
-from nbl_export.runtime.tensorrt import EngineStream, LoadedEngine, load_engine
+from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.verify.parity.figures import gates_for
+from tests.fixtures_engine import LIMITS, Graphs
 from tests.fixtures_graph import compare_streams, plan_by_hand, ragged_rows
 from tests.runtime.fake_tensorrt import (
-    LIMITS,
     TYPES,
     FakeDevice,
     FakeEngine,
-    Graphs,
     engine_file,
-    graphs_of,
     loaded_engine,
     tensor_at,
 )
@@ -53,17 +51,7 @@ BATCHES = ((16, 11, 8), (9,), (12,), (12, 16, 13), (10, 16, 11))
 STEPS = 7
 
 
-@pytest.fixture(scope="module")
-def graphs(stories_model: Any, stories_out: Path) -> Graphs:
-    return graphs_of(stories_model, stories_out)
-
-
-def device_of(loaded: LoadedEngine) -> FakeDevice:
-    assert isinstance(loaded.device, FakeDevice)
-    return loaded.device
-
-
-def poison(loaded: LoadedEngine) -> None:
+def poison(loaded: EngineStream) -> None:
     """Fill whatever the cache's buffers held in the last execution with NaN, to their ends."""
     launches = [c.launches[-1] for c in loaded.contexts.values() if c.launches]
     for launch in launches[-1:]:
@@ -96,28 +84,28 @@ def run(stream: EngineStream, lengths: tuple[int, ...], steps: int, seed: int = 
     ids=str,
 )
 def test_an_engine_computes_what_pytorch_does_batch_after_batch(
-    graphs: Graphs, form: str, precision: str, layers: tuple[int, ...]
+    engine_graphs: Graphs, form: str, precision: str, layers: tuple[int, ...]
 ) -> None:
     """With graph replay, to the end of the context, and with NaN in the buffers that are used again."""
-    loaded = loaded_engine(graphs(form, precision, layers))
-    stream, gates = EngineStream(loaded), gates_for(DTYPES[precision])
+    stream, gates = loaded_engine(engine_graphs(form, precision, layers)), gates_for(DTYPES[precision])
     assert stream.kv_layers == tuple(i for i in ALL if i not in layers)
-    with linearized(graphs.model, plan_by_hand(graphs.out, layers)):
+    with linearized(engine_graphs.model, plan_by_hand(engine_graphs.out, layers)):
         for number, lengths in enumerate(BATCHES):
             rows = ragged_rows(lengths, 500, seed=number)
-            poison(loaded)
-            reference = PastStream(TorchDecoder(graphs.model, layers))
+            poison(stream)
+            reference = PastStream(TorchDecoder(engine_graphs.model, layers))
             parity = compare_streams(reference, stream, rows, STEPS, gates)
             assert parity.failures() == [], lengths
             assert sum(s.tokens for s in parity.steps) == sum(lengths)
             assert stream.cache()[1].sum(axis=1).tolist() == list(lengths)
-    assert not any(context.errors for context in loaded.contexts.values())
-    assert (device_of(loaded).count("replay") > 0) == (form == "static")
+    assert not any(context.errors for context in stream.contexts.values())
+    device: Any = stream.device
+    assert (device.count("replay") > 0) == (form == "static")
 
 
-def test_static_decode_is_recorded_after_its_first_step_and_then_replayed(graphs: Graphs) -> None:
-    loaded = loaded_engine(graphs("static"))
-    stream, device = EngineStream(loaded), device_of(loaded)
+def test_static_decode_is_recorded_after_its_first_step_and_then_replayed(engine_graphs: Graphs) -> None:
+    stream: Any = loaded_engine(engine_graphs("static"))
+    device = stream.device
     first = [("run", "prefill"), ("run", "decode"), ("capture", "decode")]
     for lengths in ((4, 9), (6,), (3, 2, 1)):
         device.events.clear()
@@ -132,9 +120,9 @@ def test_static_decode_is_recorded_after_its_first_step_and_then_replayed(graphs
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_does_not_fit_is_refused_and_changes_nothing(graphs: Graphs, form: str) -> None:
-    loaded, tokens = loaded_engine(graphs(form)), np.arange(3, 13, dtype=np.int32)
-    stream = EngineStream(loaded)
+def test_what_does_not_fit_is_refused_and_changes_nothing(engine_graphs: Graphs, form: str) -> None:
+    stream, tokens = loaded_engine(engine_graphs(form)), np.arange(3, 13, dtype=np.int32)
+    device: Any = stream.device
     stream.prefill([tokens[:9], tokens[:4]])
     with pytest.raises(InputError, match=r"4 rows are more than the engine was built for \(max_batch 3\)"):
         stream.prefill([tokens[:2]] * 4)
@@ -142,27 +130,27 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(graphs: Graphs, form: 
         stream.prefill([tokens[:1], tokens])
     for step in range(7):
         stream.decode([step, step])
-    executed = len(device_of(loaded).events)
+    executed = len(device.events)
     with pytest.raises(InputError, match="context of 16 tokens is full"):
         stream.decode([1, 1])
-    assert len(device_of(loaded).events) == executed
+    assert len(device.events) == executed
     assert stream.prefill([tokens[:2]]).shape == (2, 512)
 
 
 @pytest.mark.parametrize(("form", "name"), [("static", "write_indices"), ("concat", "attention_mask")])
-def test_a_failing_context_is_an_error_of_its_profile(graphs: Graphs, form: str, name: str) -> None:
+def test_a_failing_context_is_an_error_of_its_profile(engine_graphs: Graphs, form: str, name: str) -> None:
     rows = ragged_rows((4, 2), 500)
-    loaded = loaded_engine(graphs(form))
+    loaded = loaded_engine(engine_graphs(form))
     loaded.contexts["prefill"].refused.add(name)
     shape = r"\(2,\)" if form == "static" else r"\(2, 4\)"
     with pytest.raises(InputError, match=f"prefill profile does not take {name} of shape {shape}"):
-        EngineStream(loaded).prefill(rows)
+        loaded.prefill(rows)
     assert not loaded.contexts["prefill"].launches
     for profile in ("prefill", "decode"):
-        loaded = loaded_engine(graphs(form))
+        loaded = loaded_engine(engine_graphs(form))
         loaded.contexts[profile].broken = True
         with pytest.raises(BuildError, match=f"failed to run its {profile} profile"):
-            run(EngineStream(loaded), (4, 2), 1)
+            run(loaded, (4, 2), 1)
 
 
 L4 = Gpu("NVIDIA L4", "8.9")
@@ -202,11 +190,13 @@ Installed = tuple[FakeLibrary, Path, FakeDevice]
 
 
 @pytest.fixture
-def installed(graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Installed]:
+def installed(
+    engine_graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Installed]:
     """A library in place of the real one, an engine file that it loads, and a GPU to load it on."""
 
     def install(name: str = "tensorrt", **changes: Any) -> Installed:
-        graph, device, library = graphs("static", "fp16", (0, 3)), FakeDevice(), FakeLibrary(name)
+        graph, device, library = engine_graphs("static", "fp16", (0, 3)), FakeDevice(), FakeLibrary(name)
         path = engine_file(graph, tmp_path / "model.engine", **changes)
         library.engine = FakeEngine(graph, load_manifest(path), device)
         monkeypatch.setitem(sys.modules, name, library)
@@ -218,16 +208,15 @@ def installed(graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_context_for_each_profile_and_an_engine_that_runs(installed: Callable[..., Installed]) -> None:
     library, path, device = installed()
-    loaded = load_engine(path, device)
+    stream = load_engine(path, device)
     assert library.given == [path.read_bytes()]
-    assert loaded.engine is library.engine and loaded.device is device
-    assert list(loaded.contexts) == ["prefill", "decode"]
+    assert stream.engine is library.engine and stream.device is device
+    assert list(stream.contexts) == ["prefill", "decode"]
     for index, name in enumerate(("prefill", "decode")):
-        context = loaded.contexts[name]
-        assert context.calls == [("profile", index, device.stream)] and context.profile.name == name
+        context = stream.contexts[name]
+        assert context.chosen == (index, device.stream) and context.profile.name == name
         assert context.config is None
-    assert loaded.contexts["prefill"] is not loaded.contexts["decode"]
-    stream = EngineStream(loaded)
+    assert stream.contexts["prefill"] is not stream.contexts["decode"]
     assert stream.kv_layers == (1, 2, 4)
     assert stream.prefill([np.arange(3, 8)]).shape == (5, 512)
     for token in range(3):
@@ -238,9 +227,8 @@ def test_a_context_for_each_profile_and_an_engine_that_runs(installed: Callable[
 def test_rtx_captures_by_itself(installed: Callable[..., Installed]) -> None:
     """It compiles kernels while it runs; a recording of ours would keep the ones it began with."""
     _, path, device = installed("tensorrt_rtx", **RTX)
-    loaded = load_engine(path, device)
-    assert [c.config.cuda_graph_strategy for c in loaded.contexts.values()] == ["whole", "whole"]
-    stream = EngineStream(loaded)
+    stream = load_engine(path, device)
+    assert [c.config.cuda_graph_strategy for c in stream.contexts.values()] == ["whole", "whole"]
     stream.prefill([np.arange(3, 8)])
     for token in range(3):
         stream.decode([token])

@@ -6,7 +6,6 @@ import shutil
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,13 +20,8 @@ from nbl_export.settings import VerifySettings
 from nbl_export.verify.case import DecoderCase, Measurement
 from nbl_export.verify.speed import ceiling, race
 from nbl_export.workspace import Workspace
+from tests.fixtures_engine import Graphs
 from tests.fixtures_graph import external_entry, plan_by_hand, tensors_of
-from tests.runtime.fake_tensorrt import Graphs, graphs_of
-
-
-@pytest.fixture(scope="module")
-def graphs(stories_model: Any, stories_out: Path) -> Graphs:
-    return graphs_of(stories_model, stories_out)
 
 
 @pytest.fixture

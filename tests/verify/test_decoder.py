@@ -34,14 +34,24 @@ from nbl_export.verify.measure import measure
 from nbl_export.verify.parity.figures import DecoderParity, gates_for
 from nbl_export.verify.speed.pair import fitting_contexts
 from nbl_export.workspace import Workspace
-from tests.runtime.fake_tensorrt import Graphs, loaded_engine, manifest_of
+from tests.fixtures_engine import Graphs, manifest_of
+from tests.runtime.fake_tensorrt import loaded_engine
 from tests.verify.conftest import LAYERS, PARITY, case_of, changed, checks, with_fault
 
 
 def test_a_right_graph_passes_and_what_is_not_asked_for_says_so(
-    graphs: Graphs, plan: Plan, text: CalibrationText
+    engine_graphs: Graphs, plan: Plan, text: CalibrationText
 ) -> None:
-    found = measure(case_of(graphs, plan, text, graphs("concat"), graphs("concat", "fp32", LAYERS), PARITY))
+    found = measure(
+        case_of(
+            engine_graphs,
+            plan,
+            text,
+            engine_graphs("concat"),
+            engine_graphs("concat", "fp32", LAYERS),
+            PARITY,
+        )
+    )
     assert [(c.name, c.status) for c in found.checks] == [
         ("parity", "passed"),
         ("method loss", "skipped"),
@@ -70,10 +80,16 @@ def test_a_right_graph_passes_and_what_is_not_asked_for_says_so(
     ids=["a scaled W", "no bias", "NaN"],
 )
 def test_wrong_maps_fail_and_their_layer_is_named(
-    graphs: Graphs, plan: Plan, text: CalibrationText, tmp_path: Path, form: str, name: str, factor: float
+    engine_graphs: Graphs,
+    plan: Plan,
+    text: CalibrationText,
+    tmp_path: Path,
+    form: str,
+    name: str,
+    factor: float,
 ) -> None:
-    path = with_fault(graphs(form, "fp32", LAYERS), tmp_path, "layers.3.", name, factor)
-    found = measure(case_of(graphs, plan, text, graphs(form), path, PARITY))
+    path = with_fault(engine_graphs(form, "fp32", LAYERS), tmp_path, "layers.3.", name, factor)
+    found = measure(case_of(engine_graphs, plan, text, engine_graphs(form), path, PARITY))
     check = checks(found)["parity"]
     assert check.status == "failed" and "max |Δlogit| is" in check.detail
     assert found.divergence and "layer 3 (linear)" in found.divergence and found.divergence in check.detail
@@ -83,7 +99,7 @@ def test_wrong_maps_fail_and_their_layer_is_named(
 
 @pytest.mark.parametrize(("noise", "said"), [(2.6e-4, "amplifies rounding"), (2.4e-4, "after the last one")])
 def test_a_plan_that_amplifies_rounding_is_told_from_a_fault_after_the_layers(
-    graphs: Graphs,
+    engine_graphs: Graphs,
     plan: Plan,
     text: CalibrationText,
     tmp_path: Path,
@@ -93,17 +109,17 @@ def test_a_plan_that_amplifies_rounding_is_told_from_a_fault_after_the_layers(
 ) -> None:
     """A quarter of the gate of 1e-3, where every layer agrees."""
     monkeypatch.setattr(module, "rounding_noise", lambda *_, **__: noise)
-    path = with_fault(graphs("concat", "fp32", LAYERS), tmp_path, "layers.4.", "up_proj", 1.5)
-    found = measure(case_of(graphs, plan, text, graphs("concat"), path, PARITY))
+    path = with_fault(engine_graphs("concat", "fp32", LAYERS), tmp_path, "layers.4.", "up_proj", 1.5)
+    found = measure(case_of(engine_graphs, plan, text, engine_graphs("concat"), path, PARITY))
     assert isinstance(found.parity, DecoderParity) and found.parity.rounding_noise == noise
     assert found.divergence and said in found.divergence
 
 
 def test_a_float16_file_that_does_not_run_as_it_is_fails(
-    graphs: Graphs, plan: Plan, text: CalibrationText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine_graphs: Graphs, plan: Plan, text: CalibrationText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its figures are those of the graph rounded as it says; what onnxruntime makes of the file is held to it too."""
-    linear = graphs("concat", "fp16", LAYERS)
+    linear = engine_graphs("concat", "fp16", LAYERS)
     other = changed(linear, tmp_path, "<f2", float("nan"))
     real = module.ort_stream
 
@@ -111,7 +127,7 @@ def test_a_float16_file_that_does_not_run_as_it_is_fails(
         # An operator that overflows where values are not rounded as the graph says.
         return real(path if rounded else other, longest, rounded=rounded, **others)
 
-    case = case_of(graphs, plan, text, graphs("concat", "fp16"), linear, PARITY)
+    case = case_of(engine_graphs, plan, text, engine_graphs("concat", "fp16"), linear, PARITY)
     assert checks(measure(case))["parity"].status == "passed"
     monkeypatch.setattr(module, "ort_stream", stream)
     found = measure(case)
@@ -121,12 +137,12 @@ def test_a_float16_file_that_does_not_run_as_it_is_fails(
 
 
 def test_a_half_graph_that_loses_more_than_pytorch_fails_within_the_wide_gates(
-    graphs: Graphs, plan: Plan, text: CalibrationText, tmp_path: Path
+    engine_graphs: Graphs, plan: Plan, text: CalibrationText, tmp_path: Path
 ) -> None:
-    right = graphs("static", "fp16", LAYERS)
+    right = engine_graphs("static", "fp16", LAYERS)
     wrong = changed(right, tmp_path, "<f2", 1.02)
     for path, status in ((right, "passed"), (wrong, "failed")):
-        result = measure(case_of(graphs, plan, text, graphs("static", "fp16"), path, PARITY))
+        result = measure(case_of(engine_graphs, plan, text, engine_graphs("static", "fp16"), path, PARITY))
         check = checks(result)["parity"]
         assert check.status == status, check.detail
         assert isinstance(result.parity, DecoderParity)
@@ -161,8 +177,10 @@ def test_rows_are_pieces_of_the_text_with_room_for_the_steps() -> None:
         ("fp16", False, "--no-speed"),
     ],
 )
-def test_why_a_graph_is_not_timed(graphs: Graphs, precision: str, speed: bool, why: str | None) -> None:
-    found = case(path=graphs("concat", precision, (0, 3)), speed=speed)
+def test_why_a_graph_is_not_timed(
+    engine_graphs: Graphs, precision: str, speed: bool, why: str | None
+) -> None:
+    found = case(path=engine_graphs("concat", precision, (0, 3)), speed=speed)
     assert found.precision.name == precision
     assert found.why_not_timed == why
 
@@ -202,7 +220,9 @@ Measure = Callable[..., Measurement]
 
 
 @pytest.fixture
-def on_gpu(graphs: Graphs, text: CalibrationText, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Measure:
+def on_gpu(
+    engine_graphs: Graphs, text: CalibrationText, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> Measure:
     """Measure a pair of engines of the named graphs as if on a GPU; ``engine`` is another linearized one's graph."""
 
     def run(
@@ -213,14 +233,14 @@ def on_gpu(graphs: Graphs, text: CalibrationText, plan: Plan, monkeypatch: pytes
         engine: Path | None = None,
         base_engine: Path | None = None,
     ) -> Measurement:
-        base, linear = graphs(form, precision), graphs(form, precision, LAYERS)
+        base, linear = engine_graphs(form, precision), engine_graphs(form, precision, LAYERS)
         pair = [
             EngineFile(path, manifest_of(path, limits, role))
             for path, role in ((base_engine or base, "base"), (engine or linear, "linearized"))
         ]
         monkeypatch.setattr(engines_module, "find_gpu", lambda: L4)
         monkeypatch.setattr(engines_module, "load_engine", functools.partial(loaded_engine, limits=limits))
-        return measure(case_of(graphs, plan, text, base, linear, settings, pair))
+        return measure(case_of(engine_graphs, plan, text, base, linear, settings, pair))
 
     return run
 
@@ -260,9 +280,9 @@ def test_rows_are_as_long_as_the_engine_takes(
 
 @pytest.mark.parametrize("factor", [1.05, float("nan")])
 def test_an_engine_of_other_weights_fails(
-    on_gpu: Measure, graphs: Graphs, tmp_path: Path, factor: float
+    on_gpu: Measure, engine_graphs: Graphs, tmp_path: Path, factor: float
 ) -> None:
-    wrong = changed(graphs("static", "fp32", LAYERS), tmp_path, "<f4", factor)
+    wrong = changed(engine_graphs("static", "fp32", LAYERS), tmp_path, "<f4", factor)
     found = checks(on_gpu(engine=wrong))
     # The graph itself is right; only what runs on the GPU is not.
     assert found["parity"].status == "passed"
@@ -299,17 +319,17 @@ def test_an_engine_too_short_for_the_steps_is_no_crash_and_no_pass(on_gpu: Measu
 
 
 def test_without_a_gpu_nothing_is_run_and_nothing_passes(
-    on_gpu: Measure, monkeypatch: pytest.MonkeyPatch, graphs: Graphs, text: CalibrationText, plan: Plan
+    on_gpu: Measure, monkeypatch: pytest.MonkeyPatch, engine_graphs: Graphs, text: CalibrationText, plan: Plan
 ) -> None:
     monkeypatch.setattr(engines_module, "find_gpu", lambda: None)
     monkeypatch.setattr(engines_module, "load_engine", lambda path: pytest.fail("loaded"))
-    base, linear = graphs("static", "fp16"), graphs("static", "fp16", LAYERS)
+    base, linear = engine_graphs("static", "fp16"), engine_graphs("static", "fp16", LAYERS)
     ahead = {"ahead_of_time": True, "capabilities": ("SM86", "SM89"), "gpu": None}
     pair = [
         EngineFile(p, manifest_of(p, role=r, **ahead)) for p, r in ((base, "base"), (linear, "linearized"))
     ]
     settings = replace(PARITY, speed=True)
-    result = measure(case_of(graphs, plan, text, base, linear, settings, pair))
+    result = measure(case_of(engine_graphs, plan, text, base, linear, settings, pair))
     found = checks(result)
     assert found["engine build"].status == "passed"
     assert found["engine run"].status == "skipped"

@@ -21,14 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch import MASK, NUM_LOGITS_TO_KEEP, POSITIONS, TOKENS, WRITE_INDICES, Inputs
-from nbl_export.errors import NblError
+from nbl_export.errors import NblError, first_line
 from nbl_export.machine import free_memory
 from nbl_export.processes import OUT_OF_MEMORY, ChildError, Tell, in_child
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.runtime.session import CPU, CUDA, USABLE, require_onnxruntime
 from nbl_export.runtime.stream import Stream
-from nbl_export.verify.speed.values import CandidateInfo, GraphCost, reason_of
+from nbl_export.verify.speed.values import CandidateInfo, GraphCost
 
 TIMED_STEPS = 16  # the most decode steps between two prefills: a static cache has that much room
 DEVICES = {CPU: "cpu", CUDA: "cuda"}
@@ -297,7 +297,7 @@ def measure(asked: Any, tell: Tell) -> None:
             if context != positions:
                 prompt.step()
         except Exception as error:  # the runtime's own kind of out-of-memory, or what it does not run
-            reason = reason_of(error)
+            reason = first_line(error)
             reason = NO_ROOM if any(word in reason for word in _ALLOCATION) else reason
             for _ in cells[index:]:
                 tell(reason)

@@ -21,9 +21,10 @@ from math import ceil, inf
 from typing import TypeVar
 
 import numpy as np
-from scipy.stats import quantile_test
+from scipy.stats import binom
 
 from nbl_export.batch import LINEARIZED
+from nbl_export.errors import first_line
 from nbl_export.progress import Listener, Silent
 from nbl_export.verify.speed.candidates import Candidate, Memory, Prompt, ordered
 from nbl_export.verify.speed.ceiling import ceiling, timed
@@ -37,7 +38,6 @@ from nbl_export.verify.speed.values import (
     Result,
     Speed,
     Timing,
-    reason_of,
 )
 
 C = TypeVar("C")
@@ -96,7 +96,7 @@ def race(
             except Exception as error:  # each runtime has exceptions of its own
                 if absent is None:
                     raise
-                absent[name] = reason_of(error)
+                absent[name] = first_line(error)
                 del running[name]
                 continue
             if number:
@@ -144,8 +144,9 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     Between two order statistics, whatever the distribution (the number of draws below its median is binomial). Even
     the range of fewer than six values holds it less often (75 % of three, 94 % of five): then it has no bounds.
     """
-    found = quantile_test(values, p=0.5).confidence_interval(_CONFIDENCE)
-    return (float(found.low), float(found.high)) if np.isfinite(found.low) else (-inf, inf)
+    rank = int(binom.ppf((1 - _CONFIDENCE) / 2, len(values), 0.5)) - 1
+    ordered = [-inf, *sorted(values), inf]
+    return ordered[rank + 1], ordered[-2 - rank]
 
 
 # one round ----------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ class Harness:
             except Exception as error:  # each runtime has exceptions of its own
                 if self.strict:
                     raise
-                absent[name] = reason_of(error)
+                absent[name] = first_line(error)
         return {name: found[name] for name in makers if name in found}
 
     def _resolved(self, rounds: Mapping[str, list[Round]]) -> bool:

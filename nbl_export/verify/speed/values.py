@@ -92,12 +92,6 @@ class GraphCost:
         return self.decode(context, batch) if phase == DECODE else self.prefill(context, batch)
 
 
-def reason_of(error: Exception) -> str:
-    """The first line of an error, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 # one candidate ----------------------------------------------------------------------------------------
 
 

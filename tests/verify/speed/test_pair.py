@@ -1,4 +1,4 @@
-"""Speed of two graphs, and milliseconds of workloads: what is timed and put together. No time is asserted."""
+"""Speed of two engine_graphs, and milliseconds of workloads: what is timed and put together. No time is asserted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from nbl_export.linearize.plan import Plan
 from nbl_export.runtime import session as sessions
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.runtime.session import session_bytes
-from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.settings.making import Workload
 from nbl_export.verify.speed import candidates
 from nbl_export.verify.speed import pair as module
@@ -33,8 +32,9 @@ from nbl_export.verify.speed.ceiling import graph_cost
 from nbl_export.verify.speed.pair import TorchPrompt, anew_or_why_not, measure_speed, workload_ms
 from nbl_export.verify.speed.race import DECODE_STEPS, Harness, Rounds, decode_seconds, prefill_seconds, race
 from nbl_export.verify.speed.values import Machine, Roofline
+from tests.fixtures_engine import Graphs
 from tests.fixtures_graph import maps_in_place, plan_by_hand
-from tests.runtime.fake_tensorrt import FakeEngine, Graphs, loaded_engine
+from tests.runtime.fake_tensorrt import FakeEngine, loaded_engine
 from tests.verify.speed.raced import Timed
 
 
@@ -90,7 +90,7 @@ def test_in_turns_one_session_is_there_at_a_time(
 
     monkeypatch.setattr(candidates, "OrtModel", model)
     speed = measure_speed(*pair, (8,), 3, anew=True)
-    assert most == 1 and made >= 2 * 2 * 4  # two graphs, two phases, three rounds and one before them
+    assert most == 1 and made >= 2 * 2 * 4  # two engine_graphs, two phases, three rounds and one before them
     assert [(c.phase, [r.name for r in c.results]) for c in speed.cells] == [
         ("prefill", ["base", "linearized"]),
         ("decode", ["base", "linearized"]),
@@ -144,8 +144,8 @@ def cached(model: Any, tokens: Sequence[int]) -> list[tuple[np.ndarray, np.ndarr
 
 
 @pytest.mark.parametrize("form", ["static", "concat"])
-def test_an_engine_really_fills_its_cache_and_advances(graphs: Graphs, form: str) -> None:
-    stream = EngineStream(loaded_engine(graphs(form), LIMITS))
+def test_an_engine_really_fills_its_cache_and_advances(engine_graphs: Graphs, form: str) -> None:
+    stream = loaded_engine(engine_graphs(form), LIMITS)
     prompt = StreamPrompt(stream, 12)
     for steps in (TIMED_STEPS, 3):  # to the end of the context, and anew from an empty cache
         prompt.prefill()
@@ -153,16 +153,18 @@ def test_an_engine_really_fills_its_cache_and_advances(graphs: Graphs, form: str
             prompt.step()
         pairs, real = stream.cache()
         assert real.sum() == 12 + steps
-        for pair, expected in zip(pairs, cached(graphs.model, [*range(12), *[1] * steps]), strict=True):
+        for pair, expected in zip(
+            pairs, cached(engine_graphs.model, [*range(12), *[1] * steps]), strict=True
+        ):
             for side, wanted in zip(pair, expected, strict=True):
                 np.testing.assert_allclose(side[0][:, real[0]], wanted, rtol=0, atol=1e-4)
     assert prompt.memory_bytes() > 2 * FakeEngine.device_memory_size_v2
 
 
-def test_no_timed_step_records_a_graph(graphs: Graphs) -> None:
+def test_no_timed_step_records_a_graph(engine_graphs: Graphs) -> None:
     """Recording takes far longer than a step: it belongs to the warm-up, or the 99th percentile is its time."""
-    loaded = loaded_engine(graphs("static"), LIMITS)
-    prompt = StreamPrompt(EngineStream(loaded), 12)
+    loaded = loaded_engine(engine_graphs("static"), LIMITS)
+    prompt = StreamPrompt(loaded, 12)
     race({"base engine": prompt}, decode_seconds, Rounds(3, 3), lambda _: None)
     events = loaded.device.events  # type: ignore[attr-defined]
     assert events.count("replay") > 0
@@ -238,11 +240,11 @@ def contents(prompt: OrtPrompt) -> dict[str, np.ndarray]:
     ("form", "layers"), [("static", (0, 3)), ("shared", ()), ("concat", (0, 3)), ("concat", ALL)], ids=str
 )
 def test_prefill_and_step_compute_what_pytorch_does(
-    graphs: Graphs, form: str, layers: tuple[int, ...]
+    engine_graphs: Graphs, form: str, layers: tuple[int, ...]
 ) -> None:
     """Again and again: steps write behind the prompt, and the next prefill must not mind."""
-    prompt, plan = prompt_of(graphs(form, "fp32", layers)), plan_by_hand(graphs.out, layers)
-    wanted, cache = expected(graphs.model, plan, [*timed_row(CONTEXT), 1])
+    prompt, plan = prompt_of(engine_graphs(form, "fp32", layers)), plan_by_hand(engine_graphs.out, layers)
+    wanted, cache = expected(engine_graphs.model, plan, [*timed_row(CONTEXT), 1])
     for _ in range(3):
         prompt.prefill()
         made = logits(prompt._prefill)[0]
@@ -259,8 +261,8 @@ def test_prefill_and_step_compute_what_pytorch_does(
 
 
 @pytest.mark.parametrize("form", IN_PLACE)
-def test_one_buffer_is_written_where_it_lies(graphs: Graphs, form: str) -> None:
-    prompt = prompt_of(graphs(form))
+def test_one_buffer_is_written_where_it_lies(engine_graphs: Graphs, form: str) -> None:
+    prompt = prompt_of(engine_graphs(form))
     prompt.prefill()
     places = {name: value.data_ptr() for name, value in prompt.past.items()}
     before = contents(prompt)
@@ -269,7 +271,7 @@ def test_one_buffer_is_written_where_it_lies(graphs: Graphs, form: str) -> None:
         assert value.shape == (1, 4, CONTEXT + ROOM, 8) and not value[:, :, CONTEXT:].any()
     prompt.step()
     after = contents(prompt)
-    _, cache = expected(graphs.model, plan_by_hand(graphs.out, ()), [*timed_row(CONTEXT), 1])
+    _, cache = expected(engine_graphs.model, plan_by_hand(engine_graphs.out, ()), [*timed_row(CONTEXT), 1])
     for name, value in after.items():
         # The token's own place has changed, and no other.
         np.testing.assert_allclose(value[:, :, CONTEXT], cache[name][:, :, CONTEXT], rtol=0, atol=2e-4)
