@@ -55,10 +55,9 @@ if TYPE_CHECKING:
     from nbl_export.stages.generate import generate
     from nbl_export.stages.in_order import dry_run, run
     from nbl_export.stages.inspection import inspect, report
-    from nbl_export.stages.package import package, verify_package
     from nbl_export.stages.rewrite import build, rewrite
     from nbl_export.stages.select import select
-    from nbl_export.stages.verify import verify
+    from nbl_export.stages.verify import package, verify, verify_package
 
 else:
     # The module of each verb, which is imported when the verb is first asked for: most need torch.
@@ -74,13 +73,13 @@ else:
         "export": "stages.export",
         "generate": "stages.generate",
         "inspect": "stages.inspection",
-        "package": "stages.package",
+        "package": "stages.verify",
         "report": "stages.inspection",
         "rewrite": "stages.rewrite",
         "run": "stages.in_order",
         "select": "stages.select",
         "verify": "stages.verify",
-        "verify_package": "stages.package",
+        "verify_package": "stages.verify",
     }
 
     def __getattr__(name: str) -> Any:

@@ -40,7 +40,7 @@ from nbl_export.settings.measuring import BOTH
 if TYPE_CHECKING:
     from nbl_export.rewrite.replace import RewriteResult
     from nbl_export.stages.inspection import Package
-    from nbl_export.stages.package import Verified
+    from nbl_export.stages.verify import Verified
 
 
 def show(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -61,19 +61,10 @@ from nbl_export.verify.speed.race import Harness, Rounds
 from nbl_export.verify.speed.values import CONTROL, CellResult, Machine
 from nbl_export.workspace import Workspace, is_workspace
 
-LLAMA_CPP, OPENVINO = "llama.cpp", "openvino"
-PEER_FORMS = {LLAMA_CPP: "gguf", OPENVINO: "openvino"}  # what `convert` writes for it
+PEER_FORMS = {"llama.cpp": "gguf", "openvino": "openvino"}  # what `convert` writes for a peer
 BASE_ENGINE, LINEARIZED_ENGINE = "base engine", "linearized engine"
 DROPPED, EAGER, COMPILED = "dropped", "PyTorch eager", "torch.compile"
 _OWN = (BASE, LINEARIZED, CONTROL, BASE_ENGINE, LINEARIZED_ENGINE, DROPPED, EAGER, COMPILED)
-
-
-@dataclass(frozen=True)
-class _Partial:
-    """The cells of a bench that are measured so far."""
-
-    key: str
-    cells: tuple[CellResult, ...] = ()
 
 
 def bench(
@@ -93,11 +84,11 @@ def bench(
         check_baseline(ws)
         against = list(graphs_against(asked.against))
         others = [
-            [
+            (
                 name,
                 base,
                 sha256_of_json([sha256_of_file(f) for f in (path, *external_files(load_graph(path)))]),
-            ]
+            )
             for name, base, path in against
         ]
         made_of = {"rewrite": current_rewrite(ws).result, "against": sha256_of_json(others)}
@@ -126,13 +117,23 @@ def _measured(
 ) -> list[Path]:
     """Race in every cell that is not measured yet, and write the report of all."""
     ws, key = run.workspace, key_of("bench", asdict(settings), made_of)
-    contexts, notes = _contexts(settings, positions := model_positions(ws))
-    kept = _Partial(key)
+    positions, notes, found = model_positions(ws), list[str](), list[CellResult]()
+    contexts = [c for c in settings.contexts if positions is None or c <= positions]
+    left = sorted(set(settings.contexts) - set(contexts))
+    if not contexts:
+        raise InputError(
+            f"--contexts asks for {left[0]:,} tokens and more, the model has {positions:,} positions."
+        )
+    if left:
+        named = ", ".join(f"{c:,}" for c in left)
+        notes.append(f"{named} tokens are left out: the model has {positions:,} positions.")
     # There may be none, or it is damaged: then it is measured anew.
     with suppress(InputError):
         raw = read_sealed(ws.bench_cells, "The bench so far", "it is begun anew")
-        kept = from_json(_Partial, raw, str(ws.bench_cells), "it is begun anew")
-    found = list(kept.cells) if kept.key == key else []
+        if raw.get("key") == key:
+            found = [
+                from_json(CellResult, cell, str(ws.bench_cells), "it is begun anew") for cell in raw["cells"]
+            ]
     done = {(cell.batch, cell.context) for cell in found}
     cells = [(b, c) for b in settings.batches for c in contexts if (b, c) not in done]
     if found:
@@ -158,7 +159,7 @@ def _measured(
         )
         for both in harness.run(cells, listener):
             found += both
-            write_sealed(ws.bench_cells, to_json(_Partial(key, tuple(found))))
+            write_sealed(ws.bench_cells, {"key": key, "cells": [to_json(cell) for cell in found]})
         speed = harness.speed(found)
     report = BenchReport(
         created=created(),
@@ -174,18 +175,6 @@ def _measured(
     files = write_bench(ws.report, report)
     ws.bench_cells.unlink(missing_ok=True)
     return files
-
-
-def _contexts(settings: BenchSettings, most: int | None) -> tuple[list[int], list[str]]:
-    """Those of the contexts that the model's ``most`` positions hold, and a note on the others."""
-    contexts = [c for c in settings.contexts if most is None or c <= most]
-    left = sorted(set(settings.contexts) - set(contexts))
-    if not contexts:
-        raise InputError(
-            f"--contexts asks for {min(left):,} tokens and more, the model has {most:,} positions."
-        )
-    named = ", ".join(f"{c:,}" for c in left)
-    return contexts, [f"{named} tokens are left out: the model has {most:,} positions."] * bool(left)
 
 
 # who takes part -------------------------------------------------------------------------------------
@@ -265,10 +254,9 @@ def bench_candidates(
             written = stack.enter_context(unmodified_form(run, to, precision, plan, run.listener))()
             yield Candidate(f"{name}, {BASE}", partial(_peer_prompt, peer, written))
             yield Candidate(name, partial(_peer_prompt, peer, place_of(ws, to, precision)), f"{name}, {BASE}")
-    if "eager" in settings.peers:
-        yield Candidate(EAGER, partial(_pytorch, run, settings.device, False))
-    if "compile" in settings.peers:
-        yield Candidate(COMPILED, partial(_pytorch, run, settings.device, True))
+    for name, asked in ((EAGER, "eager"), (COMPILED, "compile")):
+        if asked in settings.peers:
+            yield Candidate(name, partial(_pytorch, run, settings.device, asked == "compile"))
     yield from (graph(name, path, its_base) for name, its_base, path in against)
     yield graph(CONTROL, ws.baseline)
 
@@ -295,7 +283,7 @@ def _peer_records(ws: Workspace, peer: str) -> dict[str, StageRecord]:
 
 def _peer_prompt(peer: str, path: Path, context: int, batch: int) -> Prompt:
     """A form in its engine, with the attention, the cache and the batches that it chooses itself."""
-    if peer == OPENVINO:
+    if peer == "openvino":
         return StreamPrompt(OpenVinoStream(path, defaults=True), context, batch)
     stream = LlamaCppStream(path, batch, context + TIMED_STEPS, defaults=True)
     return StreamPrompt(stream, context, batch)

@@ -6,6 +6,7 @@ Each kind of data is a class of :data:`_KINDS`; the stages use it and do not dep
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -178,51 +179,36 @@ def _prepared(
     model, path = run.model, loader.path(run.workspace)
     whole = RunSettings.of(calibration=settings)
     check_disk(run.workspace, sizes_of_source(model.source, model.model), whole, ["calibrate"])
-    data = _load_saved(path, key, loader)
+    known, data = path.with_suffix(".json"), None
+    # Of an interrupted calibration with the same settings; there may be none, or it is damaged.
+    with suppress(InputError, OSError):
+        record = read_json(known, "The record of the calibration data", "")
+        if record == {"key": key, "sha256": sha256_of_file(path)}:
+            data = loader.load(path)
     if data is None:
         data = loader.read(model, settings, listener)
         loader.save(path, data)
-        write_json(path.with_suffix(".json"), {"key": key, "sha256": sha256_of_file(path)})
-    _check_enough(data.calibration, model.model, loader.unit)
+        write_json(known, {"key": key, "sha256": sha256_of_file(path)})
+    width, tokens = hidden_size(model.model), _token_count(data.calibration, model.model)
+    if tokens < width + 1:
+        options = "--samples or --seq-len" if data.calibration.ndim == 2 else "--samples"
+        raise InputError(
+            f"{tokens:,} calibration tokens are too few for a model of width {width}: at least {width + 1:,} are "
+            f"needed, {20 * width:,} or more are advised; give more {loader.unit}, or raise {options}."
+        )
     with listener.task("Recording the probe", 1, "probe") as task:
         probe = loader.probe(model, data, settings.parts)
         task.advance(1)
-    if not model.task.causal:
-        _check_exports(run, probe)
+    if not model.task.causal:  # there are many kinds: what cannot be exported is refused before the long work
+        form = encoder_form(model.model, model.task, model.pooling, probe.inputs)
+        check_traces(model.model, form)
+        crossed_on_copy(model.model, form, run.listener)
     save_probe(run.workspace.probe, probe)
     return data.calibration, getattr(data, "media", None)
 
 
-def _check_exports(run: Run, probe: Probe) -> None:
-    """Refuse an encoder that cannot be exported before the long work of calibration: there are many kinds."""
-    model = run.model
-    form = encoder_form(model.model, model.task, model.pooling, probe.inputs)
-    check_traces(model.model, form)
-    crossed_on_copy(model.model, form, run.listener)
-
-
-def _load_saved(path: Path, key: str, loader: CalibrationLoader) -> Any:
-    """The data of an interrupted calibration with the same settings; None if there is none, or if it is damaged."""
-    try:
-        record = read_json(path.with_suffix(".json"), "The record of the calibration data", "")
-        return loader.load(path) if record == {"key": key, "sha256": sha256_of_file(path)} else None
-    except (InputError, OSError):
-        return None
-
-
 def _token_count(rows: Any, model: torch.nn.Module) -> int:
     return int(rows.size if rows.ndim == 2 else len(rows) * dummy_run(model).tokens)
-
-
-def _check_enough(rows: Any, model: torch.nn.Module, unit: str) -> None:
-    d = hidden_size(model)
-    tokens = _token_count(rows, model)
-    if tokens < d + 1:
-        options = "--samples or --seq-len" if rows.ndim == 2 else "--samples"
-        raise InputError(
-            f"{tokens:,} calibration tokens are too few for a model of width {d}: at least {d + 1:,} are needed, "
-            f"{20 * d:,} or more are advised; give more {unit}, or raise {options}."
-        )
 
 
 Rows = list[dict[str, NDArray[Any]]]
@@ -297,15 +283,15 @@ class _Passages(CalibrationLoader):
         return batch_of_rows([_row(ids, names) for ids in (*rows, *_longer_rows(model, data, rows))])
 
 
-def _heldout_images(images: Any, _names: Iterable[str]) -> Rows:
-    return [{PIXELS: image[None]} for image in images.heldout]
-
-
 class _Images(CalibrationLoader):
     """Images for a vision encoder."""
 
     unit = "images"
-    save, load, heldout = staticmethod(save_images), staticmethod(load_images), staticmethod(_heldout_images)
+    save, load, heldout = (
+        staticmethod(save_images),
+        staticmethod(load_images),
+        staticmethod(lambda images, _names: [{PIXELS: image[None]} for image in images.heldout]),
+    )
 
     def read(self, model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> Any:
         return read_images(image_files(settings.sources), model.image_processor, settings, listener)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -66,7 +65,11 @@ def generate(
     ws.digests.save()
     require_onnxruntime()
     folder = next(iter(graphs.values())).parent
-    tokenizer = _tokenizer(folder, trust_remote_code)
+    # A folder of a graph is one of a model without weights.
+    place = str(folder.resolve())
+    tokenizer = load_tokenizer(
+        ModelSource(str(folder), "folder", None, "", trust_remote_code, path=place, model="", sidecars="")
+    )
     if settings.system and not tokenizer.chat_template:
         raise InputError(
             "--system has no place, since this model's tokenizer has no chat template: put it into the prompt."
@@ -119,14 +122,6 @@ def _graphs(ws: Workspace, asked: str) -> dict[str, Path]:
         current_rewrite(ws)
         found[LINEARIZED] = ws.model
     return found
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    # A folder of a graph is one of a model without weights.
-    source = ModelSource(
-        str(folder), "folder", None, "", trust_remote_code, path=str(folder.resolve()), model="", sidecars=""
-    )
-    return load_tokenizer(source)
 
 
 def _opened(name: str, path: Path, listener: Listener) -> Stream:

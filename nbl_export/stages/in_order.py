@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import psutil
 import torch
@@ -72,23 +72,28 @@ def run(
 
     checked = partial(check_source, Path(out))
     with opened(out, whole, listener, trust_remote_code, rehash, checked, model, new=True) as (work, asked):
-        keeps, chosen = asked.folder.keeps, asked.selection
         if work.workspace.record("calibrate") is None:
             _check_new(work, asked)
-        calibrate(model, work, asked.calibration)
-        if chosen.budget or chosen.workload:
-            export(work, asked.exporting, there=keeps)  # layers are weighed with the speed of the graph
-        select(work, chosen)
-        export(work, asked.exporting, there=keeps)
-        rewrite(work, whole=not keeps)
-        if asked.engines:
-            build(work, asked.engines)
-        report = verify(work, asked.verification)
-        if not keeps and report.passed:
+        *_, report = (go() for _, go in _stages(work, asked).values())
+        if not asked.folder.keeps and report.passed:
             drop_baseline(work.workspace)
-        elif not keeps:
+        elif not asked.folder.keeps:
             work.listener.note("The unmodified graph is kept, since the verification failed.")
-    return report
+    return cast("Report", report)
+
+
+def _stages(run: Run, asked: RunSettings) -> dict[str, tuple[Settings, Callable[[], Any]]]:
+    """The stages of a run in order: the settings of each, and what does it."""
+    keeps, engines = asked.folder.keeps, asked.engines or EngineSettings()
+    every: dict[str, tuple[Settings, Callable[[], Any]]] = {
+        "calibrate": (asked.calibration, lambda: calibrate("", run, asked.calibration)),
+        "select": (asked.selection, lambda: select(run, asked.selection)),
+        "export": (asked.exporting, lambda: export(run, asked.exporting, there=keeps)),
+        "rewrite": (Settings(), lambda: rewrite(run, whole=not keeps)),
+        "build": (engines, lambda: build(run, engines)),
+        "verify": (asked.verification, lambda: verify(run, asked.verification)),
+    }
+    return {stage: every[stage] for stage in order(asked)}
 
 
 def check_asked(model: str, asked: RunSettings) -> None:
@@ -233,11 +238,7 @@ def dry_run(
 
 
 class _Reached(Exception):
-    """The work of a stage would begin, or is done: ``why`` it is to do, in words; None if it is kept."""
-
-    def __init__(self, why: str | None) -> None:
-        super().__init__()
-        self.why = why
+    """The work of a stage would begin, or is done: why it is to do, in words; None if it is kept."""
 
 
 class _Rehearsal(Run):
@@ -257,18 +258,8 @@ class _Rehearsal(Run):
 
 def _whys(run: Run, asked: RunSettings) -> dict[str, str | None]:
     """Why each stage of the run is done, in order; None of one that is kept."""
-    keeps, engines = asked.folder.keeps, asked.engines or EngineSettings()
-    stages: dict[str, tuple[Settings, Callable[[], object]]] = {
-        "calibrate": (asked.calibration, lambda: calibrate("", run, asked.calibration)),
-        "select": (asked.selection, lambda: select(run, asked.selection)),
-        "export": (asked.exporting, lambda: export(run, asked.exporting, there=keeps)),
-        "rewrite": (Settings(), lambda: rewrite(run, whole=not keeps)),
-        "build": (engines, lambda: build(run, engines)),
-        "verify": (asked.verification, lambda: verify(run, asked.verification)),
-    }
     whys: dict[str, str | None] = {}
-    for stage in order(asked):
-        settings, go = stages[stage]
+    for stage, (settings, go) in _stages(run, asked).items():
         above = [*read_by(settings, run.model.task), *["build"] * (stage == "verify")]
         if run.workspace.record(stage) is None:
             whys[stage] = _NEW
@@ -278,5 +269,5 @@ def _whys(run: Run, asked: RunSettings) -> dict[str, str | None]:
             try:
                 go()
             except _Reached as reached:
-                whys[stage] = reached.why
+                whys[stage] = reached.args[0]
     return whys

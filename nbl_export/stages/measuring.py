@@ -61,24 +61,18 @@ _FORMAT = "nbl-export/measured/1"
 Linear = Literal["for_choosing", "dropped"]
 
 
-class Measuring:
-    """The moments, the text, the fits, and the model in the fastest precision here; each is made on first use."""
+class Measuring(ExitStack):
+    """The moments, the text, the fits, and the model in the fastest precision here; each is made on first use.
+
+    When it is closed, the weights and files go that were kept for many measurements.
+    """
 
     def __init__(self, run: Run, calibrated: str, settings: SelectSettings, listener: Listener) -> None:
         self.run, self._calibrated, self.settings, self.listener = run, calibrated, settings, listener
-        self._kept = ExitStack()
+        super().__init__()
         self._seeing: list[torch.nn.Module] = []
         loaded, self.metadata = load_moments(run.workspace.moments)
         self.moments = loaded.layers
-
-    def close(self) -> None:
-        """Release the weights and files that were kept for many measurements."""
-        self._kept.close()
-
-    def scratch(self) -> Path:
-        """A folder that goes when the measurements are closed."""
-        name = TemporaryDirectory(prefix=".select.", suffix=TEMPORARY, dir=self.run.workspace.nbl)
-        return Path(self._kept.enter_context(name))
 
     @cached_property
     def fitting(self) -> Fitting:
@@ -98,7 +92,7 @@ class Measuring:
     @cached_property
     def model(self) -> torch.nn.Module:
         model = self._with_images(self.run.model.in_dtype(self.dtype))
-        self._kept.enter_context(resident(model, room(model)))
+        self.enter_context(resident(model, room(model)))
         return model
 
     @property
@@ -110,7 +104,7 @@ class Measuring:
         """``model``, which takes the images of the text as long as this is open."""
         if self.run.model.task.causal and self.text.media is not None and model not in self._seeing:
             self._seeing.append(model)
-            self._kept.enter_context(seeing(model, self.text.media))
+            self.enter_context(seeing(model, self.text.media))
         return model
 
     # what the first process asks for -------------------------------------------------------------
@@ -331,7 +325,9 @@ class Fitting:
     @cached_property
     def _others(self) -> Mapping[Block, LayerMoments]:
         # Moments of the selection text, for the held-out error of a ridge: in files, which go when all is fitted.
-        folder, text = self._measuring.scratch(), self._measuring.text.selection
+        text, nbl = self._measuring.text.selection, self._measuring.run.workspace.nbl
+        scratch = TemporaryDirectory(prefix=".select.", suffix=TEMPORARY, dir=nbl)
+        folder = Path(self._measuring.enter_context(scratch))
         for block, layer in moments_of(self._measuring.reading, text, self._parts, self._listener):
             save_layer(layer_file(folder, block), block, layer, {})
         return load_moments(folder)[0].layers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def select(
         calibrated = ranks.shared(lambda: ws.require("calibrate"))
         made_of, device = {"calibrate": calibrated.result}, run.on(asked.device)
         if not ranks.first:
-            with closing(Measuring(run, calibrated.result, asked, Silent())) as own, exact_float32():
+            with Measuring(run, calibrated.result, asked, Silent()) as own, exact_float32():
                 ranks.follow(lambda: own.jobs)
             return load_plan(ws.plan)
         with ranks.leading():
@@ -51,7 +50,7 @@ def select(
                 made_of["export"] = ws.require("export").result
             with replace(run, ranks=ALONE).stage("select", asked.as_json(), made_of, device) as work:
                 if work:
-                    with closing(Measuring(run, calibrated.result, asked, work)) as measuring:
+                    with Measuring(run, calibrated.result, asked, work) as measuring:
                         work.files = make_plan(measuring)
         return load_plan(ws.plan)
 

@@ -19,7 +19,7 @@ from nbl_export.files import sha256_of_file
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import load_plan
 from nbl_export.rewrite.replace import rewrite_file
-from nbl_export.stages import package as stage
+from nbl_export.stages import verify as stage
 from nbl_export.stages.inspection import load_package
 from tests.command_line import nbl
 from tests.graph.external_data import resolved
