@@ -51,7 +51,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "GIT_DIR": os.devnull}
 sys.path.insert(0, str(ROOT))
 
 from nbl_export.files import TEMPORARY  # noqa: E402
-from tests.listening import at_changes  # noqa: E402
+from tests.processes import at_changes  # noqa: E402
 
 KINDS = ("time", "change", "time", "change", "term")
 TWICE = 0.2  # of the second runs are killed too

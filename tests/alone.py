@@ -13,7 +13,7 @@ from nbl_export.batch import left_padded, right_padded
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
 from nbl_export.models.running import cache_argument
-from tests.sessions import cpu_session
+from tests.fixtures_graph import cpu_session
 
 
 def rows_of(*lengths: int, vocabulary: int = 260, seed: int = 0) -> list[np.ndarray[Any, Any]]:

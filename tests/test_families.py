@@ -27,7 +27,7 @@ from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages.rewrite import check_states
 from nbl_export.verify.parity.compare import Parity
 from tests.conftest import ALL, exhaustive
-from tests.end_to_end.matrix import CHOSEN, ROWS, crossed, parity, rewritten
+from tests.end_to_end.test_matrix import CHOSEN, ROWS, crossed, parity, rewritten
 from tests.exporters import GRAPH, Graphs
 from tests.families import DECODERS, Calibrated, attention_share
 

@@ -39,7 +39,7 @@ from nbl_export.files import (
 )
 from nbl_export.records import from_json, part_from_json, to_json
 from nbl_export.tensorfile import format_of, load_tensors, save_tensors
-from tests.listening import files_in
+from tests.processes import files_in
 
 
 def test_atomic_path_replaces_the_file_when_the_block_succeeds(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from nbl_export.doctor import DRIVER, Found, judged, out_of_range, try_all
 from nbl_export.errors import MissingDependencyError
 from nbl_export.packages import ALWAYS, PARTS, check_system, import_in_words, missing, origin, part, pip_line
 from tests.conftest import ROOT
-from tests.listening import Notes
+from tests.processes import Notes
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # The others are for who works on the project.

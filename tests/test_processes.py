@@ -21,7 +21,7 @@ from nbl_export import errors
 from nbl_export.errors import BuildError, CalibrationError, first_line, os_error_in_words
 from nbl_export.processes import Checkpoint, ChildError, Tell, in_child, saving_to
 from nbl_export.progress import bytes_task
-from tests.listening import Notes, send
+from tests.processes import Notes, send
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 60  # for what must end by itself

@@ -26,7 +26,7 @@ from nbl_export.ranks import (
     on_this_machine,
     place,
 )
-from tests.several import forked
+from tests.processes import forked
 
 
 @pytest.fixture(autouse=True)

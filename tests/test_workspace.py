@@ -16,7 +16,7 @@ from nbl_export.errors import InputError
 from nbl_export.records import MODEL as MODEL_READ
 from nbl_export.records import SIDECARS, STAGES, StageRecord, key_of
 from nbl_export.workspace import Workspace
-from tests.listening import files_in
+from tests.processes import files_in
 
 MODEL = {"source": "some/model", "kind": "hub", "fingerprint": "a" * 64, "model": "m" * 64}
 ASKED, READ = {"samples": 3}, {"model": "m" * 64}

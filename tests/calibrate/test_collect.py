@@ -22,8 +22,7 @@ from nbl_export.ranks import ALONE, LostRankError, Ranks
 from nbl_export.settings import CalibrateSettings, RunSettings
 from nbl_export.stages.needs import disk, sizes_of
 from tests.calibrate.conftest import BLOCKS, LENGTH, ROWS
-from tests.listening import Recorder, crash, send
-from tests.several import forked
+from tests.processes import Recorder, crash, forked, send
 from tests.tiny_types import activations
 
 FINGERPRINT = "f" * 64

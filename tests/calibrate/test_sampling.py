@@ -19,8 +19,8 @@ from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.progress import Silent
 from nbl_export.settings import CalibrateSettings
-from tests.listening import Notes
 from tests.models.test_weights import reads
+from tests.processes import Notes
 from tests.tiny_types import BEYOND, activations
 
 SMALL = CalibrateSettings(samples=3, seq_len=12, heldout_samples=2, selection_samples=2, seed=5)

@@ -12,7 +12,7 @@ from nbl_export.calibrate import collect as module
 from nbl_export.calibrate.collect import States
 from nbl_export.errors import InputError
 from nbl_export.ranks import ALONE, Ranks
-from tests.several import forked
+from tests.processes import forked
 
 VALUES, BATCHES = 25, 5  # 100 bytes in float32
 SMALL, LARGE = 100, 1 << 20

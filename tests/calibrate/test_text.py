@@ -39,8 +39,8 @@ from nbl_export.models.media_tokens import MediaTokens
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.settings import CalibrateSettings
-from tests.listening import Notes
 from tests.pictures import save_documents
+from tests.processes import Notes
 
 
 def marked(count: int, words: int = 12) -> list[str]:

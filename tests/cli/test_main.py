@@ -20,7 +20,8 @@ from nbl_export.cli.main import COMMANDS, app, words_of
 from nbl_export.settings import TABLES
 from nbl_export.settings.choices import CACHES, CRITERIA, LIBRARIES, PEERS, PRECISIONS, TARGETS
 from nbl_export.settings.definition import UsageError, settings_of
-from tests.command_line import (
+from tests.fixtures_graph import perturb, rerecord
+from tests.processes import (
     ENVIRONMENT,
     FAST,
     SMALL,
@@ -30,7 +31,6 @@ from tests.command_line import (
     nbl,
     no_leftovers,
 )
-from tests.fixtures_graph import perturb, rerecord
 from tests.tiny import build
 
 

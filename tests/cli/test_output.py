@@ -18,7 +18,7 @@ from nbl_export.cli.terminal import show_report
 from nbl_export.errors import InputError
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report, load_report
-from tests.command_line import nbl
+from tests.processes import nbl
 
 TABLE = Table(
     "A title", ("", "n", "result"), (("first [row]", "1", "passed"), ("second", "1,234", "failed")), "A note."

@@ -26,14 +26,14 @@ from nbl_export.errors import InputError, Interrupted
 from nbl_export.evaluate.answer import Figures, Generated
 from nbl_export.packages import pip_line
 from nbl_export.progress import Silent
-from tests.command_line import (
+from tests.processes import (
     ENVIRONMENT,
     Done,
     assert_refused,
     nbl,
     no_leftovers,
+    send,
 )
-from tests.listening import send
 from tests.rewrite.foreign import Source, assert_rewritten, contents, exported
 
 

@@ -11,7 +11,7 @@ import pytest
 from nbl_export import api
 from nbl_export.runtime.clients import cpu
 from nbl_export.runtime.ort import OrtModel
-from tests.clients.greedy import greedy
+from tests.clients.test_generating import greedy
 from tests.conftest import exhaustive
 from tests.exporters import GRAPH, Graphs
 

@@ -16,7 +16,7 @@ import pytest
 
 from nbl_export import api
 from nbl_export.errors import InputError
-from tests.clients.greedy import greedy
+from tests.clients.test_generating import greedy
 from tests.conftest import exhaustive
 from tests.families import build
 

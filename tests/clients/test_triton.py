@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nbl_export import api
-from tests.clients.greedy import greedy
+from tests.clients.test_generating import greedy
 
 pytestmark = pytest.mark.client
 COUNT = 24

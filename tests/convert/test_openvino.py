@@ -14,7 +14,7 @@ from nbl_export.runtime.clients import FILE, TOKENIZERS
 from tests.convert.test_mlx import NoTokenizer
 from tests.converting import needs
 from tests.families import Calibrated, build, calibrated, unsaved
-from tests.listening import Notes
+from tests.processes import Notes
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.settings.choices import FitInput
 from tests.end_to_end.random_decoder_graphs import Pair, Written, written
 from tests.end_to_end.random_decoders import VOCAB, Array, Choices, Weights
-from tests.fixtures_graph import pad_left, ragged_rows
-from tests.sessions import cpu_session, decode
+from tests.fixtures_graph import cpu_session, decode, pad_left, ragged_rows
 
 STEPS = 2
 

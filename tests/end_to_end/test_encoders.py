@@ -45,7 +45,7 @@ from tests.encoders import (
     write_images,
     write_text,
 )
-from tests.sessions import run_graph
+from tests.fixtures_graph import run_graph
 
 pytest.importorskip("PIL", reason="needs pillow")
 

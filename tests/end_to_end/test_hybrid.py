@@ -28,9 +28,9 @@ from nbl_export.rewrite.replace import linearized_layers, rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.settings.choices import OLDEST_OPSET
-from tests.clients.greedy import greedy
+from tests.clients.test_generating import greedy
 from tests.conftest import exhaustive
-from tests.end_to_end.matrix import CHOSEN, ROWS, parity, rewritten
+from tests.end_to_end.test_matrix import CHOSEN, ROWS, parity, rewritten
 from tests.exporters import FLAT, GRAPH, NUMBERED, Names, torchscript
 from tests.families import DECODERS, Calibrated, build, unsaved
 from tests.test_families import HYBRIDS

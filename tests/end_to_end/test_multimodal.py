@@ -23,14 +23,14 @@ from nbl_export.graph.precision import precision_of
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.verify.parity.figures import MethodLoss
-from tests.clients.greedy import by_genai, greedy
+from tests.clients.test_generating import by_genai, greedy
 from tests.conftest import exhaustive
-from tests.end_to_end.matrix import ROWS, parity
+from tests.end_to_end.test_matrix import ROWS, parity
 from tests.exporters import GRAPH
 from tests.families import LAYERS, Calibrated
-from tests.listening import Notes
 from tests.multimodal import LENDING, WRAPPERS
 from tests.pictures import PLACE, picture, save_documents, save_processor
+from tests.processes import Notes
 
 PROMPT, COUNT = [5, 9, 33, 77, 120, 44, 8, 91, 17, 3], 12
 

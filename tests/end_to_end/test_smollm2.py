@@ -19,7 +19,7 @@ from nbl_export.models.folder import find_pooling, task_named
 from nbl_export.models.forward import encoder_of
 from nbl_export.report.schema import load_report
 from nbl_export.runtime.torch import TorchEncoder
-from tests.sessions import cpu_session
+from tests.fixtures_graph import cpu_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 FEW = 6

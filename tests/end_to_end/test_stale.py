@@ -19,10 +19,8 @@ from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.workspace import Workspace
-from tests.command_line import Done, no_leftovers
 from tests.finished import QUICK, TWO, VERIFY
-from tests.listening import Notes
-from tests.several import torchrun
+from tests.processes import Done, Notes, no_leftovers, torchrun
 
 GENERATION = "generation_config.json"
 

@@ -20,9 +20,9 @@ from nbl_export.runtime import session as sessions
 from nbl_export.stages import run
 from nbl_export.stages.run import graphs_on
 from nbl_export.workspace import Workspace
-from tests.listening import Notes
 from tests.on_device import *  # noqa: F403
 from tests.on_device import CHECKS
+from tests.processes import Notes
 from tests.virtual_device import Mixed, virtual_device
 
 

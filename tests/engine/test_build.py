@@ -29,7 +29,7 @@ from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.precision import precision_of, to_precision
-from tests.fixtures_engine import Graphs
+from tests.finished import Graphs
 from tests.fixtures_graph import load
 from tests.tiny import build as tiny_model
 

@@ -35,7 +35,7 @@ from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.packages import pip_line
 from nbl_export.records import to_json
 from nbl_export.settings.choices import LIBRARIES
-from tests.fixtures_engine import manifest_by_hand, save_manifest
+from tests.finished import manifest_by_hand, save_manifest
 
 ADA = Gpu("NVIDIA Test", "8.9")
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}

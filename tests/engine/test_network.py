@@ -20,7 +20,7 @@ from nbl_export.engine.manifest import Limits, NetworkFacts, NetworkTensor, limi
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import QUANTIZED, precision_of
-from tests.fixtures_engine import Graphs
+from tests.finished import Graphs
 
 LENGTH = 64
 NAMES = {

@@ -16,7 +16,7 @@ from nbl_export.export.fused import fuse_norms, group_queries
 from nbl_export.export.torch import trace
 from nbl_export.graph.operators import SKIP_NORMS
 from tests.families import HEADS, unsaved
-from tests.sessions import cpu_session
+from tests.fixtures_graph import cpu_session
 
 LONGEST, LAYERS = 256, 2
 FAMILY = "llama"

@@ -30,7 +30,7 @@ from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.models.layers import position_rows
 from nbl_export.models.multimodal import placeholders, whole_config
 from tests.exporters import GRAPH, Graphs
-from tests.fixtures_engine import manifest_of
+from tests.finished import manifest_of
 from tests.fixtures_graph import load
 from tests.tiny_types import tiny_model
 

@@ -34,8 +34,7 @@ from tests.alone import graph_logits
 from tests.conftest import ROOT
 from tests.encoders import PAD, WIDTH, text_encoder
 from tests.families import unsaved
-from tests.fixtures_graph import original_logits, pad_left, ragged_rows
-from tests.sessions import cpu_session, empty_past, run_graph
+from tests.fixtures_graph import cpu_session, empty_past, original_logits, pad_left, ragged_rows, run_graph
 from tests.tiny_types import tiny_model as random_model
 
 LAYERS, HEADS, DIM, VOCAB = 4, 2, 8, 260

@@ -11,7 +11,7 @@ from nbl_export import api
 from nbl_export.calibrate.moments import ARRAYS, load_moments
 from nbl_export.linearize.plan import load_plan
 from nbl_export.workspace import Workspace
-from tests.several import torchrun
+from tests.processes import torchrun
 
 pytestmark = pytest.mark.gpu
 

@@ -28,7 +28,7 @@ from nbl_export.graph.precision import precision_of
 from nbl_export.graph.summary import Stored
 from nbl_export.rewrite.leave_out import remove_pairs
 from tests.families import Calibrated
-from tests.sessions import cpu_session
+from tests.fixtures_graph import cpu_session
 
 MS = "com.microsoft"
 

@@ -32,6 +32,7 @@ from nbl_export.graph.io import (
     save_beside,
     save_graph,
 )
+from tests.fixtures_graph import cpu_session
 from tests.graph.external_data import (
     DATA,
     external,
@@ -44,8 +45,7 @@ from tests.graph.external_data import (
     save,
     two_file_graph,
 )
-from tests.listening import killed_at_change
-from tests.sessions import cpu_session
+from tests.processes import killed_at_change
 
 
 def unchecked(_path: Path) -> None:

@@ -18,9 +18,8 @@ import pytest
 from nbl_export import api
 from nbl_export.errors import InputError, NblError
 from nbl_export.models.source import find_model, same_model
-from tests.command_line import ENVIRONMENT, Done
 from tests.finished import QUICK, TWO
-from tests.listening import files_in
+from tests.processes import ENVIRONMENT, Done, files_in
 from tests.tiny import build
 
 CODE = """

@@ -42,7 +42,7 @@ from nbl_export.progress import Silent
 from nbl_export.records import from_json, to_json
 from nbl_export.settings import Budget, SelectSettings
 from tests.linearize.made import make_plan
-from tests.listening import Notes
+from tests.processes import Notes
 
 
 @pytest.fixture

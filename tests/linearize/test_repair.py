@@ -40,8 +40,8 @@ from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
 from tests.fixtures_graph import load
 from tests.linearize.made import adapter_for, make_plan
-from tests.listening import Recorder, send
 from tests.pictures import plain_tokens
+from tests.processes import Recorder, send
 from tests.tiny_types import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(3, 250, (12, 48)).astype(np.int32)

@@ -22,8 +22,8 @@ from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.fixtures_graph import maps_in_place
 from tests.linearize.made import random_maps
-from tests.listening import Notes
 from tests.models.test_weights import reads
+from tests.processes import Notes
 from tests.tiny_types import tiny_model
 
 D = 32

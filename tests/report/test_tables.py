@@ -72,7 +72,7 @@ from nbl_export.verify.speed.values import (
     Speed,
     Timing,
 )
-from tests.fixtures_engine import manifest_by_hand
+from tests.finished import manifest_by_hand
 
 
 def test_a_graph_before_and_after() -> None:

@@ -19,7 +19,7 @@ from nbl_export.rewrite.confirm import check_layers
 from nbl_export.rewrite.replace import proven_regions
 from nbl_export.rewrite.routers import places_of, routers, shortfalls, tell, told_ranks
 from nbl_export.runtime.intermediates import compute_tensors
-from tests.experts import Experts, another, swap_experts
+from tests.finished import Experts, another, swap_experts
 from tests.linearize.made import adapter_for
 
 RNG = np.random.default_rng(0)

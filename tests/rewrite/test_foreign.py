@@ -20,10 +20,9 @@ from nbl_export.errors import BuildError, InputError
 from nbl_export.linearize.plan import save_plan
 from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.rewrite.foreign import rewrite_foreign
-from tests.command_line import assert_refused, nbl
 from tests.end_to_end.oracle import random_plan
 from tests.end_to_end.random_decoders import random_weights
-from tests.listening import killed_at_change
+from tests.processes import assert_refused, killed_at_change, nbl
 from tests.rewrite.foreign import (
     CONFIG,
     DATA,

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 
 from nbl_export.errors import BuildError
 from nbl_export.rewrite.quantize import pack, product, quantize_blocks
+from tests.fixtures_graph import cpu_session
 from tests.graph.quantized import DYNAMIC, MS, D, dequantized, dynamic, graph, matrix, n_bits
-from tests.sessions import cpu_session
 
 # Blocks ------------------------------------------------------------------------------------------
 

@@ -49,6 +49,9 @@ from nbl_export.verify.parity.figures import gates_for
 from tests.families import Calibrated, calibrated
 from tests.fixtures_graph import (
     compare_streams,
+    cpu_session,
+    decode,
+    empty_past,
     intermediate_tensors,
     low_rank,
     maps_in_place,
@@ -56,9 +59,8 @@ from tests.fixtures_graph import (
     plan_by_hand,
     ragged_rows,
 )
-from tests.listening import Notes
+from tests.processes import Notes
 from tests.rewrite.by_hand import assert_clean, baseline, prompts
-from tests.sessions import cpu_session, decode, empty_past
 
 LAYERS, WIDTH, KV_WIDTH = 5, 64, 32  # stories260K
 

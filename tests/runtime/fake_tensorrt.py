@@ -23,7 +23,7 @@ from nbl_export.engine.manifest import Limits, Manifest
 from nbl_export.files import sha256_of_file
 from nbl_export.runtime.session import session
 from nbl_export.runtime.tensorrt import Device, EngineStream
-from tests.fixtures_engine import LIMITS, manifest_of, save_manifest
+from tests.finished import LIMITS, manifest_of, save_manifest
 
 TYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}
 Shapes = dict[str, tuple[int, ...]]

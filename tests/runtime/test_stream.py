@@ -25,8 +25,7 @@ from nbl_export.runtime.intermediates import compute_tensors, prefill_rows
 from nbl_export.runtime.ort import OrtModel, OrtRowsStream, ort_stream
 from nbl_export.runtime.stream import PastStream, RowStream
 from nbl_export.runtime.torch import TorchDecoder
-from tests.fixtures_graph import maps_in_place, original_logits, plan_by_hand, ragged_rows
-from tests.sessions import cpu_session
+from tests.fixtures_graph import cpu_session, maps_in_place, original_logits, plan_by_hand, ragged_rows
 
 LAYERS, HEADS, DIM, VOCAB = 4, 2, 8, 260
 

@@ -21,7 +21,7 @@ from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.verify.parity.figures import gates_for
-from tests.fixtures_engine import LIMITS, Graphs
+from tests.finished import LIMITS, Graphs
 from tests.fixtures_graph import compare_streams, plan_by_hand, ragged_rows
 from tests.runtime.fake_tensorrt import (
     TYPES,

@@ -23,7 +23,7 @@ from nbl_export.verify.speed.race import Harness
 from nbl_export.verify.speed.values import CellResult
 from tests.converting import needs
 from tests.finished import resumed
-from tests.listening import Notes
+from tests.processes import Notes
 
 # the stage ---------------------------------------------------------------------------------------
 

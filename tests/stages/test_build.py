@@ -7,9 +7,8 @@ from pathlib import Path
 
 from nbl_export import api
 from nbl_export.engine.library import find_gpu
-from tests.command_line import assert_interrupted, assert_refused, interrupted, nbl, no_leftovers
 from tests.fixtures_graph import rerecord
-from tests.listening import Notes
+from tests.processes import Notes, assert_interrupted, assert_refused, interrupted, nbl, no_leftovers
 
 FAST = ["--decode-steps", "2", "--no-quality", "--no-speed"]
 SMALL = ["--trt", "rtx", "--max-batch", "1", "--max-seq", "16", "--max-context", "64", "--sm", "86"]

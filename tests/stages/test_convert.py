@@ -29,7 +29,7 @@ from nbl_export.stages.inspection import inspect
 from nbl_export.workspace import Workspace
 from tests.conftest import exhaustive
 from tests.converting import needs
-from tests.listening import Notes
+from tests.processes import Notes
 
 here = needs("gguf")
 

@@ -35,10 +35,9 @@ from nbl_export.stages.needs import (
     sizes_of_source,
 )
 from nbl_export.workspace import Workspace
-from tests.command_line import nbl
 from tests.conftest import ROOT
 from tests.finished import TWO, VERIFY
-from tests.listening import Notes
+from tests.processes import Notes, nbl
 from tests.tiny_types import tiny_model
 
 Usage = namedtuple("Usage", "total used free")

@@ -16,7 +16,7 @@ from nbl_export.errors import InputError
 from nbl_export.report.evaluation import load_evaluation
 from nbl_export.stages import evaluate as stage
 from nbl_export.workspace import Workspace
-from tests.command_line import assert_refused, nbl
+from tests.processes import assert_refused, nbl
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'nbl-export[eval]'")
 

@@ -30,8 +30,8 @@ from nbl_export.workspace import Workspace
 from tests.encoders import text_encoder, vision_encoder
 from tests.families import build
 from tests.finished import TWO
-from tests.listening import Notes, files_in
 from tests.models.spoiled import edit_config, one_sentence
+from tests.processes import Notes, files_in
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from nbl_export.linearize.plan import load_plan
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages import verify as stage
 from nbl_export.stages.inspection import load_package
-from tests.command_line import nbl
 from tests.graph.external_data import resolved
 from tests.mutations import OF_WEIGHTS
+from tests.processes import nbl
 
 FILES = {
     *("model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json"),

@@ -26,7 +26,7 @@ from nbl_export.workspace import Workspace
 from tests.families import Calibrated
 from tests.finished import QUICK, TWO, assert_same, resumed, state
 from tests.fixtures_graph import plan_by_hand
-from tests.listening import Notes
+from tests.processes import Notes
 
 
 def replan(out: Path, layers: tuple[int, ...], **changes: Any) -> None:

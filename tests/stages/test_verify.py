@@ -22,7 +22,7 @@ from nbl_export.verify.parity.figures import DecoderParity, MethodLoss
 from nbl_export.workspace import Workspace
 from tests.finished import QUICK, TWO, VERIFY, resumed
 from tests.fixtures_graph import perturb, rerecord
-from tests.listening import Notes, killed_at_change
+from tests.processes import Notes, killed_at_change
 
 DRAWN = ("report.md", "report.html", "junit.xml", "plots/layers.png", "plots/speed.png")
 

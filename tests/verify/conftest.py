@@ -20,7 +20,7 @@ from nbl_export.settings import VerifySettings
 from nbl_export.verify.case import DecoderCase, Measurement
 from nbl_export.verify.speed import ceiling, race
 from nbl_export.workspace import Workspace
-from tests.fixtures_engine import Graphs
+from tests.finished import Graphs
 from tests.fixtures_graph import external_entry, plan_by_hand, tensors_of
 
 

@@ -34,7 +34,7 @@ from nbl_export.verify.measure import measure
 from nbl_export.verify.parity.figures import DecoderParity, gates_for
 from nbl_export.verify.speed.pair import fitting_contexts
 from nbl_export.workspace import Workspace
-from tests.fixtures_engine import Graphs, manifest_of
+from tests.finished import Graphs, manifest_of
 from tests.runtime.fake_tensorrt import loaded_engine
 from tests.verify.conftest import LAYERS, PARITY, case_of, changed, checks, with_fault
 

@@ -42,7 +42,7 @@ from tests.encoders import (
     write_text,
 )
 from tests.fixtures_graph import maps_in_place, original_logits, plan_by_hand, tensors_of
-from tests.listening import Notes
+from tests.processes import Notes
 from tests.verify.conftest import with_fault
 
 PARITY = VerifySettings(quality=False, speed=False)

@@ -55,12 +55,12 @@ from nbl_export.verify.parity.unmodified import differences, first_divergence, k
 from nbl_export.workspace import Workspace
 from tests import families
 from tests.conftest import exhaustive
-from tests.experts import Experts, swap_experts
 from tests.families import WIDTH, Calibrated
+from tests.finished import Experts, swap_experts
 from tests.fixtures_graph import perturb, plan_by_hand, ragged_rows, recorded, tensors_of
-from tests.listening import Notes
 from tests.models.test_weights import reads, stored_in
 from tests.mutations import OF_ALL, OF_LAYERS, OF_RETAINED, OF_WEIGHTS, changed
+from tests.processes import Notes
 from tests.test_families import CORE
 from tests.verify.conftest import PARITY, with_fault
 

@@ -37,8 +37,7 @@ from nbl_export.verify.speed import pair as pair_module
 from nbl_export.verify.speed.pair import measure_speed
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import load
-from tests.listening import Notes, Recorder, send
-from tests.several import forked
+from tests.processes import Notes, Recorder, forked, send
 from tests.stages.select.by_hand import QUICK, candidates, curve, files, forget, kl_by_hand, same_plan, select
 
 

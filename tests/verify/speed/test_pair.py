@@ -32,7 +32,7 @@ from nbl_export.verify.speed.ceiling import graph_cost
 from nbl_export.verify.speed.pair import TorchPrompt, anew_or_why_not, measure_speed, workload_ms
 from nbl_export.verify.speed.race import DECODE_STEPS, Harness, Rounds, decode_seconds, prefill_seconds, race
 from nbl_export.verify.speed.values import Machine, Roofline
-from tests.fixtures_engine import Graphs
+from tests.finished import Graphs
 from tests.fixtures_graph import maps_in_place, plan_by_hand
 from tests.runtime.fake_tensorrt import FakeEngine, loaded_engine
 from tests.verify.speed.raced import Timed

@@ -34,7 +34,7 @@ from nbl_export.verify.speed.values import (
     Roofline,
     Timing,
 )
-from tests.end_to_end.matrix import CHOSEN
+from tests.end_to_end.test_matrix import CHOSEN
 from tests.exporters import GRAPH
 from tests.families import Calibrated
 from tests.fixtures_graph import plan_by_hand
