@@ -101,6 +101,15 @@ def is_workspace(root: Path) -> bool:
     return Places(root).state_path.exists()
 
 
+def check_output(root: Path) -> None:
+    """Raise :class:`InputError` if ``root`` is no output folder of earlier commands."""
+    if not is_workspace(root):
+        raise InputError(
+            f"{root} is not an output folder of nbl-export (no nbl/workspace.json): "
+            f"start with `nbl-export calibrate MODEL -o {root}`."
+        )
+
+
 def check_place(root: Path) -> None:
     """Refuse a file, and a folder that is no output folder and has files of the names that an output folder has."""
     if root.exists() and not root.is_dir():
@@ -157,11 +166,7 @@ class Workspace(Places):
     @classmethod
     def open(cls, root: Path, digests: Digests | None = None) -> Workspace:
         """Open an existing output folder; anything else is an :class:`InputError`."""
-        if not is_workspace(root):
-            raise InputError(
-                f"{root} is not an output folder of nbl-export (no nbl/workspace.json): "
-                f"start with `nbl-export calibrate MODEL -o {root}`."
-            )
+        check_output(root)
         return cls(root, digests)
 
     @contextmanager

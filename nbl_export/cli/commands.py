@@ -46,18 +46,26 @@ from nbl_export.settings import (
 )
 from nbl_export.settings.definition import Settings, UsageError
 from nbl_export.settings.graphs import OptionalEngines
+from nbl_export.workspace import check_output, is_package
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from nbl_export.cli.output import TerminalListener
 
 
-def loaded(said: Said, *asked: Settings | RunSettings) -> tuple[Any, Any, TerminalListener]:
+def loaded(
+    said: Said, *asked: Settings | RunSettings, out: Path | None = None
+) -> tuple[Any, Any, TerminalListener]:
     """The Python API, what draws, and what progress goes to: imported when a command runs, since --help needs none.
 
-    What is asked for is checked before, so that a value that cannot be is answered at once.
+    What is asked for, and that ``out`` is a folder of earlier commands, is checked before, so that it is answered at
+    once what cannot be.
     """
     for settings in asked:
         settings.check()
+    if out is not None:
+        check_output(out)
     from nbl_export import api
     from nbl_export.cli import output, terminal
 
@@ -125,7 +133,7 @@ def select(
     said: Said = Said(),
 ) -> None:
     """Score every layer, choose K, and write the plan."""
-    api, terminal, listener = loaded(said, settings)
+    api, terminal, listener = loaded(said, settings, out=out)
     terminal.show_plan(api.select(out, settings, listener, trust, rehash=rehash), out)
 
 
@@ -140,7 +148,7 @@ def export(
     said: Said = Said(),
 ) -> None:
     """Export the unmodified model to OUT/baseline/model.onnx."""
-    api, terminal, listener = loaded(said, settings)
+    api, terminal, listener = loaded(said, settings, out=out)
     path = api.export(out, settings, listener, trust, rehash=rehash)
     terminal.finish("export", f"Exported {path}. Next: nbl-export rewrite {out}", out=out, graph=path)
 
@@ -165,7 +173,7 @@ def rewrite(
         or (plan is None) is not (output is None)
     ):
         raise UsageError("give OUT alone, or --onnx with --plan and --output, and no OUT")
-    api, terminal, listener = loaded(said)
+    api, terminal, listener = loaded(said, out=out)
     if onnx is None:
         path = api.rewrite(out, listener, rehash=rehash)
         terminal.finish("rewrite", f"Wrote {path}. Next: nbl-export verify {out}", out=out, graph=path)
@@ -183,7 +191,7 @@ def build(
     said: Said = Said(),
 ) -> None:
     """Build TensorRT engines of both graphs into OUT/engine."""
-    api, terminal, listener = loaded(said, settings)
+    api, terminal, listener = loaded(said, settings, out=out)
     terminal.show_engines(api.build(out, settings, listener, rehash=rehash), out)
 
 
@@ -200,10 +208,9 @@ def verify(
     said: Said = Said(),
 ) -> int:
     """Check parity, measure method loss and speed; exit 1 if a gate fails."""
-    api, terminal, listener = loaded(said, settings)
-    from nbl_export.workspace import is_package
-
-    if is_package(out):
+    packed = is_package(out)
+    api, terminal, listener = loaded(said, settings, out=None if packed else out)
+    if packed:
         if model is None:
             raise UsageError(f"{out} is a package: say where its model is with --model")
         found = api.verify_package(out, model, settings, listener, trust)
@@ -225,7 +232,7 @@ def eval_(
     said: Said = Said(),
 ) -> int:
     """Score both graphs on tasks and retrieval; exit 1 if a gate fails."""
-    api, terminal, listener = loaded(said, settings)
+    api, terminal, listener = loaded(said, settings, out=out)
     value = api.evaluate(out, settings, listener, trust, rehash=rehash)
     terminal.show_evaluation(value, out)
     return 0 if value.passed else GATE_FAILED
@@ -242,7 +249,7 @@ def bench(
     said: Said = Said(),
 ) -> int:
     """Time both graphs and others in turn; exit 1 if slower."""
-    api, terminal, listener = loaded(said, settings)
+    api, terminal, listener = loaded(said, settings, out=out)
     value = api.bench(out, settings, listener, trust, rehash=rehash)
     terminal.show_bench(value, out)
     return 0 if value.passed else GATE_FAILED
@@ -259,7 +266,7 @@ def convert(
     said: Said = Said(),
 ) -> int:
     """Write the plan in the form of another engine, and prove it there."""
-    api, terminal, listener = loaded(said, settings)
+    api, terminal, listener = loaded(said, settings, out=out)
     value = api.convert(out, settings, listener, trust, rehash=rehash)
     terminal.show_conversion(value, out)
     return 0 if value.passed else GATE_FAILED
@@ -278,7 +285,7 @@ def generate(
     said: Said = Said(),
 ) -> None:
     """Print what a graph generates after a prompt, or after each line typed."""
-    api, terminal, listener = loaded(said, settings)
+    api, terminal, listener = loaded(said, settings, out=out)
     from nbl_export.cli.terminal import Written, prompts
 
     text, written = prompts(prompt, prompt_file, said.json), Written(settings.graph, listener, not said.json)
@@ -297,7 +304,7 @@ def package(
     said: Said = Said(),
 ) -> None:
     """Write what a deployment needs, and can verify, to a folder of its own."""
-    api, terminal, listener = loaded(said)
+    api, terminal, listener = loaded(said, out=out)
     terminal.show_package(api.package(out, to, listener, rehash, layout, base), to)
 
 

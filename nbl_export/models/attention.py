@@ -23,10 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from nbl_export.batch import BOOL, F32, I64, by_token
 
@@ -47,8 +45,8 @@ def takes_attention(model: Any) -> bool:
 def attending_by(model: Any, name: str, attend: Callable[..., Any]) -> Iterator[None]:
     """Within the block, the attention of ``model`` is ``attend``, with the masks of sdpa, registered as ``name``."""
     before = model.config._attn_implementation
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    transformers.AttentionInterface.register(name, attend)
+    transformers.AttentionMaskInterface.register(name, transformers.masking_utils.sdpa_mask)
     model.set_attn_implementation(name)
     try:
         yield
@@ -82,7 +80,7 @@ def _attend(
     half = query.device.type == "cpu" and query.element_size() == 2
     plain = attention_mask is None and not any(more.get(name) is not None for name in _OF_SDPA)
     if not (half and plain and query.shape[2] == 1):
-        found: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        found: tuple[torch.Tensor, None] = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, scaling=scaling, **more
         )
         return found
@@ -114,7 +112,9 @@ def shared_keys(model: Any, layers: Sequence[AttentionModules], run: Callable[[]
             else:
                 found[indices[module]] = lender
         kwargs.pop("softcap", None)  # sdpa has none; what is computed does not matter
-        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+        return transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, *args, **kwargs
+        )
 
     with attending_by(model, "nbl_export_watched", attend):
         run()

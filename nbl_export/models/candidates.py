@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+import transformers
 
 from nbl_export.batch import PIXELS, TOKENS
 from nbl_export.blocks import ATTENTION, MLP, SPAN, Block, Mlp, Span, part_of, spans_of
@@ -164,7 +164,7 @@ def check_supported(
         )
     if not task.causal:
         if facts.causal and task.name == FEATURES and not pooled:
-            whole = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+            whole = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
             raise InputError(
                 f"{name} is a decoder without its language-model head: only decoders with it are supported"
                 f"{f', saved as {whole.__name__}' if whole else ''}."

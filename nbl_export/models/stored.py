@@ -18,10 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate import init_empty_weights
 from safetensors import safe_open
-from transformers import core_model_loading
-from transformers.core_model_loading import WeightConverter
 
 from nbl_export.errors import InputError, first_line
 from nbl_export.models.attention import count_positions
@@ -166,6 +163,8 @@ def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> Any:
 
 def _skeleton(source: ModelSource, path: str, options: dict[str, Any]) -> Any:
     """The model with its buffers in float32, and weights without bytes."""
+    from accelerate import init_empty_weights
+
     config = transformers.AutoConfig.from_pretrained(path, **options)
     if source.gguf_file:
         check_config(source.source, config.to_dict())
@@ -212,8 +211,10 @@ def as_stored(source: ModelSource) -> Iterator[dict[str, Merged]]:
     A weight that it makes of several has no bytes, unless most are in float32: the value is what makes it, by its name.
     What cannot be put off is made at once.
     """
+    from transformers import core_model_loading as loading
+
     found: dict[str, Merged] = {}
-    plain = WeightConverter.convert
+    plain = loading.WeightConverter.convert
 
     def convert(self: Any, layer_name: str, model: Any = None, **options: Any) -> dict[str, Any]:
         sources = self.materialize_tensors()
@@ -236,10 +237,10 @@ def as_stored(source: ModelSource) -> Iterator[dict[str, Merged]]:
 
     with ExitStack() as stack:
         if not source.gguf_file:
-            mapped = replaced(core_model_loading, "_materialize_copy", lambda tensor, *_, **__: tensor[...])
+            mapped = replaced(loading, "_materialize_copy", lambda tensor, *_, **__: tensor[...])
             stack.enter_context(mapped)
             if stored_dtype(Path(source.path)) not in (None, torch.float32):
-                stack.enter_context(replaced(WeightConverter, "convert", convert))
+                stack.enter_context(replaced(loading.WeightConverter, "convert", convert))
         yield found
 
 

@@ -132,6 +132,16 @@ def test_help_loads_nothing_heavy() -> None:
     assert all(f" {verb} " in text for verb in verbs)
 
 
+def test_a_folder_of_no_command_is_refused_at_once(tmp_path: Path) -> None:
+    verbs = ["select", "export", "rewrite", "build", "verify", "eval", "bench", "convert", "generate"]
+    nowhere = str(tmp_path / "nowhere")
+    to_hf = {"convert": ["--to", "hf"], "select": ["--k", "1"]}
+    modules, codes, text = loaded([[verb, nowhere, *to_hf.get(verb, [])] for verb in verbs])
+    assert codes == [2] * len(verbs)
+    assert modules == set()
+    assert text.count("is not an output folder of nbl-export") == len(verbs)
+
+
 def test_inspect_shows_every_kind_without_torch(place: Path) -> None:
     out = place / "out"
     paths = [
