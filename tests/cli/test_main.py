@@ -138,7 +138,7 @@ def test_a_folder_of_no_command_is_refused_at_once(tmp_path: Path) -> None:
     to_hf = {"convert": ["--to", "hf"], "select": ["--k", "1"]}
     modules, codes, text = loaded([[verb, nowhere, *to_hf.get(verb, [])] for verb in verbs])
     assert codes == [2] * len(verbs)
-    assert modules == set()
+    assert modules <= {"numpy"}
     assert text.count("is not an output folder of nbl-export") == len(verbs)
 
 
