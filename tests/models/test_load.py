@@ -31,7 +31,7 @@ from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
 from tests.encoders import as_sentence_transformer, vision_encoder
-from tests.models.spoiled import edit_config, one_sentence
+from tests.models.test_source import edit_config, one_sentence
 from tests.processes import Notes
 from tests.tiny import save_tokenizer
 from tests.tiny_types import tiny_model

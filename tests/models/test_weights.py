@@ -29,7 +29,7 @@ from nbl_export.models.weights import (
     streams,
 )
 from tests import families
-from tests.models.spoiled import small_gguf
+from tests.models.test_source import small_gguf
 from tests.tiny import build as build_tiny
 from tests.tiny import save_tokenizer
 from tests.tiny_types import tiny_model

@@ -30,7 +30,7 @@ from nbl_export.workspace import Workspace
 from tests.encoders import text_encoder, vision_encoder
 from tests.families import build
 from tests.finished import TWO
-from tests.models.spoiled import edit_config, one_sentence
+from tests.models.test_source import edit_config, one_sentence
 from tests.processes import Notes, files_in
 
 
