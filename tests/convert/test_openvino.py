@@ -11,7 +11,7 @@ from nbl_export.convert.openvino import check_held, write_openvino
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.progress import Silent
 from nbl_export.runtime.clients import FILE, TOKENIZERS
-from tests.convert.test_mlx import NoTokenizer
+from tests.convert.test_folders import NoTokenizer
 from tests.converting import needs
 from tests.families import Calibrated, build, calibrated, unsaved
 from tests.processes import Notes

@@ -27,7 +27,7 @@ from nbl_export.verify.parity.compare import Text, compare
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.pytorch import record_pytorch
 from tests.conftest import exhaustive
-from tests.convert.test_mlx import NoTokenizer
+from tests.convert.test_folders import NoTokenizer
 from tests.converting import WRONG, assert_as_in_pytorch, needs, stream_parity, wrongly
 from tests.families import DECODERS, Calibrated, build, calibrated
 from tests.fixtures_graph import ragged_rows, recorded

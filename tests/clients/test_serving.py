@@ -1,27 +1,32 @@
-"""transformers.js generates from a package in its layout, in Node and in a browser, what our own decode loop gives."""
+"""transformers.js, OpenVINO and Triton take our folders as they stand, and give what our own decode loop gives."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import threading
+import warnings
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nbl_export import api
 from nbl_export.errors import InputError
+from nbl_export.runtime.clients import cpu
+from nbl_export.runtime.ort import OrtModel
 from tests.clients.test_generating import greedy
 from tests.conftest import exhaustive
+from tests.exporters import GRAPH, Graphs
 from tests.families import build
 
 pytestmark = pytest.mark.client
-
 COUNT = 24
 PROMPT = "Once upon a time"
 # The same in both; what stands around it tells it where files are and takes what it found.
@@ -210,3 +215,172 @@ def test_a_precision_that_it_does_not_run_is_refused(stories_copy: Path, tmp_pat
     with pytest.raises(InputError, match=r"transformers\.js runs no graph in bf16: fp32, fp16, int8, int4"):
         api.package(stories_copy, tmp_path / "model", layout="web")
     assert not (tmp_path / "model").exists()
+
+
+# OpenVINO --------------------------------------------------------------------------------
+
+TEXTS = ("Once upon a time", "The little dog was very")
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend"),
+    [pytest.param("fp32", "SDPA", marks=exhaustive), ("fp16", "SDPA"), ("fp32", "PA")],
+)
+def test_genai_generates_what_our_decoder_does(stories_copy: Path, precision: str, backend: str) -> None:
+    """Also with paged attention, its default, which takes the cache out of the model."""
+    genai = pytest.importorskip("openvino_genai", reason="needs openvino-genai: pip install openvino-genai")
+    value = api.convert(stories_copy, api.ConvertSettings("openvino", precision))  # type: ignore[arg-type]
+    pipeline = genai.LLMPipeline(
+        stories_copy / value.file, "CPU", INFERENCE_PRECISION_HINT="f32", ATTENTION_BACKEND=backend
+    )
+    asked = genai.GenerationConfig()
+    asked.max_new_tokens, asked.ignore_eos, asked.apply_chat_template = COUNT, True, False
+    tokenizer = pipeline.get_tokenizer()
+
+    def own(text: str) -> str:
+        tokens = greedy(stories_copy / GRAPH, _ids(tokenizer, text), COUNT)
+        return str(tokenizer.decode(tokens))
+
+    expected = [own(text) for text in TEXTS]
+    assert [pipeline.generate(text, asked) for text in TEXTS] == expected
+    if backend == "PA":  # the other one, in 2026.4, goes on differently with one text given twice
+        assert list(pipeline.generate(list(TEXTS), asked).texts) == expected, "both texts as one batch"
+    asked.num_beams = asked.num_return_sequences = 2
+    assert len(pipeline.generate([TEXTS[0]], asked).texts) == 2, "beams, whose rows change places"
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return [int(token) for token in tokenizer.encode(text).input_ids.data[0]]
+
+
+def test_a_graph_with_a_shared_cache_is_read_as_it_stands(stories_copy: Path) -> None:
+    """One row; of several, OpenVINO 2026.4 takes apart the lengths wrongly."""
+    api.export(stories_copy, api.ExportSettings("fp32", "shared"))
+    api.rewrite(stories_copy)
+    assert_read(stories_copy / GRAPH, 1)
+
+
+def test_a_graph_of_optimum_is_read_as_it_stands(graphs: Graphs) -> None:
+    assert_read(graphs("optimum", "llama-gqa") / GRAPH, 2)
+
+
+def assert_read(path: Path, rows: int) -> None:
+    """OpenVINO computes what onnxruntime does: a prefill, a step and a chunk."""
+    pytest.importorskip("openvino", reason="needs openvino: pip install '.[openvino]'")
+    model = cpu().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    decoder = OrtModel(path, rounded=False)
+    past, begun = decoder.empty_past(rows), 0
+    names = ("input_ids", "attention_mask", "position_ids")
+    own_names = {port.any_name for port in model.inputs}
+    cache = {
+        port.any_name: np.zeros((rows, *_heads(port)), np.float32)
+        for port in model.inputs
+        if "past" in port.any_name
+    }
+    for tokens in ([1, 43, 47, 26], [37], [42, 21]):
+        ids, length = np.tile([tokens], (rows, 1)), begun + len(tokens)
+        positions = np.tile(np.arange(begun, length)[None], (rows, 1))
+        given = (ids, np.ones((rows, length), np.int64), positions)
+        own = decoder(*given, past)
+        fed = {name: value for name, value in zip(names, given, strict=True) if name in own_names}
+        found = model({**fed, **cache})
+        assert np.abs(found["logits"] - own.logits).max() < 1e-4
+        past, begun = own.present, length
+        cache = {name: found[name.replace("past_key_values", "present")] for name in cache}
+
+
+def _heads(port: Any) -> tuple[int, int, int]:
+    """Heads, no tokens, head_dim."""
+    shape = port.get_partial_shape()
+    return shape[1].get_length(), 0, shape[3].get_length()
+
+
+# Triton --------------------------------------------------------------------------------
+
+IDS = [1, 403, 407, 261, 378]
+TYPES = {"TYPE_FP32": np.float32, "TYPE_FP16": np.float16, "TYPE_INT64": np.int64}
+
+
+@pytest.fixture(scope="module")
+def schema() -> Any:
+    """The module that reads a configuration."""
+    path = os.environ.get("NBL_EXPORT_TRITON_SCHEMA", "")
+    if not path:
+        pytest.skip("needs Triton's schema: scripts/test.sh fetches it and sets NBL_EXPORT_TRITON_SCHEMA")
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # made for an earlier protobuf
+        spec.loader.exec_module(module)
+    return module
+
+
+class Repository:
+    """A model of the repository as Triton serves it: what its configuration says is all that is known of it."""
+
+    def __init__(self, folder: Path, schema: Any) -> None:
+        import onnxruntime
+        from google.protobuf import text_format
+
+        self.config = text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
+        self.type_of = schema.DataType.Name
+        self._session = onnxruntime.InferenceSession(folder / "1" / "model.onnx")
+        self._states: dict[str, Any] = {}
+
+    def request(self, start: bool, **given: Any) -> dict[str, Any]:
+        states = self.config.sequence_batching.state
+        if start:
+            self._states = {
+                one.input_name: np.zeros((1, *first.dims), TYPES[self.type_of(first.data_type)])
+                for one in states
+                for first in one.initial_state
+            }
+        assert {one.name for one in self.config.input} == given.keys()
+        names = [one.name for one in (*self.config.output,)] + [one.output_name for one in states]
+        for one in self.config.input:
+            value = given[one.name]
+            assert value.dtype == TYPES[self.type_of(one.data_type)] and len(value.shape) == 1 + len(one.dims)
+        found = dict(zip(names, self._session.run(names, given | self._states), strict=True))
+        for one in states:
+            shape = found[one.output_name].shape[1:]
+            assert all(told in (-1, own) for told, own in zip(one.dims, shape, strict=True))
+            self._states[one.input_name] = found[one.output_name]
+        return found
+
+
+@pytest.mark.parametrize("cache", ["concat", "shared"])
+def test_a_sequence_goes_on_from_its_states(
+    stories_copy: Path, tmp_path: Path, schema: Any, cache: str
+) -> None:
+    if cache != "concat":
+        api.export(stories_copy, api.ExportSettings("fp32", cache))
+        api.rewrite(stories_copy)
+        assert api.verify(stories_copy, api.VerifySettings(speed=False)).passed
+    api.package(stories_copy, tmp_path / "package", layout="triton", base=True)
+    for role, layers in (("linearized", 3), ("base", 5)):
+        folder = tmp_path / "package" / "models" / role
+        model = Repository(folder, schema)
+        assert len(model.config.sequence_batching.state) == 2 * layers
+        tokens, ids = [], np.array([IDS])
+        for length in range(len(IDS), len(IDS) + COUNT):
+            positions = np.arange(length - ids.shape[1], length)[None]
+            mask = np.ones((1, length), np.int64)
+            found = model.request(not tokens, input_ids=ids, attention_mask=mask, position_ids=positions)
+            tokens.append(int(found["logits"][0, -1].argmax()))
+            ids = np.array([tokens[-1:]])
+        assert tokens == greedy(folder / "1" / "model.onnx", IDS, COUNT)
+    assert sorted(p.name for p in (tmp_path / "package" / "models").iterdir()) == ["base", "linearized"]
+
+
+def test_the_configuration_of_an_engine_is_of_the_schema(stories_out: Path, schema: Any) -> None:
+    from google.protobuf import text_format
+
+    from nbl_export.export.layouts import triton_config
+    from nbl_export.graph.io import load_graph
+
+    model = load_graph(stories_out / "model.onnx")
+    config = text_format.Parse(triton_config(model, profiles=2), schema.ModelConfig())
+    assert config.backend == "tensorrt" and len(config.sequence_batching.state) == 2 * 3
+    (group,) = config.instance_group
+    assert (group.kind, [*group.profile]) == (schema.ModelInstanceGroup.KIND_GPU, ["0", "1"])
