@@ -13,8 +13,6 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 BOOL = NDArray[np.bool_]
 
-# The graph of the unmodified model, and the rewritten one.
-BASE, LINEARIZED = "base", "linearized"
 # Inputs of a graph.
 TOKENS, EMBEDDINGS, MASK, POSITIONS = "input_ids", "inputs_embeds", "attention_mask", "position_ids"
 TOKEN_TYPES, PIXELS = "token_type_ids", "pixel_values"

@@ -33,6 +33,8 @@ ENGINE_SUFFIX = ".engine"
 # Forms of other engines, the first a file; the others are folders, one for each precision.
 FORMS = ("gguf", "mlx", "hf", "openvino", "decilm")
 FOLDER_PRECISIONS = ("fp32", "fp16", "bf16")
+# The graph of the unmodified model, and the rewritten one.
+BASE, LINEARIZED = "base", "linearized"
 PACKAGE = "package.json"
 
 

@@ -38,10 +38,10 @@ from nbl_export.files import jsonable, printable, printable_lines
 from nbl_export.processes import in_main_thread, on_signals
 from nbl_export.progress import Task
 from nbl_export.ranks import place
-from nbl_export.report.drawing import Table
 
 if TYPE_CHECKING:
     from nbl_export.doctor import Diagnosis
+    from nbl_export.report.drawing import Table
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)

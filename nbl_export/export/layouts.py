@@ -20,12 +20,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.engine.manifest import load_manifest, manifest_path
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, write_json, write_text
 from nbl_export.graph.cache import is_static, kv_pairs, state_pairs
 from nbl_export.graph.io import load_graph
+from nbl_export.workspace import BASE, LINEARIZED
 
 
 @dataclass(frozen=True)

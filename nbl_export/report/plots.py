@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.batch import LINEARIZED
 from nbl_export.blocks import Block, Mlp, Span, layer_of
 from nbl_export.files import printable
 from nbl_export.linearize.selection import Candidate, Curve
@@ -24,6 +23,7 @@ from nbl_export.report.schema import Report
 from nbl_export.report.selection import Score, bounds_of, scored_by, speedups_of
 from nbl_export.report.tables import BENCH, ENGINES, VERIFIED
 from nbl_export.verify.speed.values import Speed
+from nbl_export.workspace import LINEARIZED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

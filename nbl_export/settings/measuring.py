@@ -7,7 +7,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.settings.choices import DEVICES, PEERS, RETRIEVAL_CONTEXTS
 from nbl_export.settings.definition import (
     ANSWERS,
@@ -25,6 +24,7 @@ from nbl_export.settings.definition import (
     setting,
 )
 from nbl_export.settings.making import NO_BOUND, LossBound
+from nbl_export.workspace import BASE, LINEARIZED
 
 _LENGTHS = Must(lambda c: c and min(c) >= 2, "needs lengths of at least 2 tokens")
 _ROWS = Must(lambda b: b and min(b) >= 1, "needs numbers of rows, at least 1")

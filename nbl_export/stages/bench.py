@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from nbl_export import __version__
-from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.export.sidecars import graph_in
 from nbl_export.files import read_sealed, sha256_of_file, sha256_of_json, write_sealed
@@ -59,7 +58,7 @@ from nbl_export.verify.speed.ceiling import cpu_machine, measure_roofline
 from nbl_export.verify.speed.pair import TorchPrompt, bench_checks, graph_candidate, phases_of
 from nbl_export.verify.speed.race import Harness, Rounds
 from nbl_export.verify.speed.values import CONTROL, CellResult, Machine
-from nbl_export.workspace import Workspace, is_workspace
+from nbl_export.workspace import BASE, LINEARIZED, Workspace, is_workspace
 
 PEER_FORMS = {"llama.cpp": "gguf", "openvino": "openvino"}  # what `convert` writes for a peer
 BASE_ENGINE, LINEARIZED_ENGINE = "base engine", "linearized engine"

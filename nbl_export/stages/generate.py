@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.errors import InputError
 from nbl_export.evaluate.answer import (
     ASSISTANT,
@@ -33,7 +32,7 @@ from nbl_export.runtime.session import fit, require_onnxruntime, session_bytes
 from nbl_export.runtime.stream import Stream
 from nbl_export.settings import GenerateSettings
 from nbl_export.stages.run import check_baseline, current_rewrite, model_positions
-from nbl_export.workspace import Workspace, kept_digests
+from nbl_export.workspace import BASE, LINEARIZED, Workspace, kept_digests
 
 # Bytes of a session from which on it is said that it is loaded; less takes a moment.
 _LONG = 1 << 30

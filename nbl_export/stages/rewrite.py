@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.blocks import attentions
 from nbl_export.engine.build import Source, Target, build_pair
 from nbl_export.engine.library import check_capabilities, choose_library, find_gpu
@@ -26,7 +25,7 @@ from nbl_export.records import to_json
 from nbl_export.rewrite.replace import kept_layers, rewrite_file, rewrite_record
 from nbl_export.settings import EngineSettings, Settings
 from nbl_export.stages.run import Run, check_baseline, current_rewrite, model_positions, opened
-from nbl_export.workspace import Workspace
+from nbl_export.workspace import BASE, LINEARIZED, Workspace
 
 
 def rewrite(

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export import __version__
-from nbl_export.batch import BASE, LINEARIZED, TOKENS
+from nbl_export.batch import TOKENS
 from nbl_export.calibrate.text import frame_of, load_text
 from nbl_export.engine.manifest import manifest_path
 from nbl_export.errors import InputError
@@ -63,7 +63,7 @@ from nbl_export.stages.run import (
 )
 from nbl_export.verify.case import DecoderCase, EncoderCase, Measurement, fitting_prompts
 from nbl_export.verify.measure import measure
-from nbl_export.workspace import PACKAGE, Places, Workspace, is_package, kept_digests
+from nbl_export.workspace import BASE, LINEARIZED, PACKAGE, Places, Workspace, is_package, kept_digests
 
 
 def verify(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nbl_export.batch import BASE, LINEARIZED, words
+from nbl_export.batch import words
 from nbl_export.engine.library import Gpu, find_gpu
 from nbl_export.engine.manifest import EngineFile
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
@@ -39,6 +39,7 @@ from nbl_export.verify.speed.candidates import (
 from nbl_export.verify.speed.pair import TorchPrompt, graph_candidate
 from nbl_export.verify.speed.race import MORE, Harness, Rounds
 from nbl_export.verify.speed.values import Machine, Speed
+from nbl_export.workspace import BASE, LINEARIZED
 
 BASE_ENGINE, LINEARIZED_ENGINE = f"{BASE} engine", f"{LINEARIZED} engine"
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from nbl_export.batch import LINEARIZED
 from nbl_export.engine.manifest import load_manifest, manifest_path, save_manifest
 from nbl_export.errors import InputError
 from nbl_export.export.forms import FORMS
@@ -29,6 +28,7 @@ from nbl_export.graph.cache import kv_pairs
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.models.layers import position_rows
 from nbl_export.models.multimodal import placeholders, whole_config
+from nbl_export.workspace import LINEARIZED
 from tests.exporters import GRAPH, Graphs
 from tests.finished import manifest_of
 from tests.fixtures_graph import load

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nbl_export.batch import BASE, LINEARIZED
 from nbl_export.machine import free_memory
 from nbl_export.models.running import accepted_arguments, cache_argument
 from nbl_export.models.weights import device_of
@@ -31,6 +30,7 @@ from nbl_export.verify.speed.candidates import (
 from nbl_export.verify.speed.ceiling import cpu_machine, graph_cost
 from nbl_export.verify.speed.race import MORE, Harness, Rounds
 from nbl_export.verify.speed.values import CONTROL, DECODE, PREFILL, GraphCost, Speed
+from nbl_export.workspace import BASE, LINEARIZED
 
 if TYPE_CHECKING:
     from nbl_export.verify.case import Case, Measurement

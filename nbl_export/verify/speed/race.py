@@ -23,7 +23,6 @@ from typing import TypeVar
 import numpy as np
 from scipy.stats import binom
 
-from nbl_export.batch import LINEARIZED
 from nbl_export.errors import first_line
 from nbl_export.progress import Listener, Silent
 from nbl_export.verify.speed.candidates import Candidate, Memory, Prompt, ordered
@@ -39,6 +38,7 @@ from nbl_export.verify.speed.values import (
     Speed,
     Timing,
 )
+from nbl_export.workspace import LINEARIZED
 
 C = TypeVar("C")
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
-from nbl_export.batch import LINEARIZED
+from nbl_export.workspace import LINEARIZED
 
 PREFILL, DECODE, ENCODE = "prefill", "decode", "encode"
 # The base graph in a second session.
