@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from nbl_export import api
 from nbl_export.batch import MAX
 from nbl_export.calibrate.probe import probe_inputs
-from nbl_export.calibrate.text import CalibrationText
+from nbl_export.calibrate.text import CalibrationText, load_text
 from nbl_export.engine.library import Library, import_library
 from nbl_export.engine.manifest import (
     Limits,
@@ -53,13 +53,25 @@ from nbl_export.workspace import Workspace
 from tests.exporters import GRAPH, Export, quantized_by_ort
 from tests.families import VOCAB, Calibrated, calibrated, unsaved
 from tests.fixtures_graph import plan_by_hand, ragged_rows, tensors_of
-from tests.rewrite.by_hand import baseline, prompts
 from tests.tiny import save_tokenizer
 
 VERIFY = api.VerifySettings(contexts=(16,), rounds=3)
 # What the finished run was asked for.
 TWO = api.SelectSettings(k=2, criterion="cca")
 QUICK = api.VerifySettings(quality=False, speed=False)
+
+
+def baseline(out: Path) -> Path:
+    return out / "baseline" / "model.onnx"
+
+
+def prompts(out: Path, lengths: Sequence[int]) -> list[Any]:
+    """Held-out stories of ``lengths`` tokens, each after the beginning-of-text token."""
+    text = load_text(Workspace.open(out).text)
+    return [
+        np.r_[text.start, text.heldout[i, : n - len(text.start)]].astype(np.int32)
+        for i, n in enumerate(lengths)
+    ]
 
 
 def state(out: Path) -> Any:

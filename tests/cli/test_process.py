@@ -34,7 +34,7 @@ from tests.processes import (
     no_leftovers,
     send,
 )
-from tests.rewrite.foreign import Source, assert_rewritten, contents, exported
+from tests.rewrite.test_foreign import Source, assert_rewritten, contents, exported
 
 
 @pytest.fixture

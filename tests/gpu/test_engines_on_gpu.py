@@ -1,4 +1,4 @@
-"""Engines that really run: built and verified on the GPU of this machine, with each library that is installed."""
+"""On the GPU of this machine: engines that really run, with each library that is installed, and every stage."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nbl_export import api
+from nbl_export.calibrate.moments import ARRAYS, load_moments
 from nbl_export.engine.library import Gpu, find_gpu, import_library, runs_here
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.linearize.plan import load_plan
@@ -26,12 +28,27 @@ from nbl_export.verify.speed.values import Speed
 from nbl_export.workspace import Workspace
 from tests import tiny
 from tests.fixtures_graph import compare_streams, ragged_rows
+from tests.on_device import *  # noqa: F403
+from tests.processes import torchrun
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        find_gpu() is None or not torch.cuda.is_available(),
+        reason="needs an NVIDIA GPU that torch sees: install a CUDA build of torch",
+    ),
+]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SHAPES = {"max_batch": 3, "max_seq": 72, "max_context": 128}
 VERIFY = api.VerifySettings(decode_steps=8, quality=False, speed=False)
 Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    """Of the tests of every stage, which are those of :mod:`tests.end_to_end.test_virtual_device`."""
+    return torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="module")
@@ -189,4 +206,27 @@ def test_a_decode_step_as_a_cuda_graph_is_the_same_step(build: Build, library: s
     assert stepwise._replay is None
 
 
-# other machines ----------------------------------------------------------------------------------
+# two processes of torchrun, by NCCL with a GPU for each, by gloo if they share one ---------------
+
+
+def test_two_processes_on_gpus_give_what_one_gives(
+    stories_folder: Path, stories_text: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    asked = api.CalibrateSettings(
+        (str(stories_text),), samples=64, seq_len=128, heldout_samples=4, device="cuda"
+    )
+    api.calibrate(stories_folder, one, asked)
+    plan = api.select(one, api.SelectSettings(k=2, device="cuda"))
+    options = ["--calibration", stories_text, "--samples", 64, "--seq-len", 128, "--heldout-samples", 4]
+    done = torchrun(2, "calibrate", stories_folder, "-o", two, *options, "--device", "cuda")
+    assert done.code == 0, done
+    want, found = (load_moments(Workspace.open(out).moments)[0].layers for out in (one, two))
+    for index, layer in want.items():
+        for name in ARRAYS:
+            value = getattr(layer, name)
+            gap = np.linalg.norm(getattr(found[index], name) - value)
+            assert gap <= 1e-12 * np.linalg.norm(value), (index, name)
+    done = torchrun(2, "select", two, "--k", 2, "--device", "cuda")
+    assert done.code == 0, done
+    assert load_plan(Workspace.open(two).plan).chosen == plan.chosen

@@ -33,7 +33,7 @@ from nbl_export.graph.io import (
     save_graph,
 )
 from tests.fixtures_graph import cpu_session
-from tests.graph.external_data import (
+from tests.graph.by_hand import (
     DATA,
     external,
     graph_of,

@@ -26,8 +26,7 @@ from nbl_export.graph.operators import (
     weight_shape,
 )
 from tests.fixtures_graph import cpu_session
-from tests.graph.parsed import parsed
-from tests.graph.quantized import dequantized, dynamic, graph, matrix, n_bits
+from tests.graph.by_hand import dequantized, dynamic, graph, matrix, n_bits, parsed
 
 ROWS, COLUMNS = 5, 3
 W = np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(np.float32)

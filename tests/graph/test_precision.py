@@ -21,8 +21,7 @@ from nbl_export.graph.precision import PRECISIONS, graph_precision, to_precision
 from nbl_export.graph.rounding import compute_in_float32, nudge, nudged_values
 from nbl_export.rewrite.quantize import pack, quantize_blocks
 from tests.fixtures_graph import cpu_session
-from tests.graph.parsed import casts, parsed, weight_types, written
-from tests.graph.quantized import D, dequantized, matrix, n_bits
+from tests.graph.by_hand import D, casts, dequantized, matrix, n_bits, parsed, weight_types, written
 
 FP16, BF16 = PRECISIONS["fp16"], PRECISIONS["bf16"]
 HALF = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}

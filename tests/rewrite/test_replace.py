@@ -47,6 +47,7 @@ from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.settings.choices import FitInput
 from nbl_export.verify.parity.figures import gates_for
 from tests.families import Calibrated, calibrated
+from tests.finished import baseline, prompts
 from tests.fixtures_graph import (
     compare_streams,
     cpu_session,
@@ -60,9 +61,29 @@ from tests.fixtures_graph import (
     ragged_rows,
 )
 from tests.processes import Notes
-from tests.rewrite.by_hand import assert_clean, baseline, prompts
 
 LAYERS, WIDTH, KV_WIDTH = 5, 64, 32  # stories260K
+
+
+def assert_clean(path: Path, kept: Sequence[int], layers: int) -> None:
+    """Interface, metadata and liveness of a rewritten graph, read with onnx alone."""
+    proto = onnx.load(str(path), load_external_data=False)
+    onnx.checker.check_model(str(path), full_check=True)
+    pairs = [f"{n}.{side}" for n in range(len(kept)) for side in ("key", "value")]
+    inputs = [i.name for i in proto.graph.input]
+    assert [i for i in inputs if i.startswith("past")] == [f"past_key_values.{p}" for p in pairs]
+    assert [o.name for o in proto.graph.output] == ["logits", *(f"present.{p}" for p in pairs)]
+    metadata = {p.key: p.value for p in proto.metadata_props}
+    assert json.loads(metadata[KV_LAYERS_KEY]) == list(kept)
+    described = json.loads(metadata[LAYERS_KEY])
+    assert [(r["layer"], r["kind"]) for r in described] == [
+        (i, "attention" if i in kept else "linear") for i in range(layers)
+    ]
+    written = {name for node in proto.graph.node for name in node.output}
+    assert all(r["input"] in written and r["output"] in written for r in described)
+    read = {name for node in proto.graph.node for name in node.input} | {o.name for o in proto.graph.output}
+    assert {t.name for t in proto.graph.initializer} <= read
+    assert all(any(name in read for name in node.output) for node in proto.graph.node)
 
 
 def full_recompute(model: Any, plan: Plan, row: Any) -> Any:

@@ -21,7 +21,7 @@ from nbl_export.linearize.plan import load_plan
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages import verify as stage
 from nbl_export.stages.inspection import load_package
-from tests.graph.external_data import resolved
+from tests.graph.by_hand import resolved
 from tests.mutations import OF_WEIGHTS
 from tests.processes import nbl
 

@@ -33,6 +33,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every candidate of a race take the seconds that it says."""
+    monkeypatch.setattr(race, "prefill_seconds", lambda prompt: (prompt.seconds["prefill"],))
+    monkeypatch.setattr(race, "decode_seconds", lambda prompt, steps: (prompt.seconds["decode"],) * steps)
+    monkeypatch.setattr(race, "_SETTLE", 0)
+
+
+@pytest.fixture
+def pair(stories_out: Path) -> tuple[Path, Path]:
+    """The unmodified graph and the linearized one."""
+    return stories_out / "baseline" / "model.onnx", stories_out / "model.onnx"
+
+
 @pytest.fixture(scope="module")
 def text(stories_out: Path) -> CalibrationText:
     return load_text(Workspace.open(stories_out).text)

@@ -35,7 +35,7 @@ from nbl_export.verify.speed.values import Machine, Roofline
 from tests.finished import Graphs
 from tests.fixtures_graph import maps_in_place, plan_by_hand
 from tests.runtime.fake_tensorrt import FakeEngine, loaded_engine
-from tests.verify.speed.raced import Timed
+from tests.verify.speed.test_race import Timed
 
 
 def test_structure_of_a_measurement(pair: tuple[Path, Path]) -> None:

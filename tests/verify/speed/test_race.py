@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,64 @@ from nbl_export.verify.speed.candidates import NO_ROOM, Candidate, Memory, order
 from nbl_export.verify.speed.ceiling import ceiling, timed
 from nbl_export.verify.speed.pair import bench_checks
 from nbl_export.verify.speed.race import Harness, Rounds, median_interval, race, ratio, timing
-from nbl_export.verify.speed.values import CellResult
-from tests.verify.speed.raced import COST, HALF, MACHINE, PAIR, ROOFLINE, Timed, raced, ran
+from nbl_export.verify.speed.values import CellResult, GraphCost, Machine, Roofline, Speed
+
+ROOFLINE = Roofline("cpu", "float32", 2, 1e9, 1e9)
+COST = GraphCost(1000, 10, 4000, 40, 200, 800)
+HALF = GraphCost(800, 5, 3200, 20, 200, 800)
+EMPTY = Memory()
+MACHINE = Machine("cpu", 2, roofline=ROOFLINE)
+# Of which no figure is another's multiple.
+UNEVEN = GraphCost(
+    weight_macs=100,
+    attention_macs_per_context=3,
+    weight_bytes=400,
+    kv_bytes_per_token=7,
+    last_macs=60,
+    last_bytes=240,
+)
+
+
+class Timed:
+    """A candidate that says how long it takes."""
+
+    def __init__(self, prefill: float, step: float, cache: int = 100) -> None:
+        self.seconds, self.cache = {"prefill": prefill, "decode": step}, cache
+
+    def prefill(self) -> None: ...
+
+    def rewind(self) -> None: ...
+
+    def step(self) -> None: ...
+
+    def memory_bytes(self) -> int:
+        return self.cache
+
+
+def lasting(*seconds: float) -> Callable[[int, int], Any]:
+    return lambda context, batch: Timed(*seconds)
+
+
+PAIR = [
+    Candidate("base", lasting(2.0, 0.2), cost=COST),
+    Candidate("linearized", lasting(1.6, 0.1), "base", cost=HALF),
+    Candidate("other", lasting(4.0, 0.05)),
+]
+
+
+def raced(
+    cells: list[tuple[int, int]],
+    candidates: list[Candidate] = PAIR,
+    memory: Memory = EMPTY,
+    positions: int | None = None,
+    rounds: Rounds = Rounds(6, 9),  # noqa: B008
+) -> Speed:
+    return Harness(candidates, MACHINE, rounds, memory=memory, positions=positions).measure(cells)
+
+
+def ran(*arguments: Any, **more: Any) -> tuple[CellResult, ...]:
+    return raced(*arguments, **more).cells
+
 
 pytestmark = pytest.mark.usefixtures("clock")
 

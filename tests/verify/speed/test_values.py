@@ -38,7 +38,7 @@ from tests.end_to_end.test_matrix import CHOSEN
 from tests.exporters import GRAPH
 from tests.families import Calibrated
 from tests.fixtures_graph import plan_by_hand
-from tests.verify.speed.raced import HALF, PAIR, UNEVEN, lasting, raced
+from tests.verify.speed.test_race import HALF, PAIR, UNEVEN, lasting, raced
 
 
 def test_the_work_of_a_pass_by_hand() -> None:
