@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import runpy
@@ -27,6 +26,7 @@ from nbl_export.engine.manifest import Limits, Manifest, load_manifest
 from nbl_export.errors import BuildError, InputError
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import trace
+from nbl_export.files import sha256_of_file
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.precision import precision_of, to_precision
 from tests.finished import Graphs
@@ -125,10 +125,6 @@ def test_timings_of_this_gpu_are_read(tmp_path: Path, found: bytes | None, read:
 # Both of a folder ---------------------------------------------------------------------------------
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def engines(out: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in (out / "engine").iterdir()}
 
@@ -165,13 +161,13 @@ def test_the_manifests_describe_the_files(built_out: Path) -> None:
         engine = built_out / "engine" / f"{name}.engine"
         assert manifest.size == engine.stat().st_size
         expected = {
-            "engine": sha256(engine),
-            "onnx": sha256(folder / "model.onnx"),
-            "onnx_data": sha256(folder / "model.onnx.data"),
+            "engine": sha256_of_file(engine),
+            "onnx": sha256_of_file(folder / "model.onnx"),
+            "onnx_data": sha256_of_file(folder / "model.onnx.data"),
         }
         if name == "model":
-            expected["plan"] = sha256(built_out / "nbl" / "plan.json")
-            expected["shared_data"] = sha256(built_out / "baseline" / "model.onnx.data")
+            expected["plan"] = sha256_of_file(built_out / "nbl" / "plan.json")
+            expected["shared_data"] = sha256_of_file(built_out / "baseline" / "model.onnx.data")
         assert manifest.hashes == expected
         kept = [i for i in range(5) if name == "baseline" or i not in chosen]
         assert manifest.kv_layers == tuple(kept)

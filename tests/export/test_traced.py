@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from nbl_export.errors import InputError
 from nbl_export.export import torch as half_module
@@ -143,29 +142,15 @@ GIVEN = {name: RNG.standard_normal((2, 5, D), dtype=np.float32) for name in ("h"
 SCALE, BIAS = (RNG.standard_normal(D, dtype=np.float32) for _ in range(2))
 
 
-def summed(
-    norm: str, summand: str = "y", shape: tuple[Any, ...] = ("b", "s", D), **attributes: Any
-) -> ir.Model:
+def summed(norm: str, summand: str = "y", shape: tuple[Any, ...] = ("b", "s", D), axis: int = -1) -> ir.Model:
     """h, y ─► Add ─► norm; the sum is an output too. ``summand`` may be the constant bias."""
-    weights = {"scale": SCALE, "bias": BIAS}
-    inputs = ["sum", "scale"] + (["bias"] if norm == "LayerNormalization" else [])
-    nodes = [
-        helper.make_node("Add", ["h", summand], ["sum"]),
-        helper.make_node(norm, inputs, ["normed"], **{"axis": -1, "epsilon": 1e-3, **attributes}),
-    ]
-
-    def value(name: str, of: tuple[Any, ...]) -> Any:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, of)
-
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [value("h", ("b", "s", D)), value("y", shape)],
-        [value("normed", ("b", "s", D)), value("sum", ("b", "s", D))],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-    return ir.from_proto(proto)
+    inputs = "sum, scale" + (", bias" if norm == "LayerNormalization" else "")
+    given = f"float[b,s,{D}] h, float[{','.join(map(str, shape))}] y"
+    text = f"""g ({given}) => (float[b,s,{D}] normed, float[b,s,{D}] sum) {{
+        sum = Add(h, {summand})
+        normed = {norm}<axis = {axis}, epsilon = 0.001>({inputs})
+    }}"""
+    return parsed(text, scale=SCALE, bias=BIAS)
 
 
 def run(graph: ir.Model) -> list[Any]:
@@ -250,7 +235,7 @@ def test_what_is_no_number_is_infinite_wherever_it_stands(tmp_path: Path, place:
 # in a precision ----------------------------------------------------------------------------------
 
 
-FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+FLOAT = onnx.TensorProto.FLOAT
 HALF = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 
 

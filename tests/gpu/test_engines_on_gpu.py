@@ -30,6 +30,7 @@ from tests import tiny
 from tests.fixtures_graph import compare_streams, ragged_rows
 from tests.on_device import *  # noqa: F403
 from tests.processes import torchrun
+from tests.runtime.test_engines import run as generate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,15 +95,6 @@ def build(stories_out: Path, library: str, gpu: Gpu, tmp_path_factory: pytest.Te
 def loaded(out: Path, role: str = "linearized") -> EngineStream:
     workspace = Workspace.open(out)
     return load_engine(workspace.engine if role == "linearized" else workspace.base_engine)
-
-
-def generate(stream: EngineStream, lengths: tuple[int, ...], steps: int, seed: int = 0) -> list[np.ndarray]:
-    """Logits of a prefill of ``lengths`` and of ``steps`` more tokens."""
-    rows = ragged_rows([n + steps for n in lengths], 500, seed)
-    found = [stream.prefill([row[:n] for row, n in zip(rows, lengths, strict=True)]).copy()]
-    for step in range(steps):
-        found.append(stream.decode([int(r[n + step]) for r, n in zip(rows, lengths, strict=True)]).copy())
-    return found
 
 
 # verify ------------------------------------------------------------------------------------------

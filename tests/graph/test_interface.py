@@ -228,35 +228,40 @@ def cache_graph(
 
     ``questions`` are outputs: each the Shape of a tensor with the attributes given, as float.
     """
-    questions = questions or {}
-    inputs, outputs, nodes, constants = [], [], [], []
-    inputs += [
-        helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "new"]),
-        helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+    sides = [
+        (f"{layer}.{name}", 10 * layer + side) for layer in range(layers) for side, name in enumerate(SIDES)
     ]
-    nodes.append(helper.make_node("Cast", ["input_ids"], ["logits"], to=TensorProto.FLOAT))
-    outputs.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "new"]))
-    for layer in range(layers):
-        for side, name in enumerate(SIDES):
-            past, present = f"past_key_values.{layer}.{name}", f"present.{layer}.{name}"
-            shape = ["batch", HEADS, "past", DIM]
-            inputs.append(helper.make_tensor_value_info(past, TensorProto.FLOAT, shape))
-            number = np.full((BATCH, HEADS, 1, DIM), 10 * layer + side, dtype=np.float32)
-            constants.append(numpy_helper.from_array(number, f"new.{layer}.{name}"))
-            nodes.append(helper.make_node("Concat", [past, f"new.{layer}.{name}"], [present], axis=2))
-            shape = ["batch", HEADS, "total", DIM]
-            outputs.append(helper.make_tensor_value_info(present, TensorProto.FLOAT, shape))
-    for name, (tensor, attributes) in questions.items():
-        nodes.append(helper.make_node("Shape", [tensor], [f"{name}.shape"], **attributes))
-        nodes.append(helper.make_node("Cast", [f"{name}.shape"], [name], to=TensorProto.FLOAT))
-        outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]))
-    nodes += extra or []
+    asked = questions or {}
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["logits"], to=TensorProto.FLOAT),
+        *(
+            helper.make_node(
+                "Concat", [f"past_key_values.{pair}", f"new.{pair}"], [f"present.{pair}"], axis=2
+            )
+            for pair, _ in sides
+        ),
+        *(helper.make_node("Shape", [of], [f"{name}.shape"], **how) for name, (of, how) in asked.items()),
+        *(helper.make_node("Cast", [f"{name}.shape"], [name], to=TensorProto.FLOAT) for name in asked),
+    ]
+    inputs = [
+        info("input_ids", "batch", "new", kind=TensorProto.INT64),
+        info("attention_mask", "batch", "total", kind=TensorProto.INT64),
+        *(info(f"past_key_values.{pair}", "batch", HEADS, "past", DIM) for pair, _ in sides),
+    ]
+    outputs = [
+        info("logits", "batch", "new"),
+        *(info(f"present.{pair}", "batch", HEADS, "total", DIM) for pair, _ in sides),
+        *(info(name, "n") for name in asked),
+    ]
     graph_proto = helper.make_graph(
-        nodes,
+        [*nodes, *(extra or [])],
         "cache",
         [v for v in inputs if v.name not in without],
         [v for v in outputs if v.name not in without],
-        constants,
+        [
+            numpy_helper.from_array(np.full((BATCH, HEADS, 1, DIM), number, np.float32), f"new.{pair}")
+            for pair, number in sides
+        ],
     )
     proto = helper.make_model(graph_proto, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     return ir.from_proto(proto)

@@ -45,19 +45,15 @@ from tests.graph.by_hand import (
     save,
     two_file_graph,
 )
-from tests.processes import killed_at_change
+from tests.processes import files_in, killed_at_change
 
 
 def unchecked(_path: Path) -> None:
     """The graphs of these tests have operators of their own."""
 
 
-def names(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-
-
 def contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in names(folder)}
+    return {name: (folder / name).read_bytes() for name in files_in(folder)}
 
 
 # reading -----------------------------------------------------------------------------------------
@@ -132,7 +128,7 @@ def test_every_byte_arrives_in_aligned_ranges_each_once(tmp_path: Path) -> None:
     out, steps = tmp_path / "out" / "model.onnx", []
     model = load_graph(two_files)
     assert save_graph(model, out, progress=steps.append) == [out, out.with_name(DATA)]
-    assert resolved(out) == resolved(two_files) and names(out.parent) == {"model.onnx", DATA}
+    assert resolved(out) == resolved(two_files) and files_in(out.parent) == {"model.onnx", DATA}
     assert sum(steps) == 200_000 + 1200 + 20_000
     # Small tensors are inside; a range that two share is stored once.
     found = places(out)
@@ -274,7 +270,7 @@ def test_weights_below_stay_and_the_others_have_a_file(base: Path) -> None:
     assert raw(path) == {n: a.tobytes() for n, a in expected.items()}
     # Without new weights there is no file, and those from elsewhere are copied.
     assert save_beside(load_graph(base), path) == [path]
-    assert names(path.parent) == {"model.onnx", "baseline/model.onnx", below} and raw(path) == raw(base)
+    assert files_in(path.parent) == {"model.onnx", "baseline/model.onnx", below} and raw(path) == raw(base)
     other = base.parents[2] / "other" / "model.onnx"
     save_beside(load_graph(base), other)
     assert external_files(load_graph(other)) == [other.with_name(DATA)] and raw(other) == raw(base)

@@ -7,6 +7,7 @@ import signal
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -335,8 +336,6 @@ def test_a_change_is_there_within_the_block_and_gone_after_it(tiny_folder: Path,
 
 
 def test_a_plan_keeps_its_adapters(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     weight = np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32)
     plan = replace(make_plan(), fit="sequential", repair=7, adapters={"a.b.weight": adapter_for(weight)})
     save_plan(tmp_path / "plan.json", plan)

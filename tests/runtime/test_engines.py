@@ -13,7 +13,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 import pytest
 
 from nbl_export import machine
@@ -329,30 +328,13 @@ def test_the_weights_of_a_small_session_stay_in_their_file(
     tmp_path: Path, of: str, least: float, most: float
 ) -> None:
     """In units of the file, of 48 MiB in bfloat16: the usual session has them all in float32."""
-    helper, weights, nodes, last = onnx.helper, [], [], "h"
-    data = tmp_path / "weights.data"
     generator = np.random.default_rng(0)
-    with data.open("wb") as file:
-        for number in range(24):
-            array = (generator.standard_normal((1024, 1024)) / 32).astype(ml_dtypes.bfloat16)
-            tensor = onnx.TensorProto(
-                name=f"w{number}", data_type=onnx.TensorProto.BFLOAT16, dims=[1024, 1024]
-            )
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            places = {"location": data.name, "offset": file.tell(), "length": array.nbytes}
-            for key, value in places.items():
-                tensor.external_data.add(key=key, value=str(value))
-            file.write(array.tobytes())
-            weights.append(tensor)
-            nodes.append(helper.make_node("MatMul", [last, tensor.name], [f"h{number}"], name=f"n{number}"))
-            last = f"h{number}"
-    bf16, single = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-    nodes = [helper.make_node("Cast", ["x"], ["h"], to=bf16, name="first"), *nodes]
-    nodes.append(helper.make_node("Cast", [last], ["y"], to=single, name="last"))
-    values = [helper.make_tensor_value_info(name, single, [3, 1024]) for name in ("x", "y")]
-    graph = helper.make_graph(nodes, "g", values[:1], values[1:], weights)
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    weights = {
+        f"w{i}": (generator.standard_normal((1024, 1024)) / 32).astype(ml_dtypes.bfloat16) for i in range(24)
+    }
+    products = "\n".join(f"h{i + 1} = MatMul(h{i}, w{i})" for i in range(24))
+    text = f"g (float[3,1024] x) => (float[3,1024] y) {{ h0 = Cast<to = 16>(x)\n{products}\ny = Cast<to = 1>(h24) }}"
+    _, data = save_graph(parsed(text, **weights), tmp_path / "model.onnx")
     done = subprocess.run(
         [sys.executable, "-c", _GROWTH, str(tmp_path / "model.onnx"), of],
         capture_output=True,

@@ -163,10 +163,6 @@ CHANGES: dict[str, dict[str, Any]] = {
 BLOCKS: tuple[tuple[Block, ...], ...] = ((0, 2, Mlp(3)), (Span(1, 2),), (0, 1), (3, Mlp(0)))
 
 
-def hf_parity(path: Path, model: Any, plan: Plan) -> Parity:
-    return stream_parity(TransformersStream(path), model, plan)
-
-
 def written(path: Path, model: Any, plan: Plan) -> Path:
     write_hf(path, model, plan, NoTokenizer(), "float32", Silent())
     return path
@@ -186,7 +182,12 @@ def test_a_wrong_folder_for_transformers_is_seen(
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=4)
     plan = random_plan(model, [0, 2])
-    assert hf_parity(written(tmp_path, model, wrongly(change, plan)), model, plan).failures() != []
+    assert (
+        stream_parity(
+            TransformersStream(written(tmp_path, model, wrongly(change, plan))), model, plan
+        ).failures()
+        != []
+    )
 
 
 def test_a_weight_that_is_missing_is_said(tmp_path: Path, random_plan: RandomPlan) -> None:
@@ -215,10 +216,6 @@ MLX_MODELS: dict[str, tuple[str, dict[str, Any], tuple[Block, ...]]] = {
 }
 
 
-def mlx_parity(path: Path, model: Any, plan: Plan) -> Parity:
-    return stream_parity(MlxStream(path), model, plan)
-
-
 @MLX
 @pytest.mark.parametrize("name", MLX_MODELS)
 def test_every_form_of_a_layer_in_mlx(name: str, tmp_path: Path, random_plan: RandomPlan) -> None:
@@ -235,7 +232,7 @@ def test_a_wrong_folder_for_mlx_is_seen(change: str, tmp_path: Path, random_plan
     model = tiny_model("llama", num_hidden_layers=4)
     plan = random_plan(model, [0, 2])
     write_mlx(tmp_path, model, wrongly(change, plan), NoTokenizer(), "float32", Silent())
-    assert mlx_parity(tmp_path, model, plan).failures() != []
+    assert stream_parity(MlxStream(tmp_path), model, plan).failures() != []
 
 
 OPENVINO = needs("openvino")

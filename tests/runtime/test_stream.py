@@ -12,7 +12,6 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
 from nbl_export.batch import F32
 from nbl_export.errors import InputError
@@ -26,6 +25,7 @@ from nbl_export.runtime.ort import OrtModel, OrtRowsStream, ort_stream
 from nbl_export.runtime.stream import PastStream, RowStream
 from nbl_export.runtime.torch import TorchDecoder
 from tests.fixtures_graph import cpu_session, maps_in_place, original_logits, plan_by_hand, ragged_rows
+from tests.graph.by_hand import parsed
 
 LAYERS, HEADS, DIM, VOCAB = 4, 2, 8, 260
 
@@ -250,56 +250,35 @@ def test_unknown_tensors_and_graphs_that_do_not_run_are_refused(tiny_graph: Path
     assert "\n" not in str(caught.value)
 
 
-# By hand -----------------------------------------------------------------------------------------
-
-
-def by_hand(nodes: list[Any], weights: dict[str, Any]) -> ir.Model:
-    proto = helper.make_model(
-        helper.make_graph(
-            nodes,
-            "g",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-            [numpy_helper.from_array(value, name) for name, value in weights.items()],
-        ),
-        opset_imports=[helper.make_opsetid("", 21)],
-        ir_version=10,
-    )
-    return ir.from_proto(proto)
-
-
 def test_computed_weights_are_made_where_they_are_read_and_not_carried(sizes: list[list[str]]) -> None:
     """A weight in another format is as large as itself: it belongs to the piece that multiplies by it."""
-    nodes = [
-        helper.make_node("Cast", ["a"], ["a.wide"], to=TensorProto.FLOAT),
-        helper.make_node("Cast", ["b"], ["b.wide"], to=TensorProto.FLOAT),
-        helper.make_node("Add", ["x", "a.wide"], ["m"]),
-        helper.make_node("Mul", ["m", "b.wide"], ["n"]),
-        helper.make_node("Sub", ["n", "a.wide"], ["y"]),
-    ]
+    text = """g (float[n] x) => (float[n] y) {
+        wide_a = Cast<to = 1>(a)
+        wide_b = Cast<to = 1>(b)
+        m = Add(x, wide_a)
+        n = Mul(m, wide_b)
+        y = Sub(n, wide_a)
+    }"""
     a, b = np.array([1, 2, 3], dtype=np.int32), np.array([4, 5, 6], dtype=np.int32)
     x = np.array([0.5, 1, 2], dtype=np.float32)
-    (found,) = compute_tensors(by_hand(nodes, {"a": a, "b": b}), ["y"], [{"x": x}], partition_bytes=12)
+    (found,) = compute_tensors(parsed(text, a=a, b=b), ["y"], [{"x": x}], partition_bytes=12)
     assert found["y"].tolist() == ((x + a) * b - a).tolist()
     assert sizes == [["a"], ["b"], ["a"]]
 
 
 def test_branches_read_tensors_from_outside(sizes: list[list[str]]) -> None:
-    def branch(name: str, op: str) -> Any:
-        node = helper.make_node(op, ["m", "w"], [name])
-        return helper.make_graph([node], name, [], [helper.make_tensor_value_info(name, 1, None)])
-
-    nodes = [
-        helper.make_node("Abs", ["x"], ["m"]),
-        helper.make_node("ReduceMax", ["x"], ["top"], keepdims=0),
-        helper.make_node("Greater", ["top", "limit"], ["large"]),
-        helper.make_node(
-            "If", ["large"], ["y"], then_branch=branch("t", "Add"), else_branch=branch("e", "Mul")
-        ),
-    ]
+    text = """g (float[n] x) => (float[n] y) {
+        m = Abs(x)
+        top = ReduceMax<keepdims = 0>(x)
+        large = Greater(top, limit)
+        y = If(large) <
+            then_branch = t () => (float[n] added) { added = Add(m, w) },
+            else_branch = e () => (float[n] scaled) { scaled = Mul(m, w) }
+        >
+    }"""
     weights = {"w": np.array([10], dtype=np.float32), "limit": np.float32(5)}
     for x, expected in (([1.0, -2.0], [10.0, 20.0]), ([9.0, -2.0], [19.0, 12.0])):
         feeds = {"x": np.array(x, dtype=np.float32)}
-        (found,) = compute_tensors(by_hand(nodes, weights), ["y"], [feeds], partition_bytes=1)
+        (found,) = compute_tensors(parsed(text, **weights), ["y"], [feeds], partition_bytes=1)
         assert found["y"].tolist() == expected
     assert len(sizes) > 2

@@ -42,6 +42,7 @@ from tests.encoders import (
     write_text,
 )
 from tests.fixtures_graph import maps_in_place, original_logits, plan_by_hand, tensors_of
+from tests.linearize.test_loss import log_softmax, losses, ratio_estimate
 from tests.processes import Notes
 from tests.verify.conftest import with_fault
 
@@ -156,49 +157,26 @@ def test_one_row_of_each_length_that_the_model_has_positions_for_is_timed(bert: 
     )
 
 
-def by_hand(values: list[float], owner: list[int]) -> tuple[float, float]:
-    """Ratio estimator with documents as the sampling unit, written out."""
-    n, mean = len(values), sum(values) / len(values)
-    documents = sorted(set(owner))
-    residuals = [sum(v - mean for v, o in zip(values, owner, strict=True) if o == d) for d in documents]
-    count = len(documents)
-    return mean, math.sqrt(count / (count - 1) * sum(r * r for r in residuals)) / n
-
-
-def log_softmax(logits: Any) -> Any:
-    x = logits.astype(np.float64)
-    x = x - x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
-
 @pytest.mark.parametrize("layers", [(2, 3), (0, 1, 2, 3, 4)], ids=str)
 def test_method_loss_against_numpy(stories_out: Path, stories_model: Any, layers: tuple[int, ...]) -> None:
     plan = plan_by_hand(stories_out, layers)
     text = load_text(Workspace.open(stories_out).text)
     rows, document = text.heldout[:5], text.heldout_document[:5]
-    nll: tuple[list[float], list[float]] = ([], [])
-    kl: list[float] = []
-    owner: list[int] = []
-    for row, of in zip(rows, document, strict=True):
-        original = log_softmax(original_logits(stories_model, row))
-        with maps_in_place(stories_model, plan):
-            changed = log_softmax(original_logits(stories_model, row))
-        for position in range(len(row) - 1):
-            target = row[position + 1]
-            nll[0].append(-original[position, target])
-            nll[1].append(-changed[position, target])
-            p = np.exp(original[position])
-            kl.append(float(np.sum(p * (original[position] - changed[position]))))
-            # The token that is predicted says which document a figure belongs to.
-            owner.append(int(of[position + 1]))
+    original = [original_logits(stories_model, row) for row in rows]
+    with maps_in_place(stories_model, plan):
+        changed = [original_logits(stories_model, row) for row in rows]
+    # The token that is predicted says which document a figure belongs to.
+    owner = document[:, 1:].reshape(-1).tolist()
+    mean_kl, kl_se, excess, excess_se = losses(original, changed, rows, document)
+    nll = [
+        -np.mean([log_softmax(o)[np.arange(len(r) - 1), r[1:]] for o, r in zip(side, rows, strict=True)])
+        for side in (original, changed)
+    ]
     found = measure_method_loss(stories_model, plan, rows, document)
-    difference = [b - a for a, b in zip(*nll, strict=True)]
-    excess, excess_se = by_hand(difference, owner)
-    mean_kl, kl_se = by_hand(kl, owner)
     assert (found.documents, found.tokens) == (len(set(owner)), 5 * 127)
     assert found.documents > 1
-    assert found.perplexity_original == pytest.approx(math.exp(np.mean(nll[0])), rel=1e-5)
-    assert found.perplexity_linearized == pytest.approx(math.exp(np.mean(nll[1])), rel=1e-5)
+    assert found.perplexity_original == pytest.approx(math.exp(nll[0]), rel=1e-5)
+    assert found.perplexity_linearized == pytest.approx(math.exp(nll[1]), rel=1e-5)
     assert found.perplexity_ratio == pytest.approx(math.exp(excess), rel=1e-5)
     assert found.perplexity_ratio_se == pytest.approx(math.exp(excess) * excess_se, rel=1e-4)
     assert found.kl == pytest.approx(mean_kl, rel=1e-4)
@@ -258,7 +236,7 @@ def both(
 def mean_and_error(by_row: Sequence[Sequence[float]]) -> tuple[float, float]:
     """The ratio estimator with rows as the sampling unit, written out."""
     owner = [number for number, row in enumerate(by_row) for _ in row]
-    return by_hand([v for row in by_row for v in row], owner)
+    return ratio_estimate(np.concatenate(by_row), np.array(owner))
 
 
 def cosines(pairs: Sequence[tuple[NDArray[np.float64], ...]]) -> list[list[float]]:

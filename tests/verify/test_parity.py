@@ -455,8 +455,6 @@ def test_passes_are_padded_as_streams_pad_them() -> None:
 
 
 def test_a_choice_is_judged_by_what_rounding_moves() -> None:
-    import torch
-
     real, scores = [np.ones((1, 2), bool)], torch.tensor([[4.0, 3.0], [1.0, 2.0]])
 
     def ran(told: list[list[np.ndarray]] | None) -> Routers:  # type: ignore[type-arg]

@@ -35,6 +35,7 @@ from nbl_export.verify.speed.values import Machine, Roofline
 from tests.finished import Graphs
 from tests.fixtures_graph import maps_in_place, plan_by_hand
 from tests.runtime.fake_tensorrt import FakeEngine, loaded_engine
+from tests.runtime.test_stream import torch_cache
 from tests.verify.speed.test_race import Timed
 
 
@@ -136,13 +137,6 @@ def test_milliseconds_by_hand(asked: list[Any]) -> None:
 LIMITS = Limits(max_batch=2, max_seq=12, max_context=12 + TIMED_STEPS)
 
 
-def cached(model: Any, tokens: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Keys and values [heads, tokens, head_dim] of each layer, by transformers."""
-    with torch.inference_mode():
-        cache = model(torch.tensor([list(tokens)]), use_cache=True).past_key_values
-    return [(layer.keys[0].numpy(), layer.values[0].numpy()) for layer in cache.layers]
-
-
 @pytest.mark.parametrize("form", ["static", "concat"])
 def test_an_engine_really_fills_its_cache_and_advances(engine_graphs: Graphs, form: str) -> None:
     stream = loaded_engine(engine_graphs(form), LIMITS)
@@ -154,7 +148,7 @@ def test_an_engine_really_fills_its_cache_and_advances(engine_graphs: Graphs, fo
         pairs, real = stream.cache()
         assert real.sum() == 12 + steps
         for pair, expected in zip(
-            pairs, cached(engine_graphs.model, [*range(12), *[1] * steps]), strict=True
+            pairs, torch_cache(engine_graphs.model, np.array([*range(12), *[1] * steps])), strict=True
         ):
             for side, wanted in zip(pair, expected, strict=True):
                 np.testing.assert_allclose(side[0][:, real[0]], wanted, rtol=0, atol=1e-4)
@@ -195,7 +189,7 @@ def test_pytorch_begins_anew_and_advances(stories_model: Any) -> None:
         prompt.prefill()
         for _ in range(steps):
             prompt.step()
-        expected = cached(stories_model, [*range(12), *[0] * steps])
+        expected = torch_cache(stories_model, np.array([*range(12), *[0] * steps]))
         for layer, (keys, values) in zip(prompt._cache.layers, expected, strict=True):
             np.testing.assert_allclose(layer.keys[0].numpy(), keys, rtol=0, atol=1e-4)
             np.testing.assert_allclose(layer.values[0].numpy(), values, rtol=0, atol=1e-4)
