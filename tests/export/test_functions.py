@@ -190,13 +190,9 @@ def test_logarithmic_buckets_are_those_of_pytorch_in_another_runtime(tmp_path: P
     assert len(np.unique(expected)) > 20
 
 
-@pytest.fixture
-def model() -> Any:
+def test_a_short_row_has_the_frequencies_of_the_longest(tmp_path: Path) -> None:
     """With a switch at 100 tokens."""
-    return tiny_model("phi3", num_hidden_layers=2, max_position_embeddings=512)
-
-
-def test_a_short_row_has_the_frequencies_of_the_longest(model: Any, tmp_path: Path) -> None:
+    model = tiny_model("phi3", num_hidden_layers=2, max_position_embeddings=512)
     rows = rows_of(120, 50)
     # What transformers keeps of a longer text it forgets at a short one.
     alone = [own_logits(model, row[:-3]) for row in rows]

@@ -249,15 +249,11 @@ SMALL_OPT: Any = {
 }
 
 
-@pytest.fixture(scope="module")
-def static_proto(static_graph: Path) -> onnx.ModelProto:
-    return onnx.load(str(static_graph), load_external_data=False)
-
-
 # Structure ---------------------------------------------------------------------------------------
 
 
-def test_the_static_interface_is_the_documented_one(static_proto: onnx.ModelProto) -> None:
+def test_the_static_interface_is_the_documented_one(static_graph: Path) -> None:
+    static_proto = onnx.load(str(static_graph), load_external_data=False)
     tokens = ("batch_size", "sequence_length")
     buffer = ("batch_size", HEADS, "max_sequence_length", DIM)
     pairs = [f"{layer}.{side}" for layer in range(LAYERS) for side in ("key", "value")]

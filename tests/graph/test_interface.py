@@ -377,10 +377,6 @@ def typed(name: str, *shape: int | str) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
 
 
-def cache_model_of(inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
-    return ir.Model(ir.Graph(inputs, outputs, nodes=[], opset_imports={"": 23}), ir_version=10)
-
-
 def test_a_state_is_an_input_and_an_output_of_one_name_of_which_the_batch_alone_is_open() -> None:
     inputs = [
         typed("input_ids", "batch", "sequence"),
@@ -395,7 +391,8 @@ def test_a_state_is_an_input_and_an_output_of_one_name_of_which_the_batch_alone_
         typed("present_recurrent.0", "batch", 4, 8, 8),
         typed("present_key_values.1.key", "batch", 2, "total", 8),
     ]
-    found = state_pairs(cache_model_of(inputs, outputs))
+    graph = ir.Graph(inputs, outputs, nodes=[], opset_imports={"": 23})
+    found = state_pairs(ir.Model(graph, ir_version=10))
     assert [(p.past.name, p.present.name, p.shape) for p in found] == [
         ("past.0.conv", "present.0.conv", (32, 3)),
         ("past_recurrent.0", "present_recurrent.0", (4, 8, 8)),

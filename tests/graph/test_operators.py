@@ -215,10 +215,6 @@ def test_what_follows_an_unknown_operator_is_known_too() -> None:
     assert found == {"a": F16, "b": F16, "c": BOOL, "d": F16, "e": F32, "out": F16}
 
 
-def neighbour_of(model: ir.Model) -> ir.Node:
-    return next(n for n in model.graph if n.name == "neighbour")
-
-
 def test_bits_and_format_are_told() -> None:
     plain = graph([helper.make_node("MatMul", ["x", "w"], ["y"], name="neighbour")], {"w": matrix()})
     told = [
@@ -231,30 +227,18 @@ def test_bits_and_format_are_told() -> None:
         (dynamic("DynamicQuantizeMatMul", False, True), 8, "int8"),
     ]
     for model, bits, words in told:
-        node = neighbour_of(model)
+        node = next(n for n in model.graph if n.name == "neighbour")
         assert (weight_bits(node), weight_format(node)) == (bits, words)
 
 
-def value(name: str) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(["b", "s"]), type=ir.TensorType(ir.DataType.FLOAT))
-
-
-def graph_of(edges: dict[str, list[str]], last: str) -> tuple[ir.Model, dict[str, ir.Value]]:
-    """A model whose node ``name`` reads ``edges[name]``, in that order; ``k``, ``v`` and ``input_ids`` are inputs."""
-    inputs = {name: value(name) for name in ("k", "v", "input_ids")}
-    values, nodes = dict(inputs), []
-    for name, reads in edges.items():
-        node = ir.node("Sum", [values[r] for r in reads], name=name)
-        node.outputs[0].name = name
-        values[name] = node.outputs[0]
-        nodes.append(node)
-    graph = ir.Graph(list(inputs.values()), [values[last]], nodes=nodes, opset_imports={"": 18}, name="g")
-    return ir.Model(graph, ir_version=10), values
-
-
 def core(edges: dict[str, list[str]], last: str) -> str:
-    model, values = graph_of(edges, last)
-    return str(core_of(Search(model), (values["k"], values["v"])).name)
+    """Of a graph whose node ``name`` reads ``edges[name]``, in that order, and writes a tensor of its own name."""
+    nodes = "\n".join(f"{name} = Sum({', '.join(reads)})" for name, reads in edges.items())
+    model = parsed(
+        f"g (float[b,s] k, float[b,s] v, float[b,s] input_ids) => (float[b,s] {last}) {{ {nodes} }}"
+    )
+    k, v, _ = model.graph.inputs
+    return str(core_of(Search(model), (k, v)).outputs[0].name)
 
 
 def by_definition(edges: dict[str, list[str]], last: str) -> str | None:

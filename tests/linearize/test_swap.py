@@ -233,10 +233,6 @@ def assert_fit(found: LinearLayer | LinearFit, want: tuple[F64, F64], tolerance:
         np.testing.assert_allclose(value, expected, atol=tolerance * np.abs(want[0]).max(), rtol=0)
 
 
-def solve(fit_input: FitInput) -> Any:
-    return lambda _index, moments: fit_lmmse(moments, fit_input, 0.0)
-
-
 # weighted ----------------------------------------------------------------------------------------
 
 
@@ -270,7 +266,9 @@ def test_the_weighted_fit_is_weighted_least_squares(in_memory: Any, fit_input: F
 def test_each_layer_is_fitted_behind_those_before_it(in_memory: Any, fit_input: FitInput) -> None:
     counted: list[int] = []
     chosen = (3, 0, 1)
-    maps = sequential_fits(in_memory, TOKENS, chosen, fit_input, solve(fit_input), counted.append)
+    maps = sequential_fits(
+        in_memory, TOKENS, chosen, fit_input, lambda _, m: fit_lmmse(m, fit_input, 0.0), counted.append
+    )
     assert sorted(maps) == sorted(chosen)
     assert sum(counted) == TOKENS.size * len(chosen)
     for number, index in enumerate(sorted(chosen)):

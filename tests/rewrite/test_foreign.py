@@ -345,10 +345,6 @@ def escape_in_a_name(proto: onnx.ModelProto) -> None:
     next(n for n in proto.graph.node if n.op_type == "Add").input[1] = "a\nerror: all is well\x1b[2J"
 
 
-def odd_metadata(proto: onnx.ModelProto) -> None:
-    proto.metadata_props.add(key="nbl_export.kv_layers", value="[0, 1")
-
-
 def fails_at_run_time(proto: onnx.ModelProto) -> None:
     """Fewer positions than the probe has tokens."""
     (tensor,) = [t for t in proto.graph.initializer if t.name == "positions"]
@@ -376,7 +372,10 @@ def merged(proto: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (odd_metadata, "was not written by nbl-export"),
+        (
+            lambda m: m.metadata_props.add(key="nbl_export.kv_layers", value="[0, 1"),
+            "was not written by nbl-export",
+        ),
         (escape_in_a_name, "ONNX"),
         (fails_at_run_time, "onnxruntime does not run the graph"),
         (no_attention, "No attention was found"),

@@ -16,9 +16,7 @@ import onnxruntime
 import pytest
 import torch
 
-from nbl_export.blocks import PARTS, Block, Mlp, Span
-from nbl_export.calibrate.collect import collect_moments
-from nbl_export.calibrate.probe import probe_model
+from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.errors import BuildError, InputError
 from nbl_export.export.forms import STATIC
 from nbl_export.export.torch import export_torch, save_in_precision
@@ -546,12 +544,8 @@ MIXED: tuple[Block, ...] = (0, Mlp(0), Mlp(2), 3)
 
 
 @pytest.fixture(scope="module")
-def tiny_case(tiny_model: Any) -> Calibrated:
-    vocab = tiny_model.config.vocab_size
-    tokens = np.random.default_rng(0).integers(3, vocab, (64, 32), dtype=np.int32)
-    return Calibrated(
-        tiny_model, collect_moments(tiny_model, tokens, parts=PARTS), probe_model(tiny_model, tokens, PARTS)
-    )
+def tiny_case(tiny_folder: Path) -> Calibrated:
+    return calibrated(tiny_folder)
 
 
 @pytest.fixture(scope="module")

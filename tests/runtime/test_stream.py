@@ -47,11 +47,6 @@ def graphs(tiny_graph: Path, static_graph: Path, tmp_path_factory: pytest.TempPa
     return found
 
 
-@pytest.fixture(params=["concat", "static"])
-def form(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
 def rows() -> list[Any]:
     return ragged_rows([n + STEPS for n in LENGTHS], VOCAB, seed=1)
@@ -76,6 +71,7 @@ def torch_cache(model: Any, row: Any) -> list[Any]:
     return [(layer.keys[0].numpy(), layer.values[0].numpy()) for layer in cache.layers]
 
 
+@pytest.mark.parametrize("form", ["concat", "static"])
 def test_every_row_is_the_row_alone(graphs: Any, form: str, rows: list[Any], tiny_model: Any) -> None:
     stream = ort_stream(graphs[form, "fp32"], 20)
     assert isinstance(stream, OrtRowsStream if form == "static" else PastStream)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from nbl_export.batch import MASK, TOKENS, batch_of_rows
 from nbl_export.calibrate.collect import collect_moments
@@ -142,10 +141,6 @@ def tokens(name: str) -> int:
     return 2 * SWITCH if name == "modernbert" else SWITCH
 
 
-def form_of(model: torch.nn.Module) -> Any:
-    return encoder_form(model, TASK, None, {TOKENS: TOKEN_ROWS, MASK: TOKEN_ROWS})
-
-
 @pytest.fixture(scope="module")
 def encoder_case(tmp_path_factory: pytest.TempPathFactory) -> EncoderMade:
     """An encoder, and the graphs of it, or of one in which nothing begins."""
@@ -172,7 +167,9 @@ def encoder_case(tmp_path_factory: pytest.TempPathFactory) -> EncoderMade:
         )
         base, linear = folder / "base" / "model.onnx", folder / "linear" / "model.onnx"
         base.parent.mkdir()
-        export_torch(other, base, form=form_of(other))
+        export_torch(
+            other, base, form=encoder_form(other, TASK, None, {TOKENS: TOKEN_ROWS, MASK: TOKEN_ROWS})
+        )
         rewrite_file(base, plan, linear)
         settings = VerifySettings(quality=False, speed=False)
         heldout = [{TOKENS: row[None, :40]} for row in TOKEN_ROWS[:4]]

@@ -82,10 +82,6 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> EncoderCase:
     )
 
 
-def faulty(case: EncoderCase, folder: Path, layer: str, name: str, factor: float) -> EncoderCase:
-    return replace(case, rewritten=with_fault(case.rewritten, folder, layer, name, factor))
-
-
 def parity_of(found: Measurement) -> EncoderParity:
     assert isinstance(found.parity, EncoderParity)
     return found.parity
@@ -116,7 +112,8 @@ def test_a_right_graph_passes_in_every_output(bert: EncoderCase) -> None:
 def test_wrong_maps_fail_and_their_layer_is_named(
     bert: EncoderCase, tmp_path: Path, name: str, factor: float
 ) -> None:
-    found = measure_encoder(faulty(bert, tmp_path, "layers.2.", name, factor))
+    wrong = with_fault(bert.rewritten, tmp_path, "layers.2.", name, factor)
+    found = measure_encoder(replace(bert, rewritten=wrong))
     check = found.checks[0]
     assert check.status == "failed" and "of last_hidden_state is" in check.detail
     assert found.divergence and "layer 2 (linear)" in found.divergence and found.divergence in check.detail
