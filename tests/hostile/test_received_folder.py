@@ -1,7 +1,5 @@
 """An output folder from somebody else is data: it runs no code, fetches nothing, and reaches no file outside it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

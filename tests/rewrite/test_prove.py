@@ -1,7 +1,5 @@
 """Right activations are proven, in half precision too, and wrong ones are refused."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import replace
