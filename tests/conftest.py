@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ pytest.register_assert_rewrite("tests.end_to_end.oracle", "tests.finished", "tes
 pytest_plugins = [
     "tests.once",
     "tests.fixtures_graph",
-    "tests.converting",
+    "tests.families",
     "tests.exporters",
     "tests.multimodal",
     "tests.finished",
@@ -151,47 +150,3 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import build
 
     return build(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def stories_out(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on stories260K with K = 2, calibrated on TinyStories; copy it before changing it."""
-    from nbl_export import api
-
-    out = tmp_path_factory.mktemp("runs") / "stories260K"
-    report = api.run(
-        stories_folder,
-        out,
-        api.SelectSettings(k=2, criterion="cca"),
-        api.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8),
-        api.VerifySettings(contexts=(16,), rounds=3),
-    )
-    assert report.passed, report.checks
-    return out
-
-
-@pytest.fixture(scope="session")
-def stories_three(
-    stories_out: Path, stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The same run with K = 3; copy it before changing it."""
-    from nbl_export import api
-
-    out = tmp_path_factory.mktemp("runs") / "three"
-    shutil.copytree(stories_out, out, copy_function=shutil.copy2)
-    api.run(
-        stories_folder,
-        out,
-        api.SelectSettings(k=3, criterion="cca"),
-        api.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8),
-        api.VerifySettings(contexts=(16,), rounds=3),
-    )
-    return out
-
-
-@pytest.fixture
-def calibration(stories_text: Path) -> Any:
-    """What the finished run was calibrated with."""
-    from nbl_export import api
-
-    return api.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8)

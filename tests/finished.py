@@ -68,10 +68,34 @@ def baseline(out: Path) -> Path:
 def prompts(out: Path, lengths: Sequence[int]) -> list[Any]:
     """Held-out stories of ``lengths`` tokens, each after the beginning-of-text token."""
     text = load_text(Workspace.open(out).text)
-    return [
-        np.r_[text.start, text.heldout[i, : n - len(text.start)]].astype(np.int32)
-        for i, n in enumerate(lengths)
-    ]
+    rows = (np.r_[text.start, text.heldout[i, : n - len(text.start)]] for i, n in enumerate(lengths))
+    return [row.astype(np.int32) for row in rows]
+
+
+@pytest.fixture(scope="session")
+def calibration(stories_text: Path) -> api.CalibrateSettings:
+    """What the finished run was calibrated with."""
+    return api.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8)
+
+
+@pytest.fixture(scope="session")
+def stories_out(stories_folder: Path, calibration: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on stories260K with K = 2, calibrated on TinyStories; copy it before changing it."""
+    out = tmp_path_factory.mktemp("runs") / "stories260K"
+    report = api.run(stories_folder, out, TWO, calibration, VERIFY)
+    assert report.passed, report.checks
+    return out
+
+
+@pytest.fixture(scope="session")
+def stories_three(
+    stories_out: Path, stories_folder: Path, calibration: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same run with K = 3; copy it before changing it."""
+    out = tmp_path_factory.mktemp("runs") / "three"
+    shutil.copytree(stories_out, out, copy_function=shutil.copy2)
+    api.run(stories_folder, out, replace(TWO, k=3), calibration, VERIFY)
+    return out
 
 
 def state(out: Path) -> Any:
@@ -108,21 +132,17 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.content }}{% if m.role == 'system' %}{{ '\\n' }}"
     "{% elif m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-START, END, OTHER_END = 1, 2, 511
+END, OTHER_END = 2, 511
 
 
 @pytest.fixture(scope="session")
 def talking_out(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Exported and rewritten; copy it before changing it."""
-    from nbl_export import api
-
-    place = tmp_path_factory.mktemp("talking")
-    model = Path(shutil.copytree(stories_folder, place / "model"))
+    model, out = tmp_path_factory.mktemp("model") / "model", tmp_path_factory.mktemp("talking") / "out"
+    shutil.copytree(stories_folder, model)
     (model / "chat_template.jinja").write_text(TEMPLATE)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, OTHER_END]}))
-    out = place / "out"
-    text = api.CalibrateSettings((str(stories_text),), samples=8, seq_len=64, heldout_samples=4)
-    api.calibrate(model, out, text)
+    api.calibrate(model, out, api.CalibrateSettings((str(stories_text),), 8, 64, heldout_samples=4))
     api.select(out, api.SelectSettings(layers=(1, 3)))
     api.export(out)
     api.rewrite(out)

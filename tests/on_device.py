@@ -27,7 +27,7 @@ from nbl_export.models.weights import device_of, in_precision
 from nbl_export.progress import Silent
 from nbl_export.verify.parity.unmodified import first_divergence
 from nbl_export.workspace import Workspace
-from tests.encoders import text_encoder, write_text
+from tests.tiny import text_encoder, write_text
 
 TEXT = api.CalibrateSettings(("self",), samples=8, seq_len=32, heldout_samples=2, selection_samples=2)
 PLAIN = replace(TEXT, dtype="float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import json
 import os
 import pickle
 import pty
@@ -311,6 +312,13 @@ def killed_at_change(number: int, folder: Path, work: Callable[[], object]) -> b
         return True
     assert os.WEXITSTATUS(status) == 0
     return False
+
+
+def edit(path: Path, change: Callable[[Any], object]) -> None:
+    """Do ``change`` to what a JSON file holds."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
 
 
 def files_in(folder: Path) -> set[str]:

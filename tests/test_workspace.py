@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +15,7 @@ from nbl_export.errors import InputError
 from nbl_export.records import MODEL as MODEL_READ
 from nbl_export.records import SIDECARS, STAGES, StageRecord, key_of
 from nbl_export.workspace import Workspace
-from tests.processes import files_in
+from tests.processes import edit, files_in
 
 MODEL = {"source": "some/model", "kind": "hub", "fingerprint": "a" * 64, "model": "m" * 64}
 ASKED, READ = {"samples": 3}, {"model": "m" * 64}
@@ -35,8 +34,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 def edit_state(work: Workspace, **changes: Any) -> None:
-    state = json.loads(work.state_path.read_text())
-    work.state_path.write_text(json.dumps({**state, **changes}))
+    edit(work.state_path, lambda state: state.update(changes))
 
 
 # what is done ------------------------------------------------------------------------------------
@@ -213,9 +211,8 @@ def test_a_recorded_name_that_leaves_the_folder_is_refused_and_nothing_is_delete
     victim = tmp_path / "victim"
     victim.write_text("somebody's")
     (workspace.root / "out").symlink_to(victim)
-    state = json.loads(workspace.state_path.read_text())
-    state["stages"]["calibrate"]["files"] = {name: "0" * 64}
-    workspace.state_path.write_text(json.dumps(state))
+    named = {name: "0" * 64}
+    edit(workspace.state_path, lambda state: state["stages"]["calibrate"].update(files=named))
     with pytest.raises(InputError, match="not the name of a file in"):
         Workspace.open(workspace.root)
     assert victim.read_text() == "somebody's"
@@ -266,9 +263,7 @@ def test_a_stage_done_again_makes_stale_whatever_was_made_of_it(
 def test_a_record_that_is_not_of_this_version_or_was_changed_is_stale(
     chain: Workspace, change: dict[str, Any], words: str
 ) -> None:
-    state = json.loads(chain.state_path.read_text())
-    state["stages"]["calibrate"] |= change
-    chain.state_path.write_text(json.dumps(state))
+    edit(chain.state_path, lambda state: state["stages"]["calibrate"].update(change))
     assert words in str(Workspace.open(chain.root).stale("calibrate"))
     assert Workspace.open(chain.root).current("rewrite") is None
 

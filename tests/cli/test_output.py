@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from nbl_export.blocks import Mlp
 from nbl_export.cli import output, terminal
@@ -19,6 +21,26 @@ from nbl_export.errors import InputError
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report, load_report
 from tests.processes import nbl
+
+CONSOLES = {"out": "OUT", "err": "ERR"}
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StringIO]:
+    """Called with a stream's name and a width: what is drawn on it from then on, with colours if asked."""
+
+    def watch(stream: str, width: int = 80, colours: bool = False) -> StringIO:
+        text = StringIO()
+        console = Console(
+            file=text, width=width, highlight=False, force_terminal=colours, legacy_windows=False, _environ={}
+        )
+        monkeypatch.setattr(output, CONSOLES[stream], console)
+        return text
+
+    return watch
+
+
+# output ----------------------------------------------------------------------------------
 
 TABLE = Table(
     "A title", ("", "n", "result"), (("first [row]", "1", "passed"), ("second", "1,234", "failed")), "A note."

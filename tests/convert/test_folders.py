@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from nbl_export.blocks import Block, Mlp
 from nbl_export.convert import folders
@@ -40,7 +40,7 @@ from nbl_export.linearize.swap import linearized
 from nbl_export.models.modeling_nbl import PREFIX, TYPES, LinearBlock, Linearized, classes_of
 from nbl_export.progress import Silent
 from nbl_export.runtime.clients import MlxStream
-from tests.converting import WRONG, assert_as_in_pytorch, needs, stream_parity, wrongly
+from tests.families import WRONG, assert_as_in_pytorch, needs, stream_parity, wrongly
 from tests.tiny_types import tiny_model
 
 RandomPlan = Callable[[Any, Sequence[Block]], Plan]
@@ -87,21 +87,6 @@ def test_numbers_are_the_models_and_what_is_added_is_zero(tmp_path: Path, random
     assert "model.layers.1.self_attn.q_proj.weight" not in found
 
 
-def test_what_cannot_be_held_is_refused_before_anything_is_written(
-    tmp_path: Path, random_plan: RandomPlan
-) -> None:
-    model = tiny_model("mistral", sliding_window=None, head_dim=16)
-    with pytest.raises(
-        InputError, match="mlx-lm has heads of 8 in such a model, and MistralForCausalLM of 16"
-    ):
-        write_mlx(tmp_path / "a", model, random_plan(model, [1]), NoTokenizer(), "float32", Silent())
-    with pytest.raises(InputError, match="mlx-lm has linear attention for models like Llama alone"):
-        write_mlx(
-            tmp_path / "a", tiny_model("gemma2"), random_plan(model, [1]), NoTokenizer(), "float32", Silent()
-        )
-    assert not (tmp_path / "a").exists()
-
-
 # DeciLM -------------------------------------------------------------------------------------------
 
 
@@ -144,18 +129,6 @@ def test_it_computes_what_pytorch_does(tmp_path: Path, random_plan: RandomPlan) 
     for change in set(WRONG) - {"no bias"}:
         write_decilm(tmp_path / change, model, wrongly(change, plan), NoTokenizer(), "float32", Silent())
         assert stream_parity(MlxStream(tmp_path / change, IN_MLX), model, plan).failures() != []
-
-
-def test_what_it_cannot_hold_is_refused(tmp_path: Path, random_plan: RandomPlan) -> None:
-    model = tiny_model("llama")
-    with pytest.raises(InputError, match="Layer 1 has a bias, and DeciLM has none: take it into W first"):
-        write_decilm(tmp_path / "a", model, random_plan(model, [1]), NoTokenizer(), "float32", Silent())
-    biased = tiny_model("qwen2")
-    with pytest.raises(
-        InputError, match=r"DeciLM has no biases, and Qwen2ForCausalLM has model\.layers\.0\."
-    ):
-        write_decilm(tmp_path / "a", biased, random_plan(biased, [1]), NoTokenizer(), "float32", Silent())
-    assert not (tmp_path / "a").exists()
 
 
 # models like Llama --------------------------------------------------------------------------------
@@ -250,11 +223,9 @@ def folder(model: Any, tmp_path: Path, random_plan: RandomPlan) -> Path:
 
 
 def loaded(folder: Path) -> Any:
-    import transformers
-
     import nbl_export.transformers  # noqa: F401
 
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
 
 
 def elsewhere(folder: Path, tmp_path: Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -338,25 +309,41 @@ def test_the_configuration_for_transformers_says_what_stands_in_each_place(
     assert found["auto_map"]["AutoModelForCausalLM"] == "modeling_nbl.NblForCausalLM"
 
 
+TWO_WAYS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+
+
 @pytest.mark.parametrize(
-    ("model_type", "changes", "blocks", "said"),
+    ("write", "model_type", "changes", "blocks", "said"),
     [
-        ("opt", {}, [1], "--to hf takes gemma, .*, and OPTForCausalLM"),
+        (write_hf, "opt", {}, [1], "--to hf takes gemma, .*, and OPTForCausalLM"),
         (
+            write_hf,
             "llama",
             {},
             [0, 1, 2, 3],
-            "keeps the positions of a text in its KV cache, and this plan keeps none",
+            "keeps the positions of a text in its KV cache, and this plan keeps",
         ),
+        (write_hf, "qwen2", TWO_WAYS, [1], "attend in several ways"),
         (
-            "qwen2",
-            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            write_mlx,
+            "mistral",
+            {"sliding_window": None, "head_dim": 16},
             [1],
-            "attend in several ways",
+            "mlx-lm has heads of 8 in such a",
+        ),
+        (write_mlx, "gemma2", {}, [1], "mlx-lm has linear attention for models like Llama alone"),
+        (write_decilm, "llama", {}, [1], "Layer 1 has a bias, and DeciLM has none: take it into W first"),
+        (
+            write_decilm,
+            "qwen2",
+            {},
+            [1],
+            r"DeciLM has no biases, and Qwen2ForCausalLM has model\.layers\.0\.",
         ),
     ],
 )
-def test_what_transformers_cannot_hold_is_refused_before_anything_is_written(
+def test_what_cannot_be_held_is_refused_before_anything_is_written(
+    write: Any,
     model_type: str,
     changes: dict[str, Any],
     blocks: Sequence[Block],
@@ -365,28 +352,22 @@ def test_what_transformers_cannot_hold_is_refused_before_anything_is_written(
     random_plan: RandomPlan,
 ) -> None:
     model = tiny_model(model_type, num_hidden_layers=4, **changes)
-    plan = random_plan(model, blocks)
     with pytest.raises(InputError, match=said):
-        write_hf(tmp_path / "hf", model, plan, NoTokenizer(), "float32", Silent())
-    assert not (tmp_path / "hf").exists()
+        write(tmp_path / "a", model, random_plan(model, blocks), NoTokenizer(), "float32", Silent())
+    assert not (tmp_path / "a").exists()
 
 
 # its blocks ---------------------------------------------------------------------------------------
 
 
-def test_a_block_is_called_as_an_attention_and_as_an_mlp() -> None:
+def test_a_block_is_called_as_an_attention_and_as_an_mlp_and_dropped_it_adds_nothing() -> None:
     states = torch.randn(2, 3, 8)
-    attention, mlp = LinearBlock(8, True, 2), LinearBlock(8, True, None)
+    attention, mlp, dropped = LinearBlock(8, True, 2), LinearBlock(8, True, None), LinearBlock(8, False, 2)
     assert attention.linear is not None and mlp.linear is not None
     y, weights = attention(hidden_states=states, attention_mask=None, past_key_values=None)
     assert torch.equal(y, attention.linear(states)) and weights is None
     assert torch.equal(mlp(states), mlp.linear(states))
-
-
-def test_what_was_left_out_adds_nothing() -> None:
-    dropped = LinearBlock(8, False, 2)
-    assert not list(dropped.parameters())
-    assert not dropped(torch.randn(1, 2, 8))[0].any()
+    assert not list(dropped.parameters()) and not dropped(states)[0].any()
 
 
 def test_the_file_needs_torch_and_transformers_alone() -> None:

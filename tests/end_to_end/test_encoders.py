@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,22 +29,24 @@ from nbl_export.report.schema import Report
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.verify.parity.figures import EncoderParity
 from nbl_export.workspace import Workspace
-from tests import encoders
 from tests.conftest import exhaustive
-from tests.encoders import (
+from tests.fixtures_graph import run_graph
+from tests.processes import edit
+from tests.tiny import (
     CLS,
     IMAGE_TOKENS,
+    PAD,
     SEP,
+    VOCAB,
     WIDTH,
     as_sentence_transformer,
-    build,
-    save_tokenizer,
+    build_encoder,
+    save_framing,
     text_encoder,
     vision_encoder,
     write_images,
     write_text,
 )
-from tests.fixtures_graph import run_graph
 
 pytest.importorskip("PIL", reason="needs pillow")
 
@@ -280,7 +281,7 @@ def test_families_that_are_refused_before_calibration(
 ) -> None:
     text = {"vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 0}
     fields = {"image_size": 32, "patch_size": 8} if model_type == "vit_mae" else text
-    build(tmp_path / "model", model_type, model_class, **fields)
+    build_encoder(tmp_path / "model", model_type, model_class, **fields)
     with pytest.raises(InputError, match=said) as told:
         source = find_model(str(tmp_path / "model"))
         check_supported(load_model(source), task=task_named(source.task))
@@ -291,11 +292,8 @@ def test_families_that_are_refused_before_calibration(
 
 
 def change_modules(folder: Path) -> None:
-    modules = json.loads((folder / "modules.json").read_text())
-    modules.insert(
-        2, {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
-    )
-    (folder / "modules.json").write_text(json.dumps(modules))
+    dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    edit(folder / "modules.json", lambda modules: modules.insert(2, dense))
 
 
 def last_token(folder: Path) -> None:
@@ -351,7 +349,7 @@ def test_what_an_encoder_cannot_have_is_refused_before_work(
 def test_a_masked_model_that_is_pooled_is_loaded_without_its_head(tmp_path: Path) -> None:
     folder = text_encoder(tmp_path / "model", "bert", "BertForMaskedLM")
     as_sentence_transformer(folder, "cls_token", normalize=False)
-    save_tokenizer(folder)
+    save_framing(folder)
     source = find_model(str(folder))
     assert source.task == "feature-extraction"
     model = load_model(source)
@@ -363,9 +361,9 @@ HEAD_CHECKS = api.VerifySettings(contexts=(16,), rounds=3, speed=False)
 SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 96,
-    "vocab_size": encoders.VOCAB,
-    "bos_token_id": encoders.CLS,
-    "eos_token_id": encoders.SEP,
+    "vocab_size": VOCAB,
+    "bos_token_id": CLS,
+    "eos_token_id": SEP,
 }
 HEADS = {
     # One layer keeps a state, which padding must not change.
@@ -398,11 +396,11 @@ def own(model: Any, row: dict[str, Any], embedding: bool) -> Any:
 def test_a_row_has_the_result_of_its_text_wherever_it_is_padded(head: str, tmp_path: Path) -> None:
     kind, name, fields = HEADS[head]
     folder, embedding = tmp_path / "model", head == "embedding"
-    encoders.build(folder, kind, name, **fields)
-    encoders.save_tokenizer(folder)
+    build_encoder(folder, kind, name, **fields)
+    save_framing(folder)
     if embedding:
-        encoders.as_sentence_transformer(folder, "lasttoken")
-    text = api.CalibrateSettings(sources=(str(encoders.write_text(tmp_path / "text.jsonl")),), **TEXT)
+        as_sentence_transformer(folder, "lasttoken")
+    text = api.CalibrateSettings(sources=(str(write_text(tmp_path / "text.jsonl")),), **TEXT)
     report = api.run(folder, tmp_path / "out", api.SelectSettings(k=1), text, HEAD_CHECKS)
     assert report.passed and report.method_loss is not None
     assert report.model.task == ("feature-extraction" if embedding else "text-classification")
@@ -416,6 +414,6 @@ def test_a_row_has_the_result_of_its_text_wherever_it_is_padded(head: str, tmp_p
     with torch.inference_mode(), linearized(model, plan):
         expected = np.concatenate([own(model, row, embedding).numpy() for row in rows])
     for left in (True, False):
-        batch = batch_of_rows(rows, encoders.PAD, left)
+        batch = batch_of_rows(rows, PAD, left)
         assert batch[MASK].min() == 0
         np.testing.assert_allclose(graph(batch)[output], expected, rtol=0, atol=2e-5)

@@ -38,7 +38,7 @@ from tests.families import LAYERS, VOCAB, Calibrated
 from tests.fixtures_graph import load
 from tests.multimodal import LENDING, WRAPPERS, whole
 from tests.pictures import PLACE, picture, save_documents, save_processor
-from tests.processes import Notes
+from tests.processes import Notes, edit
 
 
 def own(name: str) -> Any:
@@ -150,9 +150,8 @@ def test_a_decoder_with_a_tower_that_nobody_reads_is_an_ordinary_one(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-    config = json.loads((folder / "config.json").read_text())
-    config["vision_config"] = {"model_type": "siglip_vision_model"}
-    (folder / "config.json").write_text(json.dumps(config))
+    tower = {"model_type": "siglip_vision_model"}
+    edit(folder / "config.json", lambda config: config.update(vision_config=tower))
     source = find_model(str(folder))
     assert (source.wrapper, source.towers) == ("", ())
 

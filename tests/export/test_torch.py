@@ -30,9 +30,9 @@ from nbl_export.models.source import find_model
 from nbl_export.runtime.ort import OrtModel
 from tests.alone import graph_logits
 from tests.conftest import ROOT
-from tests.encoders import PAD, WIDTH, text_encoder
 from tests.families import unsaved
 from tests.fixtures_graph import cpu_session, empty_past, original_logits, pad_left, ragged_rows, run_graph
+from tests.tiny import PAD, WIDTH, text_encoder
 from tests.tiny_types import tiny_model as random_model
 
 LAYERS, HEADS, DIM, VOCAB = 4, 2, 8, 260

@@ -36,8 +36,8 @@ from nbl_export.models.running import observed
 from nbl_export.models.source import find_model
 from nbl_export.models.walk import segments, walking
 from tests.conftest import ROOT
-from tests.encoders import IMAGE_TOKENS, text_encoder, vision_encoder
 from tests.families import LAYERS, WIDTH, unsaved
+from tests.tiny import IMAGE_TOKENS, text_encoder, vision_encoder
 from tests.tiny_types import tiny_model
 
 # refused -----------------------------------------------------------------------------------------

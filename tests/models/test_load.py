@@ -30,10 +30,9 @@ from nbl_export.models.load import (
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
-from tests.encoders import as_sentence_transformer, vision_encoder
 from tests.models.test_source import edit_config, one_sentence
 from tests.processes import Notes
-from tests.tiny import save_tokenizer
+from tests.tiny import as_sentence_transformer, save_tokenizer, vision_encoder
 from tests.tiny_types import tiny_model
 
 

@@ -21,11 +21,11 @@ from nbl_export.errors import InputError
 from nbl_export.models.folder import save_tokenizer, without_choices
 from nbl_export.models.load import load_model, load_tokenizer
 from nbl_export.models.source import find_model, same_model
+from tests.processes import edit
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit(folder / "config.json", lambda config: config.update(changes))
 
 
 def flip_last_byte(path: Path) -> None:
@@ -35,10 +35,7 @@ def flip_last_byte(path: Path) -> None:
 
 def one_sentence(error: pytest.ExceptionInfo[InputError]) -> str:
     message = str(error.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    assert not message.endswith("..")
-    assert "()" not in message
+    assert re.fullmatch(r".*[^.]\.", message) and "()" not in message
     return message
 
 
@@ -46,16 +43,10 @@ def small_gguf(path: Path, seed: int) -> Path:
     """A Llama of one block, without a tokenizer."""
     numbers = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(40)
-    writer.add_rope_freq_base(1e4)
-    writer.add_rope_dimension_count(8)
+    sizes = {"block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 64}
+    sizes |= {"head_count": 4, "head_count_kv": 2, "vocab_size": 40, "rope_dimension_count": 8}
+    for field, value in {**sizes, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4}.items():
+        getattr(writer, f"add_{field}")(value)
     block = {
         "attn_norm": (32,),
         "attn_q": (32, 32),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from nbl_export.models.walk import Reached
 from tests.fixtures_graph import load
 from tests.multimodal import whole
 from tests.pictures import PLACE, picture, save_processor, skip_without
+from tests.processes import edit
 
 END = 257
 
@@ -235,8 +235,8 @@ def test_a_processor_with_code_of_its_own_is_refused(
 ) -> None:
     """Nobody is asked, and nothing of it runs."""
     folder = Path(shutil.copytree(folder_of("llava"), tmp_path / "model"))
-    path = folder / "processor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoProcessor": "own.Own"}}))
+    code = {"AutoProcessor": "own.Own"}
+    edit(folder / "processor_config.json", lambda config: config.update(auto_map=code))
     (folder / "own.py").write_text("raise SystemExit('it ran')")
     monkeypatch.undo()
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))

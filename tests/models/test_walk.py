@@ -35,8 +35,9 @@ from nbl_export.models.walk import (
     walking,
 )
 from tests import families
-from tests.encoders import vision_encoder
 from tests.families import unsaved
+from tests.models.test_weights import logits
+from tests.tiny import vision_encoder
 from tests.tiny_types import BEYOND, ENCODERS, tiny_model
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -136,14 +137,6 @@ def model(request: pytest.FixtureRequest) -> Any:
     return made(request.param)
 
 
-IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-def run(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits
-
-
 @contextmanager
 def calls(model: Any) -> Iterator[list[int]]:
     """Within the block, the numbers of the blocks that were run, in order."""
@@ -162,17 +155,17 @@ def calls(model: Any) -> Iterator[list[int]]:
 
 def test_a_run_from_any_layer_on_gives_the_same_bits(model: Any) -> None:
     layers = attention_layers(model)
-    whole, before = run(model), None
+    whole, before = logits(model), None
     with recording_inputs(model, [layer.index for layer in layers]) as kept:
-        assert torch.equal(run(model), whole)
+        assert torch.equal(logits(model), whole)
     assert sorted(kept) == [layer.index for layer in layers]
     for index, states in kept.items():
         with calls(model) as ran, starting_at(model, index, states):
-            assert torch.equal(run(model), whole), index
+            assert torch.equal(logits(model), whole), index
         assert min(ran) == index, "the blocks before it are not run"
         # The states are what counts, not the tokens before them.
         with starting_at(model, index, states * 0.5):
-            other = run(model)
+            other = logits(model)
         assert not torch.allclose(other, whole)
         assert before is None or not torch.allclose(other, before)
         before = other
@@ -193,12 +186,12 @@ def test_one_block_of_each_kind_is_left(name: str) -> None:
     model = made(name) if name != "smollm3" else unsaved(name).eval()
     dummy_run(model)
     stack: Any = block_stack(model)[1]
-    before, whole = list(stack), run(model)
+    before, whole = list(stack), logits(model)
     with one_of_each_kind(model) as count:
         assert [i for i, block in enumerate(stack) if block is before[i]] == KINDS[name]
         assert count == len(KINDS[name])
-        assert not torch.equal(run(model), whole)
-    assert list(stack) == before and torch.equal(run(model), whole)
+        assert not torch.equal(logits(model), whole)
+    assert list(stack) == before and torch.equal(logits(model), whole)
 
 
 @pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
@@ -211,12 +204,12 @@ def test_a_run_begins_where_its_keys_and_values_are_made(model_type: str) -> Non
         num_kv_shared_layers=1,
     )
     assert [first_needed(one, index) for index in range(4)] == [0, 1, 2, 2]
-    expected = run(one)
+    expected = logits(one)
     with recording_inputs(one, [layer.index for layer in attention_layers(one)]) as states:
-        run(one)
+        logits(one)
     for index in range(3):
         with starting_at(one, index, states[index]):
-            assert torch.equal(run(one), expected)
+            assert torch.equal(logits(one), expected)
 
 
 # lengths --------------------------------------------------------------------------------------

@@ -26,8 +26,17 @@ from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.pytorch import record_pytorch
 from tests.conftest import exhaustive
 from tests.convert.test_folders import NoTokenizer
-from tests.converting import WRONG, assert_as_in_pytorch, needs, stream_parity, wrongly
-from tests.families import DECODERS, Calibrated, build, calibrated
+from tests.families import (
+    DECODERS,
+    WRONG,
+    Calibrated,
+    assert_as_in_pytorch,
+    build,
+    calibrated,
+    needs,
+    stream_parity,
+    wrongly,
+)
 from tests.fixtures_graph import ragged_rows, recorded
 from tests.tiny_types import tiny_model
 
@@ -234,7 +243,7 @@ def test_a_wrong_folder_for_mlx_is_seen(change: str, tmp_path: Path, random_plan
 
 
 OPENVINO = needs("openvino")
-# What keeps states of another kind; tests/convert/test_openvino.py sees it refused.
+# What keeps states of another kind; tests/convert/test_files.py sees it refused.
 USUAL = ("gemma2", "gpt_oss", "falcon-alibi")
 HYBRIDS = {"lfm2", "bamba", "nemotron_h", "falcon_h1", "qwen3_next", "minimax"}
 

@@ -21,7 +21,7 @@ from nbl_export.settings import BenchSettings
 from nbl_export.stages.bench import bench_candidates, graphs_against
 from nbl_export.verify.speed.race import Harness
 from nbl_export.verify.speed.values import CellResult
-from tests.converting import needs
+from tests.families import needs
 from tests.finished import resumed
 from tests.processes import Notes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +30,8 @@ from nbl_export.stages import calibrate as module
 from nbl_export.stages import measuring
 from nbl_export.stages.calibrate import check_sources, loader_for
 from nbl_export.workspace import Workspace
-from tests.encoders import CLS, PAD, SEP, text_encoder, vision_encoder, write_images, write_text
+from tests.processes import edit
+from tests.tiny import CLS, PAD, SEP, text_encoder, vision_encoder, write_images, write_text
 from tests.tiny_types import BEYOND, ENCODERS
 
 
@@ -216,10 +216,8 @@ def test_a_vision_encoder_is_probed_and_judged_with_images(
 
 def test_images_of_a_size_that_the_model_does_not_take(place: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(place / "vit", tmp_path / "vit")
-    path = folder / "preprocessor_config.json"
-    processor = json.loads(path.read_text())
-    processor["size"] = {"height": 48, "width": 48}
-    path.write_text(json.dumps(processor))
+    size = {"height": 48, "width": 48}
+    edit(folder / "preprocessor_config.json", lambda processor: processor.update(size=size))
     model = LoadedModel(find_model(str(folder)), Silent())
     material = loader_for(model.source)
     images = material.read(

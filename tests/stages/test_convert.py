@@ -28,7 +28,7 @@ from nbl_export.stages.convert import FORMS, place_of
 from nbl_export.stages.inspection import inspect
 from nbl_export.workspace import Workspace
 from tests.conftest import exhaustive
-from tests.converting import needs
+from tests.families import needs
 from tests.processes import Notes
 
 here = needs("gguf")

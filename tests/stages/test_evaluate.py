@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from nbl_export.stages import evaluate as stage
 from nbl_export.stages.rewrite import drop_baseline
 from nbl_export.workspace import Workspace
 from tests.finished import END, OTHER_END
-from tests.processes import assert_refused, nbl
+from tests.processes import assert_refused, edit, nbl
 
 harness = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="needs lm-evaluation-harness: pip install 'nbl-export[eval]'"
@@ -99,8 +98,6 @@ def test_both_graphs_are_asked_and_compared(stories_copy: Path, folder: Path) ->
 @harness
 def test_figures_are_those_of_the_right_graph(stories_copy: Path, folder: Path) -> None:
     """The perplexity of each graph, from a bare session's logits."""
-    from nbl_export.models.load import load_tokenizer
-    from nbl_export.models.source import find_model
     from tests.alone import graph_logits
 
     value = api.evaluate(stories_copy, settings(folder / "words.jsonl"))
@@ -314,12 +311,7 @@ def test_another_form_of_the_cache_generates_the_same(stories_copy: Path) -> Non
 # what is refused ----------------------------------------------------------------------------------
 
 
-def record(out: Path, how: Callable[[Any], object]) -> None:
-    """Change the record of the folder."""
-    path = out / "nbl" / "workspace.json"
-    found = json.loads(path.read_text())
-    how(found)
-    path.write_text(json.dumps(found))
+RECORD = "nbl/workspace.json"
 
 
 def refused(out: Path, **asked: Any) -> str:
@@ -333,7 +325,7 @@ def test_a_folder_without_a_graph(talking_copy: Path) -> None:
     assert "is missing or was changed after `export` wrote it" in refused(talking_copy, graph="base")
     drop_baseline(Workspace.open(talking_copy))
     assert "has no unmodified graph any more (--keep-baseline no)" in refused(talking_copy, graph="both")
-    record(talking_copy, lambda s: s["stages"].pop("rewrite"))
+    edit(talking_copy / RECORD, lambda s: s["stages"].pop("rewrite"))
     assert "has no finished `rewrite` yet: run `nbl-export rewrite" in refused(talking_copy)
 
 
@@ -344,5 +336,5 @@ def test_a_folder_of_an_encoder_or_without_a_tokenizer(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (talking_copy / name).unlink()
     assert "has no tokenizer: put the tokenizer.json" in refused(talking_copy)
-    record(talking_copy, lambda s: s["model"].update(task="text-classification"))
+    edit(talking_copy / RECORD, lambda s: s["model"].update(task="text-classification"))
     assert "is of a model that generates no text (text-classification)" in refused(talking_copy)

@@ -27,11 +27,11 @@ from nbl_export.stages.in_order import check_source
 from nbl_export.stages.inspection import inspect
 from nbl_export.stages.run import opened
 from nbl_export.workspace import Workspace
-from tests.encoders import text_encoder, vision_encoder
 from tests.families import build
 from tests.finished import TWO
 from tests.models.test_source import edit_config, one_sentence
 from tests.processes import Notes, files_in
+from tests.tiny import text_encoder, vision_encoder
 
 
 @pytest.fixture

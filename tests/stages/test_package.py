@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from nbl_export import api
 from nbl_export.calibrate.text import load_text
@@ -23,7 +23,7 @@ from nbl_export.stages import verify as stage
 from nbl_export.stages.inspection import load_package
 from tests.graph.by_hand import resolved
 from tests.mutations import OF_WEIGHTS
-from tests.processes import nbl
+from tests.processes import edit, nbl
 
 FILES = {
     *("model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json"),
@@ -119,10 +119,8 @@ def test_it_is_verified_where_it_lies_with_a_model_that_was_moved(
 
 def repacked(root: Path) -> None:
     """Say in the manifest that the files are as they are."""
-    path = root / "package.json"
-    known = json.loads(path.read_text())
-    known["files"] = {n: d for n, d in files(root).items() if n not in UNSEALED}
-    path.write_text(json.dumps(known))
+    sealed = {n: d for n, d in files(root).items() if n not in UNSEALED}
+    edit(root / "package.json", lambda known: known.update(files=sealed))
 
 
 @pytest.mark.parametrize("fault", ["W × 0.8", "b dropped"])
@@ -144,10 +142,8 @@ def truncate(root: Path) -> None:
 
 
 def escape(root: Path) -> None:
-    path = root / "package.json"
-    known = json.loads(path.read_text())
-    known["files"]["../stories/model.onnx"] = known["files"]["model.onnx"]
-    path.write_text(json.dumps(known))
+    outside = "../stories/model.onnx"
+    edit(root / "package.json", lambda known: known["files"].update({outside: known["files"]["model.onnx"]}))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -174,8 +170,6 @@ def test_another_model_is_refused(copied: Path, stories_folder: Path, tmp_path: 
     other = Path(shutil.copytree(stories_folder, tmp_path / "other"))
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
-    from safetensors.numpy import save_file
-
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"other is not the model that this was made from, .* with --model"):
         api.verify_package(copied, other)
@@ -228,9 +222,7 @@ def test_a_folder_whose_model_was_moved_is_verified_and_records_where_it_is(
     stories_copy: Path, stories_folder: Path, tmp_path: Path
 ) -> None:
     record = stories_copy / "nbl/workspace.json"
-    state = json.loads(record.read_text())
-    state["model"]["path"] = "/nowhere/model"
-    record.write_text(json.dumps(state))
+    edit(record, lambda state: state["model"].update(path="/nowhere/model"))
     quick = api.VerifySettings(speed=False)
     with pytest.raises(
         InputError, match=r"is not there any more: .*say where it is now \(`nbl-export verify --model`\)"

@@ -96,13 +96,12 @@ NO = api.FolderSettings("no")
 
 @pytest.fixture(scope="module")
 def dropped(
-    stories_out: Path, stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory
+    stories_out: Path, stories_folder: Path, calibration: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The finished run, run again without its baseline."""
     out = tmp_path_factory.mktemp("dropped") / "out"
     shutil.copytree(stories_out, out)
-    text = api.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8)
-    assert api.run(stories_folder, out, TWO, text, QUICK, folder=NO).passed
+    assert api.run(stories_folder, out, TWO, calibration, QUICK, folder=NO).passed
     return out
 
 

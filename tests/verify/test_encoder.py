@@ -28,7 +28,10 @@ from nbl_export.verify.loss import loss_checks, measure_likeness, measure_method
 from nbl_export.verify.measure import measure_encoder
 from nbl_export.verify.parity.figures import EncoderParity, Likeness, Measure, MethodLoss
 from nbl_export.workspace import Workspace
-from tests.encoders import (
+from tests.fixtures_graph import maps_in_place, original_logits, plan_by_hand, tensors_of
+from tests.linearize.test_loss import log_softmax, losses, ratio_estimate
+from tests.processes import Notes
+from tests.tiny import (
     CLS,
     LAYERS,
     PAD,
@@ -39,9 +42,6 @@ from tests.encoders import (
     text_encoder,
     write_text,
 )
-from tests.fixtures_graph import maps_in_place, original_logits, plan_by_hand, tensors_of
-from tests.linearize.test_loss import log_softmax, losses, ratio_estimate
-from tests.processes import Notes
 from tests.verify.conftest import with_fault
 
 PARITY = VerifySettings(quality=False, speed=False)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from nbl_export import api
+from nbl_export.calibrate.text import load_text
 from nbl_export.linearize.loss import LossMeter
+from nbl_export.linearize.plan import Adapter, LinearLayer, load_plan
+from nbl_export.linearize.swap import adapted
+from nbl_export.progress import Silent
 from nbl_export.stages.choosing import SpeedMeter
-from tests.stages.select.by_hand import forget
+from nbl_export.workspace import Workspace
+from tests.fixtures_graph import maps_in_place
+from tests.processes import edit
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +106,61 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(SpeedMeter, "__call__", call)
     return found
+
+
+# by hand --------------------------------------------------------------------------------------
+
+QUICK = api.VerifySettings(quality=False, speed=False)
+
+
+NONE: Mapping[str, Adapter] = {}
+
+
+def forget(out: Path, *stages: str) -> None:
+    edit(out / "nbl" / "workspace.json", lambda raw: [raw["stages"].pop(stage) for stage in stages])
+
+
+def select(out: Path, settings: api.SelectSettings, listener: Silent | None = None) -> api.Plan:
+    """The plan with its maps in memory: one that was read from its file reads what the file has now."""
+    plan = api.select(out, settings, listener)
+    return replace(
+        plan, layers={i: LinearLayer(np.array(m.w), np.array(m.b)) for i, m in plan.layers.items()}
+    )
+
+
+def candidates(out: Path) -> Any:
+    return json.loads((out / "nbl" / "candidates.json").read_text())
+
+
+def files(out: Path) -> dict[str, bytes]:
+    own = (".lock", "digests.json")
+    return {
+        p.name: p.read_bytes() for p in sorted((out / "nbl").iterdir()) if p.is_file() and p.name not in own
+    }
+
+
+def same_plan(a: api.Plan, b: api.Plan) -> bool:
+    return a.chosen == b.chosen and all(
+        np.array_equal(a.layers[i].w, b.layers[i].w) and np.array_equal(a.layers[i].b, b.layers[i].b)
+        for i in a.chosen
+    )
+
+
+def kl_by_hand(
+    out: Path, model: Any, layers: Mapping[int, LinearLayer], adapters: Mapping[str, Adapter] = NONE
+) -> float:
+    """Mean KL(original ‖ changed) of the selection text in float64, by whole runs with maps put in place by hand."""
+    text = load_text(Workspace.open(out).text)
+    ids = torch.from_numpy(text.selection.astype(np.int64))
+    plan = replace(load_plan(Workspace.open(out).plan), layers=layers)
+    with torch.inference_mode():
+        log_p = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+        with maps_in_place(model, plan), adapted(model, adapters):
+            log_q = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    select(out, api.SelectSettings(k=5))
+    points: list[dict[str, Any]] = candidates(out)["curve"]["points"]
+    return points

@@ -38,7 +38,16 @@ from nbl_export.verify.speed.pair import measure_speed
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import load
 from tests.processes import Notes, Recorder, forked, send
-from tests.stages.select.by_hand import QUICK, candidates, curve, files, forget, kl_by_hand, same_plan, select
+from tests.stages.select.conftest import (
+    QUICK,
+    candidates,
+    curve,
+    files,
+    forget,
+    kl_by_hand,
+    same_plan,
+    select,
+)
 
 
 def test_scores_and_the_curve_are_those_of_whole_runs(out: Path, stories_folder: Path) -> None:
