@@ -1,5 +1,7 @@
 """Engines in a child process: the same settings for both, all or nothing on disk, and the same for other tools."""
 
+from __future__ import annotations
+
 import errno
 import json
 import os

@@ -1,5 +1,7 @@
 """Which TensorRT serves, what each can build for, and the manifest that binds an engine to what it is."""
 
+from __future__ import annotations
+
 import ctypes
 import hashlib
 import json

@@ -1,5 +1,7 @@
 """Real graphs as TensorRT networks, counted a second time from the ONNX file; and what is refused."""
 
+from __future__ import annotations
+
 import re
 from collections import Counter as Count
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """A form in which a model is another one is refused; a graph traced without the weights is that of one in memory."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """What is traced in the place of a model's own functions computes the same, as does the model after it."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Another project's exporter as a child: the model it is handed, whole files or none, one sentence, no survivor."""
 
+from __future__ import annotations
+
 import json
 import os
 import re

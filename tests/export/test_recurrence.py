@@ -1,5 +1,7 @@
 """A recurrence by tokens or by chunks is the recurrence, and transformers' own, wherever a text is cut or padded."""
 
+from __future__ import annotations
+
 import importlib
 from functools import cache
 from typing import Any

@@ -1,5 +1,7 @@
 """The files beside a graph, what they are told, and where the graphs of a package lie."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from pathlib import Path

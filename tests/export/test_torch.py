@@ -1,5 +1,7 @@
 """The exported graphs, growing, static, of encoders: interface, what is stored, and that they are the model."""
 
+from __future__ import annotations
+
 from collections import Counter
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """What becomes of a traced graph: one GroupQueryAttention a layer, norms of sums, the precision that ranges allow."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

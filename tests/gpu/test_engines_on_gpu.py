@@ -1,5 +1,7 @@
 """On the GPU of this machine: engines that really run, with each library that is installed, and every stage."""
 
+from __future__ import annotations
+
 import functools
 import itertools
 import shutil

@@ -1,5 +1,7 @@
 """Graphs made by hand: in ONNX's textual syntax, of weights stored in every way, with external data in every place."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,7 @@
 """What a decoder graph takes and gives, by role."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path

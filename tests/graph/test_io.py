@@ -3,6 +3,8 @@
 What was written is read by onnx's own loader or by NumPy from the file, never by the code under test.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess

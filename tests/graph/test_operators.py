@@ -1,5 +1,7 @@
 """Operators as data: shapes of weights against the product that onnxruntime computes, dtypes, what is constant."""
 
+from __future__ import annotations
+
 import random
 from typing import Any
 

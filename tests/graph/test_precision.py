@@ -1,5 +1,7 @@
 """Half precision in the graph: what becomes half, what stays float32 and why, and that the numbers are right."""
 
+from __future__ import annotations
+
 from collections import Counter
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Where the attention of every layer is found: against PyTorch's own activations, and in odd graphs."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """An output folder from somebody else is data: it runs no code, fetches nothing, and reaches no file outside it."""
 
+from __future__ import annotations
+
 import json
 import os
 import re

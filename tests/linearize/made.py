@@ -1,5 +1,7 @@
 """Plans and changes of weights made of random numbers."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

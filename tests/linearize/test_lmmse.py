@@ -1,5 +1,7 @@
 """The fit and the bound against least squares and canonical correlations of the raw activations."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any
 

@@ -1,5 +1,7 @@
 """What replacements cost, against NumPy in float64 and whole runs of the model, token by token."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections import Counter

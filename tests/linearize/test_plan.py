@@ -1,5 +1,7 @@
 """Plans come back to the bit and nothing of them is edited unnoticed; scores, their ranking, and the choice."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping

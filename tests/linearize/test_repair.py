@@ -1,5 +1,7 @@
 """The distillation of W and b: its gradient, what it may change and what it may not."""
 
+from __future__ import annotations
+
 import hashlib
 import signal
 import weakref

@@ -1,5 +1,7 @@
 """The swapped model computes x @ Wᵀ + b in the planned layers; fits are least squares on rows of its activations."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext

@@ -1,5 +1,7 @@
 """A real report, one with everything that may be plotted, and two sides of a comparison with speeds that are known."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

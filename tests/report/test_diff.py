@@ -1,5 +1,7 @@
 """Whole comparisons of real folders: what is in each section, what is missing, and the mirror of it."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from math import inf, nan

@@ -1,5 +1,7 @@
 """Markdown, HTML and JUnit: everything is in them, whatever the texts hold."""
 
+from __future__ import annotations
+
 import json
 import re
 from dataclasses import fields, is_dataclass, replace

@@ -1,5 +1,7 @@
 """The report as a value and as JSON: nothing is lost, nothing is let through, the verdict is strict."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

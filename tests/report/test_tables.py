@@ -1,5 +1,7 @@
 """The tables that several reports share: the graph, the layers, engines, what stays float32, and their order."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import replace
 from pathlib import Path

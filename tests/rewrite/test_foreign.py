@@ -1,5 +1,7 @@
 """`rewrite --onnx`: a graph that somebody else exported, into a folder; nothing of the user's is overwritten."""
 
+from __future__ import annotations
+
 import fcntl
 import json
 import shutil

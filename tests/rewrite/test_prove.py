@@ -1,5 +1,7 @@
 """Right activations are proven, in half precision too, and wrong ones are refused."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable
 from dataclasses import replace

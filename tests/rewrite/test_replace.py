@@ -1,5 +1,7 @@
 """The rewrite: the graph computes what PyTorch computes with the same maps, and exactly K layers are gone."""
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """W stored like its neighbours; weights of a graph changed where they are, once each; routers that are told."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

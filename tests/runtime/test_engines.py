@@ -1,5 +1,7 @@
 """An engine in place of the GPU's own: what it loads and computes; sessions of ONNX Runtime."""
 
+from __future__ import annotations
+
 import itertools
 import re
 import subprocess

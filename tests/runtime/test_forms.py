@@ -1,5 +1,7 @@
 """Models and plans in llama.cpp against PyTorch: every form of a layer, formats, tokens, and what is refused."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

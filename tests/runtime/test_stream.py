@@ -1,5 +1,7 @@
 """Streams: whatever the runtime pads and however it keeps the cache, each row is the row run alone."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """The GitHub Action: its own steps, run here as a server would run them, and the job of GitLab that docs shows."""
 
+from __future__ import annotations
+
 import ast
 import json
 import os

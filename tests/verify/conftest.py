@@ -1,5 +1,7 @@
 """Graphs of a finished run in every form, their cases measured piece by piece, and a clock that only tests move."""
 
+from __future__ import annotations
+
 import shutil
 import types
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Text that is longer than what a model knows a length of: a graph without what begins there does not pass."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache

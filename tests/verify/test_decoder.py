@@ -1,5 +1,7 @@
 """A decoder measured part by part, its engines and its forms: what passes, what fails and where it says so."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext

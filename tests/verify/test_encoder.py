@@ -1,5 +1,7 @@
 """An encoder measured part by part: a ragged batch, what fails and where it says so, and what is timed."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """Gates: each fails alone, at its worst place, and by NaN; what a precision loses anyway is told from the graph."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """Wrong graphs are refused in every precision and where they leave PyTorch is found; so are images and experts."""
 
+from __future__ import annotations
+
 import itertools
 import shutil
 from collections.abc import Callable

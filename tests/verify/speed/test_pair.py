@@ -1,5 +1,7 @@
 """Speed of two engine_graphs, and milliseconds of workloads: what is timed and put together. No time is asserted."""
 
+from __future__ import annotations
+
 import functools
 import types
 import weakref

@@ -1,5 +1,7 @@
 """The race, its verdicts and its cells, on times that the test makes up."""
 
+from __future__ import annotations
+
 import math
 import os
 import signal

@@ -1,5 +1,7 @@
 """The values of a race: work by hand, what is read off cells, and the verdicts on them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
