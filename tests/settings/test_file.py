@@ -58,6 +58,8 @@ class Asked(NblError):
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Runs a command line in a folder, and gives what the Python API was called with."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "nbl").mkdir(parents=True)
+    (tmp_path / "out" / "nbl" / "workspace.json").touch()
     calls: list[tuple[Any, ...]] = []
 
     def call(*given: Any, **_: Any) -> None:
@@ -175,7 +177,7 @@ def test_a_file_that_is_not_there(asked: Any, capsys: pytest.CaptureFixture[str]
 def test_a_refused_file_stops_before_anything(asked: Any, tmp_path: Path) -> None:
     Path("nbl-export.toml").write_text("[select]\nkay = 1\n")
     assert asked("model", "--k", "1") == ()
-    assert [p.name for p in tmp_path.iterdir()] == ["nbl-export.toml"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nbl-export.toml", "out"]
 
 
 @pytest.mark.parametrize(
