@@ -139,7 +139,7 @@ def calibrate(
                         in_dtype,
                         tokens,
                         asked.parts,
-                        work,
+                        run.listener,  # that it goes on where it was killed is said, and not recorded
                         known=store.has,
                         folder=ws.partial_moments,
                         identity=about["identity"],
