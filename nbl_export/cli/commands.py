@@ -46,6 +46,7 @@ from nbl_export.settings import (
 )
 from nbl_export.settings.definition import Settings, UsageError
 from nbl_export.settings.graphs import OptionalEngines
+from nbl_export.workspace import check_output, is_package
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,8 +65,6 @@ def loaded(
     for settings in asked:
         settings.check()
     if out is not None:
-        from nbl_export.workspace import check_output
-
         check_output(out)
     from nbl_export import api
     from nbl_export.cli import output, terminal
@@ -209,8 +208,6 @@ def verify(
     said: Said = Said(),
 ) -> int:
     """Check parity, measure method loss and speed; exit 1 if a gate fails."""
-    from nbl_export.workspace import is_package
-
     packed = is_package(out)
     api, terminal, listener = loaded(said, settings, out=None if packed else out)
     if packed:
