@@ -7,7 +7,8 @@ A mutation changes one thing in one module: a comparison, an operator of arithme
 which is negated, a call that is a statement, which is left out, or two arguments, which change places. Only what a test
 runs can be caught, so all tests run once first, and which of them run which line is written to `--lines`, and read from
 there if it is there. Each mutation is made in a copy of the repository, in which the tests that run its line, the
-fastest first, run until one fails or `--limit` seconds are over. Printed are those that nobody caught, and a table.
+fastest first and as many as take a third of `--limit` seconds, run until one fails. One that runs for the whole limit
+hangs, and is caught. Printed are those that nobody caught, and a table.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -51,6 +53,8 @@ _OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
     ast.And: ast.Or,
     ast.Or: ast.And,
 }
+# The order of their arguments says nothing.
+_SYMMETRIC = frozenset({"min", "max", "np.array_equal", "np.maximum", "np.minimum", "torch.equal"})
 Change = Callable[[], None]
 
 
@@ -60,9 +64,11 @@ def mutations(tree: ast.AST) -> list[tuple[int, str, Change]]:
 
 
 def _code(node: ast.AST) -> Iterator[ast.AST]:
-    """What runs: no annotation, no decorator, and nothing for type checkers alone."""
+    """What runs: no annotation, no decorator, nothing for type checkers alone, and no zip's check of lengths."""
     yield node
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.keyword) and node.arg == "strict":
         return
     for name, value in ast.iter_fields(node):
         if name not in ("annotation", "returns", "decorator_list"):
@@ -96,8 +102,9 @@ def _of(node: ast.AST) -> Iterator[tuple[int, str, Change]]:
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         yield line, f"{ast.unparse(node)} left out", put("value", ast.Constant(None))
     if isinstance(node, ast.Call) and len(node.args) > 1 and ast.dump(node.args[0]) != ast.dump(node.args[1]):
-        swapped = [node.args[1], node.args[0], *node.args[2:]]
-        yield line, f"arguments of {ast.unparse(node.func)} swapped", put("args", swapped)
+        swapped, name = [node.args[1], node.args[0], *node.args[2:]], ast.unparse(node.func)
+        if name not in _SYMMETRIC:
+            yield line, f"arguments of {name} swapped", put("args", swapped)
 
 
 def mutant(text: str, number: int) -> tuple[int, str, str]:
@@ -135,8 +142,8 @@ def pytest(folder: Path, *arguments: str, limit: float | None = None) -> bool:
         process.wait()
 
 
-def tests_of_lines(folder: Path) -> dict[str, dict[int, list[str]]]:
-    """Of each module, the tests for each line, at most 200; all tests are run for it.
+def tests_of_lines(folder: Path, limit: float) -> dict[str, dict[int, list[str]]]:
+    """Of each module, the tests for each line, as many as take the ``limit`` in seconds; all tests are run for it.
 
     First those that run it, then others of their files, which may share what they made; each time the fastest first.
     What runs when the module is imported, line 0, has the tests of all its lines.
@@ -166,9 +173,9 @@ def tests_of_lines(folder: Path) -> dict[str, dict[int, list[str]]]:
         lines = {}
         for line, tests in {**by_line, 0: set[str]().union(*by_line.values())}.items():
             beside = {other for name in tests for other in of_file[name.partition("::")[0]]} - tests
-            lines[line] = [*sorted(tests, key=seconds.__getitem__), *sorted(beside, key=seconds.__getitem__)][
-                :200
-            ]
+            ordered = [name for of in (tests, beside) for name in sorted(of, key=seconds.__getitem__)]
+            ends = accumulate(seconds[name] for name in ordered)
+            lines[line] = [name for name, end in zip(ordered, ends, strict=True) if end <= limit]
         found[Path(file).relative_to(folder).as_posix()] = lines
     return found
 
@@ -199,7 +206,7 @@ def main() -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
         if not asked.lines.exists():
-            asked.lines.write_text(json.dumps(tests_of_lines(folder)), encoding="utf-8")
+            asked.lines.write_text(json.dumps(tests_of_lines(folder, asked.limit / 3)), encoding="utf-8")
         lines = json.loads(asked.lines.read_text(encoding="utf-8"))
         for path, number in sorted(chosen, key=lambda one: room_of(one[0])):
             line, what, changed = mutant(texts[path], number)

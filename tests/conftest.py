@@ -53,8 +53,40 @@ FIRST = (
 )
 
 
+# What is beside the unit tests and one small model: other families, exporters, clients, whole commands.
+SLOW = (
+    "clients/",
+    "end_to_end/",
+    "hostile/",
+    "cli/test_process.py",
+    "convert/",
+    "engine/test_build.py",
+    "evaluate/test_scoring.py",
+    "export/test_checks.py",
+    "export/test_others.py",
+    "export/test_sidecars.py",
+    "rewrite/test_weights.py",
+    "runtime/test_engines.py",
+    "runtime/test_forms.py",
+    "scripts/test_scripts.py",
+    "stages/test_bench.py",
+    "stages/test_convert.py",
+    "stages/test_evaluate.py",
+    "test_api.py",
+    "test_docs.py",
+    "test_families.py",
+    "test_olive.py",
+    "verify/speed/",
+    "verify/test_crossing.py",
+    "verify/test_parity.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files that go first, the others in their order."""
+    """Mark what is slow, and run the files that go first, the others in their order."""
+    for item in items:
+        if any(part in item.path.as_posix() for part in SLOW):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 

@@ -61,6 +61,14 @@ def test_a_weights_shape_is_that_of_the_map(name: str) -> None:
     assert weight_shape(node) == y.shape == (ROWS, COLUMNS)
 
 
+def test_a_stack_of_matrices_is_not_one() -> None:
+    model = parsed(
+        f"g (float[2,n,{ROWS}] x) => (float[2,n,{COLUMNS}] y) {{ y = MatMul(x, w) }}", w=np.stack([W, W])
+    )
+    node = node_of(model, "MatMul")
+    assert linear_op(node) is not None and weight_shape(node) is None
+
+
 def test_a_product_of_two_activations_is_no_linear_map() -> None:
     model = parsed("g (float[n,4] a, float[4,n] b) => (float[n,n] y) { y = MatMul(a, b) }")
     node = node_of(model, "MatMul")

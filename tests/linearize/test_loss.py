@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from nbl_export.batch import F64, FIRST
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize import loss as module
-from nbl_export.linearize.loss import LossMeter, compare, loss_over_documents, reference
+from nbl_export.linearize.loss import LossMeter, compare, loss_of_plan, loss_over_documents, reference
 from nbl_export.linearize.plan import Adapter, LinearLayer
 from nbl_export.linearize.search import (
     NOISE,
@@ -30,7 +31,7 @@ from nbl_export.models.media_tokens import seeing
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
-from tests.linearize.made import random_maps
+from tests.linearize.made import make_plan, random_maps
 from tests.models.test_weights import reads
 from tests.pictures import plain_tokens
 from tests.tiny_types import tiny_model
@@ -216,6 +217,14 @@ def test_a_rough_loss_is_that_of_the_first_rows(model: Any, monkeypatch: pytest.
     meter.settle({1: maps[1]})
     assert meter.rough.measure({2: maps[2]}) == part.measure({2: maps[2]}), "wherever the other is settled"
     assert_close(meter.measure({2: maps[2]}), whole_run(model, rows, document, {2: maps[2]}, "normed"))
+
+
+def test_the_loss_of_a_plan_is_that_of_its_layers(model: Any) -> None:
+    maps, (rows, document) = random_maps(1, 3), text()
+    plan = replace(make_plan(), hidden_size=D, layer_count=4, layers=maps)
+    meter = LossMeter(model, rows, document, "normed")
+    assert_close(loss_of_plan(meter, plan), whole_run(model, rows, document, maps, "normed"))
+    assert loss_of_plan(meter, replace(plan, layers={})) == meter.measure({})
 
 
 # block by block ----------------------------------------------------------------------------------

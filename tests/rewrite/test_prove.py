@@ -21,7 +21,7 @@ from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite import replace as module
 from nbl_export.rewrite.confirm import check_layers, confirm, linear_part
 from nbl_export.rewrite.probe_runner import ProbeRunner, relative_error
-from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove
+from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, Tolerance, prove
 from nbl_export.rewrite.replace import proven_regions, rewrite_file
 from tests.finished import PRECISIONS
 from tests.fixtures_graph import low_rank, plan_by_hand
@@ -120,6 +120,23 @@ def test_a_right_graph_is_proven_within_what_its_rounding_explains(
         # The measure is of the right size: neither a blank cheque nor a matter of luck.
         assert 0.3 < proof.output_error / proof.allowed.y < 1
         assert proof.layer == 0 or 0.2 < proof.input_error / proof.allowed.u < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "u", "y"),
+    [
+        ("fp32", 0.001, 0.001),
+        ("fp16", 0.03, 0.03),
+        ("bf16", 0.15, 0.15),
+        ("int8", 0.75, 0.3),
+        ("int4", 0.75, 0.75),
+    ],
+)
+def test_whatever_rounding_explains_a_precision_allows_no_more(name: str, u: float, y: float) -> None:
+    most = Proof(0, None, None, u, y, allowed=Tolerance(9.0, 9.0))
+    assert most.holds(PROOF_TOLERANCE[name])
+    assert not replace(most, input_error=1.001 * u).holds(PROOF_TOLERANCE[name])
+    assert not replace(most, output_error=1.001 * y).holds(PROOF_TOLERANCE[name])
 
 
 @pytest.mark.parametrize(
