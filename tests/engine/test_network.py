@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.engine.build import Network, check_graph, check_network
-from nbl_export.engine.elsewhere import write_fixed
+from nbl_export.engine.elsewhere import parsable
 from nbl_export.engine.library import Library
 from nbl_export.engine.manifest import Limits, NetworkFacts, NetworkTensor, limits, profiles
 from nbl_export.errors import BuildError, InputError
@@ -49,11 +49,9 @@ def tensors(values: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
 def test_a_network_is_what_the_graph_is(
     rtx: Library, engine_graphs: Graphs, precision: str, form: str, layers: Sequence[int]
 ) -> None:
-    path = engine_graphs(form, precision, layers)
-    write_fixed(path, path.with_name("fixed.onnx"), LENGTH)
-    path = path.with_name("fixed.onnx")
-    facts = Network(rtx, path).facts
-    proto = onnx.load(str(path))
+    with parsable(engine_graphs(form, precision, layers), LENGTH) as path:
+        facts = Network(rtx, path).facts
+        proto = onnx.load(str(path))
     ops = Count(node.op_type for node in proto.graph.node)
     kept = 5 - len(layers)
     assert facts.attention == ops["Attention"] == kept
