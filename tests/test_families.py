@@ -214,7 +214,6 @@ def test_graph(
         assert_passes(parity(case.model, plan, tmp_path / k / GRAPH, dtype))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "form"), ENGINES)
 def test_engine(
     family: str,
@@ -245,7 +244,6 @@ def test_engine(
     assert built.size > 0
 
 
-@pytest.mark.slow
 @exhaustive
 @pytest.mark.parametrize("exporter", OTHERS)
 @pytest.mark.parametrize("family", DECODERS)

@@ -173,7 +173,6 @@ def test_the_wheel_has_the_whole_package_and_nothing_else(wheel: Path) -> None:
     assert {f"{OURS[1]}{name}" for name in ("licenses/LICENSE", "entry_points.txt")} < names
 
 
-@pytest.mark.slow
 def test_an_installed_copy_works_from_any_folder(wheel: Path, tmp_path: Path) -> None:
     """Beside the packages of this environment, without its own source tree."""
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"

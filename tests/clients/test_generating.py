@@ -192,7 +192,6 @@ def by_optimum(folder: Path) -> list[int]:
     return tokens
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama-gqa", pytest.param("parallel-residual", marks=exhaustive)])
 @pytest.mark.parametrize("layers", [(0,)], ids=["one"])
 def test_optimum_generates_what_our_decoder_does(

@@ -190,7 +190,6 @@ USUALLY_OPTIMIZED = (
     "optimum-whole+ort-llama-gqa",
     "optimum+transformers-sequential-biases",
 )
-QUICK = {("llama-gqa", e) for e in ("ours-concat", "dynamo-18-sdpa", "genai-fp32", "optimum")}
 RESIDUAL = {("llama-gqa", "genai-fp32"), ("parallel-residual", "dynamo-18-sdpa"), ("fused-qkv", "optimum")}
 
 
@@ -205,11 +204,8 @@ def cases() -> Iterator[Any]:
                     fits.append("residual")
                 for fit in fits:
                     name = f"{exporter}-{family}-{k}" + ("-residual" if fit == "residual" else "")
-                    marks = (
-                        () if name in USUAL else exhaustive,
-                        () if (family, exporter) in QUICK else pytest.mark.slow,
-                    )
-                    yield pytest.param(exporter, family, layers, fit, id=name, marks=[m for m in marks if m])
+                    marks = () if name in USUAL else exhaustive
+                    yield pytest.param(exporter, family, layers, fit, id=name, marks=marks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -244,7 +240,6 @@ def test_float32(
     assert weight_bytes(source) - weight_bytes(out) >= len(layers) * 4 * (2 * WIDTH * WIDTH - WIDTH)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("exporter", "family"),
     [
@@ -290,7 +285,6 @@ def test_a_graph_that_onnxruntime_does_not_run_is_refused(
     assert not (tmp_path / "out" / GRAPH).exists()
 
 
-@pytest.mark.slow
 def test_what_the_builder_has_no_architecture_for_is_refused(graphs: Graphs) -> None:
     with pytest.raises(BuildError, match=r"cannot export GPTNeoXForCausalLM .* choose another exporter"):
         graphs("genai-fp32", "parallel-fused")
@@ -307,7 +301,6 @@ def test_weights_of_another_training_are_not_proven(graphs: Graphs, tmp_path: Pa
     assert not (tmp_path / "out" / GRAPH).exists()
 
 
-@pytest.mark.slow
 def test_the_epsilon_of_a_layer_norm_reaches_the_builder(tmp_path: Path) -> None:
     source = build("parallel-residual", tmp_path / "model", layer_norm_eps=1e-3)
     (tmp_path / "graph").mkdir()
@@ -348,7 +341,6 @@ def assert_loses_no_more(model: Any, plan: Plan, source: Path, out: Path, dtype:
     assert parity(model, plan, out / GRAPH, dtype).failures_against(own, "the unmodified graph") == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("exporter", "family"),
     [

@@ -21,7 +21,7 @@ from nbl_export.report.schema import load_report
 from nbl_export.runtime.torch import TorchEncoder
 from tests.fixtures_graph import cpu_session
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 FEW = 6
 
 

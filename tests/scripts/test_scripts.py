@@ -138,7 +138,6 @@ def test_the_page_is_of_these_rows() -> None:
 # crash ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_short_run(shared_data: Path, tmp_path: Path) -> None:
     arguments = ["--kills", "12", "--seed", "1", "--only", "foreign", "--work", str(tmp_path / "work")]
     done = subprocess.run(
