@@ -46,6 +46,7 @@ from nbl_export.batch import (
     Inputs,
 )
 from nbl_export.errors import InputError
+from nbl_export.export.experts import DENSE, LOOP, MOE
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN, GraphStates, rows_of
 from nbl_export.models.dummy_run import Entry, dummy_run
 from nbl_export.models.folder import Pooling, Task
@@ -87,6 +88,7 @@ class Form:
 
     ``outputs`` are those before the cache; ``examples`` are traced with instead of zeros. ``fused`` graphs use
     onnxruntime's own operators for attention and for residual norms. ``remedy`` is for a model that it is not for.
+    ``experts`` is the form of a mixture's experts (:mod:`.experts`).
     """
 
     name: str
@@ -101,6 +103,7 @@ class Form:
     examples: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fused: bool = False
     remedy: str = NOT_YET
+    experts: str = LOOP
 
     def capture(self, decoder: CachedDecoder) -> torch.export.ExportedProgram:
         """Trace ``decoder``; every dimension named here is dynamic.
@@ -300,7 +303,7 @@ CONCAT = Form(
     module=_Concat,
     remedy="try --kv-cache none",
 )
-SHARED = replace(CONCAT, name="shared", fused=True, remedy="use --kv-cache concat")
+SHARED = replace(CONCAT, name="shared", fused=True, remedy="use --kv-cache concat", experts=MOE)
 NONE = Form(
     "none",
     OPSETS["none"],
@@ -317,6 +320,7 @@ STATIC = Form(
     present={0: BATCH, 2: MAX},
     module=_Static,
     remedy="use --kv-cache concat",
+    experts=DENSE,
 )
 FORMS = {form.name: form for form in (CONCAT, SHARED, STATIC, NONE)}
 

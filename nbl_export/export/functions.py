@@ -2,8 +2,7 @@
 
 Attention   transformers' sdpa repeats keys and values for grouped queries; here they stay grouped. Soft-capped
             scores and attention sinks, which scaled_dot_product_attention does not support, are decomposed.
-Experts     transformers loops over the experts that received tokens, which a graph cannot do; here every expert
-            processes the tokens routed to it, none or many.
+Experts     transformers loops over the experts that received tokens, which a graph cannot do (:mod:`.experts`).
 States      state-space models and linear attention, whose loops would be traced for one length (:mod:`.recurrence`).
 Complex     rotary embeddings that multiply complex numbers, for which the exporter has few operators; here they are
             pairs of real numbers.
@@ -30,7 +29,8 @@ from typing import Any
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.export.recurrence import SYMBOLIC_DOMAIN, use_recurrences
+from nbl_export.export.experts import experts, numbered
+from nbl_export.export.recurrence import use_recurrences
 from nbl_export.models.attention import count_positions, takes_attention
 from nbl_export.models.running import replaced
 
@@ -115,62 +115,6 @@ def _decomposed(
     if sinks is not None:
         weights = weights[..., :-1]
     return (weights @ value[:, :, None]).reshape(batch, heads, sequence, value.shape[-1])
-
-
-def experts(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """Weighted sum over the experts that each token [tokens, d] is routed to: ``top_k_*`` are [tokens, k]."""
-    result = torch.zeros_like(hidden_states)
-    up, up_bias = ("gate_up_proj", "gate_up_proj_bias") if module.has_gate else ("up_proj", "up_proj_bias")
-    tokens = hidden_states.shape[0]
-    for expert in range(module.num_experts):
-        # The number of tokens per expert is known only at run time. torch.export would need minutes to reason about
-        # these numbers; with the maximum as the declared shape it need not, and no such shape stays in the graph.
-        sent = _onnx("NonZero", [top_k_index == expert], torch.long, (2, tokens))
-        token = _onnx("Gather", [sent, torch.tensor(0)], torch.long, (tokens,), axis=0)
-        indices = sent.T
-        inner = _rows(hidden_states, token)
-        inner = _project(module, up, up_bias, expert, inner)
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        output = _project(module, "down_proj", "down_proj_bias", expert, inner)
-        if module.has_post_expert_norm:
-            output = module.post_expert_norm(output)
-        weight = _onnx("GatherND", [top_k_weights, indices], top_k_weights.dtype, (tokens,))
-        output = _rows(result, token) + (output * weight[:, None]).to(result.dtype)
-        # A token is routed to an expert at most once, so ScatterND needs no reduction.
-        result = _onnx("ScatterND", [result, token[:, None], output], result.dtype, result.shape)
-    return result
-
-
-_EAGER: Mapping[str, Callable[..., torch.Tensor]] = {
-    "NonZero": lambda mask: torch.nonzero(mask).T,
-    "Gather": lambda values, index: values[index],
-    "GatherND": lambda values, indices: values[tuple(indices.T)],
-    "ScatterND": lambda values, index, new: values.index_put((index[:, 0],), new),
-}
-
-
-def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return _onnx("Gather", [values, index], values.dtype, values.shape, axis=0)
-
-
-def _onnx(
-    op: str, inputs: list[torch.Tensor], dtype: torch.dtype, shape: Any, **attributes: Any
-) -> torch.Tensor:
-    """A standard ONNX operator; ``shape`` is the shape that torch.export assumes for its result."""
-    if not torch.compiler.is_exporting():  # an eager run
-        return _EAGER[op](*inputs)
-    made: torch.Tensor = torch.onnx.ops.symbolic(
-        f"{SYMBOLIC_DOMAIN}::{op}", inputs, attributes, dtype=dtype, shape=shape
-    )
-    return made
-
-
-def _project(module: Any, name: str, bias: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-    weight: torch.Tensor = getattr(module, name)[expert]
-    y = x @ (weight if module.is_transposed else weight.T)
-    return y + getattr(module, bias)[expert] if module.has_bias else y
 
 
 @contextmanager
@@ -317,6 +261,7 @@ def _use_experts(model: Any, undo: ExitStack) -> None:
     if model._can_set_experts_implementation():
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+        undo.enter_context(numbered(model))
         ALL_EXPERTS_FUNCTIONS.register(_NAME, experts)
         undo.callback(model.set_experts_implementation, model.config._experts_implementation)
         model.set_experts_implementation(_NAME)

@@ -28,6 +28,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.export.recurrence import CHUNKED, RECURRENCE, SYMBOLIC_DOMAIN
+from nbl_export.graph.io import Nodes
 
 # Tokens of a chunk, and how often a block doubles until it is that long.
 CHUNK = 32
@@ -38,32 +39,6 @@ _LEAST = -24.0
 _END = np.iinfo(np.int64).max
 _SCANNED = ("whole", "Q", "K", "P", "U", "W")
 _NAMES = ("decay", "query", "key", "value", "beta")
-
-
-class Nodes:
-    """Nodes in order, whose results have names that begin with ``prefix``."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix, self.made = prefix, list[ir.Node]()
-
-    def __call__(
-        self,
-        op: str,
-        *inputs: ir.Value,
-        dtype: ir.DataType = ir.DataType.FLOAT,
-        named: str = "",
-        **attributes: Any,
-    ) -> ir.Value:
-        node = ir.node(
-            op, list(inputs), attributes, name=f"{self.prefix}/{named or f'{len(self.made)}.{op}'}"
-        )
-        node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(dtype)
-        self.made.append(node)
-        return node.outputs[0]
-
-    def number(self, value: Any, dtype: type = np.int64) -> ir.Value:
-        array: Any = np.array(value, dtype=dtype)
-        return self("Constant", value=ir.tensor(array), dtype=ir.DataType.from_numpy(array.dtype))
 
 
 def in_chunks(node: ir.Node) -> tuple[list[ir.Node], ir.Value, ir.Value]:

@@ -39,11 +39,12 @@ from nbl_export.batch import (
     WRITE_INDICES,
 )
 from nbl_export.errors import BuildError
+from nbl_export.export.experts import EXPERTS
 from nbl_export.export.forms import ENCODER, Form
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN
 from nbl_export.export.scans import make_scans
 from nbl_export.graph.io import external_files, int64_initializer, load_graph, save_again, save_graph
-from nbl_export.graph.operators import int_attribute, is_constant, linear_op
+from nbl_export.graph.operators import is_constant, linear_op
 from nbl_export.models.dummy_run import BlockCache
 from nbl_export.models.weights import Weight
 from nbl_export.runtime.session import check_like
@@ -114,7 +115,6 @@ def tidy(
     passes.RemoveUnusedNodesPass()(model)
     graph = model.graph
     _share_tied_weights(graph, stand_ins or StandIns([]))
-    _unstack_weights(graph)
     passes.RemoveUnusedNodesPass()(model)
     _name_weights(graph)
     _name_interface(graph, form, blocks)
@@ -131,7 +131,7 @@ def tidy(
 def _set_opset(model: ir.Model, opset: int) -> None:
     # The exporter's opset 23 graph is also valid in opset 24; some symbolic operators exist only there.
     for node in model.graph:
-        node.domain = "" if node.domain == SYMBOLIC_DOMAIN else node.domain
+        node.domain = "" if node.domain == SYMBOLIC_DOMAIN and node.op_type != EXPERTS else node.domain
         node.version = None
     model.opset_imports.pop(SYMBOLIC_DOMAIN, None)
     model.opset_imports[""] = opset
@@ -152,35 +152,6 @@ def _share_tied_weights(graph: ir.Graph, stand_ins: StandIns) -> None:
             transpose = ir.node("Transpose", [embedding], {"perm": [1, 0]})
             node.prepend(transpose)
             node.replace_input_with(1, transpose.outputs[0])
-
-
-def _unstack_weights(graph: ir.Graph) -> None:
-    """Store each expert's matrix, transposed if needed, instead of slicing it from a stack at run time."""
-    for stack in [v for v in graph.initializers.values() if v.shape is not None and len(v.shape) > 1]:
-        uses = [(usage.node, _stack_index(usage.node, usage.idx)) for usage in stack.uses()]
-        if stack.const_value is None or not uses or any(index is None for _, index in uses):
-            continue
-        weights = stack.const_value.numpy()
-        for node, index in uses:
-            array, values = weights[index], [node.outputs[0]]
-            turned = [usage.node for usage in values[0].uses()]
-            if turned and array.ndim == 2 and all(one.op_type == "Transpose" for one in turned):
-                array, values = array.T, [one.outputs[0] for one in turned]
-            weight = ir.Value(
-                name=f"{stack.name}.{index}", const_value=ir.tensor(array, name=f"{stack.name}.{index}")
-            )
-            weight.shape, weight.type = ir.Shape(array.shape), ir.TensorType(weight.const_value.dtype)  # type: ignore[union-attr]
-            graph.register_initializer(weight)
-            for replaced in values:
-                ir.convenience.replace_all_uses_with(replaced, weight)
-
-
-def _stack_index(node: ir.Node, argument: int) -> int | None:
-    """The constant index with which ``node`` slices the stack, its input ``argument``; None for any other node."""
-    index = node.inputs[1].const_value if node.op_type == "Gather" and node.inputs[1] is not None else None
-    if argument != 0 or int_attribute(node, "axis") != 0 or index is None or len(index.shape):
-        return None
-    return int(index.numpy())
 
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:  # type: ignore[type-arg]

@@ -31,6 +31,7 @@ from onnx_ir.passes import common as passes
 
 from nbl_export.batch import Inputs
 from nbl_export.errors import BuildError, InputError, NblError, first_line, interrupt_behind
+from nbl_export.export.experts import lower_experts
 from nbl_export.export.forms import CONCAT, Form
 from nbl_export.export.functions import experts_are_replaced, exportable
 from nbl_export.export.fused import fuse_norms, group_queries
@@ -74,10 +75,13 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
         stand_ins = StandIns(found)
         graph, used = _traced(model, form, task, stand_ins)
         if stand_ins.attach(graph.graph, used):
+            lower_experts(graph, model, form.experts)
             return graph
     # Something was computed with a weight while it was traced.
     with listener.task("Exporting ONNX again", 3, "steps") as task, resident(model):
-        return _traced(model, form, task, StandIns([]))[0]
+        graph = _traced(model, form, task, StandIns([]))[0]
+        lower_experts(graph, model, form.experts)
+        return graph
 
 
 def _traced(model: torch.nn.Module, form: Form, task: Task, stand_ins: StandIns) -> tuple[ir.Model, set[str]]:

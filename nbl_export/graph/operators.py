@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 MICROSOFT = "com.microsoft"
 
@@ -23,6 +23,15 @@ class LinearOp:
 
     weight: int = 1
     bias: int | None = None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The matrices of experts that a node multiplies by: ``share`` of all ``parameters`` for each token."""
+
+    parameters: int
+    bytes: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ SKIP_NORMS = {
 PACKED = frozenset({(MICROSOFT, "MatMulNBits")})
 # Products of two activations in decomposed attention.
 PRODUCTS = frozenset({"MatMul", "Einsum", "FusedMatMul"})
+# Mixtures of experts in one node, and the inputs that are their stacked matrices.
+MIXTURES = {(MICROSOFT, "MoE"): (2, 4, 6), (MICROSOFT, "QMoE"): (2, 5, 8)}
 # These read a tensor's shape, not its values: no activation flows through them.
 SHAPE_ONLY = frozenset({"Shape", "Size"})
 # These return the same values with another shape or dtype.
@@ -190,6 +201,84 @@ def captured(node: ir.Node) -> list[ir.Value]:
             reads = [v for n in graph for v in (*n.inputs, *captured(n)) if v is not None]
             found += [v for v in (*reads, *graph.outputs) if v not in inner]
     return found
+
+
+def routed(node: ir.Node) -> Routed | None:
+    """What ``node`` multiplies by, if it reads the experts of a token and not all; None for any other node.
+
+    It is a mixture in one node, a Scan over stacked experts, a Gather from them, or the product of one expert with the
+    tokens that a Split by their numbers gives it.
+    """
+    inputs = [v if v is not None and v.is_initializer() else None for v in node.inputs]
+    stacks = [v for v in inputs if v is not None and len(v.shape or ()) > 2]
+    bits, experts, k = 8, 0, None
+    if (places := MIXTURES.get(key(node))) is not None:
+        stacks = [v for i, v in enumerate(inputs) if v is not None and i in places]
+        bits = int_attribute(node, "expert_weight_bits", 4) if node.op_type == "QMoE" else 8
+        k = int_attribute(node, "k", 1)
+    elif stacks and (node.op_type == "Scan" or (node.op_type == "Gather" and inputs[0] in stacks)):
+        k = _taken(node)
+    elif linear_op(node) is not None and (split := _split_before(node)) is not None:
+        stacks, experts, k = [v for v in inputs[1:2] if v is not None], len(split.outputs), _taken(split)
+    tensors = [v.const_value for v in stacks if v.const_value is not None]
+    if not tensors or k is None:
+        return None
+    stored = sum(v.const_value.nbytes for v in inputs if v is not None and v.const_value is not None)
+    parameters = sum(tensor.size for tensor in tensors) * 8 // bits
+    return Routed(parameters, stored, k / (experts or int(tensors[0].shape.numpy()[0])))
+
+
+def _split_before(product: ir.Node) -> ir.Node | None:
+    """The Split by computed numbers whose part ``product`` reads, with other products and gates in between."""
+    for value in upstream(product.inputs[0]):
+        node = value.producer()
+        if (
+            node is not None
+            and node.op_type == "Split"
+            and len(node.inputs) > 1
+            and not is_constant(node.inputs[1])
+        ):
+            return node
+    return None
+
+
+def _taken(node: ir.Node) -> int | None:
+    """How many the nearest TopK before ``node`` takes."""
+    level, seen = [node], {node}
+    while level:
+        makers = (v.producer() for one in level for v in one.inputs if v is not None)
+        level = [maker for maker in dict.fromkeys(makers) if maker is not None and maker not in seen]
+        seen.update(level)
+        if (router := next((one for one in level if one.op_type == "TopK"), None)) is not None:
+            k = constant_tensor(router.inputs[1]) if router.inputs[1] is not None else None
+            return None if k is None else int(k.numpy().item())
+    return None
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Remove the nodes and initializers that no output depends on."""
+    while True:
+        before = set(model.graph)
+        RemoveUnusedNodesPass()(model)
+        # onnx_ir leaves what the subgraphs of a node read in use when the node is gone.
+        gone = [inner for node in before - set(model.graph) for inner in _within(node)]
+        for inner in gone:
+            for index in range(len(inner.inputs)):
+                inner.replace_input_with(index, None)
+        if not gone:
+            return
+
+
+def _within(node: ir.Node) -> Iterator[ir.Node]:
+    """The nodes of the subgraphs of ``node``."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from attribute.as_graph().all_nodes()
+
+
+def scans_weights(node: ir.Node) -> bool:
+    """Whether ``node`` is a Scan over weights, as those of experts, and not over what is computed."""
+    return node.op_type == "Scan" and any(v is not None and v.is_initializer() for v in node.inputs)
 
 
 def weight_bits(node: ir.Node) -> int:

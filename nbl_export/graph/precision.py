@@ -31,7 +31,7 @@ from onnx_ir.passes import common as passes
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import PRESENT, state_pairs
 from nbl_export.graph.io import initializer
-from nbl_export.graph.operators import captured, linear_op, weight_bits
+from nbl_export.graph.operators import captured, int_attribute, linear_op, scans_weights, weight_bits
 from nbl_export.graph.rounding import cast
 from nbl_export.graph.summary import Float32Node
 from nbl_export.settings import choices
@@ -96,7 +96,8 @@ def to_precision(
     ``wide`` names the inputs and outputs that stay float32. ``ranges`` are the largest magnitudes of the
     tensors on real text, by name (a tensor without an entry is assumed to fit). Raises :class:`BuildError`
     for a graph with control flow, and for a KV cache that the format cannot hold. A Scan over tokens, and the state
-    that it carries, stay float32: each token adds its own rounding.
+    that it carries, stay float32: each token adds its own rounding. One over weights computes in float32 with weights
+    in this format.
     """
     half = precision.dtype
     if half == F32:
@@ -116,6 +117,8 @@ def to_precision(
             value.type = ir.TensorType(half)
     for node in list(graph):
         # A node without floating-point inputs (a Cast of integers) writes float32, which its readers cast.
+        if scans_weights(node):
+            converter.narrow(node)
         if node in float32:
             converter.convert(node, F32)
         elif any(v is not None and v.dtype in (F32, half) for v in node.inputs):
@@ -142,7 +145,7 @@ def to_precision(
 def _is_control_flow(node: ir.Node) -> bool:
     kinds = {attribute.type for attribute in node.attributes.values()}
     graphs = kinds & {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}
-    return bool(graphs) and (node.op_type != "Scan" or bool(captured(node)))
+    return bool(graphs) and not scans_weights(node) and (node.op_type != "Scan" or bool(captured(node)))
 
 
 def _check_cache(
@@ -185,7 +188,12 @@ def _float32_nodes(graph: ir.Graph, precision: Precision, ranges: Mapping[str, f
     # What leads to these stays float32 too: an angle is position times frequency.
     for node in [n for n in found if n.op_type in ("Cos", "Sin")]:
         _add_ancestors(node, found)
-    for node in [n for n in found if n.op_type == "Scan"]:
+    for node in [n for n in found if scans_weights(n)]:
+        makers = (value.producer() for value in captured(node) if value.dtype == F32)
+        found |= {
+            maker: "is read within a Scan" for maker in makers if maker is not None and maker not in found
+        }
+    for node in [n for n in found if n.op_type == "Scan" and not scans_weights(n)]:
         _add_ancestors(node, found, lambda producer: bool(linear_op(producer)) or producer.op_type == "Conv")
         stack = [node.outputs[0]]
         for value in stack:  # which grows
@@ -251,9 +259,28 @@ class _Converter:
 
     def convert(self, node: ir.Node, dtype: ir.DataType) -> None:
         """Make ``node`` read ``dtype``, float32 or half precision, whatever it is given."""
+        narrowed = self.weights.values() if scans_weights(node) else ()
         for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype in (F32, self.precision.dtype) and value.dtype != dtype:
+            if value is None or value in narrowed:
+                continue
+            if value.dtype in (F32, self.precision.dtype) and value.dtype != dtype:
                 node.replace_input_with(index, self.converted(value, dtype))
+
+    def narrow(self, scan: ir.Node) -> None:
+        """Store the weights of ``scan`` in half precision; its body computes in float32 with each."""
+        body = scan.attributes["body"].as_graph()
+        carried = len(scan.inputs) - int_attribute(scan, "num_scan_inputs")
+        for index, (value, inner) in enumerate(zip(scan.inputs, body.inputs, strict=True)):
+            if value is None or not value.is_initializer() or value.dtype != F32 or index < carried:
+                continue
+            if not _representable(value, self.precision):
+                continue
+            inner.type = ir.TensorType(self.precision.dtype)
+            wide = cast(inner, F32, f"{inner.name}.as_float")
+            ir.convenience.replace_all_uses_with(inner, wide.outputs[0])
+            wide.replace_input_with(0, inner)
+            body.insert_before(body[0], wide)
+            scan.replace_input_with(index, self.converted(value, self.precision.dtype))
 
     def converted(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """``value`` in ``dtype``: a weight that is stored so, or a Cast."""

@@ -24,7 +24,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.graph.operators import MICROSOFT, constant_tensor, infer_types, int_attribute, key, upstream
+from nbl_export.graph.operators import (
+    MICROSOFT,
+    constant_tensor,
+    infer_types,
+    int_attribute,
+    key,
+    scans_weights,
+    upstream,
+)
 
 HALF, F32 = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16), ir.DataType.FLOAT
 # Operators whose output dtype is set by an attribute, whatever their inputs are.
@@ -98,7 +106,8 @@ def compute_in_float32(model: ir.Model) -> None:
         # An embedding lookup computes nothing, and a float32 table would be twice as large.
         looks_up = table is not None and table.is_initializer()
         for index, value in enumerate(node.inputs):
-            if value is None or (index == 0 and looks_up):
+            # Nor does a Scan over weights, whose body computes in float32.
+            if value is None or (index == 0 and looks_up) or (scans_weights(node) and value.is_initializer()):
                 continue
             if value.dtype in HALF and value not in wide:  # a weight
                 made = widened(value, str(value.name))

@@ -48,8 +48,11 @@ _NEEDS = {
 }
 _AXES = ("time", "height", "width")
 _NO_SELF_ATTENTION = ("cross", "encoder", "linear", "lightning", "delta", "mamba")
-# Words in the class or the name of a module that computes each token by itself.
-_MLP_WORDS = ("mlp", "feedforward", "feed_forward", "ffn", "moe", "expert")
+# What a module is given that looks at other tokens than its own.
+_OF_OTHERS = frozenset(
+    {"attention_mask", "position_ids", "position_embeddings", "position_bias", "layer_past", "cache", "cache_params"}
+    | {"past_key_value", "past_key_values", "seq_idx"}
+)
 NOT_YET = "this architecture is not supported yet"
 
 
@@ -227,6 +230,12 @@ def _self_attention(block: torch.nn.Module) -> list[str]:
     ]
 
 
+def _is_mlp(child: torch.nn.Module) -> bool:
+    """Whether the part ``child`` of a block multiplies each token by weights, by itself and more than once."""
+    products = [t for t in (*child.parameters(), *child.buffers()) if t.ndim >= 2]
+    return len(products) > 1 and not _OF_OTHERS & set(inspect.signature(child.forward).parameters)
+
+
 def mlp_modules(model: torch.nn.Module) -> dict[int, BlockModules[Mlp] | str]:
     """Of each layer its MLP, or why it has none that is found; ``stream`` is the MLP itself.
 
@@ -236,13 +245,8 @@ def mlp_modules(model: torch.nn.Module) -> dict[int, BlockModules[Mlp] | str]:
     (path, stack), family = block_stack(model), family_of(model)
     found: dict[int, BlockModules[Mlp] | str] = {}
     for index, block in enumerate(stack.children()):
-        named = [
-            name
-            for name, child in block.named_children()
-            if any(tensor.ndim >= 2 for tensor in (*child.parameters(), *child.buffers()))
-            and "norm" not in type(child).__name__.lower()
-            and any(word in _words(block, name, child) for word in _MLP_WORDS)
-        ]
+        attention = [family.attention.partition(".")[0]] if family.attention else _self_attention(block)
+        named = [n for n, child in block.named_children() if n not in attention and _is_mlp(child)]
         one = family.mlp or (named[0] if len(named) == 1 else None)
         if one is None:
             many = f"{len(named)} of its modules are MLPs where one is expected"

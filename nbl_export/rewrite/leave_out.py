@@ -15,7 +15,6 @@ import re
 from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.batch import EMBEDDINGS, MASK, TOKENS
 from nbl_export.blocks import Block, described
@@ -23,7 +22,7 @@ from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import KVPair, state_pairs
 from nbl_export.graph.cores import roles
 from nbl_export.graph.io import int64_initializer
-from nbl_export.graph.operators import MICROSOFT, SKIP_NORMS, is_constant, key, readers
+from nbl_export.graph.operators import MICROSOFT, SKIP_NORMS, is_constant, key, readers, remove_unused
 
 # Operators of ONNX whose output is zeros where their first input is.
 _ZEROS_STAY = frozenset(
@@ -54,7 +53,7 @@ def leave_out(model: ir.Model, layer: Block, y: ir.Value, later: ir.Value | None
     for value in zeros:  # which grows
         for use in tuple(value.uses()):
             zeros += _without(use.node, value, later, model.opset_imports[""])
-    RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     producer = y.producer()
     if producer is not None and producer.graph is not None and (y.uses() or y.is_graph_output()):
         reader = next((use.node for use in y.uses()), None)
@@ -124,7 +123,7 @@ def remove_pairs(model: ir.Model, removed: Collection[int], pairs: Sequence[KVPa
     places = _places(pairs)
     for value in (v for pair in gone for v in pair.present):
         graph.outputs.remove(value)
-    RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     for pair in gone:
         for number, value in enumerate((*pair.past, *pair.present)):
             twin = (*retained[0].past, *retained[0].present)[number] if retained else None
@@ -133,7 +132,7 @@ def remove_pairs(model: ir.Model, removed: Collection[int], pairs: Sequence[KVPa
                     usage.node.replace_input_with(0, twin)
                 elif usage.node.op_type == "Shape":
                     _compute_shape(model, usage.node, pair.geometry(number % 2), grown=number > 1)
-    RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     for value in (v for pair in gone for v in pair.past):
         if left := [f"{u.node.op_type} ({u.node.name})" for u in value.uses()]:
             raise BuildError(f"{value.name} cannot be removed: a {left[0]} still reads it.")

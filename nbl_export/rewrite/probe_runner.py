@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch import PIXELS, TOKENS, rows_of_batch
-from nbl_export.graph.io import load_graph
 from nbl_export.graph.rounding import nudge, nudged_values
 from nbl_export.linearize.plan import Plan
-from nbl_export.rewrite.routers import tell, told_ranks
+from nbl_export.rewrite.routers import load_routed, tell, told_ranks
 from nbl_export.runtime.intermediates import Arrays, compute_tensors, prefill_rows, unbatched
 
 # Tensors by name, of each row.
@@ -46,7 +45,7 @@ class ProbeRunner:
         :meth:`split`. Returns for each row its tensors by name, in the graph's shapes, half
         precision as float32. Raises :class:`~nbl_export.errors.InputError` if onnxruntime does not run the graph.
         """
-        model = load_graph(self.path)
+        model = load_routed(self.path)
         rows = [_backwards(row) for row in self.rows] if other_tokens else self.rows
         feeds: list[Arrays] = prefill_rows(model, rows)
         dtypes = {v.name: v.dtype for node in model.graph for v in node.outputs}

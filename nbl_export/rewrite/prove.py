@@ -29,14 +29,13 @@ from numpy.typing import NDArray
 
 from nbl_export.blocks import Block
 from nbl_export.errors import BuildError
-from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import SKIP_NORMS, captured, constant_tensor, key
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.regions import Output, Region, later_bias
 from nbl_export.graph.summary import ProofErrors, ProvenTensors
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite.probe_runner import Found, ProbeRunner
-from nbl_export.rewrite.routers import shortfalls, told_scores
+from nbl_export.rewrite.routers import load_routed, shortfalls, told_scores
 
 _C = TypeVar("_C")
 _INFINITE = float("inf")
@@ -191,7 +190,7 @@ class _Proving:
         self.regions, self.plan, self.precision = {r.layer: r for r in regions}, plan, precision
         self.tolerance = PROOF_TOLERANCE[precision.name]
         self.runner = ProbeRunner(path, plan, progress)
-        self.scores = told_scores(load_graph(path), plan.probe_routes)
+        self.scores = told_scores(load_routed(path), plan.probe_routes)
         self.lent = {v for region in regions for v in region.lent}
         self.routers: list[tuple[float, float]] = []
         self.own: Found = []

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.blocks import Block, as_json, attentions, part_of
 from nbl_export.errors import BuildError, InputError
@@ -34,7 +33,7 @@ from nbl_export.graph.cache import KV_LAYERS_KEY, LAYERS_KEY, kv_layers, kv_pair
 from nbl_export.graph.cores import remember_roles
 from nbl_export.graph.facts import summarize
 from nbl_export.graph.io import initializer, load_graph, save_graph
-from nbl_export.graph.operators import infer_types, weight_bits
+from nbl_export.graph.operators import infer_types, remove_unused, weight_bits
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.regions import Region, find_regions
 from nbl_export.graph.summary import (
@@ -168,7 +167,7 @@ def proven_regions(source: Path, plan: Plan, listener: Listener | None = None) -
     """Steps 1 and 2 for the graph at ``source``; the errors are those of :func:`rewrite_file`."""
     model = load_graph(source)
     before = summarize(model, source)
-    RemoveUnusedNodesPass()(model)  # dead nodes of the exporter would disturb the search
+    remove_unused(model)  # dead nodes of the exporter would disturb the search
     found = find_regions(model)
     planned = planned_attentions(model, found, plan)
     every = [*planned, *planned_mlps(model, planned, plan)]
@@ -192,7 +191,7 @@ def rewritten_model(found: ProvenGraph, plan: Plan) -> ir.Model:
     infer_types(model)
     for layer in plan.linear:
         _insert(model, layer, proofs[layer], regions[layer].projection, plan)
-    RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     for layer in plan.dropped:
         y = proofs[layer].proven[1]
         leave_out(model, layer, y.value, y.later)

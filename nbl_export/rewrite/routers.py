@@ -7,26 +7,87 @@
 Where rounding sends one token to another expert, its stream is another one, and no longer says whether the graph is of
 the plan's model. So the graph is run with PyTorch's choices, and each choice is judged by itself: the graph's own score
 for it may fall short of those that it prefers by no more than rounding moves a score of that router.
+
+A mixture in one node (``MoE``, ``QMoE``) chooses by itself. It is given the scores of the k largest alone, and the
+smallest number for the others, which it does not choose: what it computes stays the same, and its router is a TopK.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.batch import moved, shortfall
-from nbl_export.graph.operators import infer_types, int_attribute
+from nbl_export.graph.io import Nodes, load_graph
+from nbl_export.graph.operators import MIXTURES, constant_tensor, infer_types, int_attribute, key, upstream
 
 # Of the scores' size, beside what is measured.
 _FLOAT32 = 1e-3
+# Less than any score, also in half precision.
+_LEAST = -6e4
+# The input of a mixture with the weights of its experts, where these are not made of the scores.
+_WEIGHTS = 14
+
+
+def load_routed(path: Path) -> ir.Model:
+    """The graph at ``path``; every mixture in it is told by a TopK which experts to take."""
+    model = load_graph(path)
+    for node in [n for n in model.graph if _chooses(n)]:
+        _choose_before(node)
+    return model
+
+
+def is_routed(model: ir.Model) -> bool:
+    """Whether ``model`` sends tokens to experts."""
+    return bool(routers(model)) or any(_chooses(node) for node in model.graph)
 
 
 def routers(model: ir.Model) -> list[ir.Node]:
     """The operators that take the largest scores [tokens, …, n], in the order in which the model runs."""
     return [node for node in model.graph if node.op_type == "TopK" and not node.domain]
+
+
+def _chooses(node: ir.Node) -> bool:
+    """Whether ``node`` is a mixture that takes the largest of its scores, and was not given a choice."""
+    if key(node) not in MIXTURES or int_attribute(node, "use_sparse_mixer"):
+        return False
+    makers = (value.producer() for value in upstream(node.inputs[1]))
+    first = next((m for m in makers if m is None or m.op_type != "Cast"), None)
+    return first is None or first.op_type != "ScatterElements"
+
+
+def _choose_before(node: ir.Node) -> None:
+    scores, y = node.inputs[1], node.outputs[0]
+    assert scores is not None
+    make = Nodes(f"{y.name}.router")
+    values = make("TopK", scores, make.number([int_attribute(node, "k", 1)]), outputs=2, dtype=scores.dtype)
+    places = make.made[-1].outputs[1]
+    values.shape, places.type = scores.shape, ir.TensorType(ir.DataType.INT64)
+    least = make("Expand", make.number(_LEAST, np.float32), make("Shape", scores, dtype=places.dtype))
+    least = make("CastLike", least, scores, dtype=scores.dtype)
+    told = make("ScatterElements", least, places, values, axis=-1, dtype=scores.dtype)
+    node.replace_input_with(1, told)
+    node.prepend(make.made)
+    if int_attribute(node, "normalize_routing_weights") or len(node.inputs) > _WEIGHTS:
+        return
+    # The weights are shares of all experts, and would be shares of those that are taken.
+    node.attributes["normalize_routing_weights"] = ir.AttrInt64("normalize_routing_weights", 1)
+    make, uses = Nodes(f"{y.name}.shares"), list(y.uses())
+    shares = make(
+        "GatherElements", make("Softmax", scores, dtype=scores.dtype), places, axis=-1, dtype=scores.dtype
+    )
+    total = make("ReduceSum", shares, make.number([-1]), dtype=scores.dtype)
+    shape = make(
+        "Concat", make("Shape", y, end=-1, dtype=places.dtype), make.number([1]), axis=0, dtype=places.dtype
+    )
+    result = make("Mul", y, make("Reshape", total, shape, dtype=scores.dtype), dtype=scores.dtype)
+    for use in uses:
+        use.node.replace_input_with(use.idx, result)
+    node.append(make.made)
 
 
 def places_of(router: ir.Node) -> str:
@@ -48,6 +109,9 @@ def told_ranks(model: ir.Model, routes: Mapping[int, NDArray[np.int64]]) -> dict
         shape = node.inputs[0].shape if node.inputs[0] is not None else None
         rank = len(shape or ())
         if rank - routes[number].ndim not in (0, 1) or int_attribute(node, "axis", -1) % rank != rank - 1:
+            return {}
+        k = constant_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+        if k is not None and k.numpy().item() != routes[number].shape[-1]:
             return {}
         ranks[places_of(node)] = rank
     return ranks

@@ -33,7 +33,7 @@ from nbl_export.models.layers import positions
 from nbl_export.models.media_tokens import MediaTokens, seeing
 from nbl_export.models.weights import device_of, in_precision, resident, room
 from nbl_export.progress import Listener
-from nbl_export.rewrite.routers import routers
+from nbl_export.rewrite.routers import is_routed
 from nbl_export.runtime.ort import OrtModel, ort_stream
 from nbl_export.runtime.session import run_session
 from nbl_export.runtime.torch import TorchEncoder
@@ -160,7 +160,7 @@ def decoder_parity(case: DecoderCase, found: Measurement) -> DecoderParity:
     """The graph in onnxruntime against PyTorch with the plan in place, by the gates of the graph's precision."""
     precision, listener = case.precision, case.listener
     text, crossings = parity_text(case, cached=not interface_of(case.graph).cacheless)
-    routed = not precision.quantized and bool(routers(case.graph))
+    routed = not precision.quantized and is_routed(case.graph)
     reference = Reference(case.model, case.plan, text, precision, listener, routed)
     run = partial(record_graph, case, case.rewritten, text, watched=True)
     graph = run()

@@ -39,7 +39,7 @@ from nbl_export.models.running import accepted_arguments, cache_argument
 from nbl_export.models.walk import Segment, through
 from nbl_export.models.weights import device_of, in_precision, resident, room, weights_like
 from nbl_export.progress import Listener
-from nbl_export.rewrite.routers import places_of, routers
+from nbl_export.rewrite.routers import load_routed, places_of, routers
 from nbl_export.runtime.ort import Watch
 from nbl_export.runtime.stream import KV
 from nbl_export.settings.choices import FitInput
@@ -313,7 +313,7 @@ def choices_as_outputs(path: Path) -> Iterator[tuple[Path, Watch | None]]:
 
     A graph without routers is itself, and nothing is watched.
     """
-    model = load_graph(path)
+    model = load_routed(path)
     if not (found := routers(model)):
         yield path, None
         return

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from nbl_export.export.tidy import sliced_lm_head
 from nbl_export.graph.branches import mlp_regions
 from nbl_export.graph.cache import kv_bytes_per_token, kv_pairs, pair_bytes_per_token
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.operators import weight_shape
+from nbl_export.graph.operators import captured, routed, weight_shape
 from nbl_export.graph.regions import Region, find_regions
 from nbl_export.linearize.plan import Plan
 from nbl_export.machine import cores
@@ -61,7 +61,7 @@ def graph_cost(path: Path) -> GraphCost:
     macs = read = last_macs = last_bytes = 0
     for node in model.graph:
         shape = weight_shape(node)
-        if shape is not None:
+        if shape is not None and routed(node) is None:
             size = weight_bytes(node)
             macs += shape[0] * shape[1]
             read += size
@@ -70,7 +70,19 @@ def graph_cost(path: Path) -> GraphCost:
     # Both products of an attention have the width of what its output projection reads.
     widths = [weight_shape(r.projection) for r in find_regions(model) if isinstance(r, Region)]
     attention = sum(2 * width[0] for width in widths if width is not None)
-    return GraphCost(macs, attention, read, kv_bytes_per_token(model), last_macs, last_bytes)
+    counted = GraphCost(macs, attention, read, kv_bytes_per_token(model), last_macs, last_bytes)
+    return _with_experts(counted, model.graph)
+
+
+def _with_experts(cost: GraphCost, nodes: Iterable[ir.Node]) -> GraphCost:
+    """``cost`` with the experts among ``nodes``: of each token, those that it is sent to."""
+    found = [one for node in nodes if (one := routed(node)) is not None]
+    if not found:
+        return cost
+    used = sum(one.parameters * one.share for one in found)
+    share = used / sum(one.parameters for one in found)
+    size = cost.expert_bytes + sum(one.bytes for one in found)
+    return replace(cost, weight_macs=cost.weight_macs + round(used), expert_bytes=size, expert_share=share)
 
 
 def weight_bytes(node: ir.Node, least_rank: int = 1) -> int:
@@ -131,7 +143,7 @@ class Savings:
 
     def weight_bytes(self, linear: Iterable[Block] = ()) -> int:
         """Bytes of the weights with these blocks ``linear``."""
-        return self.stored - self.graph.weight_bytes + self.left(linear).weight_bytes
+        return self.stored - self.graph.stored_bytes + self.left(linear).stored_bytes
 
     def kv_bytes(self, linear: Iterable[Block] = ()) -> int:
         """Bytes of the KV cache that the largest workload fills."""
@@ -171,7 +183,10 @@ def block_savings(model: ir.Model, plan: Plan, rank: int | None = None) -> dict[
         if not isinstance(region, Region):
             continue
         nodes = dict.fromkeys((*region.linear_nodes, region.projection))
-        shapes = {node: shape for node in nodes if (shape := weight_shape(node)) is not None}
+        experts = [node for node in _between(region) if routed(node)]
+        shapes = {
+            node: shape for node in nodes if (shape := weight_shape(node)) is not None and node not in experts
+        }
         macs = sum(rows * columns for rows, columns in shapes.values())
         last, products, cache = shapes.get(region.projection), 0, 0
         # W is stored as the block's last matrix is.
@@ -179,9 +194,21 @@ def block_savings(model: ir.Model, plan: Plan, rank: int | None = None) -> dict[
         if isinstance(region.layer, int):
             products = 2 * last[0] if last else 0
             cache = pair_bytes_per_token(pairs[region.pair]) if region.pair is not None else 0
-        size = round(sum(map(weight_bytes, nodes)) - of_w)
-        saved[region.layer] = GraphCost(macs - w, products, size, cache)
+        size = round(sum(weight_bytes(node) for node in nodes if node not in experts) - of_w)
+        saved[region.layer] = _with_experts(GraphCost(macs - w, products, size, cache), experts)
     return saved
+
+
+def _between(region: Region) -> list[ir.Node]:
+    """The nodes of an MLP, from x to y; none of an attention."""
+    found: dict[ir.Node, None] = {}
+    stack = [] if isinstance(region.layer, int) else [region.outputs[0].value]
+    while stack:
+        node = stack.pop().producer()
+        if node is not None and node not in found:
+            found[node] = None
+            stack += [v for v in (*node.inputs, *captured(node)) if v is not None and v not in region.inputs]
+    return list(found)
 
 
 # machines -----------------------------------------------------------------------------------------

@@ -57,7 +57,10 @@ class Machine:
 class GraphCost:
     """Per token: multiply-adds with constant weights, multiply-adds of attention per token of context,
     bytes of weights read, bytes of KV cache per token of context; and those multiply-adds and bytes of weights that
-    only the last token of a prefill needs, since they make its logits."""
+    only the last token of a prefill needs, since they make its logits.
+
+    ``expert_bytes`` are those of all experts. Each token reads ``expert_share`` of them, others or the same ones.
+    """
 
     weight_macs: int
     attention_macs_per_context: int
@@ -65,16 +68,28 @@ class GraphCost:
     kv_bytes_per_token: int
     last_macs: int = 0
     last_bytes: int = 0
+    expert_bytes: int = 0
+    expert_share: float = 0.0
 
     def __sub__(self, saved: GraphCost) -> GraphCost:
-        return GraphCost(*(getattr(self, f.name) - getattr(saved, f.name) for f in fields(GraphCost)))
+        left = {f.name: getattr(self, f.name) - getattr(saved, f.name) for f in fields(GraphCost)}
+        return GraphCost(**left | {"expert_share": self.expert_share})
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of weights that are in memory, read or not."""
+        return self.weight_bytes + self.expert_bytes
+
+    def read_bytes(self, tokens: int) -> float:
+        """Bytes of weights that ``tokens`` are expected to read, each sent to experts by chance."""
+        return self.weight_bytes + self.expert_bytes * (1 - (1 - self.expert_share) ** tokens)
 
     def prefill(self, tokens: int, batch: int = 1) -> list[Work]:
         """A prefill of ``batch`` rows of ``tokens``: attention over the full square, as runtimes compute it."""
         every = self.weight_macs - self.last_macs
         rows = batch * tokens
         return [
-            (rows * every, self.weight_bytes - self.last_bytes),
+            (rows * every, self.read_bytes(rows) - self.last_bytes),
             (batch * self.last_macs, self.last_bytes),
             (rows * tokens * self.attention_macs_per_context, rows * self.kv_bytes_per_token),
         ]
@@ -83,7 +98,7 @@ class GraphCost:
         """One token for each of ``batch`` rows after ``context`` tokens."""
         cache = batch * context
         return [
-            (batch * self.weight_macs, self.weight_bytes),
+            (batch * self.weight_macs, self.read_bytes(batch)),
             (cache * self.attention_macs_per_context, cache * self.kv_bytes_per_token),
         ]
 

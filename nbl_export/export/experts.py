@@ -1,0 +1,424 @@
+"""Write the experts of a mixture: one operator while a model is traced, then the form that suits where it will run.
+
+    x [tokens, d], places and weights [tokens, k] of the experts of each token ─► Experts ─► y [tokens, d]
+
+The size of a graph does not grow with the number of experts: their weights stay stacked, [experts, …].
+
+moe     ``com.microsoft.MoE``, which onnxruntime has; for SwiGLU, clamped or not.
+loop    A Scan over the experts, each of which computes the tokens that were sent to it. Standard operators. Few experts
+        are a product each instead, which onnxruntime computes faster.
+dense   For TensorRT, whose loops have no sizes that follow from the numbers. As many experts as there are places, one
+        token each; or where that would be more than all, all experts with all tokens.
+
+What one expert computes is traced by itself, with its weights as inputs, and is put into a form as often as it needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from nbl_export.export.recurrence import SYMBOLIC_DOMAIN
+from nbl_export.graph.io import Nodes, initializer
+from nbl_export.graph.operators import MICROSOFT
+from nbl_export.models.running import quiet
+
+EXPERTS = "Experts"
+MOE, LOOP, DENSE = "moe", "loop", "dense"
+# As many are a product each: measured by scripts/bench_experts.py.
+_FEW = 16
+# What a router's softmax makes nothing of, in every precision.
+_NEVER = -1e4
+_INT: Any = {"dtype": ir.DataType.INT64}
+
+
+# traced -------------------------------------------------------------------------------------------
+
+
+def experts(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Weighted sum over the experts that each token [tokens, d] is routed to: ``top_k_*`` are [tokens, k]."""
+    weights = list(_weights(module).values())
+    if torch.compiler.is_exporting():
+        found: torch.Tensor = torch.onnx.ops.symbolic(
+            f"{SYMBOLIC_DOMAIN}::{EXPERTS}",
+            [hidden_states, top_k_index, top_k_weights, *weights],
+            {"module": _NUMBERS[id(module)]},
+            dtype=hidden_states.dtype,
+            shape=hidden_states.shape,
+        )
+        return found
+    result, expert = torch.zeros_like(hidden_states), _Expert(module)
+    for number in range(module.num_experts):
+        token, place = torch.nonzero(top_k_index == number, as_tuple=True)
+        own = [_turned(w, module)[number : number + 1] for w in weights]
+        y = expert(hidden_states[None, token], own)[0] * top_k_weights[token, place, None]
+        result.index_add_(0, token, y.to(result.dtype))
+    return result
+
+
+# Of the model that is being traced: the number of each module with experts, by which the graph knows it.
+_NUMBERS: dict[int, int] = {}
+
+
+@contextmanager
+def numbered(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block, :func:`experts` of ``model`` can be traced."""
+    _NUMBERS.update((id(module), number) for number, module in enumerate(model.modules()))
+    try:
+        yield
+    finally:
+        _NUMBERS.clear()
+
+
+def _weights(module: Any) -> dict[str, torch.Tensor]:
+    """The parameters of the experts ``module``, those that multiply first, all by experts or the same for all."""
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    found = {name: getattr(module, name) for name in names}
+    if module.has_bias:
+        found |= {f"{name}_bias": getattr(module, f"{name}_bias") for name in names}
+    if module.has_post_expert_norm:
+        found |= {f"post_expert_norm.{n}": p for n, p in module.post_expert_norm.named_parameters()}
+    return found
+
+
+def _turned(weight: torch.Tensor, module: Any) -> torch.Tensor:
+    """``weight`` as an expert reads it: matrices [experts, inputs, outputs], biases [experts, 1, outputs]."""
+    if weight.ndim == 3:
+        return weight if module.is_transposed else weight.mT
+    return weight[:, None] if weight.ndim == 2 else weight
+
+
+class _Expert(torch.nn.Module):
+    """What one expert computes of [experts, tokens, d], with its weights as inputs."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.of = [module]  # whose parameters are not this one's
+
+    def forward(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        module, (up, down, *others) = self.of[0], weights
+        biases = others[:2] if module.has_bias else (None, None)
+        inner = _plus(x @ up, biases[0])
+        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        y = _plus(inner @ down, biases[1])
+        if module.has_post_expert_norm:
+            own = dict(zip(dict(module.post_expert_norm.named_parameters()), others[-1:], strict=True))
+            y = torch.func.functional_call(module.post_expert_norm, own, (y,))
+        return y
+
+
+def _plus(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return y if bias is None else y + bias
+
+
+def _body(module: Any, opset: int) -> ir.Graph:
+    """What an expert of ``module`` computes: inputs x [n, tokens, d] or [1, tokens, d] and n experts' weights."""
+    shapes = [_turned(weight, module).shape for weight in _weights(module).values()]
+    # Sizes of 0 or 1 would become constants.
+    weights = [
+        torch.empty(2, *shape[1:], device="meta") if len(shape) > 1 else torch.empty(shape)
+        for shape in shapes
+    ]
+    x, free = torch.empty(2, 3, shapes[0][1], device="meta"), torch.export.Dim.DYNAMIC
+    named = [{0: free} if weight.ndim > 1 else None for weight in weights]
+    with quiet(), torch.no_grad():
+        program = torch.export.export(
+            _Expert(module), (x, weights), dynamic_shapes=({0: free, 1: free}, named), strict=False
+        )
+        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+    assert exported is not None
+    return exported.model.graph
+
+
+# lowered ------------------------------------------------------------------------------------------
+
+
+def lower_experts(model: ir.Model, of: torch.nn.Module, form: str) -> None:
+    """Replace every :data:`EXPERTS` in ``model``, the graph of the module ``of``, by nodes of the ``form``."""
+    modules, bodies, graph = list(of.modules()), dict[str, ir.Graph](), model.graph
+    for node in [n for n in graph if n.op_type == EXPERTS]:
+        module: Any = modules[node.attributes["module"].as_int()]
+        make = Nodes(str(node.name))
+        x, places, weights, *stacks = (value for value in node.inputs if value is not None)
+        sent = _Sent(make, x, places, weights, module.num_experts)
+        if form == MOE and (swiglu := _swiglu(module)) is not None:
+            y = _moe(sent, [_for_moe(graph, stack, module) for stack in stacks], swiglu)
+            model.opset_imports[MICROSOFT] = 1
+        else:
+            key = repr((module, [v for v in vars(module).values() if isinstance(v, (int, float))]))
+            if key not in bodies:
+                bodies[key] = _body(module, int(model.opset_imports[""]))
+            lowered = _dense if form == DENSE else _each if module.num_experts <= _FEW else _loop
+            y = lowered(sent, [_for_product(graph, stack, module) for stack in stacks], bodies[key])
+        old = node.outputs[0]
+        y.name, y.shape, y.type = old.name, old.shape, old.type
+        node.append(make.made)
+        ir.convenience.replace_all_uses_with(old, y, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        for stack in stacks:
+            if not stack.uses():
+                graph.initializers.pop(str(stack.name), None)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Tokens ``x`` [tokens, d] and the ``places`` and ``weights`` [tokens, k] of the ``experts`` each is sent to."""
+
+    make: Nodes
+    x: ir.Value
+    places: ir.Value
+    weights: ir.Value
+    experts: int
+
+    @property
+    def k(self) -> int:
+        assert self.places.shape is not None and isinstance(self.places.shape[-1], int)
+        return self.places.shape[-1]
+
+    def spread(self, value: ir.Value, elsewhere: float) -> ir.Value:
+        """``value`` [tokens, k] at the places of [tokens, experts], and ``elsewhere`` there."""
+        make = self.make
+        shape = make(
+            "Concat", make("Shape", self.places, end=1, **_INT), make.number([self.experts]), axis=0, **_INT
+        )
+        base = make("Expand", make.number(elsewhere, np.float32), shape)
+        return make("ScatterElements", base, self.places, value, axis=1)
+
+
+def _changed(
+    graph: ir.Graph, stack: ir.Value, suffix: str, change: Callable[[NDArray[Any]], NDArray[Any]]
+) -> ir.Value:
+    """A weight with the numbers of ``stack``, in another order; made when it is read."""
+    tensor, name = stack.const_value, f"{stack.name}.{suffix}"
+    assert tensor is not None
+    if (known := graph.initializers.get(name)) is not None:
+        return known
+
+    def made() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(change(tensor.numpy())), name=name)
+
+    shape = change(
+        np.lib.stride_tricks.as_strided(np.zeros(1, np.bool_), tensor.shape.numpy(), [0] * len(tensor.shape))
+    ).shape
+    # onnx_ir's annotation asks for a class of its own, its code for the protocol.
+    lazy = ir.LazyTensor(made, dtype=tensor.dtype, shape=ir.Shape(shape), name=name)  # type: ignore[arg-type]
+    return initializer(graph, lazy, name)
+
+
+def _for_product(graph: ir.Graph, stack: ir.Value, module: Any) -> ir.Value:
+    """``stack`` as :func:`_turned` has it."""
+    rank = len(stack.shape or ())
+    if rank == 2:
+        return _changed(graph, stack, "rows", lambda array: array[:, None])
+    turned = rank == 3 and not module.is_transposed
+    return _changed(graph, stack, "turned", lambda array: array.swapaxes(1, 2)) if turned else stack
+
+
+# moe ----------------------------------------------------------------------------------------------
+
+
+def _swiglu(module: Any) -> dict[str, Any] | None:
+    """The attributes of onnxruntime's SwiGLU that computes what ``module`` does between its products, or None."""
+    if not module.has_gate or module.has_post_expert_norm:
+        return None
+    gate, up = (
+        torch.linspace(-20, 20, 401)[torch.randperm(401, generator=torch.Generator().manual_seed(n))]
+        for n in (0, 1)
+    )
+    large = torch.full((1,), 1e4)
+
+    def gated(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([g, u]) if module.is_concatenated else torch.stack([g, u], -1).reshape(-1)
+        return module._apply_gate(both[None])[0]  # type: ignore[no-any-return]
+
+    with torch.inference_mode():
+        found, most = gated(gate, up), float(gated(large, large))
+        for alpha, beta in ((1.0, 0.0), (1.702, 1.0)):
+            limit = (math.sqrt(beta * beta + 4 * most) - beta) / 2  # most = limit (limit + beta)
+            g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
+            if torch.allclose(found, g * torch.sigmoid(alpha * g) * (u + beta), rtol=1e-5, atol=1e-6):
+                known = {"activation_alpha": alpha, "activation_beta": beta}
+                return known if limit > 5e3 else {**known, "swiglu_limit": limit}
+    return None
+
+
+def _for_moe(graph: ir.Graph, stack: ir.Value, module: Any) -> ir.Value:
+    """``stack`` [experts, outputs, inputs] or [experts, outputs], gate and up interleaved."""
+    assert stack.shape is not None
+    first = "gate_up" in str(stack.name) and module.is_concatenated
+
+    def change(array: NDArray[Any]) -> NDArray[Any]:
+        if array.ndim == 3 and module.is_transposed:
+            array = array.swapaxes(1, 2)
+        if not first:
+            return array
+        count, rows, *others = array.shape
+        return array.reshape(count, 2, rows // 2, *others).swapaxes(1, 2).reshape(array.shape)
+
+    return (
+        _changed(graph, stack, "moe", change)
+        if first or (module.is_transposed and len(stack.shape) == 3)
+        else stack
+    )
+
+
+def _moe(sent: _Sent, stacks: Sequence[ir.Value], swiglu: Mapping[str, Any]) -> ir.Value:
+    """The operator takes a softmax of scores, the k largest of it, and weights that sum to 1.
+
+    So the scores are the logarithms of the weights, and what it gives is multiplied by their sum.
+    """
+    make, axis = sent.make, sent.make.number([1])
+    positive = make("Max", sent.weights, make.number(1e-30, np.float32))
+    shares = make("Div", positive, make("ReduceMax", positive, axis))
+    scores = sent.spread(make("Log", shares), _NEVER)
+    up, down, *biases = [*stacks, None, None][:4]
+    told = {
+        "k": sent.k,
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "normalize_routing_weights": 1,
+        **swiglu,
+    }
+    y = make("MoE", sent.x, scores, up, biases[0], down, biases[1], domain=MICROSOFT, **told)
+    return make("Mul", y, make("ReduceSum", sent.weights, axis))
+
+
+# loop, and each -----------------------------------------------------------------------------------
+
+
+def _sorted(sent: _Sent) -> tuple[ir.Value, ...]:
+    """What is sent, n in all, sorted by expert: tokens [n], places [n, 2], and [experts] how many; x and weights."""
+    make, zero, one = sent.make, sent.make.number([0]), sent.make.number([1])
+    numbers = make.number(np.arange(sent.experts)[:, None, None])
+    same = make("Equal", make("Unsqueeze", sent.places, zero, **_INT), numbers, dtype=ir.DataType.BOOL)
+    found = make("NonZero", same, **_INT)
+    counts = make("ReduceSum", make("Cast", same, to=7, **_INT), make.number([1, 2]), keepdims=0, **_INT)
+    token = make("Gather", found, make.number(1), axis=0, **_INT)
+    where = make("Transpose", make("Slice", found, one, make.number([3]), zero, **_INT), perm=[1, 0], **_INT)
+    rows = make("Gather", sent.x, token, axis=0)
+    weights = make("Unsqueeze", make("GatherND", sent.weights, where), one)
+    return token, where, counts, rows, weights
+
+
+def _each(sent: _Sent, stacks: Sequence[ir.Value], body: ir.Graph) -> ir.Value:
+    """A product for each expert, whose weights onnxruntime can prepare."""
+    make, zero, one = sent.make, sent.make.number([0]), sent.make.number([1])
+    _, where, counts, rows, weights = _sorted(sent)
+    graph = stacks[0].graph
+    make("Split", make("Unsqueeze", rows, zero), counts, axis=1, outputs=sent.experts)
+    parts = []
+    for number, part in enumerate(make.made[-1].outputs):
+        own = [_changed(graph, stack, str(number), lambda a, n=number: a[n]) for stack in stacks]  # type: ignore[arg-type,misc]
+        parts.append(_inline(body, [part, *own], make))
+    y = make("Mul", make("Squeeze", make("Concat", *parts, axis=1), zero), weights)
+    shape = make(
+        "Concat", make("Shape", sent.places, **_INT), make("Shape", sent.x, start=1, **_INT), axis=0, **_INT
+    )
+    nothing = make("Expand", make.number(0.0, np.float32), shape)
+    return make("ReduceSum", make("ScatterND", nothing, where, y), one, keepdims=0)
+
+
+def _loop(sent: _Sent, stacks: Sequence[ir.Value], body: ir.Graph) -> ir.Value:
+    make = sent.make
+    token, _, counts, rows, weights = _sorted(sent)
+    ends = make("CumSum", counts, make.number(0), **_INT)
+    starts = make("Sub", ends, counts, **_INT)
+    nothing = make("Expand", make.number(0.0, np.float32), make("Shape", sent.x, **_INT))
+    within = Nodes(f"{make.prefix}/expert")
+
+    def given(name: str, like: ir.Value) -> ir.Value:
+        return ir.Value(name=f"{within.prefix}/{name}", type=ir.TensorType(like.dtype or ir.DataType.FLOAT))
+
+    before, start, end = given("sum", nothing), given("start", starts), given("end", ends)
+    scanned = [stack for stack in stacks if len(stack.shape or ()) > 1]
+    own = {stack: given(f"weight.{n}", stack) for n, stack in enumerate(scanned)}
+    zero, flat = within.number([0]), within.number([-1])
+    limits = [within("Reshape", value, flat, **_INT) for value in (start, end)]
+    cut = [within("Slice", v, *limits, zero, dtype=v.dtype) for v in (rows, weights, token)]
+    y = _inline(
+        body, [within("Unsqueeze", cut[0], zero), *(own.get(stack, stack) for stack in stacks)], within
+    )
+    y = within("Mul", within("Squeeze", y, zero), cut[1])
+    y = within("Add", within("Gather", before, cut[2], axis=0), y)
+    after = within("ScatterND", before, within("Unsqueeze", cut[2], within.number([1]), **_INT), y)
+    inner = ir.Graph([before, start, end, *own.values()], [after], nodes=within.made, name="expert")
+    return make("Scan", nothing, starts, ends, *scanned, body=inner, num_scan_inputs=2 + len(scanned))
+
+
+# dense --------------------------------------------------------------------------------------------
+
+
+def _dense(sent: _Sent, stacks: Sequence[ir.Value], body: ir.Graph) -> ir.Value:
+    """All in sizes that follow from the number of tokens t alone, n = t k being fewer than all E experts or not:
+
+    few   n experts with one token each      weights [n, 1, 1]     y [1, t, k, d] summed over k
+    many  E experts with all t tokens        weights [E, t, 1]     y [E, t, 1, d] summed over experts
+    """
+    make, zero, one = sent.make, sent.make.number([0]), sent.make.number([1])
+    flat, every, k = make.number([-1]), make.number([sent.experts]), make.number([sent.k])
+    t = make("Shape", sent.places, end=1, **_INT)
+    n = make("Mul", t, k, **_INT)
+    few = make("Less", n, every, dtype=ir.DataType.BOOL)
+
+    def either(a: ir.Value, b: ir.Value) -> ir.Value:
+        return make("Where", few, a, b, **_INT)
+
+    def pick(a: ir.Value, b: ir.Value, count: ir.Value) -> ir.Value:
+        """The ``count`` first of what has n numbers, or of what follows it."""
+        both, begin = make("Concat", a, b, axis=0, dtype=a.dtype), either(zero, n)
+        return make("Slice", both, begin, make("Add", begin, count, **_INT), zero, dtype=a.dtype)
+
+    def to(limit: ir.Value) -> ir.Value:
+        return make("Range", make.number(0), make("Squeeze", limit, zero, **_INT), make.number(1), **_INT)
+
+    chosen, tokens = either(n, every), either(one, t)
+    experts = pick(make("Reshape", sent.places, flat, **_INT), make.number(np.arange(sent.experts)), chosen)
+    rows = make("Gather", sent.x, pick(make("Div", to(n), k, **_INT), to(t), either(n, t)), axis=0)
+    shape = make("Concat", either(n, one), tokens, make("Shape", sent.x, start=1, **_INT), axis=0, **_INT)
+    own = [make("Gather", s, experts, axis=0) if len(s.shape or ()) > 1 else s for s in stacks]
+    y = _inline(body, [make("Reshape", rows, shape), *own], make)
+    spread = make("Transpose", sent.spread(sent.weights, 0.0), perm=[1, 0])
+    weights = pick(
+        make("Reshape", sent.weights, flat),
+        make("Reshape", spread, flat),
+        make("Mul", chosen, tokens, **_INT),
+    )
+    weights = make("Reshape", weights, make("Concat", chosen, tokens, one, axis=0, **_INT))
+    nothing = make.number(0.0, np.float32)
+    # What an expert makes of a token that was not sent to it may be infinite, and is not used.
+    used = make(
+        "Where", make("Equal", weights, nothing, dtype=ir.DataType.BOOL), nothing, make("Mul", y, weights)
+    )
+    shape = make(
+        "Concat",
+        either(one, every),
+        t,
+        either(k, one),
+        make("Shape", sent.x, start=1, **_INT),
+        axis=0,
+        **_INT,
+    )
+    return make("ReduceSum", make("Reshape", used, shape), make.number([0, 2]), keepdims=0)
+
+
+def _inline(body: ir.Graph, inputs: Sequence[ir.Value], make: Nodes) -> ir.Value:
+    """The output of ``body`` with these ``inputs``; its nodes are made anew."""
+    values = dict(zip(body.inputs, inputs, strict=True))
+    for value in body.initializers.values():
+        values[value] = make("Constant", value=value.const_value, dtype=value.dtype)
+    for node in body:
+        given = [None if value is None else values[value] for value in node.inputs]
+        told: dict[str, Any] = dict(node.attributes)
+        make(node.op_type, *given, outputs=len(node.outputs), dtype=node.outputs[0].dtype, **told)
+        values |= dict(zip(node.outputs, make.made[-1].outputs, strict=True))
+    return values[body.outputs[0]]
