@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ _GRAPH = "model.onnx"
 _TOKENIZER_FILES = ("token*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
 # The last line of a traceback, and Python's message for a missing module.
 _RAISED = re.compile(r"[\w.]*(?:Error|Exception|Interrupt|Exit): .+")
+# How the builder asks for an architecture.
+_KNOWN = re.compile(r"architectures\[0\] == \"(\w+)\"")
 _NO_MODULE = re.compile(r"No module named '?([\w.]+)'?")
 
 
@@ -77,6 +80,25 @@ def find_exporter(name: str, python: str | None = None) -> Exporter:
     if code:
         raise _missing(exporter, said)
     return exporter
+
+
+def check_known(exporter: Exporter, model: Path) -> None:
+    """Raise :class:`BuildError` unless onnxruntime-genai's builder knows the architecture of the folder ``model``.
+
+    It goes by the names of architectures in its code, and says so only when it has read a model.
+    """
+    found = find_spec("onnxruntime_genai")
+    code = Path(str(found.origin)).parent / "models" / "builder.py" if found and found.origin else None
+    if exporter.name == "optimum" or code is None or not code.is_file():
+        return
+    known = set(_KNOWN.findall(code.read_text("utf-8")))
+    if known and (architecture := _architecture(model)) not in known:
+        raise BuildError(f"{exporter.name} cannot export {architecture}: choose another exporter.")
+
+
+def _architecture(model: Path) -> str:
+    config = read_json(model / CONFIG, "config.json of the model", "fetch the model again")
+    return str((config.get("architectures") or [config.get("model_type")])[0])
 
 
 def export_with(
@@ -171,10 +193,10 @@ def _failure(exporter: Exporter, model: Path, code: int, said: str) -> BuildErro
         said = f"it was killed by {name}" + (", often because memory ran out" if name == "SIGKILL" else "")
     elif not code:
         said = f"it wrote no {_GRAPH}"
-    config = read_json(model / CONFIG, "config.json of the model", "fetch the model again")
-    architecture = (config.get("architectures") or [config.get("model_type")])[0]
+    said = said.replace(str(model), "the model").replace(str(model.resolve()), "the model")
     return BuildError(
-        f"{exporter.name} cannot export {architecture} ({said or f'exit code {code}'}): choose another exporter."
+        f"{exporter.name} cannot export {_architecture(model)} ({said or f'exit code {code}'}): choose another "
+        "exporter."
     )
 
 

@@ -50,7 +50,15 @@ _AXES = ("time", "height", "width")
 _NO_SELF_ATTENTION = ("cross", "encoder", "linear", "lightning", "delta", "mamba")
 # What a module is given that looks at other tokens than its own.
 _OF_OTHERS = frozenset(
-    {"attention_mask", "position_ids", "position_embeddings", "position_bias", "layer_past", "cache", "cache_params"}
+    {
+        "attention_mask",
+        "position_ids",
+        "position_embeddings",
+        "position_bias",
+        "layer_past",
+        "cache",
+        "cache_params",
+    }
     | {"past_key_value", "past_key_values", "seq_idx"}
 )
 NOT_YET = "this architecture is not supported yet"

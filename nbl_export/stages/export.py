@@ -16,7 +16,7 @@ from nbl_export.calibrate.probe import load_probe
 from nbl_export.errors import InputError
 from nbl_export.export.checks import check_form, crossed_on_copy
 from nbl_export.export.forms import FORMS, Form, embedding_form, encoder_form, reading_embeds
-from nbl_export.export.others import as_hf_folder, export_with, find_exporter
+from nbl_export.export.others import as_hf_folder, check_known, export_with, find_exporter
 from nbl_export.export.sidecars import GENAI, genai_config, with_embeds, with_states
 from nbl_export.export.tidy import add_num_logits_input_to_file
 from nbl_export.export.torch import save_in_precision, trace
@@ -95,10 +95,12 @@ def check_export(source: ModelSource | None, settings: ExportSettings) -> None:
     """Refuse, before any work, an exporter that is not here, what reads a model in another way than it is read here,
     and what does not run here.
     """
-    if settings.exported_by != "torch":
-        find_exporter(settings.exported_by, settings.python)
+    elsewhere = settings.exported_by != "torch"
+    exporter = find_exporter(settings.exported_by, settings.python) if elsewhere else None
     if source is None:
         return
+    if exporter is not None and source.gguf_file is None:
+        check_known(exporter, Path(source.path))
     if source.wrapper and settings.exported_by != "torch":
         raise InputError(
             f"--exporter {settings.exported_by} reads a multimodal model ({source.wrapper}) in its own way: leave it "

@@ -15,6 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from nbl_export.batch import BOOL, F64
 from nbl_export.errors import InputError
 from nbl_export.export import functions
+from nbl_export.export.experts import experts
 from nbl_export.export.functions import _inverse_erf, attention, exportable
 from tests.alone import furthest, own_logits, own_steps, rows_of
 from tests.tiny_types import tiny_model
@@ -115,7 +116,7 @@ def test_experts_take_the_tokens_that_were_sent_to_them_none_or_many() -> None:
         inner = gate / (1 + np.exp(-gate)) * inner
         expected[token] += float(weights[token, slot]) * (down[expert] @ inner)
     with torch.inference_mode():
-        found = functions.experts(block, states, chosen, weights)
+        found = experts(block, states, chosen, weights)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 

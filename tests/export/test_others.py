@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import BuildError, MissingDependencyError
 from nbl_export.export import others
-from nbl_export.export.others import VARIABLE, Exporter, as_hf_folder, export_with, find_exporter
+from nbl_export.export.others import VARIABLE, Exporter, as_hf_folder, check_known, export_with, find_exporter
 from nbl_export.files import TEMPORARY
 from nbl_export.models.load import LoadedModel
 from nbl_export.models.source import find_model
@@ -273,3 +274,11 @@ def test_the_users_folder_is_linked_to_and_untouched(tmp_path: Path) -> None:
     assert (handed / "model.safetensors").readlink() == own / "model.safetensors"
     assert not (handed / "config.json").is_symlink() and not (handed / "pytorch_model.bin").exists()
     assert handed_off(handed, tmp_path / "again") == handed
+
+
+def test_what_the_builder_does_not_know_is_said_before_it_runs(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="needs nbl-export[genai]")
+    for architecture, known in (("LlamaForCausalLM", True), ("MixtralForCausalLM", False)):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        with nullcontext() if known else pytest.raises(BuildError, match="cannot export MixtralForCausalLM"):
+            check_known(find_exporter("genai"), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,14 @@ def test_a_family_is_refused_for_the_reason_in_its_row() -> None:
         InputError, match="JetMoeForCausalLM is not supported: its attention sends every token"
     ):
         check_supported(model)
+
+
+@pytest.mark.parametrize("model_type", ["zamba", "zamba2"])
+def test_an_attention_of_two_streams_is_refused(model_type: str) -> None:
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(model_type=model_type))  # type: ignore[assignment]
+    with pytest.raises(InputError, match="twice as wide as what it writes"):
+        structure(model)
 
 
 def test_an_attention_that_adds_the_residual_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from nbl_export.errors import BuildError
-from nbl_export.graph.io import scratch_copy
+from nbl_export.export.experts import MOE
+from nbl_export.export.forms import FORMS
+from nbl_export.export.torch import trace
+from nbl_export.graph.io import load_graph, save_graph, scratch_copy
+from nbl_export.graph.operators import remove_unused, upstream
+from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.confirm import check_layers
@@ -286,6 +291,14 @@ def routed(axis: int = -1, shape: str = "n, 3") -> ir.Model:
     )
 
 
+def taking(k: int) -> ir.Model:
+    model = routed()
+    node = ir.node("Constant", [], {"value": ir.tensor(np.array([k]))})
+    model.graph.insert_before(model.graph[0], node)
+    model.graph[1].replace_input_with(1, node.outputs[0])
+    return model
+
+
 def test_a_router_is_found_with_its_scores_and_places() -> None:
     (router,) = routers(routed())
     assert places_of(router) == "i"
@@ -309,6 +322,8 @@ def test_places_that_are_fed_are_weighed_by_the_graphs_own_scores() -> None:
         ({1: (2, 2)}, routed(), {}),
         ({}, routed(), {}),
         ({0: (2, 4, 2)}, routed(), {}),
+        ({0: (2, 2)}, taking(2), {"i": 2}),
+        ({0: (2, 2)}, taking(3), {}),
     ],
 )
 def test_all_are_told_or_none(
@@ -360,6 +375,70 @@ def test_a_router_that_prefers_other_experts_is_refused(experts: Experts, precis
     routes = {**experts.plan.probe_routes, 2: (experts.plan.probe_routes[2] + 2) % 4}
     with pytest.raises(BuildError, match="fall short in its router 2 by"):
         proven_regions(experts.graph(precision), replace(experts.plan, probe_routes=routes))
+
+
+def in_the_operator(model: ir.Model) -> list[ir.Node]:
+    """Let every mixture of ``model`` choose by the scores themselves; returns the mixtures."""
+    mixtures = [node for node in model.graph if node.op_type == "MoE"]
+    for node, router in zip(mixtures, routers(model), strict=True):
+        makers = (value.producer() for value in upstream(router.inputs[0]))
+        softmax = next(maker for maker in makers if maker is not None and maker.op_type == "Softmax")
+        scores, y = softmax.inputs[0], node.outputs[0]
+        assert scores is not None
+        cast = scores.producer()
+        if cast is not None and cast.op_type == "Cast":
+            scores = cast.inputs[0]
+        node.replace_input_with(1, scores)
+        node.attributes["normalize_routing_weights"] = ir.AttrInt64("normalize_routing_weights", 0)
+        (scaled,) = [use.node for use in y.uses()]
+        ir.convenience.replace_all_uses_with(scaled.outputs[0], y)
+    remove_unused(model)
+    return mixtures
+
+
+def exchange(value: ir.Value | None, axis: int) -> None:
+    assert value is not None and value.const_value is not None
+    array = value.const_value.numpy().copy()
+    order = [3, 1, 2, 0]  # the first two are nearly alike
+    value.const_value = ir.tensor(np.take(array, order, axis), name=value.const_value.name)
+
+
+def other_experts(mixture: ir.Node) -> None:
+    for index in (2, 4):
+        exchange(mixture.inputs[index], 0)
+
+
+def other_row(mixture: ir.Node) -> None:
+    makers = (value.producer() for value in upstream(mixture.inputs[1]))
+    product = next(maker for maker in makers if maker is not None and maker.op_type in ("MatMul", "Gemm"))
+    exchange(product.inputs[1], 0 if product.op_type == "Gemm" else 1)
+
+
+def one_more(mixture: ir.Node) -> None:
+    mixture.attributes["k"] = ir.AttrInt64("k", mixture.attributes["k"].as_int() + 1)
+
+
+def of_shares(mixture: ir.Node) -> None:
+    mixture.attributes["normalize_routing_weights"] = ir.AttrInt64("normalize_routing_weights", 1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", *HALVES])
+def test_a_choice_inside_an_operator_is_proven_as_any(
+    experts: Experts, precision: str, tmp_path: Path
+) -> None:
+    graph = trace(experts.model, replace(FORMS["concat"], experts=MOE))
+    to_precision(graph, PRECISIONS[precision], {})
+    (path := tmp_path / "whole" / "model.onnx").parent.mkdir()
+    in_the_operator(graph)
+    save_graph(graph, path)
+    assert list(proven_regions(path, experts.plan).proofs) == [0, 1, 2]
+    for change in (other_experts, other_row, one_more, of_shares):
+        wrong = load_graph(path)
+        change(next(node for node in wrong.graph if node.op_type == "MoE"))
+        (changed := tmp_path / change.__name__ / "model.onnx").parent.mkdir()
+        save_graph(wrong, changed)
+        with pytest.raises(BuildError, match="not proven"):
+            proven_regions(changed, experts.plan)
 
 
 @pytest.mark.parametrize("precision", HALVES)

@@ -184,10 +184,8 @@ def block_savings(model: ir.Model, plan: Plan, rank: int | None = None) -> dict[
             continue
         nodes = dict.fromkeys((*region.linear_nodes, region.projection))
         experts = [node for node in _between(region) if routed(node)]
-        shapes = {
-            node: shape for node in nodes if (shape := weight_shape(node)) is not None and node not in experts
-        }
-        macs = sum(rows * columns for rows, columns in shapes.values())
+        shapes = {node: shape for node in nodes if (shape := weight_shape(node)) is not None}
+        macs = sum(rows * columns for node, (rows, columns) in shapes.items() if node not in experts)
         last, products, cache = shapes.get(region.projection), 0, 0
         # W is stored as the block's last matrix is.
         of_w = weight_bytes(region.projection, 2) / (last[0] * last[1]) * w if last else 0.0

@@ -73,7 +73,7 @@ class GraphCost:
 
     def __sub__(self, saved: GraphCost) -> GraphCost:
         left = {f.name: getattr(self, f.name) - getattr(saved, f.name) for f in fields(GraphCost)}
-        return GraphCost(**left | {"expert_share": self.expert_share})
+        return GraphCost(**left | {"expert_share": self.expert_share if left["expert_bytes"] else 0.0})
 
     @property
     def stored_bytes(self) -> int:
