@@ -60,19 +60,23 @@ CACHES = tuple(dict.fromkeys(name for one in EXPORTERS.values() for name in one.
 
 @dataclass(frozen=True)
 class Target:
-    """What is fastest where a graph will run; each a default, where the exporter that is taken offers it."""
+    """What is fastest where a graph will run; each a default, where the exporter that is taken offers it.
+
+    ``experts`` is the form of a mixture's experts, where it does not follow from the cache.
+    """
 
     exporter: str
     precision: str
     cache: str
+    experts: str | None = None
 
 
 # Where no target is named, standard operators with a cache that every runtime and library takes.
 ANYWHERE = Target("torch", "fp32", "concat")
 TARGETS = {
-    "onnxruntime": Target("torch", "fp32", "shared"),
+    "onnxruntime": Target("torch", "fp32", "shared", "moe"),
     "genai": Target("genai", "fp32", "concat"),
-    "tensorrt": Target("torch", "fp16", "static"),
+    "tensorrt": Target("torch", "fp16", "static", "dense"),
     "optimum": ANYWHERE,
     "web": ANYWHERE,  # onnxruntime-web multiplies float16 on WebGPU alone
 }

@@ -85,6 +85,11 @@ class ExportSettings(Settings):
     def as_json(self) -> dict[str, Any]:
         return super().as_json() | {"exporter": self.exported_by}
 
+    @property
+    def experts(self) -> str | None:
+        """The form of a mixture's experts that suits the target; None for that of the cache."""
+        return choices.TARGETS[self.target].experts if self.target else None
+
     def _suits(self, engines: bool) -> choices.Target:
         return choices.TARGETS[self.target or "tensorrt"] if self.target or engines else choices.ANYWHERE
 
@@ -98,6 +103,7 @@ class ExportSettings(Settings):
             exporter=self.exported_by,
             precision=self.precision or precision,
             kv_cache=self.kv_cache or cache,
+            target=self.target or ("tensorrt" if engines else None),
         )
 
     def resolve(self, task: Task, engines: bool = False) -> ExportSettings:

@@ -64,6 +64,8 @@ def export(
         recorded = {name: value for name, value in asked.as_json().items() if name != "python"}
         if asked.exported_by == "torch":
             recorded["opset"] = asked.opset or OPSETS[str(asked.kv_cache)]
+            if asked.experts not in (None, FORMS[str(asked.kv_cache)].experts):
+                recorded["experts"] = asked.experts
         if not task.causal:
             recorded |= {"task": task.name, "pooling": vars(model.pooling) if model.pooling else None}
         made_of = {MODEL: source.model, SIDECARS: source.sidecars}
@@ -140,6 +142,7 @@ def _form(run: Run, settings: ExportSettings) -> Form:
         inputs = load_probe(run.workspace.probe).inputs
         return _of_opset(encoder_form(model.model, model.task, model.pooling, inputs), settings)
     form = _of_opset(FORMS[str(settings.kv_cache)], settings)
+    form = replace(form, experts=settings.experts or form.experts)
     return reading_embeds(form, model.model) if settings.embeds else form
 
 
