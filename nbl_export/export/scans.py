@@ -28,7 +28,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.export.recurrence import CHUNKED, RECURRENCE, SYMBOLIC_DOMAIN
-from nbl_export.graph.io import Nodes
+from nbl_export.graph.nodes import Nodes
 
 # Tokens of a chunk, and how often a block doubles until it is that long.
 CHUNK = 32

@@ -39,7 +39,7 @@ from nbl_export.batch import (
     WRITE_INDICES,
 )
 from nbl_export.errors import BuildError
-from nbl_export.export.experts import EXPERTS
+from nbl_export.export.expert import EXPERTS
 from nbl_export.export.forms import ENCODER, Form
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN
 from nbl_export.export.scans import make_scans

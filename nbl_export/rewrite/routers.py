@@ -22,7 +22,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.batch import moved, shortfall
-from nbl_export.graph.io import Nodes, load_graph
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.nodes import Nodes
 from nbl_export.graph.operators import MIXTURES, constant_tensor, infer_types, int_attribute, key, upstream
 
 # Of the scores' size, beside what is measured.
