@@ -420,7 +420,7 @@ def test_the_graphs_choices_are_taken_and_said(
     assert routing.choices == 3 * sum(step.tokens for step in parity.steps)
     assert f"{routing.differing:,} of {routing.choices:,} choices of experts" in parity_table(parity).note
     # Without them, the figures are those of other experts.
-    monkeypatch.setattr(module, "routers", lambda _model: [])
+    monkeypatch.setattr(module, "is_routed", lambda _model: False)
     untold = decoder_parity(case, found)
     assert untold.routing is None and found.checks[1].status == "failed"
     assert untold.mean_abs > 10 * parity.mean_abs
