@@ -84,7 +84,7 @@ def export_mobius(model: Any, folder: Path) -> Path:
     return folder / MOBIUS / "model.onnx"
 
 
-def runner(session: Any, layers: int) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+def runner(session: Any) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
     names = {one.name: one for one in session.get_inputs()}
 
     def run(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -137,7 +137,7 @@ def compare(asked: argparse.Namespace, folder: Path) -> None:
         took = time.perf_counter() - start
         session, load = session_of(path)
         rows[form] = [f"{nodes_of(path):,}", f"{took:.0f}", f"{load:.1f}"]
-        runs[form] = runner(session, asked.layers)
+        runs[form] = runner(session)
 
     def pytorch(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Write the experts of a mixture: one operator while a model is traced, then the form that suits where it will run.
+"""Write the experts of a mixture in the form that suits where the graph will run; traced, they are one operator.
 
     x [tokens, d], places and weights [tokens, k] of the experts of each token ─► Experts ─► y [tokens, d]
 
@@ -25,20 +25,17 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.export.expert import EXPERTS, body_of
+from nbl_export.export.traced_experts import EXPERTS, body_of, turned
 from nbl_export.graph.io import initializer
 from nbl_export.graph.nodes import Nodes
 from nbl_export.graph.operators import MICROSOFT
 
 MOE, LOOP, DENSE = "moe", "loop", "dense"
-# As many are a product each: 1.4 to 2 times as fast as the Scan (scripts/bench_experts.py), but nodes for each expert.
+# As many are a product each, which scripts/bench_experts.py times beside the Scan.
 _FEW = 16
 # What a router's softmax makes nothing of, in every precision.
 _NEVER = -1e4
 _INT: Any = {"dtype": ir.DataType.INT64}
-
-
-# lowered ------------------------------------------------------------------------------------------
 
 
 def lower_experts(model: ir.Model, of: torch.nn.Module, form: str) -> None:
@@ -105,21 +102,17 @@ def _changed(
     def made() -> ir.TensorProtocol:
         return ir.tensor(np.ascontiguousarray(change(tensor.numpy())), name=name)
 
-    shape = change(
-        np.lib.stride_tricks.as_strided(np.zeros(1, np.bool_), tensor.shape.numpy(), [0] * len(tensor.shape))
-    ).shape
+    shape = change(np.broadcast_to(np.False_, tensor.shape.numpy())).shape
     # onnx_ir's annotation asks for a class of its own, its code for the protocol.
     lazy = ir.LazyTensor(made, dtype=tensor.dtype, shape=ir.Shape(shape), name=name)  # type: ignore[arg-type]
     return initializer(graph, lazy, name)
 
 
 def _for_product(graph: ir.Graph, stack: ir.Value, module: Any) -> ir.Value:
-    """``stack`` as :func:`turned` has it."""
+    """``stack`` as :func:`~.traced_experts.turned` has it."""
     rank = len(stack.shape or ())
-    if rank == 2:
-        return _changed(graph, stack, "rows", lambda array: array[:, None])
-    turned = rank == 3 and not module.is_transposed
-    return _changed(graph, stack, "turned", lambda array: array.swapaxes(1, 2)) if turned else stack
+    as_it_is = rank == 1 or (rank == 3 and module.is_transposed)
+    return stack if as_it_is else _changed(graph, stack, "turned", lambda array: turned(array, module))
 
 
 # moe ----------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.export.expert import experts, numbered
 from nbl_export.export.recurrence import use_recurrences
+from nbl_export.export.traced_experts import experts, numbered
 from nbl_export.models.attention import count_positions, takes_attention
 from nbl_export.models.running import replaced
 

@@ -27,13 +27,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import common as passes
 
 from nbl_export.batch import EMBEDDINGS, MASK, POSITIONS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KVPair, kv_pairs
 from nbl_export.graph.io import int64_initializer
-from nbl_export.graph.operators import MICROSOFT, int_attribute, is_constant
+from nbl_export.graph.operators import MICROSOFT, int_attribute, is_constant, remove_unused
 from nbl_export.runtime.intermediates import compute_tensors
 
 _I32, _I64 = ir.DataType.INT32, ir.DataType.INT64
@@ -62,7 +61,7 @@ def group_queries(model: ir.Model, longest: int) -> None:
         _replace(model.graph, node, pair, windows, lengths)
     model.opset_imports[MICROSOFT] = 1
     model.graph.sort()
-    passes.RemoveUnusedNodesPass()(model)
+    remove_unused(model)
 
 
 def unsupported_by_gqa(who: str, why: str) -> InputError:
@@ -300,7 +299,7 @@ def fuse_norms(model: ir.Model) -> int:
     if count:
         model.opset_imports[MICROSOFT] = 1
         model.graph.sort()
-        passes.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
     return count
 
 

@@ -39,12 +39,12 @@ from nbl_export.batch import (
     WRITE_INDICES,
 )
 from nbl_export.errors import BuildError
-from nbl_export.export.expert import EXPERTS
 from nbl_export.export.forms import ENCODER, Form
 from nbl_export.export.recurrence import SYMBOLIC_DOMAIN
 from nbl_export.export.scans import make_scans
+from nbl_export.export.traced_experts import EXPERTS
 from nbl_export.graph.io import external_files, int64_initializer, load_graph, save_again, save_graph
-from nbl_export.graph.operators import is_constant, linear_op
+from nbl_export.graph.operators import is_constant, linear_op, remove_unused
 from nbl_export.models.dummy_run import BlockCache
 from nbl_export.models.weights import Weight
 from nbl_export.runtime.session import check_like
@@ -112,10 +112,10 @@ def tidy(
     make_scans(model)
     _set_opset(model, form.opset)
     passes.CommonSubexpressionEliminationPass()(model)
-    passes.RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     graph = model.graph
     _share_tied_weights(graph, stand_ins or StandIns([]))
-    passes.RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     _name_weights(graph)
     _name_interface(graph, form, blocks)
     passes.ClearMetadataAndDocStringPass()(model)

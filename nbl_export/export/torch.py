@@ -74,14 +74,12 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
     with listener.task("Exporting ONNX", 3, "steps") as task, standing_in(model) as found:
         stand_ins = StandIns(found)
         graph, used = _traced(model, form, task, stand_ins)
-        if stand_ins.attach(graph.graph, used):
-            lower_experts(graph, model, form.experts)
-            return graph
-    # Something was computed with a weight while it was traced.
-    with listener.task("Exporting ONNX again", 3, "steps") as task, resident(model):
-        graph = _traced(model, form, task, StandIns([]))[0]
-        lower_experts(graph, model, form.experts)
-        return graph
+        attached = stand_ins.attach(graph.graph, used)
+    if not attached:  # something was computed with a weight while it was traced
+        with listener.task("Exporting ONNX again", 3, "steps") as task, resident(model):
+            graph = _traced(model, form, task, StandIns([]))[0]
+    lower_experts(graph, model, form.experts)
+    return graph
 
 
 def _traced(model: torch.nn.Module, form: Form, task: Task, stand_ins: StandIns) -> tuple[ir.Model, set[str]]:

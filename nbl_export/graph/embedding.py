@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
 
 from nbl_export.batch import EMBEDDINGS, F32, I64, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.graph.io import FOLDER, int64_initializer, load_graph, save_again
-from nbl_export.graph.operators import upstream
+from nbl_export.graph.operators import remove_unused, upstream
 
 NAME = "embedding.onnx"
 # What may happen to ids and rows: other ids are looked up, rows are scaled, in their precision, and cut by layers.
@@ -99,7 +98,7 @@ class Embedding:
         graph.inputs[:] = [ids]
         if first := _first_lookup(graph.outputs[0]):
             first.replace_input_with(1, ids)
-        passes.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
         tables = {n: t for n in graph if n.op_type == "Gather" and (t := n.inputs[0].const_value) is not None}  # type: ignore[union-attr]
         if len(tables) != len(self._names) or not {n.op_type for n in graph if n not in tables} <= _BESIDE:
             raise InputError(f"{path} is no embedding of nbl-export: export the model again.")
@@ -107,7 +106,7 @@ class Embedding:
             rows = ir.node("Rows", [node.inputs[1]], {"table": number}, domain=_OWN)
             node.append(rows)
             ir.convenience.replace_all_uses_with(node.outputs[0], rows.outputs[0], replace_graph_outputs=True)
-        passes.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
         model.opset_imports[_OWN] = 1
         self._run = ReferenceEvaluator(ir.to_proto(model), new_ops=[_rows_of(list(tables.values()))]).run
 

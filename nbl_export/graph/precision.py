@@ -31,7 +31,14 @@ from onnx_ir.passes import common as passes
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import PRESENT, state_pairs
 from nbl_export.graph.io import initializer
-from nbl_export.graph.operators import captured, int_attribute, linear_op, scans_weights, weight_bits
+from nbl_export.graph.operators import (
+    captured,
+    int_attribute,
+    linear_op,
+    remove_unused,
+    scans_weights,
+    weight_bits,
+)
 from nbl_export.graph.rounding import cast
 from nbl_export.graph.summary import Float32Node
 from nbl_export.settings import choices
@@ -134,7 +141,7 @@ def to_precision(
             value.name = f"{name}.{precision.name if wanted == F32 else 'fp32'}"
             graph.outputs[index] = made = converter.converted(value, wanted)
             made.name = name
-    passes.RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     for original, made in converter.weights.items():
         if original.name not in graph.initializers:  # stored in half precision alone: under its own name
             made.name = original.name

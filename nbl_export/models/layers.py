@@ -146,7 +146,7 @@ def structure(model: torch.nn.Module) -> Structure:
     layers, others = [], {}
     for index, block in enumerate(stack.children()):
         declared = str(types[index]) if index < len(types) else "full_attention"
-        found = [family.attention] if family.attention else _self_attention(block)
+        found = _attentions(family, block)
         if declared not in _SOFTMAX or not found:
             # The token mixer is the first child that is not a norm.
             classes = [type(child).__name__ for child in block.children()]
@@ -238,6 +238,11 @@ def _self_attention(block: torch.nn.Module) -> list[str]:
     ]
 
 
+def _attentions(family: Family, block: torch.nn.Module) -> list[str]:
+    """The paths of the self-attention of ``block``, of which there should be one."""
+    return [family.attention] if family.attention else _self_attention(block)
+
+
 def _is_mlp(child: torch.nn.Module) -> bool:
     """Whether the part ``child`` of a block multiplies each token by weights, by itself and more than once."""
     products = [t for t in (*child.parameters(), *child.buffers()) if t.ndim >= 2]
@@ -253,7 +258,7 @@ def mlp_modules(model: torch.nn.Module) -> dict[int, BlockModules[Mlp] | str]:
     (path, stack), family = block_stack(model), family_of(model)
     found: dict[int, BlockModules[Mlp] | str] = {}
     for index, block in enumerate(stack.children()):
-        attention = [family.attention.partition(".")[0]] if family.attention else _self_attention(block)
+        attention = {path.partition(".")[0] for path in _attentions(family, block)}
         named = [n for n, child in block.named_children() if n not in attention and _is_mlp(child)]
         one = family.mlp or (named[0] if len(named) == 1 else None)
         if one is None:

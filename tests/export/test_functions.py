@@ -15,8 +15,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from nbl_export.batch import BOOL, F64
 from nbl_export.errors import InputError
 from nbl_export.export import functions
-from nbl_export.export.expert import experts
 from nbl_export.export.functions import _inverse_erf, attention, exportable
+from nbl_export.export.traced_experts import experts
 from tests.alone import furthest, own_logits, own_steps, rows_of
 from tests.tiny_types import tiny_model
 

@@ -14,7 +14,7 @@ STREAM's triad and by a sum, which only reads as a decoder reads its weights. Th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from nbl_export.export.tidy import sliced_lm_head
 from nbl_export.graph.branches import mlp_regions
 from nbl_export.graph.cache import kv_bytes_per_token, kv_pairs, pair_bytes_per_token
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.operators import captured, routed, weight_shape
+from nbl_export.graph.operators import Routed, captured, routed, weight_shape
 from nbl_export.graph.regions import Region, find_regions
 from nbl_export.linearize.plan import Plan
 from nbl_export.machine import cores
@@ -59,9 +59,10 @@ def graph_cost(path: Path) -> GraphCost:
     model = load_graph(path)
     head = sliced_lm_head(model)
     macs = read = last_macs = last_bytes = 0
+    experts = {node: one for node in model.graph if (one := routed(node)) is not None}
     for node in model.graph:
         shape = weight_shape(node)
-        if shape is not None and routed(node) is None:
+        if shape is not None and node not in experts:
             size = weight_bytes(node)
             macs += shape[0] * shape[1]
             read += size
@@ -71,12 +72,11 @@ def graph_cost(path: Path) -> GraphCost:
     widths = [weight_shape(r.projection) for r in find_regions(model) if isinstance(r, Region)]
     attention = sum(2 * width[0] for width in widths if width is not None)
     counted = GraphCost(macs, attention, read, kv_bytes_per_token(model), last_macs, last_bytes)
-    return _with_experts(counted, model.graph)
+    return _with_experts(counted, experts.values())
 
 
-def _with_experts(cost: GraphCost, nodes: Iterable[ir.Node]) -> GraphCost:
-    """``cost`` with the experts among ``nodes``: of each token, those that it is sent to."""
-    found = [one for node in nodes if (one := routed(node)) is not None]
+def _with_experts(cost: GraphCost, found: Collection[Routed]) -> GraphCost:
+    """``cost`` with the experts that were ``found``: of each token, those that it is sent to."""
     if not found:
         return cost
     used = sum(one.parameters * one.share for one in found)
@@ -183,7 +183,7 @@ def block_savings(model: ir.Model, plan: Plan, rank: int | None = None) -> dict[
         if not isinstance(region, Region):
             continue
         nodes = dict.fromkeys((*region.linear_nodes, region.projection))
-        experts = [node for node in _between(region) if routed(node)]
+        experts = {node: one for node in _between(region) if (one := routed(node)) is not None}
         shapes = {node: shape for node in nodes if (shape := weight_shape(node)) is not None}
         macs = sum(rows * columns for node, (rows, columns) in shapes.items() if node not in experts)
         last, products, cache = shapes.get(region.projection), 0, 0
@@ -193,7 +193,7 @@ def block_savings(model: ir.Model, plan: Plan, rank: int | None = None) -> dict[
             products = 2 * last[0] if last else 0
             cache = pair_bytes_per_token(pairs[region.pair]) if region.pair is not None else 0
         size = round(sum(weight_bytes(node) for node in nodes if node not in experts) - of_w)
-        saved[region.layer] = _with_experts(GraphCost(macs - w, products, size, cache), experts)
+        saved[region.layer] = _with_experts(GraphCost(macs - w, products, size, cache), experts.values())
     return saved
 
 

@@ -32,7 +32,7 @@ def experts(
     result, expert = torch.zeros_like(hidden_states), _Expert(module)
     for number in range(module.num_experts):
         token, place = torch.nonzero(top_k_index == number, as_tuple=True)
-        own = [_turned(w, module)[number : number + 1] for w in weights]
+        own = [turned(w, module)[number : number + 1] for w in weights]
         y = expert(hidden_states[None, token], own)[0] * top_k_weights[token, place, None]
         result.index_add_(0, token, y.to(result.dtype))
     return result
@@ -63,10 +63,13 @@ def _weights(module: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def _turned(weight: torch.Tensor, module: Any) -> torch.Tensor:
-    """``weight`` as an expert reads it: matrices [experts, inputs, outputs], biases [experts, 1, outputs]."""
+def turned(weight: Any, module: Any) -> Any:
+    """``weight``, a tensor or an array, as an expert reads it.
+
+    Matrices are [experts, inputs, outputs], biases [experts, 1, outputs].
+    """
     if weight.ndim == 3:
-        return weight if module.is_transposed else weight.mT
+        return weight if module.is_transposed else weight.swapaxes(1, 2)
     return weight[:, None] if weight.ndim == 2 else weight
 
 
@@ -95,7 +98,7 @@ def _plus(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 def body_of(module: Any, opset: int) -> ir.Graph:
     """What an expert of ``module`` computes: inputs x [n, tokens, d] or [1, tokens, d] and n experts' weights."""
-    shapes = [_turned(weight, module).shape for weight in _weights(module).values()]
+    shapes = [turned(weight, module).shape for weight in _weights(module).values()]
     # Sizes of 0 or 1 would become constants.
     weights = [
         torch.empty(2, *shape[1:], device="meta") if len(shape) > 1 else torch.empty(shape)
