@@ -1,6 +1,6 @@
 """Memory, time and bytes of each stage at the sizes where they matter: random checkpoints of real models' shapes.
 
-    python scripts/bench_scale.py TOKENIZER TEXT [--shapes 135M 1B 8B] [--stages calibrate …] [--dir DIR]
+    python scripts/bench_scale.py TOKENIZER TEXT [--shapes 135M 1B …] [--stages calibrate …] [--dir DIR]
 
 TOKENIZER is a model folder or a .gguf file whose tokenizer the checkpoints get, TEXT is calibration text. The weights
 are random (normal, standard deviation 0.02) and bfloat16, in shards; what a stage reads, holds and computes depends on
@@ -13,7 +13,6 @@ A stage that takes longer than ``--limit`` is interrupted; what one needs is in 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import signal
 import subprocess
@@ -26,13 +25,19 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.report.schema import environment
 
-# A Llama by the name of what it is as large as; SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B have these shapes.
+# Those of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B. Of mixtures of experts a few layers, as wide as they are.
+_LLAMA = {
+    "model_type": "llama",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
 _FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -42,78 +47,69 @@ _FIELDS = (
     "vocab_size",
     "tie_word_embeddings",
 )
-_COMMON = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "torch_dtype": "bfloat16",
-}
 SHAPES: dict[str, dict[str, Any]] = {
-    name: _COMMON | dict(zip(_FIELDS, sizes, strict=True))
+    name: _LLAMA | dict(zip(_FIELDS, sizes, strict=True))
     for name, sizes in {
         "135M": (576, 1536, 30, 9, 3, 49152, True),
         "1B": (2048, 8192, 16, 32, 8, 128256, True),
         "8B": (4096, 14336, 32, 32, 8, 128256, False),
     }.items()
 }
+SHAPES |= {
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+    },
+    "gpt-oss-20b": {"model_type": "gpt_oss", "num_local_experts": 32, "num_hidden_layers": 4},
+    # Three dense layers come first.
+    "DeepSeek-V3": {"model_type": "deepseek_v3", "num_hidden_layers": 2},
+}
 # Few tokens: what is measured does not depend on their number, but the time.
 _TEXT = ("--samples=8", "--seq-len=640", "--selection-samples=2", "--heldout-samples=2")
 STAGES: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibrate", "{model}", "-o", "{out}", "--calibration", "{text}", *_TEXT),
-    "select cca": ("select", "{out}", "--k", "12", "--criterion", "cca"),
-    "select kl": ("select", "{out}", "--k", "12", "--criterion", "kl"),
+    "select cca": ("select", "{out}", "--k", "{k}", "--criterion", "cca"),
+    "select kl": ("select", "{out}", "--k", "{k}", "--criterion", "kl"),
     "export": ("export", "{out}", "--precision", "bf16"),
     "rewrite": ("rewrite", "{out}"),
     "verify": ("verify", "{out}"),
 }
 
 
-def make_checkpoint(config: dict[str, Any], folder: Path, tokenizer: str) -> int:
+def make_checkpoint(fields: dict[str, Any], folder: Path, tokenizer: str) -> int:
     """Write the checkpoint, unless it is there already; returns its bytes."""
-    done = folder / "model.safetensors.index.json"
-    if not done.is_file():
+    if not (folder / "tokenizer.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        config = AutoConfig.for_model(**fields)
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.data.normal_(0.0, 0.02, generator=generator)
+            else:
+                weight.data.fill_(float(not name.endswith("bias")))
+        kept = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in kept:
+                buffer.zero_()
+        model.save_pretrained(folder, max_shard_size="2GB")
         load_tokenizer(find_model(tokenizer)).save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
-        done.write_text(json.dumps({"metadata": {}, "weight_map": _write_shards(config, folder)}))
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-
-
-def _write_shards(config: dict[str, Any], folder: Path) -> dict[str, str]:
-    d, inner, layers, heads, kv_heads, vocab, tied = (config[name] for name in _FIELDS)
-    kv = d // heads * kv_heads
-    block = {
-        "self_attn.q_proj": (d, d),
-        "self_attn.k_proj": (kv, d),
-        "self_attn.v_proj": (kv, d),
-        "self_attn.o_proj": (d, d),
-        "mlp.gate_proj": (inner, d),
-        "mlp.up_proj": (inner, d),
-        "mlp.down_proj": (d, inner),
-        "input_layernorm": (d,),
-        "post_attention_layernorm": (d,),
-    }
-    shards: list[dict[str, tuple[int, ...]]] = [
-        {"model.embed_tokens.weight": (vocab, d)},
-        *({f"model.layers.{i}.{name}.weight": size for name, size in block.items()} for i in range(layers)),
-        {"model.norm.weight": (d,)} if tied else {"model.norm.weight": (d,), "lm_head.weight": (vocab, d)},
-    ]
-    places: dict[str, str] = {}
-    for number, shard in enumerate(shards):
-        generator = torch.Generator().manual_seed(number)
-        name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {
-            key: torch.ones(size, dtype=torch.bfloat16)
-            if len(size) == 1
-            else torch.empty(size, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
-            for key, size in shard.items()
-        }
-        save_file(tensors, folder / name, {"format": "pt"})
-        places |= dict.fromkeys(shard, name)
-    return places
 
 
 def run(arguments: list[str], limit: float) -> tuple[Counter[str], str]:
@@ -173,7 +169,8 @@ def main() -> None:
         model, out = asked.dir / f"model-{name}", asked.dir / f"out-{name}"
         size = make_checkpoint(SHAPES[name], model, asked.tokenizer)
         for stage in asked.stages:
-            words = [word.format(model=model, out=out, text=asked.text) for word in STAGES[stage]]
+            k = min(12, SHAPES[name]["num_hidden_layers"] // 2)
+            words = [word.format(model=model, out=out, text=asked.text, k=k) for word in STAGES[stage]]
             used, ended = run(words, 60 * asked.limit)
             anonymous, rss, read, written = (
                 f"{used[one] / 2**20:,.0f}" for one in ("RssAnon:", "VmRSS:", "read", "written")

@@ -81,7 +81,7 @@ def build(name: str, target: Path, seed: int = 0, **changes: Any) -> Path:
 
 def unsaved(name: str, seed: int = 0, **changes: Any) -> Any:
     """The model of the family ``name``; ``changes`` are configuration fields."""
-    family = {**FAMILIES, **DECODERS, **OTHERS}[name]
+    family = {**FAMILIES, **DECODERS, **MIXTURES}[name]
     torch.manual_seed(seed)
     fields = {**_SIZES, **family.fields, **changes}
     if (layers := changes.get("num_hidden_layers")) is not None:
@@ -242,8 +242,65 @@ DECODERS = {
     ),
     "minimax": Family("minimax", {**_GQA, **_LINEAR, **_EXPERTS, "block_size": 8}),
 }
-# Tried by tests of their own.
-OTHERS = {"qwen3_moe": Family("qwen3_moe", {**_GQA, "num_experts": 4, **_ROUTED})}
+_MOE = {**_GQA, "num_experts": 8, **_ROUTED}
+_DEEPSEEK = {"n_routed_experts": 8, **_ROUTED, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+# Mixtures of experts: few and many, and every kind of router, gate and shared experts.
+MIXTURES = {
+    "qwen3_moe": Family("qwen3_moe", {**_MOE, "norm_topk_prob": True}),
+    "qwen3_moe-64": Family("qwen3_moe", {**_MOE, "num_experts": 64, "num_experts_per_tok": 4}),
+    "qwen3_moe-128": Family("qwen3_moe", {**_MOE, "num_experts": 128, "num_experts_per_tok": 8}),
+    "qwen2_moe": Family("qwen2_moe", {**_MOE, "shared_expert_intermediate_size": 32}),
+    "olmoe": Family("olmoe", {**_MOE, "intermediate_size": 32}),
+    "phimoe": Family("phimoe", {**_GQA, **_EXPERTS}),
+    "granitemoe": Family("granitemoe", {**_GQA, **_EXPERTS}),
+    "glm4_moe": Family("glm4_moe", {**_GQA, **_DEEPSEEK}),
+    "deepseek_v3": Family(
+        "deepseek_v3",
+        {
+            **_DEEPSEEK,
+            "num_key_value_heads": HEADS,
+            "kv_lora_rank": 24,
+            "q_lora_rank": 40,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+        },
+    ),
+    "ernie4_5_moe": Family("ernie4_5_moe", {**_GQA, **_ROUTED, "moe_num_experts": 8, "moe_k": 2}),
+    "hunyuan_v1_moe": Family("hunyuan_v1_moe", {**_GQA, "num_experts": 8, "moe_topk": 2}),
+    "cohere2_moe": Family("cohere2_moe", {**_MOE, **_WINDOW}),
+    "exaone_moe": Family("exaone_moe", {**_MOE, **_WINDOW}),
+    "afmoe": Family("afmoe", {**_MOE, **_WINDOW, "num_dense_layers": 1}),
+    "minimax_m2": Family("minimax_m2", {**_GQA, **_EXPERTS, "rotary_dim": 8}),
+    "lfm2_moe": Family(
+        "lfm2_moe",
+        {**_MOE, "layer_types": [*_FULL, "conv", "full_attention"], "num_dense_layers": 1},
+    ),
+    "granitemoehybrid": Family(
+        "granitemoehybrid",
+        {
+            **_GQA,
+            **_MAMBA,
+            **_EXPERTS,
+            "layer_types": ["attention", "attention", "mamba", "attention"],
+            "shared_intermediate_size": 32,
+        },
+    ),
+    "gemma4-experts": Family(
+        "gemma4_text",
+        {
+            **_GQA,
+            **_WINDOW,
+            "layer_types": _ALTERNATING,
+            "global_head_dim": 2 * HEAD_SIZE,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+}
 
 
 @dataclass(frozen=True)

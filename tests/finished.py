@@ -388,7 +388,7 @@ def swap_experts(model: ir.Model) -> None:
 @pytest.fixture(scope="session")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Experts:
     folder = tmp_path_factory.mktemp("experts")
-    model = unsaved("qwen3_moe", num_hidden_layers=3)
+    model = unsaved("qwen3_moe", num_hidden_layers=3, num_experts=4, norm_topk_prob=False)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "mlp.gate.weight" in name:

@@ -1,13 +1,15 @@
 """Every family that is supported, in every form: PyTorch with the plan's maps and the graph say the same.
 
-One row of :data:`tests.families.DECODERS` each. ``scripts/tables.py families`` makes the table in docs/families.md
-of what these tests found; what is refused is in :data:`REFUSED`, with the words it is refused by.
+One row of :data:`tests.families.DECODERS` and one of its mixtures of experts each. ``scripts/tables.py families`` makes
+the table in docs/families.md of what these tests found; what is refused is in :data:`REFUSED`, with the words it is
+refused by.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from nbl_export.engine.library import import_library
 from nbl_export.engine.manifest import Limits, Manifest
 from nbl_export.errors import BuildError, InputError
 from nbl_export.export.checks import check_form
-from nbl_export.export.forms import FORMS
+from nbl_export.export.experts import DENSE
+from nbl_export.export.forms import CONCAT, FORMS
 from nbl_export.export.torch import export_torch, save_in_precision
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
@@ -29,7 +32,7 @@ from nbl_export.verify.parity.compare import Parity
 from tests.conftest import ALL, exhaustive
 from tests.end_to_end.test_matrix import CHOSEN, ROWS, crossed, parity, rewritten
 from tests.exporters import GRAPH, Graphs
-from tests.families import DECODERS, Calibrated, attention_share
+from tests.families import DECODERS, MIXTURES, Calibrated, attention_share
 
 Recorder = Callable[[str, object], None]
 CACHES, PRECISIONS = ("concat", "static"), ("fp32", "fp16", "bf16")
@@ -72,12 +75,13 @@ ALIKE = (
 )
 
 
-FAMILIES = [pytest.param(f, marks=exhaustive) if f in ALIKE else f for f in DECODERS]
+TRIED = (*DECODERS, *MIXTURES)
+FAMILIES = [pytest.param(f, marks=exhaustive) if f in (*ALIKE, *MIXTURES) else f for f in TRIED]
 
 
 def usual(family: str, cache: str, precision: str) -> bool:
     if cache == "concat":
-        of = {"fp32": DECODERS, "fp16": FLOAT16, "bf16": BFLOAT16}[precision]
+        of: Collection[str] = {"fp32": DECODERS, "fp16": FLOAT16, "bf16": BFLOAT16}[precision]
         return family not in ALIKE and family in of
     return family in (STATIC if cache == "static" else SHARED) and precision != "bf16"
 
@@ -90,7 +94,7 @@ GRAPHS = [
         id=f"{family}-{cache}-{precision}",
         marks=() if usual(family, cache, precision) else exhaustive,
     )
-    for family in DECODERS
+    for family in TRIED
     for cache, precision in FORMS_TRIED
 ]
 ENGINES = [
@@ -100,15 +104,25 @@ ENGINES = [
         id=f"{family}-{cache}",
         marks=() if family in ENGINES_BUILT and cache == "static" else exhaustive,
     )
-    for family in DECODERS
+    for family in TRIED
     for cache in CACHES
 ]
 
 _NO_POSITIONS = "takes no position_ids, which a static cache needs: use --kv-cache concat"
 _NOT_GROUPED = "does not compute: use --kv-cache concat"
-_NO_NONZERO = "does not take the operator NonZero"
 _NO_STATES = "has no inputs for their states: use --exporter torch with --kv-cache concat"
-HYBRIDS = ("lfm2", "bamba", "nemotron_h", "falcon_h1", "qwen3_next", "minimax")
+HYBRIDS = (
+    "lfm2",
+    "bamba",
+    "nemotron_h",
+    "falcon_h1",
+    "qwen3_next",
+    "minimax",
+    "lfm2_moe",
+    "granitemoehybrid",
+)
+# As `--trt` has it: TensorRT takes experts in this form alone.
+ALL_FORMS = {**FORMS, "dense": replace(CONCAT, experts=DENSE)}
 # (family, what) → a part of the sentence it is refused with.
 REFUSED: Mapping[tuple[str, str], str] = {
     ("bloom", "static"): _NO_POSITIONS,
@@ -128,7 +142,6 @@ REFUSED: Mapping[tuple[str, str], str] = {
     },
     **{(family, "static"): _NO_STATES for family in HYBRIDS},
     **{(family, "shared"): _NOT_GROUPED for family in ("bamba", "nemotron_h", "falcon_h1", "qwen3_next")},
-    **{(family, f"engine {form}"): _NO_NONZERO for family in ("mixtral", "gpt_oss") for form in CACHES},
     **{(family, "engine concat"): "models with layers that keep a state" for family in HYBRIDS},
     ("falcon-alibi", "engine concat"): "died by SIGSEGV",
 }
@@ -147,8 +160,8 @@ def exported(
         path.parent.mkdir(parents=True, exist_ok=True)
         if precision == "fp32":
             if ALL or family in CHECKED or form == "shared":  # it traces the model once more
-                check_form(calibrated_of(family).model, FORMS[form])
-            export_torch(calibrated_of(family).model, path, form=FORMS[form])
+                check_form(calibrated_of(family).model, ALL_FORMS[form])
+            export_torch(calibrated_of(family).model, path, form=ALL_FORMS[form])
         else:
             source = load_graph(graph(family, form, "fp32"))
             save_in_precision(source, path, precision_of(precision), ROWS)
@@ -229,7 +242,8 @@ def test_engine(
         return
     plan = calibrated_of(family).plan(CHOSEN["half"])
     graph = tmp_path / GRAPH
-    rewrite_file(exported(family, form, "fp16"), plan, graph)
+    experts = form == "concat" and family in ("mixtral", "gpt_oss", *MIXTURES)
+    rewrite_file(exported(family, "dense" if experts else form, "fp16"), plan, graph)
     target = Target(import_library("tensorrt-rtx"), None, LIMITS, ("SM86",))
     source = Source("linearized", graph, len(plan.attention_layers), tmp_path / "model.engine")
 
@@ -246,7 +260,7 @@ def test_engine(
 
 @exhaustive
 @pytest.mark.parametrize("exporter", OTHERS)
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", TRIED)
 def test_other_exporter(
     family: str,
     exporter: str,

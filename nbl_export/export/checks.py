@@ -70,10 +70,9 @@ def check_form(model: torch.nn.Module, form: Form, listener: Listener | None = N
     listener, name = listener or Silent(), type(model).__name__
     check_supported(model, cached=form.name != NONE.name, states=form.name != STATIC.name)
     with listener.task("Tracing a few blocks", 1, "trace") as task:
+        check_traces(model, form)
         if form.fused and not is_replaced(model):
             trace(model, form)  # the masks can only be checked in the graph
-        else:
-            check_traces(model, form)
         task.advance(1)
     try:
         with listener.task("Checking the export", 1, "check") as task:

@@ -25,6 +25,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from nbl_export.errors import InputError
 from nbl_export.export.traced_experts import EXPERTS, body_of, turned
 from nbl_export.graph.io import initializer
 from nbl_export.graph.nodes import Nodes
@@ -60,9 +61,23 @@ def lower_experts(model: ir.Model, of: torch.nn.Module, form: str) -> None:
         node.append(make.made)
         ir.convenience.replace_all_uses_with(old, y, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-        for stack in stacks:
-            if not stack.uses():
-                graph.initializers.pop(str(stack.name), None)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        graph.initializers.pop(name)
+
+
+def check_integers(of: torch.nn.Module, precision: str) -> None:
+    """Raise :class:`InputError` if the experts of ``of`` cannot be stored as integers.
+
+    Of many experts that is for onnxruntime's operator alone.
+    """
+    module: Any
+    for module in of.modules():
+        many = hasattr(module, "has_post_expert_norm") and module.num_experts > _FEW
+        if many and _swiglu(module) is None:
+            raise InputError(
+                f"{type(module).__name__} is not gated as SwiGLU, and onnxruntime computes no other experts of "
+                f"--precision {precision}: use fp16 or bf16."
+            )
 
 
 @dataclass(frozen=True)

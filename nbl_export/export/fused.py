@@ -272,12 +272,9 @@ def _typed(value: ir.Value, dtype: ir.DataType | None, shape: list[Any]) -> ir.V
 
 
 def fuse_norms(model: ir.Model) -> int:
-    """Fuse every norm of a sum of two activations [batch, tokens, d], in place; returns the number of fused norms."""
-    count = 0
-    for node in list(model.graph):
-        added = _added(node)
-        if added is None:
-            continue
+    """Fuse every norm of a residual stream [batch, tokens, d], in place; returns the number of fused norms."""
+    found = [(node, added) for node in model.graph if (added := _added(node)) is not None]
+    for node, added in found:
         epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
         fused = ir.node(
             _FUSED[node.op_type],
@@ -295,16 +292,15 @@ def fuse_norms(model: ir.Model) -> int:
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         for unused in fused.outputs[1:_SUM]:
             unused.name = ""
-        count += 1
-    if count:
+    if found:
         model.opset_imports[MICROSOFT] = 1
         model.graph.sort()
         remove_unused(model)
-    return count
+    return len(found)
 
 
 def _added(norm: ir.Node) -> ir.Node | None:
-    """The Add of two activations whose last dimension ``norm`` normalizes; None for any other node."""
+    """The Add to a residual stream whose last dimension ``norm`` normalizes; None for any other node."""
     value = norm.inputs[0] if norm.op_type in _FUSED and norm.domain in ("", "ai.onnx") else None
     node = value.producer() if value is not None else None
     if node is None or node.op_type != "Add" or int_attribute(norm, "axis", -1) not in (-1, 2):
@@ -315,4 +311,6 @@ def _added(norm: ir.Node) -> ir.Node | None:
     # Shapes must be equal: learned positions are broadcast over rows, and a bias is one vector.
     if any(is_constant(v) for v in node.inputs) or shapes[0] != shapes[1]:
         return None
-    return node
+    # The stream is read elsewhere, too. A sum of two branches, as of experts and a shared one, is what a block writes,
+    # and has to be found.
+    return node if any(v is not None and len(v.uses()) > 1 for v in node.inputs) else None

@@ -37,11 +37,12 @@ from nbl_export.export.functions import experts_are_replaced, exportable
 from nbl_export.export.fused import fuse_norms, group_queries
 from nbl_export.export.tidy import StandIns, tidy
 from nbl_export.files import TEMPORARY
+from nbl_export.graph.integers import to_integers
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.precision import Precision, to_precision
 from nbl_export.graph.summary import Float32Node
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import layer_count, positions
+from nbl_export.models.layers import NOT_YET, layer_count, positions
 from nbl_export.models.running import quiet, replaced
 from nbl_export.models.walk import one_of_each_kind
 from nbl_export.models.weights import resident, standing_in
@@ -164,25 +165,26 @@ def check_traces(model: torch.nn.Module, form: Form) -> None:
     except NblError:
         raise
     except Exception as error:
-        raise InputError(f"{type(model).__name__} {_why_not(error, model)}: {form.remedy}.") from error
+        why, remedy = _why_not(error, model)
+        raise InputError(f"{type(model).__name__} {why}: {remedy or form.remedy}.") from error
 
 
-def _why_not(error: Exception, model: torch.nn.Module) -> str:
-    """What torch says of a model that it cannot trace, in our words where it is known."""
+def _why_not(error: Exception, model: torch.nn.Module) -> tuple[str, str]:
+    """What torch says of a model that it cannot trace, in our words where it is known, and what to do if known."""
     first = first_line(error)
     if type(error).__name__.startswith("GuardOnDataDependent"):
         if not experts_are_replaced(model):
             return (
                 "runs the experts that its tokens go to in a loop of its own, not by transformers' interface for "
                 "experts, and a graph has the same steps for all texts"
-            )
+            ), NOT_YET
         return (
             "goes one of two ways by a number that it computes from a text, as the length of its longest row, and a "
             "graph goes the same way for all texts"
-        )
+        ), ""
     if "Constraints violated" in first:
-        return "takes a step for each token of a text, and a graph has the same steps for all texts"
-    return f"cannot be traced for texts of any length ({first[:200]})"
+        return "takes a step for each token of a text, and a graph has the same steps for all texts", ""
+    return f"cannot be traced for texts of any length ({first[:200]})", ""
 
 
 # in a precision ----------------------------------------------------------------------------------
@@ -215,6 +217,8 @@ def save_in_precision(
             copy = graph.clone()
             copy.meta.update(graph.meta)
             ranges = ranges_of(copy, rows, Path(folder), done)
+    if precision.bits:
+        to_integers(graph, precision.bits)
     float32 = to_precision(graph, precision, ranges, wide)
     with bytes_task(listener, "Writing the graph", size) as done:
         files = save_graph(graph, path, progress=done, readers=readers)

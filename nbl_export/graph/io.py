@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.external_data import convert_tensors_from_external
 
 from nbl_export.errors import BuildError, InputError, first_line
@@ -329,10 +330,23 @@ def _blocks(where: str, tensor: ir.TensorProtocol) -> Iterator[Any]:
                 yield block
         return
     if tensor.dtype.bitwidth < 8:
-        raw = memoryview(tensor.tobytes())  # packed
-    else:  # as it is in memory: a copy of the largest weight would take as much again
-        raw = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
-    yield from (raw[at : at + _BLOCK] for at in range(0, len(raw), _BLOCK))
+        packed = np.frombuffer(tensor.tobytes(), np.uint8)
+        yield from (part.data for _, part in in_parts(packed, _BLOCK))
+        return
+    array = tensor.numpy()
+    for _, part in in_parts(array, _BLOCK // array.itemsize):
+        yield np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+
+
+def in_parts(array: NDArray[Any], numbers: int) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Parts of ``array`` along its first axis, of so many ``numbers`` or one row: where, and the part.
+
+    A copy of a part, where it is turned, is small: one of the largest weight would take as much again.
+    """
+    rows = np.atleast_1d(array)
+    step = max(1, numbers // max(1, rows[0].size)) if len(rows) else 1
+    for at in range(0, len(rows), step):
+        yield slice(at, at + step), rows[at : at + step]
 
 
 def save_again(model: ir.Model, path: Path, check: Check = check_file) -> list[Path]:

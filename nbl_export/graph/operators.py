@@ -7,7 +7,7 @@ onnx.ai/onnx/operators and onnxruntime's docs/ContribOperators.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,6 +112,13 @@ def int_attribute(node: ir.Node, name: str, default: int = 0) -> int:
     """An integer attribute; ``default`` if it is missing or has another type."""
     attribute = node.attributes.get(name)
     return attribute.as_int() if attribute is not None and attribute.type == ir.AttributeType.INT else default
+
+
+def int_input(node: ir.Node, index: int) -> int | None:
+    """The integer that is the constant input ``index`` of ``node``; None if it is none."""
+    value = node.inputs[index]
+    tensor = constant_tensor(value) if value is not None else None
+    return None if tensor is None else int(tensor.numpy().item())
 
 
 def linear_op(node: ir.Node) -> LinearOp | None:
@@ -220,6 +227,7 @@ def routed(node: ir.Node) -> Routed | None:
         k = _taken(node)
     elif linear_op(node) is not None and (split := _split_before(node)) is not None:
         stacks, experts, k = [v for v in inputs[1:2] if v is not None], len(split.outputs), _taken(split)
+        bits = weight_bits(node) or 8
     tensors = [v.const_value for v in stacks if v.const_value is not None]
     if not tensors or k is None:
         return None
@@ -244,14 +252,19 @@ def _split_before(product: ir.Node) -> ir.Node | None:
 
 def _taken(node: ir.Node) -> int | None:
     """How many the nearest TopK before ``node`` takes."""
+    router = nearest(node, lambda maker: maker.op_type == "TopK")
+    return None if router is None else int_input(router, 1)
+
+
+def nearest(node: ir.Node, wanted: Callable[[ir.Node], bool]) -> ir.Node | None:
+    """The node before ``node`` that is ``wanted``, with the fewest nodes in between."""
     level, seen = [node], {node}
     while level:
         makers = (v.producer() for one in level for v in one.inputs if v is not None)
         level = [maker for maker in dict.fromkeys(makers) if maker is not None and maker not in seen]
         seen.update(level)
-        if (router := next((one for one in level if one.op_type == "TopK"), None)) is not None:
-            k = constant_tensor(router.inputs[1]) if router.inputs[1] is not None else None
-            return None if k is None else int(k.numpy().item())
+        if (found := next(filter(wanted, level), None)) is not None:
+            return found
     return None
 
 

@@ -30,7 +30,7 @@ from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import PRESENT, state_pairs
-from nbl_export.graph.io import initializer
+from nbl_export.graph.io import in_parts, initializer
 from nbl_export.graph.operators import (
     captured,
     int_attribute,
@@ -49,7 +49,8 @@ _PART = 1 << 22
 
 @dataclass(frozen=True)
 class Precision:
-    """A floating-point format of a graph. ``largest`` is the largest magnitude a tensor may have in it.
+    """A floating-point format of a graph. ``largest`` is the largest magnitude a tensor may have in it. Weights have
+    ``bits`` where these are integers.
 
     The maximum of float16 is 65,504; a quarter of it leaves a margin for text other than the measured text.
     """
@@ -58,7 +59,7 @@ class Precision:
     gates: str
     dtype: ir.DataType = F32
     largest: float = float("inf")
-    quantized: bool = False
+    bits: int = 0
 
 
 PRECISIONS = {
@@ -67,8 +68,8 @@ PRECISIONS = {
     "bf16": Precision("bf16", "bfloat16", ir.DataType.BFLOAT16),
 }
 
-# Graphs whose weights were quantized by the exporter; they compute in float32 or half precision.
-QUANTIZED = {name: Precision(name, name, quantized=True) for name in choices.QUANTIZED}
+# Graphs whose weights are integers; they compute in float32 or half precision.
+QUANTIZED = {name: Precision(name, name, bits=int(name.removeprefix("int"))) for name in choices.QUANTIZED}
 
 # Operators that lose too much in half precision: decomposed norms, softmax, angles of large positions, and the
 # choice of experts, where rounding to a tie routes a token to another expert.
@@ -80,9 +81,10 @@ SENSITIVE = frozenset(
 
 def precision_of(name: str) -> Precision:
     """The precision called ``name``; raises :class:`InputError` for an unknown one."""
-    if name not in PRECISIONS:
-        raise InputError(f"--precision {name!r} is unknown; choose {', '.join(PRECISIONS)}.")
-    return PRECISIONS[name]
+    known = PRECISIONS | QUANTIZED
+    if name not in known:
+        raise InputError(f"--precision {name!r} is unknown; choose {', '.join(known)}.")
+    return known[name]
 
 
 def graph_precision(model: ir.Model) -> Precision:
@@ -226,17 +228,16 @@ def _representable(value: ir.Value, precision: Precision) -> bool:
 def _rounded(
     array: NDArray[np.float32], precision: Precision
 ) -> Iterator[tuple[slice, NDArray[Any], NDArray[Any]]]:
-    """Parts of the flat ``array`` of a few million numbers: where, as they are, and rounded; copies are small.
+    """Parts of ``array`` along its first axis: where, as they are, and rounded; copies are small.
 
     Float32's extreme values, used in masks, would round to infinity in bfloat16: they are clipped to its range.
     """
-    flat, most = array.reshape(-1), float(ml_dtypes.finfo(precision.dtype.numpy()).max)
-    for at in range(0, flat.size, _PART):
-        part = flat[at : at + _PART]
+    most = float(ml_dtypes.finfo(precision.dtype.numpy()).max)
+    for where, part in in_parts(array, _PART):
         if precision.largest == float("inf") and np.isfinite(part).all():
             part = np.clip(part, -most, most)
         with np.errstate(over="ignore"):
-            yield slice(at, at + _PART), part, part.astype(precision.dtype.numpy())
+            yield where, part, part.astype(precision.dtype.numpy())
 
 
 def _add_ancestors(
@@ -302,10 +303,10 @@ class _Converter:
 
         # Converted when it is written, so that not all weights of a large model are in memory.
         def convert() -> ir.TensorProtocol:
-            converted = np.empty(original.size, dtype.numpy())
+            converted = np.empty(original.shape.numpy(), dtype.numpy())
             for where, _, rounded in _rounded(original.numpy(), self.precision):
-                converted[where] = rounded
-            return ir.tensor(converted.reshape(original.shape.numpy()), dtype=dtype, name=name)
+                np.atleast_1d(converted)[where] = rounded
+            return ir.tensor(converted, dtype=dtype, name=name)
 
         # onnx_ir's annotation asks for a class of its own, its code for the protocol.
         tensor = ir.LazyTensor(convert, dtype=dtype, shape=value.shape, name=name)  # type: ignore[arg-type]

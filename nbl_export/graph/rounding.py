@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from nbl_export.graph.operators import (
     MICROSOFT,
+    MIXTURES,
     constant_tensor,
     infer_types,
     int_attribute,
@@ -41,15 +42,16 @@ _EXPLICIT_DTYPE = {"Cast", "Constant", "ConstantOfShape"}
 UNTIMED = (
     "onnxruntime's CPU provider does not compute in half precision, so its times would not be meaningful"
 )
-# The input with the quantized numbers. Those of bytes without a type of their own have the bits of an attribute.
-QUANTIZED_INPUT = {
-    (MICROSOFT, "MatMulNBits"): 1,
-    (MICROSOFT, "GatherBlockQuantized"): 0,
-    (MICROSOFT, "DynamicQuantizeMatMul"): 1,
-    ("", "MatMulInteger"): 1,
-    ("", "DequantizeLinear"): 0,
+# The inputs with the quantized numbers. Those of bytes without a type of their own have the bits of an attribute.
+QUANTIZED_INPUTS = {
+    (MICROSOFT, "MatMulNBits"): (1,),
+    (MICROSOFT, "QMoE"): MIXTURES[MICROSOFT, "QMoE"],
+    (MICROSOFT, "GatherBlockQuantized"): (0,),
+    (MICROSOFT, "DynamicQuantizeMatMul"): (1,),
+    ("", "MatMulInteger"): (1,),
+    ("", "DequantizeLinear"): (0,),
 }
-_PACKED = ("MatMulNBits", "GatherBlockQuantized")
+_BITS = {"MatMulNBits": "bits", "GatherBlockQuantized": "bits", "QMoE": "expert_weight_bits"}
 _RANGES = {
     ir.DataType.INT4: (-8, 7),
     ir.DataType.UINT4: (0, 15),
@@ -159,14 +161,14 @@ def _quantized(model: ir.Model) -> dict[ir.Value, int]:
     """Constants with quantized weights, and the bits of each number in their bytes; 0 for typed numbers."""
     found: dict[ir.Value, int] = {}
     for node in model.graph:
-        index = QUANTIZED_INPUT.get(key(node), len(node.inputs))
-        # Behind a Reshape or a Transpose of a shared weight.
-        behind = upstream(node.inputs[index]) if index < len(node.inputs) else ()
-        tensors = ((value, tensor) for value in behind if (tensor := constant_tensor(value)) is not None)
-        value, tensor = next(tensors, (None, None))
-        if value is not None and tensor is not None and tensor.dtype in _RANGES:
-            packed = node.op_type in _PACKED and tensor.dtype == ir.DataType.UINT8
-            found[value] = int_attribute(node, "bits", 4) if packed else 0
+        for index in QUANTIZED_INPUTS.get(key(node), ()):
+            # Behind a Reshape or a Transpose of a shared weight.
+            behind = upstream(node.inputs[index]) if index < len(node.inputs) else ()
+            tensors = ((value, tensor) for value in behind if (tensor := constant_tensor(value)) is not None)
+            value, tensor = next(tensors, (None, None))
+            if value is not None and tensor is not None and tensor.dtype in _RANGES:
+                packed = node.op_type in _BITS and tensor.dtype == ir.DataType.UINT8
+                found[value] = int_attribute(node, _BITS[node.op_type], 4) if packed else 0
     return found
 
 

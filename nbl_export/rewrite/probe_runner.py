@@ -40,8 +40,8 @@ class ProbeRunner:
         """Tensors ``names`` for each row; the intermediate tensors ``given`` are fed instead of computed.
 
         ``nudged``, a seed, moves the graph's weights, and what is fed, as rounding moves them. ``other_tokens`` runs
-        each row backwards: what depends on the fed tensors alone does not change. Without, routers are told what
-        PyTorch's have chosen, if the plan says it. ``given`` has an array for each row, in the shapes of
+        each row backwards: what depends on the fed tensors alone does not change. Routers are told what PyTorch's
+        have chosen, if the plan says it. ``given`` has an array for each row, in the shapes of
         :meth:`split`. Returns for each row its tensors by name, in the graph's shapes, half
         precision as float32. Raises :class:`~nbl_export.errors.InputError` if onnxruntime does not run the graph.
         """
@@ -55,7 +55,7 @@ class ProbeRunner:
                 feed[name] = nudged_values(array, dtypes.get(name), [nudged, number]) if moved else array  # type: ignore[list-item]
         if nudged is not None:
             nudge(model, nudged)
-        routes = {} if other_tokens else self.plan.probe_routes
+        routes = self.plan.probe_routes
         if ranks := told_ranks(model, routes):
             tell(model)
             for (name, rank), number in zip(ranks.items(), sorted(routes), strict=True):

@@ -16,7 +16,7 @@ block, including zero, is mapped to all integers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from nbl_export.batch import F32
 from nbl_export.errors import BuildError
+from nbl_export.graph.integers import Blocks, pack, quantize_blocks
 from nbl_export.graph.operators import DYNAMIC, MICROSOFT, dequantizer, int_attribute, key, weight_bits
 
-U8 = NDArray[np.uint8]
 # Adds an initializer: the suffix of its name, its values, their dtype; or a function of the values, and the shape.
 Add = Callable[..., ir.Value]
 
@@ -40,56 +40,6 @@ _TYPES = {
 # The accuracy level of MatMulNBits at which it rounds its activations to 8 bits.
 _INT8_ACTIVATIONS = 4
 _N_BITS = (MICROSOFT, "MatMulNBits")
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Integers [rows, blocks, block size] from 0 to 2**bits - 1; scales and zero points [rows, blocks]."""
-
-    numbers: U8
-    scales: F32
-    zeros: U8
-
-    def values(self) -> F32:
-        """The dequantized values."""
-        shifted = self.numbers.astype(np.float32) - self.zeros[..., None]
-        result: F32 = shifted * self.scales[..., None]
-        return result
-
-
-def quantize_blocks(w: F32, bits: int, block: int, symmetric: bool, positive: bool = False) -> Blocks:
-    """Quantize ``w`` [rows, columns] in blocks of ``block`` columns, the last one padded with zeros.
-
-    ``positive`` makes the scales of symmetric blocks positive; one of the 2**bits integers is then unused.
-    """
-    rows, columns = w.shape
-    count = -(-columns // block)
-    padded = np.zeros((rows, count * block), dtype=np.float32)
-    padded[:, :columns] = w
-    values = padded.reshape(rows, count, block)
-    half, most = 1 << (bits - 1), (1 << bits) - 1
-    if symmetric:
-        at = np.abs(values).argmax(axis=-1)[..., None]
-        largest = np.take_along_axis(values, at, axis=-1)[..., 0]
-        scales = np.abs(largest) / (half - 1) if positive else largest / -half
-        zeros = np.full(scales.shape, half, dtype=np.uint8)
-    else:
-        low, high = (np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0))
-        scales = (high - low) / most
-        zeros = np.rint(-low / np.where(scales == 0, 1, scales)).astype(np.uint8)
-    safe = np.where(scales == 0, 1, scales)
-    numbers = np.clip(np.rint(values / safe[..., None]) + zeros[..., None], 0, most).astype(np.uint8)
-    return Blocks(numbers, scales.astype(np.float32), zeros)
-
-
-def pack(numbers: U8, bits: int) -> U8:
-    """Integers [..., n] of 2, 4 or 8 bits in bytes [..., ⌈n·bits/8⌉], the first in the lowest bits."""
-    each = 8 // bits
-    filled = np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, -numbers.shape[-1] % each)])
-    shifted = filled.reshape(*filled.shape[:-1], -1, each) << (np.arange(each, dtype=np.uint8) * bits)
-    # No two of them have a bit in common.
-    packed: U8 = np.sum(shifted.astype(np.uint8), axis=-1, dtype=np.uint8)
-    return packed
 
 
 def _quantized(w: F32, node: ir.Node, symmetric: bool = True) -> Blocks:

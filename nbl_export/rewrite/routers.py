@@ -22,9 +22,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.batch import moved, shortfall
+from nbl_export.errors import BuildError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.nodes import Nodes
-from nbl_export.graph.operators import MIXTURES, constant_tensor, infer_types, int_attribute, key, upstream
+from nbl_export.graph.operators import MIXTURES, infer_types, int_attribute, int_input, key, upstream
 
 # Of the scores' size, beside what is measured.
 _FLOAT32 = 1e-3
@@ -99,7 +100,8 @@ def places_of(router: ir.Node) -> str:
 def told_ranks(model: ir.Model, routes: Mapping[int, NDArray[np.int64]]) -> dict[str, int]:
     """The rank of the places of each router by name, if all can be told ``routes`` by their numbers; else nothing.
 
-    ``routes`` are places [tokens, …, k]; in the graph they may have a dimension for the batch before.
+    ``routes`` are places [tokens, …, k]; in the graph they may have a dimension for the batch before. Raises
+    :class:`BuildError` for a router that takes another number of experts.
     """
     found = routers(model)
     if set(routes) != set(range(len(found))):
@@ -111,9 +113,12 @@ def told_ranks(model: ir.Model, routes: Mapping[int, NDArray[np.int64]]) -> dict
         rank = len(shape or ())
         if rank - routes[number].ndim not in (0, 1) or int_attribute(node, "axis", -1) % rank != rank - 1:
             return {}
-        k = constant_tensor(node.inputs[1]) if node.inputs[1] is not None else None
-        if k is not None and k.numpy().item() != routes[number].shape[-1]:
-            return {}
+        k, expected = int_input(node, 1), routes[number].shape[-1]
+        if k not in (None, expected):
+            raise BuildError(
+                f"The graph is not proven: its router {number} takes {k} experts of a token, PyTorch's {expected}; "
+                "this graph is not of the model the plan was made for: export that model."
+            )
         ranks[places_of(node)] = rank
     return ranks
 

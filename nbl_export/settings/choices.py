@@ -39,9 +39,10 @@ class Choices:
     fused: frozenset[str] = frozenset()
 
 
+_ALL = ("fp32", "fp16", "bf16", *QUANTIZED)
 EXPORTERS = {
-    "torch": Choices(("fp32", "fp16", "bf16"), ("concat", "shared", "static", "none"), frozenset({"shared"})),
-    "genai": Choices(("fp32", "fp16", "bf16", *QUANTIZED), ("concat",), frozenset({"concat"})),
+    "torch": Choices(_ALL, ("concat", "shared", "static", "none"), frozenset({"shared"})),
+    "genai": Choices(_ALL, ("concat",), frozenset({"concat"})),
     "optimum": Choices(("fp32",), ("concat",)),
 }
 

@@ -29,7 +29,7 @@ class ExportSettings(Settings):
     """Who exports the graph, its precision, and how it keeps its KV cache; None is what suits target, task and engines.
 
     target: What is fastest on onnxruntime, genai, tensorrt, optimum or web.
-    precision: fp32, fp16, bf16; genai: int4, int8.
+    precision: fp32, fp16, bf16; int4, int8 for onnxruntime.
     kv_cache: concat, shared (onnxruntime alone), static, none.
     exporter: torch, genai (its model builder) or optimum.
     inputs: What the decoder reads: ids (token ids), or embeds (their embeddings, among which those of images can be;
@@ -78,6 +78,11 @@ class ExportSettings(Settings):
         """Whether the decoder reads embeddings."""
         return self.inputs == "embeds"
 
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are integers."""
+        return self.precision in choices.QUANTIZED
+
     def reads_calibration(self, task: Task) -> bool:
         """Whether calibration is needed: it gives the ranges for float16, and the inputs of an encoder."""
         return not task.causal or (self.exported_by == "torch" and self.precision == "fp16")
@@ -122,6 +127,7 @@ class ExportSettings(Settings):
             "--inputs embeds": self.embeds,
             self._asked_exporter: self.exported_by != "torch",
             f"--kv-cache {self.kv_cache}": self.kv_cache not in (None, "none"),
+            f"--precision {self.precision}": self.quantized,
             "--trt": engines,
         }
         rest = f" is for decoders; this model is an encoder ({task.name}): leave it out."
@@ -133,7 +139,12 @@ class ExportSettings(Settings):
             (
                 self.embeds,
                 "Engines are built of decoders that read token ids: leave --inputs embeds or --trt out.",
-            )
+            ),
+            (
+                self.quantized,
+                f"Weights of --precision {self.precision} are for onnxruntime's own operators, which TensorRT does not "
+                "take: use --precision fp16 or bf16.",
+            ),
         )
         if self._of_target(engines=True).kv_cache in self.offered.fused:
             cache = f"--kv-cache {self.kv_cache}" if self.kv_cache else f"--target {self.target}"

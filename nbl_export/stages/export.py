@@ -15,6 +15,7 @@ from nbl_export.batch import EMBEDDINGS, PER_LAYER, PIXELS, TOKENS
 from nbl_export.calibrate.probe import load_probe
 from nbl_export.errors import InputError
 from nbl_export.export.checks import check_form, crossed_on_copy
+from nbl_export.export.experts import MOE, check_integers
 from nbl_export.export.forms import FORMS, Form, embedding_form, encoder_form, reading_embeds
 from nbl_export.export.others import as_hf_folder, check_known, export_with, find_exporter
 from nbl_export.export.sidecars import GENAI, genai_config, with_embeds, with_states
@@ -131,6 +132,8 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
     if settings.exported_by != "torch" or not task.causal:
         check_supported(model, task=task, pooled=run.model.pooling is not None)
         return ()
+    if settings.quantized:
+        check_integers(model, str(settings.precision))
     if run.checked is None or run.checked[0] != settings:
         run.checked = settings, check_form(model, _form(run, settings), run.listener)
     return run.checked[1]
@@ -142,7 +145,8 @@ def _form(run: Run, settings: ExportSettings) -> Form:
         inputs = load_probe(run.workspace.probe).inputs
         return _of_opset(encoder_form(model.model, model.task, model.pooling, inputs), settings)
     form = _of_opset(FORMS[str(settings.kv_cache)], settings)
-    form = replace(form, experts=settings.experts or form.experts)
+    # Of the forms of experts, onnxruntime's operator alone has integers.
+    form = replace(form, experts=MOE if settings.quantized else settings.experts or form.experts)
     return reading_embeds(form, model.model) if settings.embeds else form
 
 

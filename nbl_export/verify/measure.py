@@ -160,14 +160,13 @@ def decoder_parity(case: DecoderCase, found: Measurement) -> DecoderParity:
     """The graph in onnxruntime against PyTorch with the plan in place, by the gates of the graph's precision."""
     precision, listener = case.precision, case.listener
     text, crossings = parity_text(case, cached=not interface_of(case.graph).cacheless)
-    routed = not precision.quantized and is_routed(case.graph)
-    reference = Reference(case.model, case.plan, text, precision, listener, routed)
+    reference = Reference(case.model, case.plan, text, precision, listener, is_routed(case.graph))
     run = partial(record_graph, case, case.rewritten, text, watched=True)
     graph = run()
     # The figures are those of a graph rounded as it says; a float16 file itself must run too.
     judged = reference.judge(
         graph,
-        partial(record_graph, case, case.baseline, text) if case.baseline else None,
+        partial(record_graph, case, case.baseline, text, watched=True) if case.baseline else None,
         partial(run, rounded=False) if precision.name == "fp16" else None,
     )
     parity, failures = judged.parity, judged.failures

@@ -297,7 +297,6 @@ REFUSED: list[tuple[Settings, str]] = [
         api.ExportSettings(target="genai", kv_cache="static"),
         ".*'static' is not offered by .*genai: choose concat",
     ),
-    (api.ExportSettings(target="onnxruntime", precision="int4"), ".*int4 is for --exporter genai"),
     (
         api.ExportSettings(target="genai", inputs="embeds"),
         "--inputs embeds is for --exporter torch, not for genai",
@@ -306,16 +305,13 @@ REFUSED: list[tuple[Settings, str]] = [
         api.ExportSettings(exporter="tensorflow"),
         ".*'tensorflow' is unknown; choose one of torch, genai, optimum",
     ),
-    (
-        api.ExportSettings("int4"),
-        ".*not offered by .* torch: choose fp32, fp16, bf16; int4 is for --exporter genai",
-    ),
+    (api.ExportSettings("int4", exporter="optimum"), ".*choose fp32; int4 is for --exporter torch or genai"),
     (api.ExportSettings("fp16", exporter="optimum"), ".*choose fp32; fp16 is for --exporter torch or genai"),
     (
         api.ExportSettings(exporter="genai", kv_cache="static"),
         ".*choose concat; static is for --exporter torch",
     ),
-    (api.ExportSettings("fp8"), r".*choose fp32, fp16, bf16\."),
+    (api.ExportSettings("fp8"), r".*choose fp32, fp16, bf16, int4, int8\."),
     (
         api.ExportSettings(exporter="genai", opset=18),
         "--opset is for --exporter torch, not for genai: leave one",

@@ -223,7 +223,7 @@ class Reference:
     def __init__(
         self,
         model: torch.nn.Module,
-        plan: Plan,
+        plan: Plan | None,
         text: Text,
         precision: Precision,
         listener: Listener | None = None,
@@ -252,19 +252,21 @@ class Reference:
             reference, unrounded = self.like(others.choices)
             wrong = compare(reference, others, self.gates).failures()
             failures += [f"as onnxruntime runs it, {failure}" for failure in wrong]
-        if precision.quantized and unmodified:
+        if precision.bits and unmodified:
             # What the quantization costs the unmodified model is not the rewrite's to answer for.
-            original = record_pytorch(self.model, None, self.text, listener=self.listener)
-            base = compare(original, unmodified(), self.gates)
+            routed, base_graph = self.own is not None, unmodified()
+            original = Reference(self.model, None, self.text, precision, self.listener, routed)
+            base = compare(original.like(base_graph.choices)[0], base_graph, self.gates)
             failures += parity.failures_against(base, "the unmodified model's own")
-        elif not precision.quantized and precision.name != "fp32":
+        elif not precision.bits and precision.name != "fp32":
             half = told and Routers(told.real, told.told)
             own = pytorch_in_precision(
                 precision, self.model, self.plan, self.text, expected, half, self.listener
             )
             failures += parity.failures_against(own, OWN)
         routing = None
-        if self.own and told:
+        # What integers move a score by is seen in the proof alone.
+        if self.own and told and not precision.bits:
             by_rounding = moved_by_rounding(told, half)
             routing = routing_of(self.own, told, by_rounding)
             failures += routing_failures(routing)
@@ -291,7 +293,7 @@ class Reference:
 def pytorch_in_precision(
     precision: Precision,
     model: torch.nn.Module,
-    plan: Plan,
+    plan: Plan | None,
     text: Text,
     exact: Recorded,
     routers: Routers | None = None,
