@@ -1,10 +1,11 @@
-"""Experts in each form: nodes, seconds to export and to load, milliseconds for 1, 16 and 512 tokens, in turns.
+"""Experts in each form: nodes, seconds to export and to load, memory, milliseconds of a prefill and a step, in turns.
 
     python scripts/bench_experts.py [--experts 128] [--k 8] [--layers 1] [--width 2048] [--inner 768] [--dir DIR]
 
-A Qwen3-MoE with random weights, and no cache: ours as `moe`, `loop` and `dense`, with a product for each expert
-(`each`), mobius's graph if mobius-onnx is installed, and PyTorch with transformers' own experts. All compute the same
-tokens in turns, in float32 with the threads of this process; the median of the rounds counts.
+A Qwen3-MoE with random weights: ours as `moe`, `loop` and `dense`, with a product for each expert (`each`), as `moe` in
+integers (`int4`), mobius's graph if mobius-onnx is installed, and PyTorch with transformers' own experts. All compute
+the same tokens in turns, in float32 with the threads of this process; the median of the rounds counts. Memory is what
+this process cannot drop of a session that has run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,18 +27,19 @@ import numpy as np
 import onnx_ir as ir
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen3MoeConfig
 
 from nbl_export.export import experts
 from nbl_export.export.experts import DENSE, LOOP, MOE
-from nbl_export.export.forms import NONE
+from nbl_export.export.forms import CONCAT
 from nbl_export.export.torch import trace
+from nbl_export.graph.integers import to_integers
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.machine import cores
 from nbl_export.models.running import replaced
 from nbl_export.runtime.session import CPU, require_onnxruntime, session_options
 
-EACH, MOBIUS, PYTORCH = "each", "mobius", "PyTorch"
+EACH, INT4, MOBIUS, PYTORCH = "each", "int4", "mobius", "PyTorch"
 # Dense computes all experts for more tokens than these.
 _MOST_OF_DENSE = 16
 
@@ -84,24 +86,53 @@ def export_mobius(model: Any, folder: Path) -> Path:
     return folder / MOBIUS / "model.onnx"
 
 
-def runner(session: Any) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    names = {one.name: one for one in session.get_inputs()}
+# Token ids and the keys and values before them, to logits and all keys and values.
+Run = Callable[[np.ndarray[Any, Any], Sequence[Any]], tuple[np.ndarray[Any, Any], Sequence[Any]]]
 
-    def run(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        length = ids.shape[1]
-        given = {
+
+def runner(session: Any) -> Run:
+    inputs, outputs = session.get_inputs(), [one.name for one in session.get_outputs()]
+    names = [one.name for one in inputs]
+    past = [one for one in inputs if one.name.startswith("past")]
+    kept = [name.replace("past_key_values", "present") for name in (one.name for one in past)]
+
+    def run(ids: np.ndarray[Any, Any], before: Sequence[Any]) -> tuple[np.ndarray[Any, Any], Sequence[Any]]:
+        empty = [np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32) for one in past]
+        start = (before or empty)[0].shape[2]
+        feeds = {
             "input_ids": ids,
-            "attention_mask": np.ones_like(ids),
-            "position_ids": np.arange(length)[None],
+            "attention_mask": np.ones((1, start + ids.shape[1]), np.int64),
+            "position_ids": np.arange(start, start + ids.shape[1])[None],
         }
-        feeds: dict[str, Any] = {name: array for name, array in given.items() if name in names}
-        for name, one in names.items():
-            if name.startswith("past"):
-                feeds[name] = np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32)
-        found: np.ndarray[Any, Any] = session.run(["logits"], feeds)[0]
-        return found
+        feeds = {name: array for name, array in feeds.items() if name in names}
+        found = dict(
+            zip(
+                outputs,
+                session.run(
+                    None, feeds | dict(zip((one.name for one in past), before or empty, strict=True))
+                ),
+                strict=True,
+            )
+        )
+        return found["logits"], [found[name] for name in kept]
 
     return run
+
+
+def in_pytorch(model: Any) -> Run:
+    def run(ids: np.ndarray[Any, Any], before: Sequence[Any]) -> tuple[np.ndarray[Any, Any], Sequence[Any]]:
+        cache = DynamicCache(list(zip(before[::2], before[1::2], strict=True)))
+        with torch.inference_mode():
+            output = model(torch.from_numpy(ids), past_key_values=cache, use_cache=True)
+        return output.logits.numpy(), [side for one in cache.layers for side in (one.keys, one.values)]
+
+    return run
+
+
+def anonymous() -> float:
+    """MiB of this process that cannot be dropped."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
 
 
 def main() -> None:
@@ -125,45 +156,47 @@ def main() -> None:
 
 def compare(asked: argparse.Namespace, folder: Path) -> None:
     model = make_model(asked)
-    rows, runs = {}, dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]]()
-    for form in (MOE, LOOP, DENSE, EACH, *[MOBIUS] * bool(find_spec("mobius"))):
+    rows, runs = {}, dict[str, Run]()
+    for form in (MOE, LOOP, DENSE, EACH, INT4, *[MOBIUS] * bool(find_spec("mobius"))):
         start = time.perf_counter()
         if form == MOBIUS:
             path = export_mobius(model, folder)
         else:
-            path = folder / f"{form}.onnx"
+            path = folder / form / "model.onnx"
+            path.parent.mkdir()
             with replaced(experts, "_FEW", 10**6 if form == EACH else 0):
-                save_graph(trace(model, replace(NONE, experts=LOOP if form == EACH else form)), path)
-        took = time.perf_counter() - start
+                graph = trace(model, replace(CONCAT, experts={EACH: LOOP, INT4: MOE}.get(form, form)))
+                if form == INT4:
+                    to_integers(graph, 4)
+                save_graph(graph, path)
+        took, before = time.perf_counter() - start, anonymous()
         session, load = session_of(path)
-        rows[form] = [f"{nodes_of(path):,}", f"{took:.0f}", f"{load:.1f}"]
         runs[form] = runner(session)
-
-    def pytorch(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        with torch.inference_mode():
-            logits: np.ndarray[Any, Any] = model(torch.from_numpy(ids)).logits.numpy()
-        return logits
-
-    rows[PYTORCH], runs[PYTORCH] = ["", "", ""], pytorch
-    for tokens in asked.tokens:
-        ids = np.random.default_rng(tokens).integers(0, 512, (1, tokens))
-        expected = pytorch(ids)
+        runs[form](np.zeros((1, max(asked.tokens[:-1])), np.int64), [])
+        rows[form] = [f"{nodes_of(path):,}", f"{took:.0f}", f"{load:.1f}", f"{anonymous() - before:,.0f}"]
+    rows[PYTORCH], runs[PYTORCH] = [""] * 4, in_pytorch(model)
+    for tokens, context in (*((n, 0) for n in asked.tokens), (1, asked.tokens[-1])):
+        ids = np.random.default_rng(tokens).integers(0, 512, (1, context + tokens))
         taking = {n: run for n, run in runs.items() if n != DENSE or tokens <= _MOST_OF_DENSE}
+        kept = {form: run(ids[:, :context], [])[1] if context else [] for form, run in taking.items()}
+        expected = runs[PYTORCH](ids[:, context:], kept[PYTORCH])[0]
         times: dict[str, list[float]] = {form: [] for form in taking}
         for number in range(asked.rounds + 1):  # the first is not counted
             for form, run in taking.items():
                 start = time.perf_counter()
-                found = run(ids)
+                found = run(ids[:, context:], kept[form])[0]
                 times[form].append(time.perf_counter() - start)
-                assert number or np.abs(found - expected).max() < 1e-3 * expected.std(), form
+                right = np.abs(found[:, -1] - expected[:, -1]).max() < 1e-3 * expected.std()
+                assert number or form == INT4 or right, form
         for form in rows:
             rows[form].append(f"{1e3 * median(times[form][1:]):,.0f}" if form in taking else "")
     memory = psutil.virtual_memory().total / 2**30
     print(
         f"{asked.experts} experts, {asked.k} of them, {asked.layers} layers; {cores()} cores, {memory:.1f} GiB.\n"
     )
-    print("| form | nodes | export s | load s | " + " | ".join(f"{n} tokens ms" for n in asked.tokens) + " |")
-    print("|---" * (4 + len(asked.tokens)) + "|")
+    timed = [*(f"{n} tokens ms" for n in asked.tokens), f"a step after {asked.tokens[-1]} ms"]
+    print("| form | nodes | export s | load s | memory MiB | " + " | ".join(timed) + " |")
+    print("|---" * (5 + len(timed)) + "|")
     for form, cells in rows.items():
         print(f"| {form} | {' | '.join(cells)} |")
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,7 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import InputError
 from nbl_export.export.traced_experts import EXPERTS, body_of, turned
-from nbl_export.graph.io import initializer
-from nbl_export.graph.nodes import Nodes
+from nbl_export.graph.nodes import Nodes, late_initializer
 from nbl_export.graph.operators import MICROSOFT
 
 MOE, LOOP, DENSE = "moe", "loop", "dense"
@@ -109,18 +109,34 @@ def _changed(
     graph: ir.Graph, stack: ir.Value, suffix: str, change: Callable[[NDArray[Any]], NDArray[Any]]
 ) -> ir.Value:
     """A weight with the numbers of ``stack``, in another order; made when it is read."""
-    tensor, name = stack.const_value, f"{stack.name}.{suffix}"
+    tensor = stack.const_value
     assert tensor is not None
-    if (known := graph.initializers.get(name)) is not None:
-        return known
-
-    def made() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(change(tensor.numpy())), name=name)
-
     shape = change(np.broadcast_to(np.False_, tensor.shape.numpy())).shape
-    # onnx_ir's annotation asks for a class of its own, its code for the protocol.
-    lazy = ir.LazyTensor(made, dtype=tensor.dtype, shape=ir.Shape(shape), name=name)  # type: ignore[arg-type]
-    return initializer(graph, lazy, name)
+    return late_initializer(
+        graph, f"{stack.name}.{suffix}", shape, tensor.dtype, lambda: change(tensor.numpy())
+    )
+
+
+def _apart(graph: ir.Graph, stack: ir.Value, experts: int) -> list[ir.Value]:
+    """The weight of each of the ``experts`` in ``stack``, which is read once for all if they are read in turn."""
+    tensor, held = stack.const_value, list[NDArray[Any]]()
+    assert tensor is not None
+    _, *shape = tensor.shape.numpy()
+    if not shape:  # the same for all
+        return [stack] * experts
+
+    def one(number: int) -> NDArray[Any]:
+        if not held:
+            held.append(tensor.numpy())
+        found = np.ascontiguousarray(held[0][number])
+        if number == experts - 1:
+            held.clear()
+        return found
+
+    return [
+        late_initializer(graph, f"{stack.name}.{n}", shape, tensor.dtype, partial(one, n))
+        for n in range(experts)
+    ]
 
 
 def _for_product(graph: ir.Graph, stack: ir.Value, module: Any) -> ir.Value:
@@ -221,11 +237,13 @@ def _each(sent: _Sent, stacks: Sequence[ir.Value], body: ir.Graph) -> ir.Value:
     make, zero, one = sent.make, sent.make.number([0]), sent.make.number([1])
     _, where, counts, rows, weights = _sorted(sent)
     graph = stacks[0].graph
+    assert graph is not None
     make("Split", make("Unsqueeze", rows, zero), counts, axis=1, outputs=sent.experts)
-    parts = []
-    for number, part in enumerate(make.made[-1].outputs):
-        own = [_changed(graph, stack, str(number), lambda a, n=number: a[n]) for stack in stacks]  # type: ignore[arg-type,misc]
-        parts.append(_inline(body, [part, *own], make))
+    weights_of = [_apart(graph, stack, sent.experts) for stack in stacks]
+    parts = [
+        _inline(body, part_and_own, make)
+        for part_and_own in zip(make.made[-1].outputs, *weights_of, strict=True)
+    ]
     y = make("Mul", make("Squeeze", make("Concat", *parts, axis=1), zero), weights)
     shape = make(
         "Concat", make("Shape", sent.places, **_INT), make("Shape", sent.x, start=1, **_INT), axis=0, **_INT

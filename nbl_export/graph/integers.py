@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 
 from nbl_export.batch import F32
 from nbl_export.errors import InputError
-from nbl_export.graph.io import in_parts, initializer
+from nbl_export.graph.io import in_parts
+from nbl_export.graph.nodes import late_initializer
 from nbl_export.graph.operators import MICROSOFT, int_attribute, key, linear_op, nearest
 
 U8 = NDArray[np.uint8]
@@ -179,36 +179,18 @@ def _stored(
     bytes_of_block = _BLOCK * bits // 8
     packed = (*shape[:-1], blocks, bytes_of_block) if flat else (*shape[:-1], blocks * bytes_of_block)
     return [
-        _late(
+        late_initializer(
             graph,
             f"{name}.int{bits}",
             packed,
             ir.DataType.UINT8,
-            lambda: [pack(p.numbers, bits) for p in parts()],
+            lambda: np.concatenate([pack(p.numbers, bits) for p in parts()]),
         ),
-        _late(
+        late_initializer(
             graph,
             f"{name}.int{bits}.scales",
             (*shape[:-1], blocks),
             ir.DataType.FLOAT,
-            lambda: [p.scales for p in parts()],
+            lambda: np.concatenate([p.scales for p in parts()]),
         ),
     ]
-
-
-def _late(
-    graph: ir.Graph,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: ir.DataType,
-    made: Callable[[], list[NDArray[Any]]],
-) -> ir.Value:
-    """An initializer that is computed when it is read; known ones are taken."""
-    if (known := graph.initializers.get(name)) is not None:
-        return known
-
-    def compute() -> ir.TensorProtocol:
-        return ir.tensor(np.concatenate(made()).reshape(shape), dtype=dtype, name=name)
-
-    # onnx_ir's annotation asks for a class of its own, its code for the protocol.
-    return initializer(graph, ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(shape), name=name), name)  # type: ignore[arg-type]

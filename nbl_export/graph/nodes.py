@@ -1,11 +1,15 @@
-"""Make nodes of a graph in order."""
+"""Make nodes of a graph in order, and weights that are made when they are read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
+
+from nbl_export.graph.io import initializer
 
 
 class Nodes:
@@ -38,3 +42,19 @@ class Nodes:
     def number(self, value: Any, dtype: type = np.int64) -> ir.Value:
         array: Any = np.array(value, dtype=dtype)
         return self("Constant", value=ir.tensor(array), dtype=ir.DataType.from_numpy(array.dtype))
+
+
+def late_initializer(
+    graph: ir.Graph, name: str, shape: Sequence[int], dtype: ir.DataType, made: Callable[[], NDArray[Any]]
+) -> ir.Value:
+    """The initializer ``name`` of ``graph``: the known one, or one whose array, in this ``shape``, is made when it is
+    read, so that not all weights of a large model are in memory.
+    """
+    if (known := graph.initializers.get(name)) is not None:
+        return known
+
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor(made().reshape(shape), dtype=dtype, name=name)
+
+    # onnx_ir's annotation asks for a class of its own, its code for the protocol.
+    return initializer(graph, ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(shape), name=name), name)  # type: ignore[arg-type]

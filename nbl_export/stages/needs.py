@@ -60,7 +60,8 @@ class Sizes:
     """A model, as far as needs depend on it. Weights are counted, those of the ``embedding`` are among all.
 
     ``layers`` and ``mlps`` can become linear. ``block`` are the weights of the largest block, ``head`` those of the
-    language-model head, ``largest`` those of the largest matrix, ``inner`` is the widest activation in a block,
+    language-model head, ``largest`` those of the largest matrix, ``stack`` those of the largest one of all experts of a
+    block, ``inner`` is the widest activation in a block,
     ``cache`` the numbers that a token adds to the KV cache. A weight has ``stored`` bytes in its file, 0 if it is
     dequantized when it is read. ``longest`` is the longest text that crosses a length of the model, ``scores`` the
     numbers of an attention layer's scores on it. ``image`` are the numbers and the tokens of an image, if it reads
@@ -75,6 +76,7 @@ class Sizes:
     block: int = 0
     head: int = 0
     largest: int = 0
+    stack: int = 0
     inner: int = 0
     cache: int = 0
     stored: int = 0
@@ -121,6 +123,7 @@ def sizes_of(model: torch.nn.Module, stored: int = 0) -> Sizes:
         block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
         head=0 if head is None else head.weight.numel(),
         largest=max(p.numel() for p in model.parameters() if p.ndim > 1),
+        stack=max((p.numel() for block in blocks for p in block.parameters() if p.ndim > 2), default=0),
         inner=max(max(p.shape[-2:]) for block in blocks for p in block.parameters() if p.ndim > 1),
         cache=2 * kv_heads * head_size * (layers - len(shared)),
         stored=stored,
@@ -263,6 +266,8 @@ def memory(sizes: Sizes, asked: RunSettings, width: int, free: int) -> dict[str,
             {
                 **program,
                 "a block's weights": 0 if width == sizes.stored else width * text.longest * sizes.block,
+                # Up, gate and down: as they are merged, and as they are multiplied.
+                "the experts of a block": 3 * width * sizes.stack,
                 "the moments of a layer": 3 * 5 * _F64 * d * d * text.at_once,
                 "states between blocks": states if states <= limit else 0,
                 "a batch": _BATCH * (3 * _F64 * d + 4 * width * sizes.inner),
@@ -315,7 +320,7 @@ def memory(sizes: Sizes, asked: RunSettings, width: int, free: int) -> dict[str,
             {
                 **onnx,
                 "W of a layer": (_F64 + 2 * _F32) * d * d,
-                "a weight of the graph": _F32 * sizes.inner * d,
+                "a weight of the graph": max(_F32 * sizes.inner * d, precision * sizes.stack),
             }
         ],
         "verify": [
