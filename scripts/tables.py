@@ -39,6 +39,7 @@ _FORMS = (
 # Column → the test and its parameters after the family.
 COLUMNS = {
     **{" ".join(reversed(form.split("-"))): ("test_graph", form) for form in _FORMS},
+    "int4 concat": ("test_integers", "int4"),
     **{f"engine {cache}": ("test_engine", cache) for cache in ("concat", "static")},
     **{e.replace("-", " "): ("test_other_exporter", e) for e in ("genai-fp32", "genai-int4", "optimum")},
 }
@@ -49,7 +50,7 @@ onnxruntime {onnxruntime}, tensorrt-rtx {tensorrt_rtx} and Python {python}. Each
 features of its family active (windows shorter than the text, rope scaling, soft-capping …) and weights scaled so that
 attention matters; in each cell the attention of two layers and the MLPs of two (where the family's may become linear)
 are linear, and the graph's outputs equal PyTorch's with the same W and b, over a ragged prefill and decode steps,
-within the gates of its precision.
+within the gates of its precision; in int4, no further from PyTorch than three times what the unmodified graph is.
 
 *crosses* are the lengths at which the family begins to compute something else: each is shorter than a prompt, and
 decoded across, in every cell.

@@ -342,19 +342,22 @@ class Experts:
         return path
 
     def verified(self, precision: str, linear: Path) -> DecoderCase:
-        """The case of the rewritten graph ``linear``, on random text."""
-        rows = np.random.default_rng(9).integers(3, VOCAB - 10, (8, 96), dtype=np.int32)
-        none = np.zeros_like(rows)
-        text = CalibrationText(none, none, none, rows, none, np.array([5], np.int32))
-        settings = VerifySettings(decode_steps=3, quality=False, speed=False)
-        base = self.graph(precision)
-        tensors = tensors_of(base, self.plan)
-        return DecoderCase(self.model, self.plan, base, linear, settings, Silent(), text, tensors=tensors)
+        """The case of the rewritten graph ``linear``."""
+        return on_random_text(self.model, self.plan, self.graph(precision), linear)
 
     def rewritten(self, precision: str, target: Path, plan: Plan | None = None) -> Path:
         """The graph with the plan's layers linear, in the folder ``target``."""
         rewrite_file(self.graph(precision), plan or self.plan, target / GRAPH)
         return target / GRAPH
+
+
+def on_random_text(model: Any, plan: Plan, base: Path, linear: Path) -> DecoderCase:
+    """The case of the graph ``linear``, which is ``base`` rewritten by ``plan``."""
+    rows = np.random.default_rng(9).integers(3, VOCAB - 10, (8, 96), dtype=np.int32)
+    none = np.zeros_like(rows)
+    text = CalibrationText(none, none, none, rows, none, np.array([5], np.int32))
+    settings = VerifySettings(decode_steps=3, quality=False, speed=False)
+    return DecoderCase(model, plan, base, linear, settings, Silent(), text, tensors=tensors_of(base, plan))
 
 
 def another(experts: Experts, level: float, which: str) -> Plan:

@@ -193,7 +193,8 @@ def _failure(exporter: Exporter, model: Path, code: int, said: str) -> BuildErro
         said = f"it was killed by {name}" + (", often because memory ran out" if name == "SIGKILL" else "")
     elif not code:
         said = f"it wrote no {_GRAPH}"
-    said = said.replace(str(model), "the model").replace(str(model.resolve()), "the model")
+    for path in (model, model.resolve()):
+        said = said.replace(f"The {path} model", "the model").replace(str(path), "the model")
     return BuildError(
         f"{exporter.name} cannot export {_architecture(model)} ({said or f'exit code {code}'}): choose another "
         "exporter."

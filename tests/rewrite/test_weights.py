@@ -334,9 +334,7 @@ def test_all_are_told_or_none(
 
 
 def test_a_router_that_takes_another_number_of_experts_is_refused() -> None:
-    with pytest.raises(
-        BuildError, match="its router 0 takes 3 experts of a token, PyTorch's 2; this graph"
-    ):
+    with pytest.raises(BuildError, match="its router 0 takes 3 experts of a token, PyTorch's 2; this graph"):
         told_ranks(taking(3), {0: np.zeros((2, 2), np.int64)})
 
 
