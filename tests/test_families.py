@@ -142,12 +142,14 @@ REFUSED: Mapping[tuple[str, str], str] = {
             "stablelm-parallel",
             "bloom",
             "gpt_oss",
+            "deepseek_v3",
         )
     },
     **{(family, "static"): _NO_STATES for family in HYBRIDS},
     **{(family, "shared"): _NOT_GROUPED for family in ("bamba", "nemotron_h", "falcon_h1", "qwen3_next")},
     **{(family, "engine concat"): "models with layers that keep a state" for family in HYBRIDS},
     ("falcon-alibi", "engine concat"): "died by SIGSEGV",
+    **{("deepseek_v3", f"engine {form}"): "Key and Value must have the same shape" for form in CACHES},
 }
 
 

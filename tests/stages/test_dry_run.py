@@ -294,7 +294,7 @@ PAGE = ROOT / "docs" / "large-models.md"
 
 def measured() -> list[tuple[str, str, float]]:
     """Shape, stage and anonymous MiB of each row that scripts/bench_scale.py wrote; one with an exit code is none."""
-    rows = re.findall(r"^\| (\w+) \| ([\w ]+) \| ([\d,]+) \| .*\|  \|$", PAGE.read_text(), re.M)
+    rows = re.findall(r"^\| ([\w.-]+) \| ([\w ]+) \| ([\d,]+) \| .*\|  \|$", PAGE.read_text(), re.M)
     return [(shape, stage, float(mib.replace(",", ""))) for shape, stage, mib in rows]
 
 
