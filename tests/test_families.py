@@ -229,6 +229,11 @@ def test_graph(
         result = rewrite_file(source, plan, tmp_path / k / GRAPH)
         cached = cache_shapes(case.model)
         assert result.before.kv_pairs - result.after.kv_pairs == len(set(plan.chosen) & set(cached))
+        if family in MIXTURES and precision != "fp32":  # where PyTorch is told the graph's choices of experts
+            found = Measurement()
+            decoder_parity(on_random_text(case.model, plan, source, tmp_path / k / GRAPH), found)
+            assert {check.status for check in found.checks} == {"passed"}, found.checks
+            continue
         dtype = precision_of(precision).gates
         assert_passes(parity(case.model, plan, tmp_path / k / GRAPH, dtype))
 
