@@ -149,6 +149,8 @@ REFUSED: Mapping[tuple[str, str], str] = {
     **{(family, "shared"): _NOT_GROUPED for family in ("bamba", "nemotron_h", "falcon_h1", "qwen3_next")},
     **{(family, "engine concat"): "models with layers that keep a state" for family in HYBRIDS},
     ("falcon-alibi", "engine concat"): "died by SIGSEGV",
+    # Its router moves more than the integers of so small a model explain.
+    ("lfm2_moe", "int4"): "choices of experts fall short in its router",
     **{("deepseek_v3", f"engine {form}"): "Key and Value must have the same shape" for form in CACHES},
 }
 
@@ -255,14 +257,17 @@ def test_integers(
     In models this small the integers of W cost more than those of the attention that it stands for: up to three times.
     """
 
-    def stored() -> Path:
-        check_integers(calibrated_of(family).model, precision)
-        return exported(family, "moe" if family in (*EXPERTS, *MIXTURES) else "concat", precision)
+    model, plan = calibrated_of(family).model, calibrated_of(family).plan(CHOSEN["half"])
 
-    if refused(family, precision, stored, record_property):
+    def linear() -> Path:
+        check_integers(model, precision)
+        base = exported(family, "moe" if family in (*EXPERTS, *MIXTURES) else "concat", precision)
+        rewrite_file(base, plan, tmp_path / GRAPH)
+        return base
+
+    if refused(family, precision, linear, record_property):
         return
-    base, model, plan = stored(), calibrated_of(family).model, calibrated_of(family).plan(CHOSEN["half"])
-    rewrite_file(base, plan, tmp_path / GRAPH)
+    base = linear()
     found = decoder_parity(on_random_text(model, plan, base, tmp_path / GRAPH), Measurement())
     assert found.base_graph is not None
     own = [step.mean_abs for step in found.base_graph]
