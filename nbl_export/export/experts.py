@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import InputError
 from nbl_export.export.traced_experts import EXPERTS, body_of, turned
+from nbl_export.graph.integers import BLOCK
 from nbl_export.graph.nodes import Nodes, late_initializer
 from nbl_export.graph.operators import MICROSOFT
 
@@ -68,16 +69,18 @@ def lower_experts(model: ir.Model, of: torch.nn.Module, form: str) -> None:
 def check_integers(of: torch.nn.Module, precision: str) -> None:
     """Raise :class:`InputError` if the experts of ``of`` cannot be stored as integers.
 
-    Of many experts that is for onnxruntime's operator alone.
+    Of many experts that is for onnxruntime's operator alone, which has SwiGLU and whole blocks.
     """
-    module: Any
-    for module in of.modules():
-        many = hasattr(module, "has_post_expert_norm") and module.num_experts > _FEW
-        if many and _swiglu(module) is None:
-            raise InputError(
-                f"{type(module).__name__} is not gated as SwiGLU, and onnxruntime computes no other experts of "
-                f"--precision {precision}: use fp16 or bf16."
-            )
+    for module in (one for one in of.modules() if hasattr(one, "has_post_expert_norm")):
+        found: Any = module
+        why = ""
+        if _swiglu(found) is None:
+            many = found.num_experts > _FEW
+            why = "is not gated as SwiGLU, and onnxruntime computes no other experts of" * many
+        elif any(size % BLOCK for size in found.down_proj.shape[1:]):
+            why = f"multiplies by matrices that have no whole blocks of {BLOCK} numbers, as those have of"
+        if why:
+            raise InputError(f"{type(module).__name__} {why} --precision {precision}: use fp16 or bf16.")
 
 
 @dataclass(frozen=True)

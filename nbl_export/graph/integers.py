@@ -17,14 +17,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.batch import F32
-from nbl_export.errors import InputError
 from nbl_export.graph.io import in_parts
 from nbl_export.graph.nodes import late_initializer
 from nbl_export.graph.operators import MICROSOFT, int_attribute, key, linear_op, nearest
 
 U8 = NDArray[np.uint8]
 # What onnxruntime's and onnxruntime-genai's quantizers take by default: the block, and activations of 8 bits.
-_BLOCK, _INT8_ACTIVATIONS = 32, 4
+BLOCK, _INT8_ACTIVATIONS = 32, 4
 _PART = 1 << 22  # numbers that are quantized at a time, which takes several times their bytes
 
 
@@ -84,7 +83,7 @@ def pack(numbers: U8, bits: int) -> U8:
 def to_integers(model: ir.Model, bits: int) -> None:
     """Store the weights of the products and of the experts of a float32 graph in 4 or 8 ``bits``, in place.
 
-    Symmetric, in blocks of 32 numbers of one output. Raises :class:`InputError` for experts that have no whole blocks.
+    Symmetric, in blocks of 32 numbers of one output, which experts must have whole ones of.
     """
     graph = model.graph
     routers = {nearest(node, lambda n: linear_op(n) is not None) for node in graph if node.op_type == "TopK"}
@@ -117,7 +116,7 @@ def _product(graph: ir.Graph, node: ir.Node, bits: int) -> None:
         "K": inputs,
         "N": outputs,
         "bits": bits,
-        "block_size": _BLOCK,
+        "block_size": BLOCK,
         "accuracy_level": _INT8_ACTIVATIONS,
     }
     made = ir.node("MatMulNBits", [node.inputs[0], *args], told, domain=MICROSOFT, name=node.name)
@@ -132,7 +131,7 @@ def _experts(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     x, scores, up, up_bias, down, down_bias = [*node.inputs, *[None] * 6][:6]
     assert up is not None and down is not None
     told = {**node.attributes, "expert_weight_bits": ir.AttrInt64("expert_weight_bits", bits)}
-    told["block_size"] = ir.AttrInt64("block_size", _BLOCK)
+    told["block_size"] = ir.AttrInt64("block_size", BLOCK)
     args = [
         x,
         scores,
@@ -147,11 +146,7 @@ def _experts(graph: ir.Graph, node: ir.Node, bits: int) -> None:
 def _stack(graph: ir.Graph, weight: ir.Value, bits: int) -> list[ir.Value]:
     assert weight.const_value is not None
     tensor, shape = weight.const_value, tuple(weight.const_value.shape.numpy())
-    if shape[-1] % _BLOCK:
-        raise InputError(
-            f"The experts of {weight.name} have {shape[-1]} inputs, and integers are stored in blocks of {_BLOCK}: use "
-            "--precision fp16 or bf16."
-        )
+    assert shape[-1] % BLOCK == 0  # onnxruntime's operator has whole blocks alone
     return _stored(graph, str(weight.name), shape, bits, lambda: tensor.numpy().reshape(-1, shape[-1]))
 
 
@@ -169,14 +164,14 @@ def _stored(
     graph: ir.Graph, name: str, shape: tuple[int, ...], bits: int, rows: Callable[[], F32]
 ) -> list[ir.Value]:
     """Integers and scales of a weight [..., outputs, inputs], whose ``rows`` [all outputs, inputs] are read late."""
-    blocks = -(-shape[-1] // _BLOCK)
+    blocks = -(-shape[-1] // BLOCK)
 
     def parts() -> Iterator[Blocks]:
         for _, part in in_parts(rows(), _PART):
-            yield quantize_blocks(part, bits, _BLOCK, symmetric=True, positive=True)
+            yield quantize_blocks(part, bits, BLOCK, symmetric=True, positive=True)
 
     flat = len(shape) == 2  # MatMulNBits has [outputs, blocks, bytes of a block]
-    bytes_of_block = _BLOCK * bits // 8
+    bytes_of_block = BLOCK * bits // 8
     packed = (*shape[:-1], blocks, bytes_of_block) if flat else (*shape[:-1], blocks * bytes_of_block)
     return [
         late_initializer(
