@@ -91,30 +91,22 @@ Run = Callable[[np.ndarray[Any, Any], Sequence[Any]], tuple[np.ndarray[Any, Any]
 
 
 def runner(session: Any) -> Run:
-    inputs, outputs = session.get_inputs(), [one.name for one in session.get_outputs()]
-    names = [one.name for one in inputs]
-    past = [one for one in inputs if one.name.startswith("past")]
-    kept = [name.replace("past_key_values", "present") for name in (one.name for one in past)]
+    inputs = {one.name: one for one in session.get_inputs()}
+    past = [name for name in inputs if name.startswith("past")]
+    kept = [name.replace("past_key_values", "present") for name in past]
 
     def run(ids: np.ndarray[Any, Any], before: Sequence[Any]) -> tuple[np.ndarray[Any, Any], Sequence[Any]]:
-        empty = [np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32) for one in past]
-        start = (before or empty)[0].shape[2]
+        shapes = [inputs[name].shape for name in past]
+        before = before or [np.zeros((1, shape[1], 0, shape[3]), np.float32) for shape in shapes]
+        start = before[0].shape[2]
         feeds = {
             "input_ids": ids,
             "attention_mask": np.ones((1, start + ids.shape[1]), np.int64),
             "position_ids": np.arange(start, start + ids.shape[1])[None],
+            **dict(zip(past, before, strict=True)),
         }
-        feeds = {name: array for name, array in feeds.items() if name in names}
-        found = dict(
-            zip(
-                outputs,
-                session.run(
-                    None, feeds | dict(zip((one.name for one in past), before or empty, strict=True))
-                ),
-                strict=True,
-            )
-        )
-        return found["logits"], [found[name] for name in kept]
+        logits, *after = session.run(["logits", *kept], {n: a for n, a in feeds.items() if n in inputs})
+        return logits, after
 
     return run
 

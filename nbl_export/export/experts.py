@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from nbl_export.errors import InputError
 from nbl_export.export.traced_experts import EXPERTS, body_of, turned
 from nbl_export.graph.integers import BLOCK
-from nbl_export.graph.nodes import Nodes, late_initializer
-from nbl_export.graph.operators import MICROSOFT
+from nbl_export.graph.nodes import Nodes, late_initializer, put_in_place
+from nbl_export.graph.operators import MICROSOFT, remove_unused
 
 MOE, LOOP, DENSE = "moe", "loop", "dense"
 # As many are a product each, which scripts/bench_experts.py times beside the Scan.
@@ -43,27 +43,24 @@ _INT: Any = {"dtype": ir.DataType.INT64}
 def lower_experts(model: ir.Model, of: torch.nn.Module, form: str) -> None:
     """Replace every :data:`EXPERTS` in ``model``, the graph of the module ``of``, by nodes of the ``form``."""
     modules, bodies, graph = list(of.modules()), dict[str, ir.Graph](), model.graph
-    for node in [n for n in graph if n.op_type == EXPERTS]:
+    found = [n for n in graph if n.op_type == EXPERTS]
+    for node in found:
         module: Any = modules[node.attributes["module"].as_int()]
         make = Nodes(str(node.name))
         x, places, weights, *stacks = (value for value in node.inputs if value is not None)
         sent = _Sent(make, x, places, weights, module.num_experts)
         if form == MOE and (swiglu := _swiglu(module)) is not None:
-            y = _moe(sent, [_for_moe(graph, stack, module) for stack in stacks], swiglu)
+            _moe(sent, [_for_moe(graph, stack, module) for stack in stacks], swiglu)
             model.opset_imports[MICROSOFT] = 1
         else:
             key = repr((module, [v for v in vars(module).values() if isinstance(v, (int, float))]))
             if key not in bodies:
                 bodies[key] = body_of(module, int(model.opset_imports[""]))
             lowered = _dense if form == DENSE else _each if module.num_experts <= _FEW else _loop
-            y = lowered(sent, [_for_product(graph, stack, module) for stack in stacks], bodies[key])
-        old = node.outputs[0]
-        y.name, y.shape, y.type = old.name, old.shape, old.type
-        node.append(make.made)
-        ir.convenience.replace_all_uses_with(old, y, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
-        graph.initializers.pop(name)
+            lowered(sent, [_for_product(graph, stack, module) for stack in stacks], bodies[key])
+        put_in_place(node, make.made)
+    if found:
+        remove_unused(model)
 
 
 def check_integers(of: torch.nn.Module, precision: str) -> None:
@@ -71,15 +68,15 @@ def check_integers(of: torch.nn.Module, precision: str) -> None:
 
     Of many experts that is for onnxruntime's operator alone, which has SwiGLU and whole blocks.
     """
+    module: Any
     for module in (one for one in of.modules() if hasattr(one, "has_post_expert_norm")):
-        found: Any = module
-        why = ""
-        if _swiglu(found) is None:
-            many = found.num_experts > _FEW
-            why = "is not gated as SwiGLU, and onnxruntime computes no other experts of" * many
-        elif any(size % BLOCK for size in found.down_proj.shape[1:]):
+        if _swiglu(module) is not None:
+            able = not any(size % BLOCK for size in module.down_proj.shape[1:])
             why = f"multiplies by matrices that have no whole blocks of {BLOCK} numbers, as those have of"
-        if why:
+        else:
+            able = module.num_experts <= _FEW
+            why = "is not gated as SwiGLU, and onnxruntime computes no other experts of"
+        if not able:
             raise InputError(f"{type(module).__name__} {why} --precision {precision}: use fp16 or bf16.")
 
 

@@ -165,26 +165,27 @@ def check_traces(model: torch.nn.Module, form: Form) -> None:
     except NblError:
         raise
     except Exception as error:
-        why, remedy = _why_not(error, model)
-        raise InputError(f"{type(model).__name__} {why}: {remedy or form.remedy}.") from error
+        raise InputError(f"{type(model).__name__} {_why_not(error, model, form.remedy)}.") from error
 
 
-def _why_not(error: Exception, model: torch.nn.Module) -> tuple[str, str]:
-    """What torch says of a model that it cannot trace, in our words where it is known, and what to do if known."""
+def _why_not(error: Exception, model: torch.nn.Module, remedy: str) -> str:
+    """What torch says of a model that it cannot trace, in our words where it is known, and the remedy."""
     first = first_line(error)
     if type(error).__name__.startswith("GuardOnDataDependent"):
         if not experts_are_replaced(model):
             return (
                 "runs the experts that its tokens go to in a loop of its own, not by transformers' interface for "
-                "experts, and a graph has the same steps for all texts"
-            ), NOT_YET
+                f"experts, and a graph has the same steps for all texts: {NOT_YET}"
+            )
         return (
             "goes one of two ways by a number that it computes from a text, as the length of its longest row, and a "
-            "graph goes the same way for all texts"
-        ), ""
+            f"graph goes the same way for all texts: {remedy}"
+        )
     if "Constraints violated" in first:
-        return "takes a step for each token of a text, and a graph has the same steps for all texts", ""
-    return f"cannot be traced for texts of any length ({first[:200]})", ""
+        return (
+            f"takes a step for each token of a text, and a graph has the same steps for all texts: {remedy}"
+        )
+    return f"cannot be traced for texts of any length ({first[:200]}): {remedy}"
 
 
 # in a precision ----------------------------------------------------------------------------------

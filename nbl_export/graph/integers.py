@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from nbl_export.batch import F32
 from nbl_export.graph.io import in_parts
-from nbl_export.graph.nodes import late_initializer
-from nbl_export.graph.operators import MICROSOFT, int_attribute, key, linear_op, nearest
+from nbl_export.graph.nodes import late_initializer, put_in_place
+from nbl_export.graph.operators import MICROSOFT, int_attribute, key, linear_op, nearest, remove_unused
 
 U8 = NDArray[np.uint8]
 # What onnxruntime's and onnxruntime-genai's quantizers take by default: the block, and activations of 8 bits.
@@ -92,8 +92,7 @@ def to_integers(model: ir.Model, bits: int) -> None:
             _experts(graph, node, bits)
         elif node.op_type in ("MatMul", "Gemm") and node not in routers and linear_op(node) is not None:
             _product(graph, node, bits)
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
-        graph.initializers.pop(name)
+    remove_unused(model)
     model.opset_imports[MICROSOFT] = 1
 
 
@@ -124,7 +123,7 @@ def _product(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     if len(node.inputs) > 2:
         nodes.append(ir.node("Add", [made.outputs[0], node.inputs[2]]))
         made.outputs[0].name, made.outputs[0].dtype = f"{node.outputs[0].name}.product", ir.DataType.FLOAT
-    _put(node, nodes)
+    put_in_place(node, nodes)
 
 
 def _experts(graph: ir.Graph, node: ir.Node, bits: int) -> None:
@@ -132,15 +131,8 @@ def _experts(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     assert up is not None and down is not None
     told = {**node.attributes, "expert_weight_bits": ir.AttrInt64("expert_weight_bits", bits)}
     told["block_size"] = ir.AttrInt64("block_size", BLOCK)
-    args = [
-        x,
-        scores,
-        *_stack(graph, up, bits),
-        up_bias,
-        *_stack(graph, down, bits),
-        down_bias,
-    ]
-    _put(node, [ir.Node(MICROSOFT, "QMoE", args, told.values(), num_outputs=1, name=node.name)])
+    args = [x, scores, *_stack(graph, up, bits), up_bias, *_stack(graph, down, bits), down_bias]
+    put_in_place(node, [ir.Node(MICROSOFT, "QMoE", args, told.values(), num_outputs=1, name=node.name)])
 
 
 def _stack(graph: ir.Graph, weight: ir.Value, bits: int) -> list[ir.Value]:
@@ -148,16 +140,6 @@ def _stack(graph: ir.Graph, weight: ir.Value, bits: int) -> list[ir.Value]:
     tensor, shape = weight.const_value, tuple(weight.const_value.shape.numpy())
     assert shape[-1] % BLOCK == 0  # onnxruntime's operator has whole blocks alone
     return _stored(graph, str(weight.name), shape, bits, lambda: tensor.numpy().reshape(-1, shape[-1]))
-
-
-def _put(node: ir.Node, nodes: list[ir.Node]) -> None:
-    old, new = node.outputs[0], nodes[-1].outputs[0]
-    new.name, new.type, new.shape = old.name, old.type, old.shape
-    node.append(nodes)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    graph = node.graph
-    assert graph is not None
-    graph.remove(node, safe=True)
 
 
 def _stored(

@@ -44,6 +44,16 @@ class Nodes:
         return self("Constant", value=ir.tensor(array), dtype=ir.DataType.from_numpy(array.dtype))
 
 
+def put_in_place(node: ir.Node, made: Sequence[ir.Node]) -> None:
+    """Replace ``node`` of a graph by the nodes that were ``made``, the last of which writes its first output."""
+    old, new, graph = node.outputs[0], made[-1].outputs[0], node.graph
+    assert graph is not None
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    node.append(made)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
 def late_initializer(
     graph: ir.Graph, name: str, shape: Sequence[int], dtype: ir.DataType, made: Callable[[], NDArray[Any]]
 ) -> ir.Value:

@@ -30,7 +30,8 @@ from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import PRESENT, state_pairs
-from nbl_export.graph.io import in_parts, initializer
+from nbl_export.graph.io import in_parts
+from nbl_export.graph.nodes import late_initializer
 from nbl_export.graph.operators import (
     captured,
     int_attribute,
@@ -301,16 +302,14 @@ class _Converter:
         original, name = value.const_value, f"{value.name}.{self.precision.name}"
         assert original is not None and value.shape is not None
 
-        # Converted when it is written, so that not all weights of a large model are in memory.
-        def convert() -> ir.TensorProtocol:
+        def convert() -> NDArray[Any]:
             converted = np.empty(original.shape.numpy(), dtype.numpy())
             for where, _, rounded in _rounded(original.numpy(), self.precision):
                 np.atleast_1d(converted)[where] = rounded
-            return ir.tensor(converted, dtype=dtype, name=name)
+            return converted
 
-        # onnx_ir's annotation asks for a class of its own, its code for the protocol.
-        tensor = ir.LazyTensor(convert, dtype=dtype, shape=value.shape, name=name)  # type: ignore[arg-type]
-        self.weights[value] = made = initializer(self.graph, tensor, name)
+        made = late_initializer(self.graph, name, value.shape.numpy(), dtype, convert)
+        self.weights[value] = made
         return made
 
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:

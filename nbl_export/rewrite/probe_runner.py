@@ -41,9 +41,9 @@ class ProbeRunner:
 
         ``nudged``, a seed, moves the graph's weights, and what is fed, as rounding moves them. ``other_tokens`` runs
         each row backwards: what depends on the fed tensors alone does not change. Routers are told what PyTorch's
-        have chosen, if the plan says it. ``given`` has an array for each row, in the shapes of
-        :meth:`split`. Returns for each row its tensors by name, in the graph's shapes, half
-        precision as float32. Raises :class:`~nbl_export.errors.InputError` if onnxruntime does not run the graph.
+        have chosen, if the plan says it. ``given`` has an array for each row, in the shapes of :meth:`split`.
+        Returns for each row its tensors by name, in the graph's shapes, half precision as float32. Raises
+        :class:`~nbl_export.errors.InputError` if onnxruntime does not run the graph.
         """
         model = load_routed(self.path)
         rows = [_backwards(row) for row in self.rows] if other_tokens else self.rows

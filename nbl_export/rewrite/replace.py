@@ -33,6 +33,7 @@ from nbl_export.graph.cache import KV_LAYERS_KEY, LAYERS_KEY, kv_layers, kv_pair
 from nbl_export.graph.cores import remember_roles
 from nbl_export.graph.facts import summarize
 from nbl_export.graph.io import initializer, load_graph, save_graph
+from nbl_export.graph.nodes import late_initializer
 from nbl_export.graph.operators import infer_types, remove_unused, weight_bits
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.regions import Region, find_regions
@@ -268,13 +269,9 @@ def _add_initializer(
     """An initializer of ``graph``; ``numbers`` of the ``shape`` that are a function are computed when they are read."""
     name = f"{prefix}{name}"
 
-    def stored(array: NDArray[Any]) -> ir.TensorProtocol:
-        return ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
-
-    if not callable(numbers):
-        return initializer(graph, stored(numbers), name)
-    lazy = ir.LazyTensor(lambda: stored(numbers()), dtype=dtype, shape=ir.Shape(shape), name=name)
-    return initializer(graph, lazy, name)
+    if callable(numbers):
+        return late_initializer(graph, name, shape, dtype, lambda: numbers().astype(dtype.numpy()))
+    return initializer(graph, ir.tensor(numbers.astype(dtype.numpy()), dtype=dtype, name=name), name)
 
 
 def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer, quantized: bool) -> ir.DataType:

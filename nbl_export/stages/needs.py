@@ -61,11 +61,10 @@ class Sizes:
 
     ``layers`` and ``mlps`` can become linear. ``block`` are the weights of the largest block, ``head`` those of the
     language-model head, ``largest`` those of the largest matrix, ``stack`` those of the largest one of all experts of a
-    block, ``inner`` is the widest activation in a block,
-    ``cache`` the numbers that a token adds to the KV cache. A weight has ``stored`` bytes in its file, 0 if it is
-    dequantized when it is read. ``longest`` is the longest text that crosses a length of the model, ``scores`` the
-    numbers of an attention layer's scores on it. ``image`` are the numbers and the tokens of an image, if it reads
-    these.
+    block, ``inner`` is the widest activation in a block, ``cache`` the numbers that a token adds to the KV cache. A
+    weight has ``stored`` bytes in its file, 0 if it is dequantized when it is read. ``longest`` is the longest text
+    that crosses a length of the model, ``scores`` the numbers of an attention layer's scores on it. ``image`` are the
+    numbers and the tokens of an image, if it reads these.
     """
 
     weights: int

@@ -142,12 +142,15 @@ GIVEN = {name: RNG.standard_normal((2, 5, D), dtype=np.float32) for name in ("h"
 SCALE, BIAS = (RNG.standard_normal(D, dtype=np.float32) for _ in range(2))
 
 
-def summed(norm: str, summand: str = "y", shape: tuple[Any, ...] = ("b", "s", D), axis: int = -1) -> ir.Model:
-    """h, y ─► Add ─► norm; the sum is an output too. ``summand`` may be the constant bias."""
+def summed(
+    norm: str, stream: str = "h", summand: str = "y", shape: tuple[Any, ...] = ("b", "s", D), axis: int = -1
+) -> ir.Model:
+    """h, y ─► Add ─► norm, and a block that reads h; the sum is an output too. ``summand`` may be the bias."""
     inputs = "sum, scale" + (", bias" if norm == "LayerNormalization" else "")
     given = f"float[b,s,{D}] h, float[{','.join(map(str, shape))}] y"
-    text = f"""g ({given}) => (float[b,s,{D}] normed, float[b,s,{D}] sum) {{
-        sum = Add(h, {summand})
+    text = f"""g ({given}) => (float[b,s,{D}] normed, float[b,s,{D}] sum, float[b,s,{D}] block) {{
+        block = Neg(h)
+        sum = Add({stream}, {summand})
         normed = {norm}<axis = {axis}, epsilon = 0.001>({inputs})
     }}"""
     return parsed(text, scale=SCALE, bias=BIAS)
@@ -162,7 +165,7 @@ def run(graph: ir.Model) -> list[Any]:
 def test_the_numbers_are_the_same(norm: str) -> None:
     apart, fused = summed(norm), summed(norm)
     assert fuse_norms(fused) == 1
-    (node,) = fused.graph
+    _, node = fused.graph
     assert (node.domain, node.op_type) in SKIP_NORMS
     for found, expected in zip(run(fused), run(apart), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
@@ -171,6 +174,7 @@ def test_the_numbers_are_the_same(norm: str) -> None:
 @pytest.mark.parametrize(
     "other",
     [
+        {"stream": "block"},  # of two branches
         {"summand": "bias"},  # of a projection: no residual
         {"shape": ("b", 1, D)},  # one row for all tokens
         {"shape": (1, "s", D)},
@@ -181,7 +185,7 @@ def test_the_numbers_are_the_same(norm: str) -> None:
 def test_what_is_no_residual_stream_is_left_alone(other: dict[str, Any]) -> None:
     graph = summed("RMSNormalization", **other)
     assert fuse_norms(graph) == 0
-    assert [node.op_type for node in graph.graph] == ["Add", "RMSNormalization"]
+    assert [node.op_type for node in graph.graph] == ["Neg", "Add", "RMSNormalization"]
 
 
 # ranges and precisions ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from nbl_export.graph.integers import quantize_blocks, to_integers
 from nbl_export.graph.operators import linear_op, routed, weight_bits
 from nbl_export.graph.precision import graph_precision
 from nbl_export.runtime.intermediates import compute_tensors
+from tests.graph.by_hand import parsed
 from tests.tiny_types import tiny_model
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
@@ -74,6 +75,14 @@ def test_a_graph_computes_with_what_its_integers_stand_for(kind: str, bits: int)
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     found, size = logits(graph), logits(exact).std()
     assert np.abs(found - logits(expected)).max() < 1e-3 * size < np.abs(found - logits(exact)).max()
+
+
+def test_a_weight_behind_a_transpose_is_stored_as_integers_alone() -> None:
+    text = "g (float[a,64] x) => (float[a,32] y) { t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t) }"
+    graph = parsed(text, w=np.ones((32, 64), np.float32))
+    to_integers(graph, 4)
+    assert [node.op_type for node in graph.graph] == ["MatMulNBits"]
+    assert list(graph.graph.initializers) == ["w.rows.int4", "w.rows.int4.scales"]
 
 
 def test_experts_of_four_bits_count_as_many_weights_as_before() -> None:
