@@ -76,8 +76,9 @@ SHAPES |= {
     # Three dense layers come first.
     "DeepSeek-V3": {"model_type": "deepseek_v3", "num_hidden_layers": 2},
 }
-# Few tokens: what is measured does not depend on their number, but the time.
-_TEXT = ("--samples=8", "--seq-len=640", "--selection-samples=2", "--heldout-samples=2")
+# Few tokens: what is measured does not depend on their number, but the time. There must be more than the model is wide.
+_ROW = 640
+_TEXT = ("--samples={rows}", f"--seq-len={_ROW}", "--selection-samples=2", "--heldout-samples=2")
 STAGES: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibrate", "{model}", "-o", "{out}", "--calibration", "{text}", *_TEXT),
     "select cca": ("select", "{out}", "--k", "{k}", "--criterion", "cca"),
@@ -168,9 +169,11 @@ def main() -> None:
     for name in asked.shapes:
         model, out = asked.dir / f"model-{name}", asked.dir / f"out-{name}"
         size = make_checkpoint(SHAPES[name], model, asked.tokenizer)
+        rows = max(8, AutoConfig.from_pretrained(model).hidden_size // _ROW + 1)
         for stage in asked.stages:
             k = min(12, SHAPES[name]["num_hidden_layers"] // 2)
-            words = [word.format(model=model, out=out, text=asked.text, k=k) for word in STAGES[stage]]
+            values = {"model": model, "out": out, "text": asked.text, "k": k, "rows": rows}
+            words = [word.format(**values) for word in STAGES[stage]]
             used, ended = run(words, 60 * asked.limit)
             anonymous, rss, read, written = (
                 f"{used[one] / 2**20:,.0f}" for one in ("RssAnon:", "VmRSS:", "read", "written")

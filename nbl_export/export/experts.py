@@ -31,6 +31,8 @@ from nbl_export.export.traced_experts import EXPERTS, body_of, turned
 from nbl_export.graph.integers import BLOCK
 from nbl_export.graph.nodes import Nodes, late_initializer, put_in_place
 from nbl_export.graph.operators import MICROSOFT, remove_unused
+from nbl_export.graph.precision import PRECISIONS
+from nbl_export.models.dummy_run import dummy_run
 
 MOE, LOOP, DENSE = "moe", "loop", "dense"
 # As many are a product each, which scripts/bench_experts.py times beside the Scan.
@@ -63,21 +65,26 @@ def lower_experts(model: ir.Model, of: torch.nn.Module, form: str) -> None:
         remove_unused(model)
 
 
-def check_integers(of: torch.nn.Module, precision: str) -> None:
-    """Raise :class:`InputError` if the experts of ``of`` cannot be stored as integers.
+def check_precision(of: torch.nn.Module, precision: str) -> None:
+    """Raise :class:`InputError` if the experts of ``of`` cannot be had in this ``precision``.
 
-    Of many experts that is for onnxruntime's operator alone, which has SwiGLU and whole blocks.
+    Integers of many experts are for onnxruntime's operator alone, which has SwiGLU and whole blocks. In half precision
+    rounding sends tokens to other experts: it is known of a top-k which ones, and how near the scores were.
     """
+    half = precision in PRECISIONS
     module: Any
     for module in (one for one in of.modules() if hasattr(one, "has_post_expert_norm")):
-        if _swiglu(module) is not None:
-            able = not any(size % BLOCK for size in module.down_proj.shape[1:])
+        if half:
+            able, other = dummy_run(of).top_k, "fp32"
+            why = "is sent its tokens by no top-k, so that what rounding sends elsewhere looks like a wrong graph in"
+        elif _swiglu(module) is not None:
+            able, other = not any(size % BLOCK for size in module.down_proj.shape[1:]), "fp16 or bf16"
             why = f"multiplies by matrices that have no whole blocks of {BLOCK} numbers, as those have of"
         else:
-            able = module.num_experts <= _FEW
+            able, other = module.num_experts <= _FEW, "fp16 or bf16"
             why = "is not gated as SwiGLU, and onnxruntime computes no other experts of"
         if not able:
-            raise InputError(f"{type(module).__name__} {why} --precision {precision}: use fp16 or bf16.")
+            raise InputError(f"{type(module).__name__} {why} --precision {precision}: use {other}.")
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from nbl_export.batch import PIXELS, TOKENS
 from nbl_export.blocks import Block
 from nbl_export.errors import InputError, first_line
-from nbl_export.models.attention import shared_keys
+from nbl_export.models.attention import Routers, shared_keys
 from nbl_export.models.layers import (
     NOT_YET,
     attention_layers,
@@ -94,7 +95,8 @@ class DummyRun:
     ``linear_output`` says whether y is the output of a linear layer, so that nothing is added to it inside the
     attention; ``separate`` whether blocks take nothing but states from each other, those aside that have no keys and
     values of their own: ``shared`` has the layer whose they attend to, by layer. ``mlp_streams`` has the module that
-    reads the residual stream before each MLP, by layer; ``odd_mlps`` what is odd about others.
+    reads the residual stream before each MLP, by layer; ``odd_mlps`` what is odd about others. ``top_k`` says whether
+    tokens take the largest of their scores, as they do in a mixture of experts.
     """
 
     returns: dict[Block, int | None] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class DummyRun:
     shared: Mapping[int, int] = field(default_factory=dict)
     mlp_streams: dict[int, str] = field(default_factory=dict)
     odd_mlps: dict[int, str] = field(default_factory=dict)
+    top_k: bool = False
 
 
 def of_original(find: Callable[[torch.nn.Module], T]) -> Callable[[torch.nn.Module], T]:
@@ -244,7 +247,9 @@ def dummy_run(model: torch.nn.Module) -> DummyRun:
     inputs |= accepted_arguments(run, use_cache=True)
     seen = _Watch()
     facts = seen.facts
-    with Hooks(model) as hooks, torch.inference_mode(), quiet():
+    routers = Routers([np.ones(inputs[TOKENS].shape, bool)] if TOKENS in inputs else [])
+    routers.begin()
+    with Hooks(model) as hooks, routers, torch.inference_mode(), quiet():
         for layer in layers:
             hooks.after(layer.module, partial(seen.note, block=layer.index))
         for index in range(count):
@@ -293,6 +298,7 @@ def dummy_run(model: torch.nn.Module) -> DummyRun:
         cache_class=type(cache) if hasattr(cache, "linear_cache") else None,
         causal=TOKENS in inputs and bool((before[0] - before[1]).norm() <= 1e-3 * before[0].norm()),
         tokens=seen.states.shape[1],
+        top_k=any(choice is not None for choices in routers.passes for choice in choices),
         outputs=("logits",) if headed else tensors,
         linear_output=any(
             isinstance(m, torch.Tensor) and torch.equal(m.reshape(-1), seen.states.reshape(-1))

@@ -15,7 +15,7 @@ from nbl_export.batch import EMBEDDINGS, PER_LAYER, PIXELS, TOKENS
 from nbl_export.calibrate.probe import load_probe
 from nbl_export.errors import InputError
 from nbl_export.export.checks import check_form, crossed_on_copy
-from nbl_export.export.experts import MOE, check_integers
+from nbl_export.export.experts import MOE, check_precision
 from nbl_export.export.forms import FORMS, Form, embedding_form, encoder_form, reading_embeds
 from nbl_export.export.others import as_hf_folder, check_known, export_with, find_exporter
 from nbl_export.export.sidecars import GENAI, genai_config, with_embeds, with_states
@@ -132,8 +132,8 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
     if settings.exported_by != "torch" or not task.causal:
         check_supported(model, task=task, pooled=run.model.pooling is not None)
         return ()
-    if settings.quantized:
-        check_integers(model, str(settings.precision))
+    if settings.precision not in (None, "fp32"):
+        check_precision(model, str(settings.precision))
     if run.checked is None or run.checked[0] != settings:
         run.checked = settings, check_form(model, _form(run, settings), run.listener)
     return run.checked[1]

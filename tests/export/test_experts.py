@@ -14,7 +14,8 @@ import onnxruntime
 import pytest
 import torch
 
-from nbl_export.export.experts import DENSE, LOOP, MOE
+from nbl_export.errors import InputError
+from nbl_export.export.experts import DENSE, LOOP, MOE, check_precision
 from nbl_export.export.forms import NONE
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import save_graph
@@ -101,6 +102,12 @@ def test_experts_are_stored_in_half_precision_and_computed_alike(form: str, prec
     (found,) = compute_tensors(graph, ["logits"], [batch(9)])
     error = np.linalg.norm(found["logits"] - exact["logits"]) / np.linalg.norm(exact["logits"])
     assert 1e-5 < error < {"fp16": 1e-2, "bf16": 0.1}[precision]
+
+
+def test_experts_that_no_top_k_takes_are_refused_in_half_precision() -> None:
+    check_precision(tiny_model("qwen3_moe", **KINDS["qwen3_moe"]), "fp16")
+    with pytest.raises(InputError, match="PhimoeExperts is sent its tokens by no top-k"):
+        check_precision(tiny_model("phimoe"), "fp16")
 
 
 def test_what_a_scan_reads_is_gone_with_it() -> None:

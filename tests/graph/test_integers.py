@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.export.experts import MOE, check_integers
+from nbl_export.export.experts import MOE, check_precision
 from nbl_export.export.forms import NONE
 from nbl_export.export.torch import trace
 from nbl_export.graph.integers import quantize_blocks, to_integers
@@ -99,10 +99,10 @@ def test_experts_without_whole_blocks_or_of_another_gate_are_refused() -> None:
     with pytest.raises(
         InputError, match=r"Qwen3MoeExperts multiplies by .* no whole blocks of 32 .* use fp16"
     ):
-        check_integers(tiny_model("qwen3_moe", **{**SIZES, **FEW, "moe_intermediate_size": 16}), "int8")
+        check_precision(tiny_model("qwen3_moe", **{**SIZES, **FEW, "moe_intermediate_size": 16}), "int8")
     gated = {"enable_moe_block": True, "num_experts": 20, "top_k_experts": 2, "moe_intermediate_size": 32}
     with pytest.raises(
         InputError, match=r"Gemma4TextExperts is not gated as SwiGLU, .* of --precision int4: use fp16"
     ):
-        check_integers(tiny_model("gemma4_text", **gated), "int4")
-    check_integers(tiny_model("gemma4_text", **{**gated, "num_experts": 4}), "int4")
+        check_precision(tiny_model("gemma4_text", **gated), "int4")
+    check_precision(tiny_model("gemma4_text", **{**gated, "num_experts": 4}), "int4")
