@@ -124,7 +124,7 @@ def main() -> None:
         everybody = replace(
             common,
             against=(*pairs, *others),
-            peers=tuple(arguments.peers),
+            peer=tuple(arguments.peers),
             batches=tuple(arguments.batches),
             contexts=tuple(arguments.contexts),
         )

@@ -30,7 +30,7 @@ from nbl_export.workspace import Workspace
 from tests.tiny import text_encoder, write_text
 
 TEXT = api.CalibrateSettings(("self",), samples=8, seq_len=32, heldout_samples=2, selection_samples=2)
-PLAIN = replace(TEXT, dtype="float32")
+PLAIN = replace(TEXT, calibration_dtype="float32")
 CHECKS = api.VerifySettings(speed=False, decode_steps=2)
 
 
@@ -45,7 +45,7 @@ def calibrated(
 ) -> Path:
     """Calibrated on the device, on text of a file; copy it before changing it."""
     out = tmp_path_factory.mktemp("calibrated") / "out"
-    api.calibrate(tiny_folder, out, replace(PLAIN, sources=(text,), device="cuda"))
+    api.calibrate(tiny_folder, out, replace(PLAIN, calibration=(text,), device="cuda"))
     return out
 
 
@@ -89,7 +89,7 @@ def test_a_whole_run(finished: tuple[Path, api.Report], device: torch.device) ->
 
 def test_moments_are_those_of_the_cpu(calibrated: Path, tiny_folder: Path, text: str, tmp_path: Path) -> None:
     own = tmp_path / "own"
-    api.calibrate(tiny_folder, own, replace(PLAIN, sources=(text,), device="cpu"))
+    api.calibrate(tiny_folder, own, replace(PLAIN, calibration=(text,), device="cpu"))
     found, expected = (load_moments(Workspace.open(out).moments) for out in (calibrated, own))
     same_moments(found[0], expected[0])
     assert {*found[1]["identity"]} == {*expected[1]["identity"], "device"}
@@ -101,7 +101,7 @@ def test_what_a_device_made_is_used_without_it(
     """The calibration is kept, and everything goes on from it on the CPU."""
     out = Path(shutil.copytree(calibrated, tmp_path / "out"))
     before = Workspace.open(out).record("calibrate")
-    asked = replace(PLAIN, sources=(text,), device="cpu")
+    asked = replace(PLAIN, calibration=(text,), device="cpu")
     report = api.run(
         tiny_folder,
         out,
@@ -204,7 +204,7 @@ def test_an_encoder(device: torch.device, tmp_path: Path, text: str) -> None:
         folder,
         tmp_path / "out",
         api.SelectSettings(k=1, device="cuda"),
-        replace(TEXT, sources=(text,), samples=24, device="cuda"),
+        replace(TEXT, calibration=(text,), samples=24, device="cuda"),
         replace(CHECKS, device="cuda"),
     )
     assert report.passed, report.checks

@@ -321,6 +321,13 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(value))
 
 
+def flip(path: Path) -> None:
+    """Change two bits in the middle of a file, as a bad disk does."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x41
+    path.write_bytes(content)
+
+
 def files_in(folder: Path) -> set[str]:
     """The files below ``folder``, by their names from there."""
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}

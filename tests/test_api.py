@@ -151,7 +151,7 @@ def test_after_another_calibration_nothing_made_of_the_last_one_is_read(
     text = tmp_path / "other.txt"
     with gzip.open(calibration.sources[0], "rt", encoding="utf-8") as file:
         text.write_text("\n\n".join(json.loads(line)["text"] for line in list(file)[200:]))
-    api.calibrate(model, out, replace(calibration, sources=(str(text),)))
+    api.calibrate(model, out, replace(calibration, calibration=(str(text),)))
     for use in later(out).values():
         with pytest.raises(
             InputError, match=r"out of date \(`calibrate` was done again\): run `nbl-export select"

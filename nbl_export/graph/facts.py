@@ -1,7 +1,8 @@
-"""What a graph file says of itself: counts, types, inputs and outputs, linear layers. Weights are not read."""
+"""What a graph file says of itself: counts, types, inputs and outputs, linear layers; its weights if asked."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -41,8 +42,9 @@ def _size(model: ir.Model, file: Path, own: bool) -> int:
     return file.stat().st_size if own else sum(size for _, size in read)
 
 
-def facts_of(path: Path) -> GraphFacts:
-    """The facts of the ONNX file ``path``; of external data only the sizes of the files are looked at.
+def facts_of(path: Path, weights: bool = False) -> GraphFacts:
+    """The facts of the ONNX file ``path``; of external data only the sizes of the files are looked at, and the
+    ``weights`` if it is asked for.
 
     Raises :class:`InputError` for what :func:`.load_graph` refuses, and for metadata that nbl-export did not write.
     """
@@ -62,7 +64,18 @@ def facts_of(path: Path) -> GraphFacts:
         linear=grouped(
             *([row.layer for row in described if row.kind == kind] for kind in ("linear", "dropped"))
         ),
+        weights=_digest(model) if weights else "",
     )
+
+
+def _digest(model: ir.Model) -> str:
+    """Hex SHA-256 of the weights, by name."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.graph.initializers.items()):
+        if value.const_value is not None:
+            found.update(name.encode())
+            found.update(value.const_value.tobytes())
+    return found.hexdigest()
 
 
 def _by_dtype(model: ir.Model) -> dict[str, Stored]:

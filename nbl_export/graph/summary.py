@@ -34,7 +34,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What a graph file says without its weights.
+    """What a graph file says without its weights; those are the SHA-256 of all, if they were read.
 
     ``opsets`` by domain; ``initializers`` by dtype; ``inputs`` and ``outputs`` as ``name: dtype[shape]``, without those
     of the KV cache, of which ``cache`` is the first one's type. ``linear`` are the blocks that a rewrite made linear,
@@ -49,6 +49,7 @@ class GraphFacts:
     cache: str
     kv_layers: tuple[int, ...]
     linear: tuple[Block, ...]
+    weights: str = ""
 
 
 @dataclass(frozen=True)

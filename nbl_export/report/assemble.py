@@ -117,7 +117,7 @@ def selection_of(ws: Workspace, plan: Plan) -> Selection:
         rank=plan.rank,
         calibration_tokens=plan.calibration_tokens,
         layers=plan.blocks,
-        sources=tuple(asked.get("sources", ())),
+        sources=tuple(asked.get("calibration", ())),
         seed=asked.get("seed", 0),
     )
 

@@ -105,7 +105,7 @@ def opened(path: Path) -> Opened:
     if path.is_dir():
         file = inside if inside.is_file() else graph_in(path)
     if file.suffix == ".onnx":
-        return Opened(path, "graph", graph=facts_of(file))
+        return Opened(path, "graph", graph=facts_of(file, weights=True))
     raw = read_json(file, "The file", "check its path") if file.suffix == ".json" else None
     schema = str(raw.get("schema", "")) if isinstance(raw, dict) else ""
     match schema.split("/")[:2]:
@@ -130,8 +130,14 @@ def _folder(path: Path) -> Opened:
         raise InputError(f"{file} was changed after `verify` wrote it: {again} again.")
     report, there = load_report(file), ws.model.is_file()
     known = report.hashes.get(ws.model.relative_to(ws.root).as_posix())
-    if there and known not in (None, sha256_of_file(ws.model)):
+    if there and known not in (None, ws.digests.of(ws.model)):
         raise InputError(f"{ws.model} is not the graph that {file} is about: {again} again.")
+    rewritten = ws.record("rewrite")
+    if there and rewritten and (damaged := ws.damaged_file(rewritten)):
+        raise InputError(
+            f"{ws.root / damaged} is missing or was changed after it was measured: run `nbl-export rewrite {path}` and "
+            f"then `nbl-export verify {path}` again."
+        )
     scored, current = ws.report / NAMES[0], ws.current("eval")
     left_out = (
         ()
@@ -231,6 +237,7 @@ def _file(graph: GraphFacts, headline: bool) -> Facts:
         "linear layers in the graph": Fact(linear, headline=headline, members=tuple(map(str, graph.linear))),
         "KV pairs are of layers": _said(listed(graph.kv_layers) or "none"),
         "KV cache": _said(graph.cache),
+        **({"weights, SHA-256": _said(graph.weights)} if graph.weights else {}),
         **{f"opset of {domain}": _said(version) for domain, version in graph.opsets.items()},
         **{
             f"{dtype} initializers{what}": _said(count)

@@ -99,7 +99,8 @@ class Setting:
     ``read`` makes a value of one word, which is written as ``like`` says. ``offered`` are the values that a shell
     completes; those of a :class:`Must` need not be said.
 
-    ``path`` leads to the field; ``kind`` is the type of one value, of which there may be ``many``.
+    ``path`` leads to the field; ``kind`` is the type of one value, of which there may be ``many``, or none where it is
+    ``optional``.
     """
 
     panel: Group
@@ -116,6 +117,7 @@ class Setting:
     help: str = ""
     kind: type = str
     many: bool = False
+    optional: bool = False
 
     @property
     def parameter(self) -> Parameter:
@@ -128,6 +130,20 @@ class Setting:
         return Parameter(
             name=f"--{self.key}", help=self.help, group=self.panel, show_default=self._default, **more
         )
+
+    def check_type(self, value: Any, name: str) -> None:
+        """Raise :class:`InputError`, beginning with ``name``, for a value of Python that has another type."""
+        if (value is None and self.optional) or (self.auto and value == AUTO):
+            return
+        kinds = get_args(self.kind) or ((int, float) if self.kind is float else (self.kind,))
+        each = value if self.many else (value,)
+        if isinstance(each, tuple) and all(
+            isinstance(one, kinds) and isinstance(one, bool) <= (self.kind is bool) for one in each
+        ):
+            return
+        one = _WANTED.get(self.kind, "a layer")
+        wanted = f"a tuple, each of it {one}" if self.many else one
+        raise InputError(f"{name} is {value!r}; give {wanted}{f' or {AUTO!r}' * self.auto}.")
 
     def check(self, value: Any, name: str, of_file: bool = False) -> None:
         """Raise :class:`InputError`, beginning with ``name``, for a value that is refused; None is no value."""
@@ -179,8 +195,17 @@ def options(cls: C) -> C:
     return Parameter(name="*")(cls)
 
 
-def settings_of(cls: type) -> Iterator[Setting]:
+_KNOWN: dict[type, tuple[Setting, ...]] = {}
+
+
+def settings_of(cls: type) -> tuple[Setting, ...]:
     """Every setting of a class, those of a nested one included; an inherited one is explained where it is defined."""
+    if cls not in _KNOWN:
+        _KNOWN[cls] = tuple(_settings_of(cls))
+    return _KNOWN[cls]
+
+
+def _settings_of(cls: type) -> Iterator[Setting]:
     hints = get_type_hints(cls)
     # From Python 3.13 on a docstring has no indentation of its own.
     docs = "\n".join(cleandoc(base.__doc__ or "") for base in reversed(cls.__mro__) if base is not object)
@@ -203,6 +228,7 @@ def settings_of(cls: type) -> Iterator[Setting]:
                 path=(each.name,),
                 kind=of[0] if many else kind,
                 many=many,
+                optional=type(None) in parts,
                 musts=musts,
                 help=" ".join(helps[each.name].split()),
                 offered=tuple(dict.fromkeys((*one.offered, *known, *[AUTO] * one.auto))),
@@ -221,12 +247,17 @@ class Settings:
     """What a stage can be asked: a frozen dataclass of settings.
 
     ``of_decoders`` says why an encoder cannot be asked it, where none can, and ``instead`` what to do. ``unrecorded``
-    changes no result.
+    changes no result. Raises :class:`InputError`, which names the field, for a value of another type.
     """
 
     of_decoders: ClassVar[str] = ""
     instead: ClassVar[str] = "leave it out"
     unrecorded: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for one in settings_of(type(self)):
+            if len(one.path) == 1:
+                one.check_type(getattr(self, one.path[0]), f"{type(self).__name__}.{one.path[0]}")
 
     def check(self) -> None:
         """Raise :class:`InputError` for the first value that is refused; needs no model and no package."""

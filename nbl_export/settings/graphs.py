@@ -34,7 +34,7 @@ class ExportSettings(Settings):
     exporter: torch, genai (its model builder) or optimum.
     inputs: What the decoder reads: ids (token ids), or embeds (their embeddings, among which those of images can be;
         the embedding is then a graph of its own).
-    python: Python of the environment that has optimum-onnx.
+    exporter_python: Python of the environment that has optimum-onnx.
     opset: ONNX opset of the graph, for engines that do not know the newest: from 18 on. Before 23, norms, rotary
         embeddings and attention are basic operators.
     """
@@ -45,8 +45,8 @@ class ExportSettings(Settings):
     kv_cache: str | None = setting(None, GRAPH, shown="by target", offered=choices.CACHES)
     exporter: str | None = setting(None, GRAPH, one_of(choices.EXPORTERS), shown="torch")
     inputs: Literal["ids", "embeds"] = setting("ids", MORE, metavar="ids|embeds")
-    python: str | None = setting(
-        None, MORE, _NO_PROGRAM, metavar="PATH", key="exporter-python", shown="$NBL_EXPORT_OPTIMUM_PYTHON"
+    exporter_python: str | None = setting(
+        None, MORE, _NO_PROGRAM, metavar="PATH", shown="$NBL_EXPORT_OPTIMUM_PYTHON"
     )
 
     # After the others, which are given by their place, too.

@@ -153,34 +153,32 @@ _RIDGES = Must(
 class CalibrateSettings(OnDevice):
     """What text to take, how much of it, and what the model reads it in; moments are float64 in any case.
 
-    sources: A .txt, .jsonl or .parquet file, a folder, a glob, or a Hub data set. Repeatable. self: text that the
+    calibration: A .txt, .jsonl or .parquet file, a folder, a glob, or a Hub data set. Repeatable. self: text that the
         model writes.
     samples: Rows of calibration tokens.
     seq_len: Tokens per row.
     heldout_samples: Rows of held-out tokens, to measure the method loss on.
     selection_samples: Rows of tokens to choose layers on.
-    field: Text field of .jsonl, .parquet or Hub rows.
+    text_field: Text field of .jsonl, .parquet or Hub rows.
     blocks: What may become linear (all: spans, too).
     seed: Seed of everything random.
-    dtype: Precision of the model while it reads the text. auto: bfloat16 where the processor multiplies it.
+    calibration_dtype: Precision of the model while it reads the text. auto: bfloat16 where the processor multiplies it.
     memory: What the states of the text between two blocks may take; more than that is kept in files.
     """
 
     unrecorded = ("device", "memory")
 
-    sources: tuple[str, ...] = setting(
-        (choices.SELF,), TEXT, metavar="TEXT", key="calibration", repeated=True
-    )
+    calibration: tuple[str, ...] = setting((choices.SELF,), TEXT, metavar="TEXT", repeated=True)
     samples: int = setting(128, TEXT, at_least(1))
     seq_len: int = setting(512, TEXT, at_least(8))
     heldout_samples: int = setting(24, MORE, at_least(1))
     selection_samples: int = setting(8, MORE, at_least(1))
-    field: str = setting("text", MORE, key="text-field")
+    text_field: str = setting("text", MORE)
     blocks: Literal["attention", "mlp", "both", "all"] = setting(
         ATTENTION, LAYERS, metavar="attention|mlp|both|all"
     )
     seed: int = setting(0, MORE)
-    dtype: Dtype = setting(AUTO, MORE, metavar="DTYPE", key="calibration-dtype")
+    calibration_dtype: Dtype = setting(AUTO, MORE, metavar="DTYPE")
     memory: str | None = setting(None, MORE, SIZE, metavar="SIZE", shown="half of what is free")
 
     @property
@@ -200,7 +198,7 @@ class CalibrateSettings(OnDevice):
 
     def check(self) -> None:
         super().check()
-        mixed = choices.SELF in self.sources and len(self.sources) > 1
+        mixed = choices.SELF in self.calibration and len(self.calibration) > 1
         refuse((mixed, "--calibration self stands alone: it cannot be mixed with files."))
 
 
@@ -254,6 +252,7 @@ class SelectSettings(OnDevice):
     auto_rank: Annotated[bool, Parameter(parse=False)] = False  # no option: what the word makes of the rank
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         words = [name for name in ("k", "ridge", "rank") if getattr(self, name) == AUTO]
         made: dict[str, Any] = dict.fromkeys(words)
         if "k" in words:

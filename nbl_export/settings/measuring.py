@@ -123,7 +123,7 @@ class BenchSettings(Settings):
     ``most`` times the rounds are run where the noise hides the effect.
 
     against: Another graph: a folder with a decoder, or an output folder for both its graphs. Repeatable.
-    peers: PyTorch eager, torch.compile, the graph with the same layers dropped, or OUT's forms for
+    peer: PyTorch eager, torch.compile, the graph with the same layers dropped, or OUT's forms for
         llama.cpp or OpenVINO. Repeatable.
     batches: Rows at once.
     contexts: Tokens in each row, as far as the model goes.
@@ -138,9 +138,7 @@ class BenchSettings(Settings):
     instead = "its speed is in the report of `nbl-export verify`"
 
     against: tuple[str, ...] = setting((), CHECKS, metavar="[NAME=]DIR", repeated=True)
-    peers: tuple[str, ...] = setting(
-        (), CHECKS, one_of(PEERS), metavar="|".join(PEERS), key="peer", repeated=True
-    )
+    peer: tuple[str, ...] = setting((), CHECKS, one_of(PEERS), metavar="|".join(PEERS), repeated=True)
     batches: tuple[int, ...] = setting((1, 4), CHECKS, _ROWS)
     contexts: tuple[int, ...] = setting((128, 512, 2048, 8192), CHECKS, _LENGTHS)
     rounds: int = setting(7, MORE, _ROUNDS)

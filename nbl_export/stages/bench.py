@@ -96,7 +96,7 @@ def bench(
                 made_of["build"] = built.result
             if why := passed_over(ws):
                 run.listener.note(f"Not timed: {why}.")
-        for peer in asked.peers:
+        for peer in asked.peer:
             if peer in PEER_FORMS:
                 made_of[peer] = sha256_of_json([one.result for one in _peer_records(ws, peer).values()])
         with run.stage("bench", asdict(asked), made_of) as work:
@@ -244,17 +244,17 @@ def bench_candidates(
             yield Candidate(BASE_ENGINE, make, cost=base.cost)
         else:
             yield Candidate(LINEARIZED_ENGINE, make, BASE_ENGINE, cost=linearized.cost)
-    if "dropped" in settings.peers:
+    if "dropped" in settings.peer:
         yield graph(DROPPED, stack.enter_context(scratch_copy(ws.model, drop_layers)), BASE)
     for peer in PEER_FORMS:
-        for precision in _peer_records(ws, peer) if peer in settings.peers else ():
+        for precision in _peer_records(ws, peer) if peer in settings.peer else ():
             to, plan = PEER_FORMS[peer], load_plan(ws.plan)
             name = f"{peer} {GGUF_TYPES[precision] if to == 'gguf' else precision}"
             written = stack.enter_context(unmodified_form(run, to, precision, plan, run.listener))()
             yield Candidate(f"{name}, {BASE}", partial(_peer_prompt, peer, written))
             yield Candidate(name, partial(_peer_prompt, peer, place_of(ws, to, precision)), f"{name}, {BASE}")
     for name, asked in ((EAGER, "eager"), (COMPILED, "compile")):
-        if asked in settings.peers:
+        if asked in settings.peer:
             yield Candidate(name, partial(_pytorch, run, settings.device, asked == "compile"))
     yield from (graph(name, path, its_base) for name, its_base, path in against)
     yield graph(CONTROL, ws.baseline)

@@ -119,7 +119,7 @@ def calibrate(
                 check_blocks(tried, asked.parts)
 
                 def converted() -> str:
-                    made.append(run.model.in_dtype(asked.dtype))
+                    made.append(run.model.in_dtype(asked.calibration_dtype))
                     return dtype_of(made[0])
 
                 dtype = ranks.shared(converted)
@@ -156,7 +156,7 @@ def calibrate(
 def check_text(model: str, settings: CalibrateSettings) -> None:
     """Refuse calibration text that is not there, before a model is fetched for it."""
     if not user_path(model, "MODEL").exists():
-        for source in settings.sources:
+        for source in settings.calibration:
             check_there(source)
 
 
@@ -231,8 +231,10 @@ class CalibrationLoader:
         return path
 
     def read(self, model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> Any:
-        if settings.sources == (SELF,):
-            text = sample_from_model(model.in_dtype(settings.dtype), model.tokenizer, settings, listener)
+        if settings.calibration == (SELF,):
+            text = sample_from_model(
+                model.in_dtype(settings.calibration_dtype), model.tokenizer, settings, listener
+            )
             return _known(model, text)
         towers: list[Any] = []
 
@@ -242,7 +244,9 @@ class CalibrationLoader:
             images = [open_image(file) for file in document.images]
             return towers[0].read(document.text, images, document.where)
 
-        found = documents(settings.sources, settings.field, document_of if model.source.wrapper else field_of)
+        found = documents(
+            settings.calibration, settings.text_field, document_of if model.source.wrapper else field_of
+        )
         return _known(model, pack(found, model.tokenizer, settings, listener, see))
 
     def probe(self, model: LoadedModel, data: Any, parts: Collection[str]) -> Probe:
@@ -264,7 +268,7 @@ class _Passages(CalibrationLoader):
 
     def read(self, model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> Any:
         length = longest_row(settings, model.tokenizer, positions(model.model), listener)
-        texts = documents(settings.sources, settings.field)
+        texts = documents(settings.calibration, settings.text_field)
         return _known(model, read_passages(texts, model.tokenizer, settings, length, listener))
 
     def probe(self, model: LoadedModel, data: Any, parts: Collection[str]) -> Probe:
@@ -294,7 +298,7 @@ class _Images(CalibrationLoader):
     )
 
     def read(self, model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> Any:
-        return read_images(image_files(settings.sources), model.image_processor, settings, listener)
+        return read_images(image_files(settings.calibration), model.image_processor, settings, listener)
 
     def probe(self, model: LoadedModel, data: Any, parts: Collection[str]) -> Probe:
         try:
@@ -348,11 +352,13 @@ def _row(ids: NDArray[Any], names: Collection[str]) -> dict[str, NDArray[Any]]:
 def check_sources(source: ModelSource, settings: CalibrateSettings) -> None:
     """Refuse, before any work, ``--calibration self`` for a model that does not generate, and what cannot be read."""
     unit = loader_for(source).unit
-    if SELF not in settings.sources:
+    if SELF not in settings.calibration:
         if unit == _Images.unit:
-            image_files(settings.sources)
+            image_files(settings.calibration)
         else:
-            check_readable(settings.sources, settings.field, document_of if source.wrapper else field_of)
+            check_readable(
+                settings.calibration, settings.text_field, document_of if source.wrapper else field_of
+            )
     elif not task_named(source.task).causal:
         raise InputError(
             f"{source.source} is an encoder and cannot generate its own calibration {unit}: name some with "
@@ -363,6 +369,6 @@ def check_sources(source: ModelSource, settings: CalibrateSettings) -> None:
 def files_of(source: ModelSource, settings: CalibrateSettings) -> list[Path]:
     """The local files that are read: those of the sources, and what they name for a multimodal model."""
     if loader_for(source).unit == _Images.unit:
-        return image_files(settings.sources)
-    files = [file for one in settings.sources if one != SELF for file in local_files(one) or []]
-    return files + images_in(settings.sources, settings.field) if source.wrapper else files
+        return image_files(settings.calibration)
+    files = [file for one in settings.calibration if one != SELF for file in local_files(one) or []]
+    return files + images_in(settings.calibration, settings.text_field) if source.wrapper else files

@@ -62,7 +62,7 @@ def export(
     ):
         ws, model, source, task = run.workspace, run.model, run.model.source, run.model.task
         # The Python that runs the exporter does not affect the graph.
-        recorded = {name: value for name, value in asked.as_json().items() if name != "python"}
+        recorded = {name: value for name, value in asked.as_json().items() if name != "exporter_python"}
         if asked.exported_by == "torch":
             recorded["opset"] = asked.opset or OPSETS[str(asked.kv_cache)]
             if asked.experts not in (None, FORMS[str(asked.kv_cache)].experts):
@@ -99,7 +99,7 @@ def check_export(source: ModelSource | None, settings: ExportSettings) -> None:
     and what does not run here.
     """
     elsewhere = settings.exported_by != "torch"
-    exporter = find_exporter(settings.exported_by, settings.python) if elsewhere else None
+    exporter = find_exporter(settings.exported_by, settings.exporter_python) if elsewhere else None
     if source is None:
         return
     if exporter is not None and source.gguf_file is None:
@@ -182,7 +182,10 @@ def _export_elsewhere(
     ws, trust = run.workspace, run.model.source.trust_remote_code
     with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=ws.root) as folder:
         model = as_hf_folder(run.model, Path(folder))
-        exporter, precision = find_exporter(settings.exported_by, settings.python), str(settings.precision)
+        exporter, precision = (
+            find_exporter(settings.exported_by, settings.exporter_python),
+            str(settings.precision),
+        )
         files = export_with(exporter, model, ws.baseline.parent, precision, listener, trust, [ws.model])
     return sorted({*files, *add_num_logits_input_to_file(ws.baseline)}), []
 

@@ -223,7 +223,9 @@ def dry_run(
         check_selection(asked.selection, most_blocks(sizes.layers, text.parts), sizes.width)
     place = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     check_disk(Workspace(place), sizes, asked, made)
-    dtype = fast_dtype(find_device(text.device)) if text.dtype == "auto" else text.dtype
+    dtype = (
+        fast_dtype(find_device(text.device)) if text.calibration_dtype == "auto" else text.calibration_dtype
+    )
     room, taken = disk(sizes, asked), memory(sizes, asked, getattr(torch, dtype).itemsize, free)
     needs = {stage: int(sum(taken[stage].values())) for stage in made if stage in taken}
     stages = (

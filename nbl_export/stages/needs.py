@@ -277,7 +277,7 @@ def memory(sizes: Sizes, asked: RunSettings, width: int, free: int) -> dict[str,
                 "the KV cache of sampling": _SAMPLED * _SAMPLE_LENGTH * sizes.cache * width,
                 "logits of sampling": logits * _SAMPLED,
             },
-        ][: 1 + (text.sources == (choices.SELF,))],
+        ][: 1 + (text.calibration == (choices.SELF,))],
         "select": [
             {
                 "the program": _TORCH,

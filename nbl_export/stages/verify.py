@@ -201,11 +201,13 @@ def package(
 
     It is written whole or not at all; an earlier package there is replaced. ``layout`` is ``web`` for transformers.js
     and ``triton`` for Triton; with ``base`` it has the unmodified graph as well. The model that ``out`` was made from
-    is not needed. Raises :class:`InputError` if the output folder has no report of its graph that says PASS.
+    is not needed. Raises :class:`InputError` if the output folder has no report of its graph that says PASS, and for
+    a file of it that was changed since.
     """
     ws, to = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener)), Path(to)
     with ws.lock():
-        ws.require("verify")
+        for stage in ("verify", "calibrate", "select", "export", "rewrite"):
+            ws.require(stage)
         report = load_report(ws.report / "report.json")
         if not report.passed:
             failed = ", ".join(check.name for check in report.checks if check.status == "failed")

@@ -67,7 +67,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def calibration(place: Path, name: str) -> api.CalibrateSettings:
     source = place / ("images" if name.startswith("vit") else "text.jsonl")
-    return api.CalibrateSettings((str(source),), samples=24, seq_len=48, heldout_samples=4, dtype="float32")
+    return api.CalibrateSettings(
+        (str(source),), samples=24, seq_len=48, heldout_samples=4, calibration_dtype="float32"
+    )
 
 
 def run(place: Path, name: str, out: Path, precision: str = "fp32") -> Report:
@@ -305,11 +307,11 @@ def last_token(folder: Path) -> None:
     [
         (
             "bert",
-            {"sources": ("self",)},
+            {"calibration": ("self",)},
             {},
             "cannot generate its own calibration text: name some with --calibration",
         ),
-        ("vit", {"sources": ("self",)}, {}, "cannot generate its own calibration images"),
+        ("vit", {"calibration": ("self",)}, {}, "cannot generate its own calibration images"),
         ("bert", {}, {"kv_cache": "concat"}, "--kv-cache concat is for decoders"),
         ("vit", {}, {"kv_cache": "static"}, "--kv-cache static is for decoders"),
         ("bert", {}, {"exporter": "optimum"}, "--exporter optimum is for decoders"),
@@ -400,7 +402,7 @@ def test_a_row_has_the_result_of_its_text_wherever_it_is_padded(head: str, tmp_p
     save_framing(folder)
     if embedding:
         as_sentence_transformer(folder, "lasttoken")
-    text = api.CalibrateSettings(sources=(str(write_text(tmp_path / "text.jsonl")),), **TEXT)
+    text = api.CalibrateSettings(calibration=(str(write_text(tmp_path / "text.jsonl")),), **TEXT)
     report = api.run(folder, tmp_path / "out", api.SelectSettings(k=1), text, HEAD_CHECKS)
     assert report.passed and report.method_loss is not None
     assert report.model.task == ("feature-extraction" if embedding else "text-classification")

@@ -41,7 +41,7 @@ USES: dict[str, Callable[[Path], Any]] = {
     "export": lambda out: api.export(out, api.ExportSettings(kv_cache="none")),
     "verify": lambda out: api.verify(out, api.VerifySettings(decode_steps=3, speed=False)),
     "eval": lambda out: api.evaluate(out, api.EvalSettings(retrieval_contexts=(400,), retrieval_samples=1)),
-    "bench": lambda out: api.bench(out, api.BenchSettings(peers=("eager",), batches=(1,), contexts=(8,))),
+    "bench": lambda out: api.bench(out, api.BenchSettings(peer=("eager",), batches=(1,), contexts=(8,))),
 }
 # Commands that read a finished folder.
 READS: dict[str, Callable[[Path], Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
@@ -35,6 +36,7 @@ from nbl_export.report.diff_gates import gates, races_of, unlike
 from nbl_export.report.evaluation import write_evaluation
 from nbl_export.settings import DiffBounds
 from nbl_export.verify.parity.figures import MethodLoss
+from tests.processes import flip
 from tests.report.conftest import changed, report_of, with_speed
 from tests.report.test_tables import evaluation
 
@@ -218,6 +220,18 @@ def test_an_evaluation_of_other_graphs_is_left_out(stories_copy: Path) -> None:
     write_evaluation(stories_copy / "report", evaluation())
     side = opened(stories_copy)
     assert side.evaluation is None and "eval.json is of other graphs, or was changed" in side.notes[0]
+
+
+def test_changed_weights_are_seen(stories_copy: Path, tmp_path: Path) -> None:
+    """Of a folder they are refused, of a graph alone they are named."""
+    shutil.copytree(stories_copy, tmp_path / "before")
+    flip(stories_copy / "model.onnx.data")
+    with pytest.raises(
+        InputError, match=r"model\.onnx\.data is missing or was changed after it was measured"
+    ):
+        opened(stories_copy)
+    found = compare(*(folder / "model.onnx" for folder in (tmp_path / "before", stories_copy)), NONE)
+    assert by_name(found, "Graph file")["weights, SHA-256"].effect == "changed"
 
 
 def test_a_report_that_is_not_of_its_folder_is_refused(stories_copy: Path) -> None:

@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
 
 @pytest.fixture
 def bench(engine_speed: Speed) -> BenchReport:
-    settings = asdict(BenchSettings(peers=("eager",)))
+    settings = asdict(BenchSettings(peer=("eager",)))
     settings = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
     checks = (Check("ceilings", "passed", "fine"), Check("nowhere slower", "skipped", "nothing resolved"))
     model = ModelIdentity("a/model", "folder", None, "0" * 64)
@@ -315,7 +315,7 @@ def test_a_folder_s_path_is_its_name(report: Report, stories_folder: Path) -> No
     assert "license" not in front_matter(card) and "which its files do not name" in card
     assert public.model.source == "stories260K" == model_name(report.model)
     assert public.selection.sources == tuple(Path(s).name for s in report.selection.sources)
-    assert public.settings["calibrate"]["sources"] == list(public.selection.sources)
+    assert public.settings["calibrate"]["calibration"] == list(public.selection.sources)
     assert public.parity == report.parity and public.checks == report.checks
 
 

@@ -91,7 +91,7 @@ def test_a_file_here_is_taken_and_said(asked: Any, capsys: pytest.CaptureFixture
     assert "Settings of nbl-export.toml." in capsys.readouterr().err
     # Each command reads its own table, and nothing of the others.
     assert asked("eval", "out")[1] == api.EvalSettings(("arc_easy",), min_recovery=97.0)
-    assert asked("bench", "out")[1] == api.BenchSettings(peers=("eager",))
+    assert asked("bench", "out")[1] == api.BenchSettings(peer=("eager",))
     assert asked("build", "out")[1] == engines
     assert asked("select", "out")[1] == selection
 

@@ -353,7 +353,7 @@ REFUSED: list[tuple[Settings, str]] = [
     (BenchSettings(contexts=(1,)), r"--contexts needs lengths of at least 2 tokens\."),
     (BenchSettings(rounds=2), r"--rounds is 2; at least 3 are needed for a spread\."),
     (BenchSettings(seconds=0.0), r"--seconds is 0; it must be more than 0\."),
-    (BenchSettings(peers=("eager", "jax")), "--peer 'jax' is unknown; choose one of"),
+    (BenchSettings(peer=("eager", "jax")), "--peer 'jax' is unknown; choose one of"),
     (BenchSettings(device="tpu"), r"--device 'tpu' is unknown; choose one of cpu, cuda\."),
     (DiffBounds(max_slowdown=0.99), r"--max-slowdown is 0\.99; it must be 1 or more"),
     (GenerateSettings(graph="other"), "--graph 'other' is unknown; choose one of linearized, base, both"),
@@ -400,7 +400,7 @@ def test_what_is_refused_of_any_model(asked: Settings, said: str) -> None:
         EvalSettings(limit=1, few_shot=0, batch_size=1, retrieval_contexts=(2,), retrieval_samples=1),
         *(EvalSettings(min_recovery=percent) for percent in (0.0, 97.0, 200.0)),
         BenchSettings(
-            batches=(1,), contexts=(2,), rounds=3, seconds=0.1, peers=("eager", "dropped"), device="cuda"
+            batches=(1,), contexts=(2,), rounds=3, seconds=0.1, peer=("eager", "dropped"), device="cuda"
         ),
         GenerateSettings(temperature=0.0, top_p=1.0, max_tokens=1, seed=0),
     ],

@@ -207,7 +207,7 @@ def test_what_is_not_there_or_not_current_is_refused(stories_copy: Path, tmp_pat
 
 
 def test_who_takes_part_in_which_order(stories_out: Path, stories_copy: Path) -> None:
-    settings = BenchSettings(peers=("dropped", "compile", "eager"))
+    settings = BenchSettings(peer=("dropped", "compile", "eager"))
     against = list(graphs_against([f"x={stories_out}"]))
     with ExitStack() as stack:
         found = list(bench_candidates(resumed(stories_copy), against, settings, stack))
@@ -236,7 +236,7 @@ def test_who_takes_part_in_which_order(stories_out: Path, stories_copy: Path) ->
 @needs("gguf")
 def test_forms_take_part_each_with_its_own_base(stories_copy: Path) -> None:
     peer, to, precisions, called = "llama.cpp", "gguf", ("fp32", "q8_0"), ("F32", "Q8_0")
-    settings = BenchSettings(peers=(peer,), contexts=(16,), batches=(2,), rounds=3, most=1)
+    settings = BenchSettings(peer=(peer,), contexts=(16,), batches=(2,), rounds=3, most=1)
     with pytest.raises(
         InputError, match=rf"has none of its plan that passed: run `nbl-export convert .* --to {to}`"
     ):

@@ -57,7 +57,9 @@ def test_auto_is_what_the_machine_is_fastest_in(
 ) -> None:
     half, dtype = calibrated(stories_folder, tmp_path / "auto", settings)
     assert dtype == "bfloat16"
-    exact, dtype = calibrated(stories_folder, tmp_path / "exact", replace(settings, dtype="float32"))
+    exact, dtype = calibrated(
+        stories_folder, tmp_path / "exact", replace(settings, calibration_dtype="float32")
+    )
     assert dtype == "float32"
     for index, layer in exact.items():
         gap = np.linalg.norm(half[index].xx - layer.xx) / np.linalg.norm(layer.xx)
@@ -83,7 +85,7 @@ def test_fits_that_read_the_text_again_read_it_in_the_same_dtype(
             return real(model, *args)
 
         monkeypatch.setattr(measuring, name, spy)
-    calibrated(stories_folder, tmp_path / "out", replace(settings, dtype="bfloat16"))
+    calibrated(stories_folder, tmp_path / "out", replace(settings, calibration_dtype="bfloat16"))
     api.select(tmp_path / "out", api.SelectSettings(k=2, criterion="cca", fit="weighted"))
     assert seen == [("weighted", "bfloat16")]
     assert load_plan(Workspace.open(tmp_path / "out").plan).fit == "weighted"
@@ -116,7 +118,7 @@ def read(loaded: Callable[[str], LoadedModel], name: str, source: Path) -> Any:
     """The material of the model ``name``, read from ``source``, saved and loaded again."""
     material = loader_for(loaded(name).source)
     value = material.read(
-        loaded(name), CalibrateSettings(**{**vars(TEXT), "sources": (str(source),)}), Silent()
+        loaded(name), CalibrateSettings(**{**vars(TEXT), "calibration": (str(source),)}), Silent()
     )
     path = source.with_name(f"{name}.safetensors")
     material.save(path, value)
@@ -221,7 +223,7 @@ def test_images_of_a_size_that_the_model_does_not_take(place: Path, tmp_path: Pa
     model = LoadedModel(find_model(str(folder)), Silent())
     material = loader_for(model.source)
     images = material.read(
-        model, CalibrateSettings(**{**vars(TEXT), "sources": (str(place / "images"),)}), Silent()
+        model, CalibrateSettings(**{**vars(TEXT), "calibration": (str(place / "images"),)}), Silent()
     )
     with pytest.raises(
         InputError, match=r"does not take the images that its preprocessor_config\.json makes \("

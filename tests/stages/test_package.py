@@ -23,7 +23,7 @@ from nbl_export.stages import verify as stage
 from nbl_export.stages.inspection import load_package
 from tests.graph.by_hand import resolved
 from tests.mutations import OF_WEIGHTS
-from tests.processes import edit, nbl
+from tests.processes import edit, flip, nbl
 
 FILES = {
     *("model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json"),
@@ -182,6 +182,19 @@ def test_what_is_not_verified_or_failed_is_not_packaged(stories_copy: Path, tmp_
     api.select(stories_copy, api.SelectSettings(k=1, criterion="cca"))
     with pytest.raises(InputError, match=r"`verify` in .* is out of date .*: run `nbl-export verify"):
         api.package(stories_copy, tmp_path / "to")
+    assert not (tmp_path / "to").exists() and not list(tmp_path.glob(".to*"))
+
+
+@pytest.mark.parametrize("damaged", ["model.onnx.data", "baseline/model.onnx.data", "nbl/plan.safetensors"])
+@pytest.mark.parametrize("layout", ["folder", "web"])
+def test_what_was_changed_since_it_was_verified_is_not_packaged(
+    stories_copy: Path, tmp_path: Path, damaged: str, layout: str
+) -> None:
+    flip(stories_copy / damaged)
+    with pytest.raises(
+        InputError, match=rf"{damaged} is missing or was changed after `\w+` wrote it: run `nbl-exp"
+    ):
+        api.package(stories_copy, tmp_path / "to", layout=layout)
     assert not (tmp_path / "to").exists() and not list(tmp_path.glob(".to*"))
 
 

@@ -179,7 +179,10 @@ def test_consumers_find_the_model_and_its_tokenizer_beside_it(out: Path, tiny_fo
 def test_an_export_is_kept_whoever_would_run_the_exporter(out: Path) -> None:
     listener = Notes()
     export(resumed(out, listener), CONCAT)
-    export(resumed(out, listener), api.ExportSettings("fp32", "concat", python="/usr/bin/python-of-another"))
+    export(
+        resumed(out, listener),
+        api.ExportSettings("fp32", "concat", exporter_python="/usr/bin/python-of-another"),
+    )
     # Without a form, it is the one that suits a decoder.
     export(resumed(out, listener), api.ExportSettings().resolve(task_named("text-generation")))
     assert listener.kept == ["export"] * 3 and listener.tasks == []
@@ -201,7 +204,7 @@ def test_another_form_replaces_it_and_what_it_does_not_have_is_gone(out: Path, t
         "bf16",
         "static",
     )
-    assert "python" not in record.settings
+    assert "exporter_python" not in record.settings
 
 
 def test_what_a_graph_of_embeddings_is_not_given_is_said(wrapper: Callable[[str], Calibrated]) -> None:
