@@ -214,7 +214,13 @@ class Choosing:
                     f"--k {self._settings.k} is less than the best block replaces, which is a span of layers: ask for "
                     "a larger K, or calibrate without spans (--blocks both)."
                 )
-            return ship(best), self._curve(points, len(all_parts(best)))
+            if (taken := len(all_parts(best))) < self._settings.k:
+                self._listener.note(
+                    f"{taken} of the {self._settings.k} attentions and MLPs of --k are linear: the next best block is a "
+                    "span of layers that replaces more than are left; ask for a larger K, or calibrate without spans "
+                    "(--blocks both)."
+                )
+            return ship(best), self._curve(points, taken)
         count, meter = len(all_parts(blocks)), SpeedMeter(self._measuring, self._empty, prefix)
         why, least = meter.missing(), self._least_k(prefix, count)
         if budget.min_speedup is not None:

@@ -65,24 +65,27 @@ def test_the_action_is_one() -> None:
     assert set(re.findall(r"inputs\.([\w-]+)", json.dumps(steps))) == set(ACTION["inputs"])
 
 
-def test_the_action_passes_and_stops_a_change_that_regresses(
+def test_the_action_stops_a_failed_check_and_a_change_that_regresses(
     stories_folder: Path, stories_text: Path, tmp_path: Path
 ) -> None:
     text = f"--calibration '{stories_text}' --samples 32 --seq-len 128 --heldout-samples 8 --no-speed"
     model = str(stories_folder)
-    steps = run(tmp_path, model=model, arguments=f"--k 2 {text}", output="first")
-    assert {name: code for name, (code, _) in steps.items()} == {"Linearize and verify": 0, "Show": 0}, steps
-    summary = (tmp_path / "summary.md").read_text()
-    assert "# nbl-export report: PASS" in summary and "![" not in summary and "::error" not in str(steps)
+    steps = run(tmp_path, model=model, arguments=f"--k 2 {text} --max-ppl-ratio 1.000001", output="first")
+    assert {name: code for name, (code, _) in steps.items()} == {"Linearize and verify": 1, "Show": 0}, steps
+    assert "::error title=nbl-export: perplexity bound::perplexity × " in steps["Show"][1]
+    assert "# nbl-export report: FAIL" in (tmp_path / "summary.md").read_text()
 
     (tmp_path / "summary.md").unlink()
-    worse = {"arguments": f"--k 5 {text} --max-ppl-ratio 1.01", "output": "second"}
+    worse = {"arguments": f"--k 5 {text}", "output": "second"}
     steps = run(tmp_path, model=model, **worse, compare_with="first", bounds="--max-ppl-increase 1.01")
     codes = {name: code for name, (code, _) in steps.items()}
-    assert codes == {"Linearize and verify": 1, "Compare": 1, "Show": 0}, steps
-    assert "::error title=nbl-export: perplexity bound::perplexity × " in steps["Show"][1]
-    compared, report = (tmp_path / "summary.md").read_text().split("# nbl-export report: FAIL")
-    assert "FAIL" in compared and report
+    assert codes == {"Linearize and verify": 0, "Compare": 1, "Show": 0}, steps
+    assert (
+        "::error title=nbl-export: perplexity increase::" in steps["Compare"][1]
+        and "::error" not in steps["Show"][1]
+    )
+    compared, report = (tmp_path / "summary.md").read_text().split("# nbl-export report: PASS")
+    assert "FAIL" in compared and report and "![" not in report
 
 
 def test_words_of_the_inputs_are_no_code(tmp_path: Path) -> None:

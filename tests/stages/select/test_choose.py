@@ -27,7 +27,7 @@ from nbl_export.files import TEMPORARY
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.search import MeasuredSets, Prefixes
-from nbl_export.linearize.selection import CurvePoint, Loss, per_saving
+from nbl_export.linearize.selection import Candidate, CurvePoint, Loss, per_saving
 from nbl_export.progress import Silent
 from nbl_export.settings import Budget, SelectSettings
 from nbl_export.settings.definition import AUTO
@@ -192,6 +192,15 @@ def test_a_way_to_a_speed_does_not_lose_more_to_be_faster(
     asked = SelectSettings(criterion="greedy", workload=("prefill=1",), budget=Budget(min_speedup=least))
     prefix = choosing_of(asked).order([SimpleNamespace(layer=block) for block in KL])  # type: ignore[misc]
     assert [sorted(prefix(k)) for k in (1, 2)] == [first, then]
+
+
+def test_fewer_blocks_than_asked_for_are_said() -> None:
+    choosing, notes = choosing_of(SelectSettings(k=3, criterion="cca")), Notes()
+    choosing._listener = notes
+    candidates = [Candidate(0, 0.1, 0.1, 0.0, 0.0), Candidate(Span(1, 2), 0.5, 0.5, 0.0, 0.0)]
+    (plan, _), _ = choosing.choose(candidates, lambda chosen: (list(chosen), None))  # type: ignore[arg-type,return-value]
+    assert plan == [0]
+    assert "1 of the 3 attentions and MLPs of --k are linear: the next best block is a span" in notes.notes[0]
 
 
 # fitting -------------------------------------------------------------------------------------------
