@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ def field_of(row: Any, field: str, where: str, _folder: Path | None = None) -> s
 
 
 def documents(sources: Iterable[str], field: str, read: Read = field_of) -> Iterator[Any]:
-    """The documents of all ``sources`` in order: files, folders, patterns, or data sets of the Hub as NAME[:CONFIG].
+    """The documents of all ``sources`` in order: files, folders, patterns, or data sets of the Hub as
+    NAME[:CONFIG[:SPLIT]].
 
     ``read`` makes the document of a row: its text unless something else is wanted. Raises :class:`InputError` for an
     unknown format, a file that is not text, or a missing field.
@@ -71,12 +73,18 @@ def documents(sources: Iterable[str], field: str, read: Read = field_of) -> Iter
                     f"{place} is not UTF-8 text ({error.reason} at byte {error.start} of a block): convert it."
                 ) from None
             except Exception as error:  # of a file, gzip, zstandard, Parquet or the Hub client
+                if files is None and (several := re.search(r"available configs: \[(.*?)\]", str(error))):
+                    names = several[1].replace("'", "")
+                    raise InputError(
+                        f"The data set {source} has several configurations ({names[:300]}): name one of them, as "
+                        f"{source.partition(':')[0]}:{names.split(',')[0]}."
+                    ) from None
                 raise InputError(
                     f"{place} cannot be read ({first_line(error)}): download it again."
                     if files is not None
-                    else f"The calibration text {source} is neither a local file or folder nor a data set (NAME or "
-                    f"NAME:CONFIG) that can be read from the Hub ({first_line(error)}): check the spelling and the "
-                    "network."
+                    else f"The calibration text {source} is neither a local file or folder nor a data set "
+                    f"(NAME, NAME:CONFIG or NAME:CONFIG:SPLIT) that can be read from the Hub ({first_line(error)}): "
+                    "check the spelling and the network."
                 ) from None
 
 
@@ -176,16 +184,18 @@ def _of_lines(path: Path, text: IO[str], field: str, read: Read) -> Iterator[Any
         yield read(row, field, where, path.parent)
 
 
-def _of_data_set(path: str, where: str, field: str, read: Read, **how: Any) -> Iterator[Any]:
+def _of_data_set(
+    path: str, where: str, field: str, read: Read, split: str = "train", **how: Any
+) -> Iterator[Any]:
     import datasets
 
-    for row in datasets.load_dataset(path, split="train", streaming=True, **how):
+    for row in datasets.load_dataset(path, split=split, streaming=True, **how):
         yield read(row, field, where, None)
 
 
 def _of_hub(source: str, field: str, read: Read) -> Iterator[Any]:
-    name, _, config = source.partition(":")
-    return _of_data_set(name, f"data set {source}", field, read, name=config or None)
+    name, config, split = (*source.split(":", 2), "", "")[:3]
+    return _of_data_set(name, f"data set {source}", field, read, split or "train", name=config or None)
 
 
 # images ------------------------------------------------------------------------------------------

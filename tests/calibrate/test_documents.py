@@ -117,12 +117,24 @@ def test_a_data_set_of_the_hub_with_its_configuration(monkeypatch: pytest.Monkey
         asked.append((path, how["name"], how["split"], how["streaming"]))
         if path == "gone":
             raise FileNotFoundError("no such data set")
+        if path == "several" and how["name"] is None:
+            configs = "Please pick one among the available configs: ['one', 'two']"
+            raise ValueError(f"Config name is missing.\n{configs}\nExample of usage:\n\t`…`")
         return iter([{"text": "a"}, {"text": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", loaded)
-    assert read("org/name", "wikitext:wikitext-2-raw-v1") == ["a", "b", "a", "b"]
-    assert asked == [("org/name", None, "train", True), ("wikitext", "wikitext-2-raw-v1", "train", True)]
-    with pytest.raises(InputError, match=r"gone is neither .* NAME:CONFIG\) .*\(no such data set\)"):
+    config = "wikitext-2-raw-v1"
+    assert read("org/name", f"wikitext:{config}", f"wikitext:{config}:test") == 3 * ["a", "b"]
+    assert asked == [
+        ("org/name", None, "train", True),
+        ("wikitext", config, "train", True),
+        ("wikitext", config, "test", True),
+    ]
+    with pytest.raises(InputError, match=r"gone is neither .* NAME:CONFIG:SPLIT\) .*\(no such data set\)"):
         read("gone")
+    with pytest.raises(
+        InputError, match=r"several has several conf.* \(one, two\): name one .* as several:one\."
+    ):
+        read("several")
     with pytest.raises(InputError, match="data set org/name: no text field 'body'"):
         read("org/name", field="body")
