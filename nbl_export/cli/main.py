@@ -59,7 +59,7 @@ def from_file(_app: App, _names: tuple[str, ...], arguments: Any) -> None:
     path = Path(given["--config"][-1].value) if "--config" in given else Path(NAME)
     if "--config" not in given and not (path.is_file() and any(a.name == "--config" for a in options)):
         return
-    if "--config" not in given:
+    if not {"--config", "--quiet"} & {*given}:
         print(f"· Settings of {path}.", file=sys.stderr)
     values, table = read_settings(path), None
     for argument in arguments:

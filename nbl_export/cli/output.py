@@ -159,7 +159,7 @@ def show_diagnosis(found: Diagnosis) -> None:
 # progress ------------------------------------------------------------------------------------------
 
 _TITLE = 23  # columns of a task's title
-_LINES = 10.0  # seconds between two lines of a task where no bar can be drawn, as in the log of a CI job
+_LINES = 60.0  # seconds between two lines of a task where no bar can be drawn, as in the log of a CI job
 
 
 class _CountColumn(ProgressColumn):
@@ -172,9 +172,11 @@ class _CountColumn(ProgressColumn):
 
 
 class _TimeColumn(TimeRemainingColumn):
-    """The remaining time, marked as such; once finished, the time it took."""
+    """The remaining time, marked as such, if it is known; once finished, the time it took."""
 
     def render(self, task: RichTask) -> Text:
+        if not task.finished and task.time_remaining is None:
+            return Text()
         return Text("in " if task.finished else "eta ") + super().render(task)
 
 
@@ -188,18 +190,18 @@ _COUNT, _TIME = _CountColumn(), _TimeColumn(elapsed_when_finished=True)
 
 
 class _Bar:
-    """Moves a bar, and says how far it is every few seconds: in the log, and where the output is no terminal."""
+    """Moves a bar, and says how far it has come, once a minute: in the log, and where the output is no terminal."""
 
     def __init__(self, progress: Progress, title: str, total: int, unit: str, done: int) -> None:
         self._progress, self._title = progress, printable(title)
         self._id = progress.add_task(self._title, total=total, completed=done, unit=unit)
         self._task = next(task for task in progress.tasks if task.id == self._id)
-        self._said = time.monotonic()
+        self._said, self._done = time.monotonic(), done
 
     def advance(self, amount: int) -> None:
         self._progress.advance(self._id, amount)
-        if time.monotonic() - self._said > _LINES:
-            self._said, line = time.monotonic(), self._line()
+        if time.monotonic() - self._said > _LINES and self._task.completed > self._done:
+            self._said, self._done, line = time.monotonic(), int(self._task.completed), self._line()
             log(line)
             if not ERR.is_terminal:
                 ERR.print(drawable(f"· {line}", "dim"))
@@ -216,7 +218,8 @@ class _Bar:
         log(self._line())
 
     def _line(self) -> str:
-        return f"{self._task.description}: {_COUNT.render(self._task)}, {_TIME.render(self._task)}"
+        figures = (_COUNT.render(self._task), _TIME.render(self._task))
+        return f"{self._task.description}: {', '.join(figure.plain for figure in figures if figure)}"
 
 
 class TerminalListener:

@@ -178,7 +178,7 @@ class DryRun:
             disk = ("–", "–") if one.kept else (shown(one.leaves), shown(one.beside))
             rows.append((one.stage, what, room, *disk))
         title = f"A run of {self.model} into {self.out} (nothing is written now)"
-        columns = ("stage", "what", "memory", "disk left", "disk beside")
+        columns = ("stage", "what", "memory", "files it writes", "temporary files")
         return [Table(title, columns, tuple(rows), problems=self.problems)]
 
 

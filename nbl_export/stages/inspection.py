@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.blocks import Block
-from nbl_export.errors import InputError, NblError
+from nbl_export.errors import InputError, NblError, first_line
 from nbl_export.files import member, read_json, sha256_of_file, write_json
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.source import ModelIdentity
@@ -18,7 +19,7 @@ from nbl_export.report.drawing import Table, mebibytes
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import Report, load_report
 from nbl_export.report.selection import layers_table
-from nbl_export.report.tables import engines_table, forms_table, graph_table
+from nbl_export.report.tables import engines_table, forms_table, graph_table, report_tables
 from nbl_export.tensorfile import format_of
 from nbl_export.workspace import ENGINE_SUFFIX, PACKAGE, Workspace, is_package, is_workspace
 
@@ -30,7 +31,8 @@ REMEDY = "get the package again, or make it with `nbl-export package`"
 
 
 def inspect(path: str | Path) -> list[Table]:
-    """What an ONNX file, an engine, a plan, moments, an output folder or a package of one holds, as tables.
+    """What an ONNX file, an engine, a plan, moments, a report, an output folder, a package of one, or what `convert`
+    wrote holds, as tables.
 
     Raises :class:`InputError` for anything else.
     """
@@ -43,17 +45,21 @@ def inspect(path: str | Path) -> list[Table]:
         if is_workspace(path) or is_package(path):
             return _folder(path) if is_workspace(path) else _package(path)
         files = sorted(path.glob("*.safetensors"))
-        moments = bool(files) and format_of(files[0]).startswith(_MOMENTS)
-        return _moments(path) if moments else _onnx(graph_in(path))
+        if bool(files) and format_of(files[0]).startswith(_MOMENTS):
+            return _moments(path)
+        of_weights = [*files, *path.glob("openvino_model.bin")]
+        graphs = [*path.glob("*.onnx")] or not (path / "config.json").is_file() or not of_weights
+        return _onnx(graph_in(path)) if graphs else _model_folder(path, of_weights)
     if path.suffix == ".safetensors":
         kind = format_of(path)
     elif path.suffix == ".json" and isinstance(header := read_json(path, "The file", "check its path"), dict):
-        kind = str(header.get("format", ""))
+        kind = str(header.get("format") or header.get("schema") or "")
     for known, shown in _KINDS.items():
         if path.suffix == known or kind.startswith(known):
             return shown(path)
     raise InputError(
-        f"{path} is not an ONNX file, engine, plan, moments file or output folder of nbl-export: check the path."
+        f"{path} is not an ONNX or GGUF file, engine, plan, moments file, report or folder of nbl-export: check the "
+        "path."
     )
 
 
@@ -218,6 +224,49 @@ def _moments(path: Path) -> list[Table]:
     return [Table(str(path), columns, rows, note)]
 
 
+def _model_folder(path: Path, weights: Sequence[Path]) -> list[Table]:
+    """A folder that other engines load, as `convert` writes it: of transformers, mlx-lm or OpenVINO."""
+    config = read_json(path / "config.json", "The configuration of the model", "convert it again")
+    if not isinstance(config, dict):
+        raise InputError(f"{path / 'config.json'} is not a configuration of a model: convert it again.")
+    blocks, nbl = config.get("block_configs") or (), config.get("nbl") or {}
+    of_blocks = [f"{i}.{part}" for i, b in enumerate(blocks) for part in b if set(b[part]) & _NO_MODULE]
+    facts = (
+        ("model type", str(config.get("model_type", "not said"))),
+        ("layers", str(config.get("num_hidden_layers", "not said"))),
+        ("linear or dropped", ", ".join(of_blocks or nbl.get("modules", ())) or "not said"),
+        ("dtype", str(config.get("dtype") or config.get("torch_dtype") or "not said")),
+        ("files of weights", f"{len(weights)}, {mebibytes(sum(file.stat().st_size for file in weights))}"),
+    )
+    return [Table(str(path), ("", "value"), facts)]
+
+
+def _gguf(path: Path) -> list[Table]:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise InputError(f"{path} is no readable GGUF file ({first_line(error)}): get it again.") from None
+
+    def said(name: str) -> Any:
+        return field.contents() if (field := reader.get_field(name)) else "not said"
+
+    family, types = said("general.architecture"), Counter(t.tensor_type.name for t in reader.tensors)
+    heads, kv = (said(f"{family}.attention.head_count{end}") for end in ("", "_kv"))
+    # As llama.cpp has it: heads without keys are one matrix, and a block without heads is an MLP alone.
+    linear = sum(h > 0 and not k for h, k in zip(heads, kv, strict=True)) if isinstance(kv, list) else 0
+    facts = (
+        ("architecture", family),
+        ("name", said("general.name")),
+        ("blocks", str(said(f"{family}.block_count"))),
+        ("blocks whose attention is one matrix", str(linear)),
+        ("tensors", ", ".join(f"{count:,} {name}" for name, count in types.most_common())),
+        ("size on disk", mebibytes(path.stat().st_size)),
+    )
+    return [Table(str(path), ("", "value"), facts)]
+
+
 def _folder(path: Path) -> list[Table]:
     ws = Workspace.open(path)
     info, rows, tables = ws.model_info or {}, [], list[Table]()
@@ -250,9 +299,12 @@ def _shown(value: object) -> str:
 
 
 _MOMENTS = "nbl-export/moments"
+_NO_MODULE = {"replace_with_linear", "no_op"}
 # By the suffix of a file, or by the format that it says.
 _KINDS: dict[str, Callable[[Path], list[Table]]] = {
     ".onnx": _onnx,
+    ".gguf": _gguf,
+    "nbl-export/report/": lambda path: report_tables(load_report(path)),
     ENGINE_SUFFIX: _engine,
     "nbl-export/engine": _engine,
     "nbl-export/plan": _plan,

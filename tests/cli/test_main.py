@@ -153,6 +153,7 @@ def test_inspect_shows_every_kind_without_torch(place: Path) -> None:
         out / "nbl" / "plan.safetensors",
         out / "nbl" / "moments",
         out / "nbl" / "moments" / "001.safetensors",
+        out / "report" / "report.json",
     ]
     modules, codes, text = loaded([["inspect", str(p)] for p in paths])
     assert codes == [0] * len(paths), text
@@ -162,6 +163,7 @@ def test_inspect_shows_every_kind_without_torch(place: Path) -> None:
         "rewritten by nbl-export",
         "calibration tokens",
         "energy of x",
+        "Method loss: original against linearized",
         "linearized",
         "repair",
     ):

@@ -169,7 +169,9 @@ def test_a_log_gets_lines_where_no_bar_is_drawn(screen: Any, monkeypatch: pytest
     with TerminalListener().task("Calibrating layer", 40_000, "tokens") as task:
         task.part(4, 4)
         task.advance(30_000)
-    assert err.getvalue().startswith("· Calibrating layer 4/4: 30.0k/40.0k tokens, ")
+        task.advance(0)  # nothing has changed
+    assert err.getvalue().startswith("· Calibrating layer 4/4: 30.0k/40.0k tokens\n")
+    assert err.getvalue().count("30.0k/40.0k") == 1
     terminal = screen("err", width=80, colours=True)
     with TerminalListener().task("Calibrating layer", 4, "tokens") as task:
         task.advance(4)

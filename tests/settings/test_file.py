@@ -89,6 +89,7 @@ def test_a_file_here_is_taken_and_said(asked: Any, capsys: pytest.CaptureFixture
     assert exporting == api.ExportSettings(kv_cache="static")
     assert engines == api.EngineSettings("rtx", sm=("86", "89"))
     assert "Settings of nbl-export.toml." in capsys.readouterr().err
+    assert asked("model", "--quiet") and "Settings of" not in capsys.readouterr().err
     # Each command reads its own table, and nothing of the others.
     assert asked("eval", "out")[1] == api.EvalSettings(("arc_easy",), min_recovery=97.0)
     assert asked("bench", "out")[1] == api.BenchSettings(peer=("eager",))
