@@ -58,6 +58,11 @@ def test_a_file_is_proven_and_kept(converted: Path) -> None:
     plan = load_plan(converted / "nbl" / "plan.json")
     assert value.layers == tuple(map(str, plan.blocks)) and value.parity is not None
     assert value.parity.worst <= 1e-3 and len(value.parity.steps) == 9
+    (shown,) = api.inspect(converted / value.file)
+    facts = dict(shown.rows)
+    assert facts["architecture"] == "deci" and facts["blocks whose attention is one matrix"] == str(
+        len(plan.blocks)
+    )
     assert value.bytes == (converted / value.file).stat().st_size
 
 
@@ -162,6 +167,9 @@ def test_a_folder_for_transformers_is_proven_and_scored_by_lm_eval(
     assert all(step.kv_max_rel > 0 for step in value.parity.steps)  # keys and values were compared
     names = {path.name for path in (stories_copy / "hf" / "fp32").iterdir()}
     assert {"config.json", "tokenizer.json", "modeling_nbl.py", "generation_config.json"} <= names
+    facts = dict(api.inspect(stories_copy / value.file)[0].rows)
+    assert facts["model type"] == "nbl_llama" and facts["dtype"] == "float32"
+    assert [path.split(".")[2] for path in facts["linear or dropped"].split(", ")] == list(value.layers)
 
     pytest.importorskip("lm_eval", reason="needs lm-eval: pip install '.[eval]'")
     context, continuation = "Once upon a time, there was a little", " girl who had a red ball."
@@ -225,6 +233,7 @@ def test_a_folder_for_openvino_is_proven_with_its_cache_and_its_tokens(stories_c
     names = {path.name for path in (stories_copy / "openvino" / "fp16").iterdir()}
     models = ("openvino_model", "openvino_tokenizer", "openvino_detokenizer")
     assert names >= {"config.json", *(f"{m}.{end}" for m in models for end in ("xml", "bin"))}
+    assert dict(api.inspect(stories_copy / value.file)[0].rows)["files of weights"].startswith("1, ")
     assert not [name for name in names if name.startswith(".")]
 
 
