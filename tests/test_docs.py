@@ -80,20 +80,32 @@ def test_every_command_is_documented() -> None:
         assert f"nbl-export {name} " in text, name
 
 
-def test_python_in_the_docs_runs(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_in_the_docs_runs(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     # That of encoders.md runs in tests/test_encoders.py, which has an encoder.
-    (code,) = _blocks(ROOT / "docs" / "output-folder.md", "python")
+    code = "\n".join(_blocks(ROOT / "docs" / "python.md", "python"))
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "model").symlink_to(tiny_folder)
     monkeypatch.chdir(tmp_path)
     # The page's own words, on a small model and little text.
     small = "CalibrateSettings(samples=16, seq_len=64, heldout_samples=4)"
-    code = code.replace(
-        "SelectSettings(k=8))",
-        f"SelectSettings(k=2), api.{small}, api.VerifySettings(speed=False))",
-    )
-    code = code.replace('"out/model")\nplan', f'"out/model", api.{small})\nplan').replace("k=4", "k=1")
-    exec(compile(code, "docs", "exec"), {})
+    for words, smaller in {
+        "k=8)": "k=2)",
+        "CalibrateSettings(samples=128, seq_len=512)": small,
+        "contexts=(128, 512)": "contexts=(16,)",
+        '"out/model")\nplan': f'"out/model", api.{small})\nplan',
+        "k=4": "k=1",
+    }.items():
+        assert words in code
+        code = code.replace(words, smaller)
+    space: dict[str, object] = {"__name__": "docs"}
+    exec(compile(code, "docs", "exec"), space)
+    said = capsys.readouterr().out
+    assert "SelectSettings.k is '8'; give a whole number or 'auto'." in said
+    assert "verify: done already, kept." in said
+    gate = space["test_the_linearized_model_is_good_enough"]
+    assert callable(gate) and gate() is None
 
 
 def headings(page: Path) -> set[str]:

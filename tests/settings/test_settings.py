@@ -37,6 +37,35 @@ from nbl_export.settings.making import Workload, workload_of
 DECODER, ENCODER = task_named("text-generation"), task_named("feature-extraction")
 
 
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: SelectSettings(k="8"), "SelectSettings.k is '8'; give a whole number or 'auto'."),  # type: ignore[arg-type]
+        (lambda: SelectSettings(k=2.5), "SelectSettings.k is 2.5; give"),  # type: ignore[arg-type]
+        (lambda: SelectSettings(k=True), "SelectSettings.k is True; give"),
+        (
+            lambda: SelectSettings(layers=(1, "2")),
+            "SelectSettings.layers is (1, '2'); give a tuple, each of it a layer.",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: settings.CalibrateSettings("a.txt"),
+            "CalibrateSettings.calibration is 'a.txt'; give a tuple, each",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: settings.CalibrateSettings(samples="x"),
+            "CalibrateSettings.samples is 'x'; give a whole number.",
+        ),  # type: ignore[arg-type]
+        (lambda: VerifySettings(speed="no"), "VerifySettings.speed is 'no'; give true or false."),  # type: ignore[arg-type]
+        (lambda: LossBound(max_kl="a"), "LossBound.max_kl is 'a'; give a number."),  # type: ignore[arg-type]
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_its_field(made: Any, said: str) -> None:
+    with pytest.raises(InputError) as told:
+        made()
+    assert str(told.value).startswith(said)
+    assert SelectSettings(k=None, ridge=1, layers=(1, Mlp(2), Span(3, 4)), rank="auto").ridge == 1  # type: ignore[arg-type]
+
+
 def test_a_criterion_that_suits_the_task() -> None:
     asked = SelectSettings(k=1)
     assert (asked.resolve(DECODER).criterion, asked.resolve(ENCODER).criterion) == ("greedy", "cca")
