@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ FOLDER_PRECISIONS = ("fp32", "fp16", "bf16")
 # The graph of the unmodified model, and the rewritten one.
 BASE, LINEARIZED = "base", "linearized"
 PACKAGE = "package.json"
+_BUSY = "Another nbl-export is running in {}: wait for it or choose another --output."
 
 
 class Places:
@@ -44,6 +45,7 @@ class Places:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.nbl = nbl = root / "nbl"
+        self.lock_file = nbl / ".lock"
         self.state_path = nbl / "workspace.json"
         self.digests_file = nbl / "digests.json"
         self.text = nbl / "text.safetensors"
@@ -112,6 +114,13 @@ def check_output(root: Path) -> None:
         )
 
 
+def check_free(root: Path) -> None:
+    """Raise :class:`InputError` if another process works in ``root``, which need not be there: before slow steps."""
+    if (lock := Places(root).lock_file).is_file():
+        with locked(lock, _BUSY.format(root)):
+            pass
+
+
 def check_place(root: Path) -> None:
     """Refuse a file, and a folder that is no output folder and has files of the names that an output folder has."""
     if root.exists() and not root.is_dir():
@@ -143,7 +152,7 @@ class Workspace(Places):
     def __init__(self, root: Path, digests: Digests | None = None) -> None:
         super().__init__(root)
         self.digests = digests or kept_digests(root)
-        self._state, self._locked = _State(), False
+        self._state = _State()
         self._found: dict[str, Any] | None = None
         # What is written through a link lands in somebody's other folder.
         for folder in self.folders[1:]:
@@ -174,17 +183,14 @@ class Workspace(Places):
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other nbl-export processes out of this folder within the block."""
-        busy = f"Another nbl-export is running in {self.root}: wait for it or choose another --output."
-        with locked(self.nbl / ".lock", busy):
+        with locked(self.lock_file, _BUSY.format(self.root)):
             for folder in self.folders:
                 sweep(folder)
             self._read_state()  # another process may have finished stages since the folder was opened
             self.digests.save()  # those of the model, before the long work
-            self._locked = True
             try:
                 yield
             finally:
-                self._locked = False
                 self.digests.save()
 
     def _read_state(self) -> None:
@@ -208,22 +214,18 @@ class Workspace(Places):
         return dict(self._state.model) or None
 
     def set_model(self, info: Mapping[str, Any]) -> None:
-        """Bind the folder to a model; raises :class:`InputError` if another model is recorded.
-
-        What is recorded is written with the lock held, so that no stage that another process records is lost.
-        """
-        with nullcontext() if self._locked else self.lock():
-            known = self._state.model
-            if known and known.get("fingerprint") != info["fingerprint"]:
-                raise InputError(
-                    f"{self.root} belongs to another model ({known.get('source')}, fingerprint "
-                    f"{str(known.get('fingerprint'))[:12]}), not to {info['source']} ({info['fingerprint'][:12]}): "
-                    "choose another --output or delete that folder."
-                )
-            self.found_model(info)
-            if known != dict(info):
-                self._state.model = dict(info)
-                self._write_state()
+        """Bind the folder, whose lock is held, to a model; raises :class:`InputError` if another one is recorded."""
+        known = self._state.model
+        if known and known.get("fingerprint") != info["fingerprint"]:
+            raise InputError(
+                f"{self.root} belongs to another model ({known.get('source')}, fingerprint "
+                f"{str(known.get('fingerprint'))[:12]}), not to {info['source']} ({info['fingerprint'][:12]}): "
+                "choose another --output or delete that folder."
+            )
+        self.found_model(info)
+        if known != dict(info):
+            self._state.model = dict(info)
+            self._write_state()
 
     def found_model(self, info: Mapping[str, Any]) -> None:
         """Hold the stages to the model as it is now on this machine."""

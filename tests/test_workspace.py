@@ -26,7 +26,8 @@ KEY = key_of("calibrate", ASKED, READ)
 def workspace(tmp_path: Path) -> Workspace:
     """An output folder with a model and one finished stage of two files."""
     work = Workspace.create(tmp_path / "out")
-    work.set_model(MODEL)
+    with work.lock():
+        work.set_model(MODEL)
     work.probe.write_bytes(b"moments" * 100)
     work.model.write_bytes(b"graph" * 100)
     work.finish("calibrate", ASKED, READ, [work.probe, work.model], 1.23456, ["a note"])
@@ -188,12 +189,10 @@ def test_what_another_process_finished_before_the_lock_is_not_lost(tmp_path: Pat
     with first.lock():
         (tmp_path / "nbl" / "a").write_text("a")
         first.finish("calibrate", {}, {}, [tmp_path / "nbl" / "a"], 1.0, [])
-        with pytest.raises(InputError, match="Another nbl-export is running"):
-            late.set_model(
-                {**info, "path": "elsewhere"}
-            )  # which would be written over what the first one finishes
-    late.set_model({**info, "path": "elsewhere"})
+        with pytest.raises(InputError, match="Another nbl-export is running"), late.lock():
+            pass
     with late.lock():
+        late.set_model({**info, "path": "elsewhere"})
         (tmp_path / "nbl" / "b").write_text("b")
         late.finish("select", {}, {}, [tmp_path / "nbl" / "b"], 1.0, [])
     after = Workspace.open(tmp_path)

@@ -30,6 +30,7 @@ from nbl_export.cli.options import (
     Trust,
 )
 from nbl_export.errors import GATE_FAILED, MissingDependencyError
+from nbl_export.ranks import place
 from nbl_export.settings import (
     BenchSettings,
     CalibrateSettings,
@@ -46,7 +47,7 @@ from nbl_export.settings import (
 )
 from nbl_export.settings.definition import Settings, UsageError
 from nbl_export.settings.graphs import OptionalEngines
-from nbl_export.workspace import check_output, is_package
+from nbl_export.workspace import check_free, check_output, is_package
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,17 +56,19 @@ if TYPE_CHECKING:
 
 
 def loaded(
-    said: Said, *asked: Settings | RunSettings, out: Path | None = None
+    said: Said, *asked: Settings | RunSettings, out: Path | None = None, busy: Path | None = None
 ) -> tuple[Any, Any, TerminalListener]:
     """The Python API, what draws, and what progress goes to: imported when a command runs, since --help needs none.
 
-    What is asked for, and that ``out`` is a folder of earlier commands, is checked before, so that it is answered at
-    once what cannot be.
+    What is asked for, that ``out`` is a folder of earlier commands, and that nobody works in the folder ``busy``, is
+    checked before, so that it is answered at once what cannot be.
     """
     for settings in asked:
         settings.check()
     if out is not None:
         check_output(out)
+    if busy is not None and place().count == 1:
+        check_free(busy)
     from nbl_export import api
     from nbl_export.cli import output, terminal
 
@@ -93,7 +96,7 @@ def run(
     """Everything from calibrate to verify; the command if none is named."""
     built = engines.asked
     whole = RunSettings(selection, calibration, verification, exporting, built, folder)
-    api, terminal, listener = loaded(said, whole.sharing_bounds())
+    api, terminal, listener = loaded(said, whole.sharing_bounds(), busy=None if dry_run else output)
     asked = (selection, calibration, verification, listener, trust, exporting, built, rehash, folder)
     if dry_run:
         ahead = api.dry_run(model, output, *asked)
@@ -116,7 +119,7 @@ def calibrate(
     said: Said = Said(),
 ) -> None:
     """Stream the moments of the activations into OUT; resumes if interrupted."""
-    api, terminal, listener = loaded(said, settings)
+    api, terminal, listener = loaded(said, settings, busy=output)
     moments = api.calibrate(model, output, settings, listener, trust, rehash)
     text = f"Calibrated. Next: nbl-export select {output} --k K"
     terminal.finish("calibrate", text, out=output, moments=moments)
@@ -133,7 +136,7 @@ def select(
     said: Said = Said(),
 ) -> None:
     """Score every layer, choose K, and write the plan."""
-    api, terminal, listener = loaded(said, settings, out=out)
+    api, terminal, listener = loaded(said, settings, out=out, busy=out)
     terminal.show_plan(api.select(out, settings, listener, trust, rehash=rehash), out)
 
 
@@ -148,7 +151,7 @@ def export(
     said: Said = Said(),
 ) -> None:
     """Export the unmodified model to OUT/baseline/model.onnx."""
-    api, terminal, listener = loaded(said, settings, out=out)
+    api, terminal, listener = loaded(said, settings, out=out, busy=out)
     path = api.export(out, settings, listener, trust, rehash=rehash)
     terminal.finish("export", f"Exported {path}. Next: nbl-export rewrite {out}", out=out, graph=path)
 
@@ -173,7 +176,7 @@ def rewrite(
         or (plan is None) is not (output is None)
     ):
         raise UsageError("give OUT alone, or --onnx with --plan and --output, and no OUT")
-    api, terminal, listener = loaded(said, out=out)
+    api, terminal, listener = loaded(said, out=out, busy=out)
     if onnx is None:
         path = api.rewrite(out, listener, rehash=rehash)
         terminal.finish("rewrite", f"Wrote {path}. Next: nbl-export verify {out}", out=out, graph=path)
@@ -191,7 +194,7 @@ def build(
     said: Said = Said(),
 ) -> None:
     """Build TensorRT engines of both graphs into OUT/engine."""
-    api, terminal, listener = loaded(said, settings, out=out)
+    api, terminal, listener = loaded(said, settings, out=out, busy=out)
     terminal.show_engines(api.build(out, settings, listener, rehash=rehash), out)
 
 
@@ -208,8 +211,8 @@ def verify(
     said: Said = Said(),
 ) -> int:
     """Check parity, measure method loss and speed; exit 1 if a gate fails."""
-    packed = is_package(out)
-    api, terminal, listener = loaded(said, settings, out=None if packed else out)
+    here = None if (packed := is_package(out)) else out
+    api, terminal, listener = loaded(said, settings, out=here, busy=here)
     if packed:
         if model is None:
             raise UsageError(f"{out} is a package: say where its model is with --model")
@@ -232,7 +235,7 @@ def eval_(
     said: Said = Said(),
 ) -> int:
     """Score both graphs on tasks and retrieval; exit 1 if a gate fails."""
-    api, terminal, listener = loaded(said, settings, out=out)
+    api, terminal, listener = loaded(said, settings, out=out, busy=out)
     value = api.evaluate(out, settings, listener, trust, rehash=rehash)
     terminal.show_evaluation(value, out)
     return 0 if value.passed else GATE_FAILED
@@ -249,7 +252,7 @@ def bench(
     said: Said = Said(),
 ) -> int:
     """Time both graphs and others in turn; exit 1 if slower."""
-    api, terminal, listener = loaded(said, settings, out=out)
+    api, terminal, listener = loaded(said, settings, out=out, busy=out)
     value = api.bench(out, settings, listener, trust, rehash=rehash)
     terminal.show_bench(value, out)
     return 0 if value.passed else GATE_FAILED
@@ -266,7 +269,7 @@ def convert(
     said: Said = Said(),
 ) -> int:
     """Write the plan in the form of another engine, and prove it there."""
-    api, terminal, listener = loaded(said, settings, out=out)
+    api, terminal, listener = loaded(said, settings, out=out, busy=out)
     value = api.convert(out, settings, listener, trust, rehash=rehash)
     terminal.show_conversion(value, out)
     return 0 if value.passed else GATE_FAILED
@@ -304,7 +307,7 @@ def package(
     said: Said = Said(),
 ) -> None:
     """Write what a deployment needs, and can verify, to a folder of its own."""
-    api, terminal, listener = loaded(said, out=out)
+    api, terminal, listener = loaded(said, out=out, busy=out)
     terminal.show_package(api.package(out, to, listener, rehash, layout, base), to)
 
 

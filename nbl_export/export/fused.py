@@ -273,8 +273,11 @@ def _typed(value: ir.Value, dtype: ir.DataType | None, shape: list[Any]) -> ir.V
 
 def fuse_norms(model: ir.Model) -> int:
     """Fuse every norm of a residual stream [batch, tokens, d], in place; returns the number of fused norms."""
-    found = [(node, added) for node in model.graph if (added := _added(node)) is not None]
-    for node, added in found:
+    found: dict[ir.Node, ir.Node] = {}
+    for node in model.graph:
+        if (added := _added(node)) is not None:
+            found.setdefault(added, node)  # of two norms of one stream the first has the sum
+    for added, node in found.items():
         epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
         fused = ir.node(
             _FUSED[node.op_type],

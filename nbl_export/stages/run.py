@@ -36,7 +36,7 @@ from nbl_export.settings import (
 )
 from nbl_export.settings.definition import OnDevice
 from nbl_export.stages.inspection import finish_drawing
-from nbl_export.workspace import Workspace, kept_digests
+from nbl_export.workspace import Workspace, check_free, kept_digests
 
 S = TypeVar("S", bound="Settings | RunSettings")
 _GRAPHS = ("select", "export", "rewrite")
@@ -151,9 +151,7 @@ def opened(
         if new:
             source = find_model(str(at), trust_remote_code, digests, lambda one: check(one, resolved(one)))
             check_apart(source, place)
-            workspace = Workspace.create(place, digests)
-            workspace.set_model(source.as_json())
-            return workspace, source
+            return Workspace.create(place, digests), source
         workspace = Workspace.open(place, digests)
 
         def early(one: ModelSource) -> None:
@@ -162,17 +160,23 @@ def opened(
             check(one, wanted)
 
         source = same_model(workspace.model_info or {}, trust_remote_code, workspace.digests, early, at)
+        if at is not None:
+            check_apart(source, place)
+        return workspace, source
+
+    def begin() -> None:
+        # A process that is refused has written nothing.
+        held.enter_context(workspace.lock())
         if at is None:
             workspace.found_model(source.as_json())
         else:
-            check_apart(source, place)
             workspace.set_model(source.as_json())
-        return workspace, source
+        finish_drawing(workspace)
 
     with together() as ranks, ExitStack() as held:
+        ranks.shared(lambda: check_free(place))
         workspace, source = ranks.shared(found)
-        ranks.shared(lambda: held.enter_context(workspace.lock()))
-        ranks.shared(lambda: finish_drawing(workspace))
+        ranks.shared(begin)
         heard = listener if listener is not None and ranks.first else Silent()
         run = Run(workspace, LoadedModel(source, heard), heard, ranks)
         yield run, resolved(source)

@@ -199,7 +199,7 @@ USAGE = {
     "output is a file": Case(("{place}/model", "--k", "1", "-o", "{tmp}/file"), ("is a file",)),
     "output of another model": Case(("{tmp}/other", "--k", "1", "-o", "{place}/out"), ("another model",)),
     "verify on a foreign folder": Case(("verify", "{tmp}"), ("not an output folder",)),
-    "inspect something else": Case(("inspect", "{tmp}/file"), ("is not an ONNX file, engine, plan",)),
+    "inspect something else": Case(("inspect", "{tmp}/file"), ("is not an ONNX or GGUF file, engine, plan",)),
 }
 
 

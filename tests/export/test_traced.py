@@ -171,6 +171,21 @@ def test_the_numbers_are_the_same(norm: str) -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
+def test_of_two_norms_of_a_stream_one_has_the_sum() -> None:
+    """As where attention and MLP read one stream side by side: it must not become two."""
+    graph = summed("RMSNormalization")
+    twice = ir.node("RMSNormalization", graph.graph[-1].inputs, graph.graph[-1].attributes)
+    twice.outputs[0].name, twice.outputs[0].type = "again", graph.graph.outputs[0].type
+    graph.graph.append(twice)
+    graph.graph.outputs.append(twice.outputs[0])
+    assert fuse_norms(graph) == 1
+    assert [node.op_type for node in graph.graph] == [
+        "Neg",
+        "SkipSimplifiedLayerNormalization",
+        "RMSNormalization",
+    ]
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from nbl_export.workspace import Workspace
 from tests.families import build
 from tests.finished import TWO
 from tests.models.test_source import edit_config, one_sentence
-from tests.processes import Notes, files_in
+from tests.processes import Notes, files_in, nbl
 from tests.tiny import text_encoder, vision_encoder
 
 
@@ -367,3 +368,52 @@ def test_a_stage_that_fails_is_not_done(
     assert Workspace.open(out).record("calibrate") is None
     assert work_on(tiny_folder, out, 1)
     assert Workspace.open(out).undone("calibrate", {"a": 1}, {}) is None
+
+
+# a folder in which another process works ------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_folder_in_use_is_refused_before_the_model_is_read(
+    stories_copy: Path, stories_folder: Path, calibration: Any
+) -> None:
+    with Workspace.open(stories_copy).lock():
+        assert "Another nbl-export is running" in refused(
+            lambda: api.run(stories_folder, stories_copy, TWO, calibration)
+        )
+
+
+def test_a_process_that_is_refused_late_has_changed_nothing(
+    stories_copy: Path,
+    stories_folder: Path,
+    calibration: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other process began after the first look at the folder; the same model now lies elsewhere."""
+    moved = Path(shutil.copytree(stories_folder, tmp_path / "moved"))
+    before = {name: (stories_copy / name).read_bytes() for name in files_in(stories_copy)}
+    monkeypatch.setattr("nbl_export.stages.run.check_free", lambda _: None)
+    with Workspace.open(stories_copy).lock():
+        assert "Another nbl-export is running" in refused(
+            lambda: api.run(moved, stories_copy, TWO, calibration)
+        )
+    after = {name: (stories_copy / name).read_bytes() for name in files_in(stories_copy)}
+    own = {"nbl/digests.json"}  # what each file's bytes are, which a reader may write down
+    assert {n: b for n, b in after.items() if n not in own} == {
+        n: b for n, b in before.items() if n not in own
+    }
+
+
+def test_of_processes_that_start_at_once_one_writes(
+    tiny_folder: Path, stories_text: Path, tmp_path: Path
+) -> None:
+    places = [Path(shutil.copytree(tiny_folder, tmp_path / f"model{n}")) for n in range(3)]
+    small = ("--calibration", stories_text, "--samples", 16, "--seq-len", 64, "-o", tmp_path / "out")
+    with ThreadPoolExecutor(3) as pool:
+        ended = list(pool.map(lambda place: nbl("calibrate", place, *small), places))
+    won = [place for place, done in zip(places, ended, strict=True) if done.code == 0]
+    assert won and all("Another nbl-export is running" in done.err for done in ended if done.code)
+    recorded = json.loads((tmp_path / "out" / "nbl" / "workspace.json").read_text())
+    assert recorded["model"]["path"] in map(str, won) and set(recorded["stages"]) == {"calibrate"}
+    assert api.inspect(tmp_path / "out")[0].rows[0][:2] == ("calibrate", "done")
