@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from nbl_export.workspace import Workspace
 from tests.families import build
 from tests.finished import TWO
 from tests.models.test_source import edit_config, one_sentence
-from tests.processes import Notes, files_in, nbl
+from tests.processes import Notes, files_in
 from tests.tiny import text_encoder, vision_encoder
 
 
@@ -409,11 +410,13 @@ def test_of_processes_that_start_at_once_one_writes(
     tiny_folder: Path, stories_text: Path, tmp_path: Path
 ) -> None:
     places = [Path(shutil.copytree(tiny_folder, tmp_path / f"model{n}")) for n in range(3)]
-    small = ("--calibration", stories_text, "--samples", 16, "--seq-len", 64, "-o", tmp_path / "out")
-    with ThreadPoolExecutor(3) as pool:
-        ended = list(pool.map(lambda place: nbl("calibrate", place, *small), places))
-    won = [place for place, done in zip(places, ended, strict=True) if done.code == 0]
-    assert won and all("Another nbl-export is running" in done.err for done in ended if done.code)
+    small = ["--calibration", stories_text, "--samples", 16, "--seq-len", 64, "-o", tmp_path / "out"]
+    commands = [[sys.executable, "-m", "nbl_export", "calibrate", place, *small] for place in places]
+    begun = [subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True) for words in commands]
+    said = [process.communicate()[1] for process in begun]
+    won = [place for place, process in zip(places, begun, strict=True) if process.returncode == 0]
+    lost = [text for text, process in zip(said, begun, strict=True) if process.returncode]
+    assert won and all("Another nbl-export is running" in text for text in lost), said
     recorded = json.loads((tmp_path / "out" / "nbl" / "workspace.json").read_text())
     assert recorded["model"]["path"] in map(str, won) and set(recorded["stages"]) == {"calibrate"}
     assert api.inspect(tmp_path / "out")[0].rows[0][:2] == ("calibrate", "done")
