@@ -127,15 +127,19 @@ def _opened(name: str, path: Path, listener: Listener) -> Stream:
     """The graph in our own loop. What ONNX Runtime's CPU provider has no kernels for is computed in float32."""
     size = session_bytes(path)
     small = not fit(size)
-    with listener.task(f"Loading {name}", 1, "graph") if size >= _LONG else nullcontext():
+    with listener.task(f"Loading {name}", 1, "graph") if size >= _LONG else nullcontext() as task:
+        stream = None
         if needs_emulation(load_graph(path)):
             try:
                 stream = ort_stream(path, 1, rounded=False, small=small)
                 stream.prefill([np.zeros(1, dtype=np.int64)])
-                return stream
             except InputError:
+                stream = None
                 listener.note(
                     f"{name} is computed in float32 and rounded, since ONNX Runtime's CPU provider does not run it as "
                     "it is: its speed says nothing."
                 )
-        return ort_stream(path, 1, small=small)
+        stream = stream or ort_stream(path, 1, small=small)
+        if task:
+            task.advance(1)
+    return stream

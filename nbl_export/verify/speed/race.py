@@ -21,7 +21,6 @@ from math import ceil, inf
 from typing import TypeVar
 
 import numpy as np
-from scipy.stats import binom
 
 from nbl_export.errors import first_line
 from nbl_export.progress import Listener, Silent
@@ -144,6 +143,8 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     Between two order statistics, whatever the distribution (the number of draws below its median is binomial). Even
     the range of fewer than six values holds it less often (75 % of three, 94 % of five): then it has no bounds.
     """
+    from scipy.stats import binom  # half a second
+
     rank = int(binom.ppf((1 - _CONFIDENCE) / 2, len(values), 0.5)) - 1
     ordered = [-inf, *sorted(values), inf]
     return ordered[rank + 1], ordered[-2 - rank]
