@@ -93,6 +93,8 @@ def scenarios(model: Path, text: Path, task: Path) -> list[Scenario]:
             "bench", "verify", ("bench", "out", "--batches", "1", "--contexts", "16,32", "--rounds", "3")
         ),
         Scenario("report", "verify", ("report", "out")),
+        Scenario("package", "verify", ("package", "out", "-o", "packed")),
+        Scenario("package again", "package", ("package", "out", "-o", "packed")),
         Scenario("run", "", (str(model), "--k", "2", "--criterion", "cca", "-o", "out", *calibrated, *quick)),
         Scenario("foreign", "export", (*foreign, "-o", "new")),
         Scenario("over an older one", "foreign", (*foreign, "-o", "new")),

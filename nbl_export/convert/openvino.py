@@ -35,6 +35,7 @@ from nbl_export.progress import Listener
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.clients import (
     BEAMS,
+    EXACT,
     FILE,
     KV_LAYERS,
     TOKENIZERS,
@@ -81,6 +82,11 @@ def write_openvino(
         for done in (new.with_suffix(".bin"), new):
             publish(done, folder / done.name)
             written.append(folder / done.name)
+    if plan.chosen:
+        listener.note(
+            "OpenVINO's defaults, a cache of 8 bits and products in half precision, give other tokens than those that "
+            f"were proven; for these, load it with {' '.join(f'{name}={value}' for name, value in EXACT.items())}."
+        )
     return written
 
 
