@@ -6,7 +6,6 @@ the value that the room which measures it makes; :mod:`nbl_export.records` write
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import read_json
 from nbl_export.graph.summary import Float32Node, OnCopy, RewriteSummary
 from nbl_export.linearize.selection import Scores
+from nbl_export.machine import cores
 from nbl_export.models.source import ModelIdentity
 from nbl_export.records import Check, from_json, to_json
 from nbl_export.verify.parity.figures import (
@@ -66,14 +66,14 @@ class Environment:
 
 
 def environment() -> Environment:
-    """This machine."""
+    """This machine, with the cores that this process may use."""
     import psutil
 
     return Environment(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         processor=processor(),
-        cores=os.cpu_count(),
+        cores=cores(),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         packages={name: d.version for name in _PACKAGES for d in [*distributions(name=name)][:1]},
     )

@@ -241,7 +241,8 @@ class OpenVinoStream(LeftPadded):
             model = core.read_model(path / FILE)
             if defaults:
                 _keep_last_logits(model)
-            compiled = core.compile_model(model, "CPU", {} if defaults else EXACT)
+            how = {"INFERENCE_NUM_THREADS": cores()} | ({} if defaults else EXACT)
+            compiled = core.compile_model(model, "CPU", how)
         except Exception as error:  # of any kind, in C++
             raise BuildError(f"OpenVINO does not load {path}: {last_line(error)}.") from error
         told = str(model.get_rt_info(list(KV_LAYERS)).value) if model.has_rt_info(list(KV_LAYERS)) else ""

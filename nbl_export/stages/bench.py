@@ -22,6 +22,7 @@ from nbl_export.graph.io import external_files, load_graph, scratch_copy
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.rounding import UNTIMED, needs_emulation
 from nbl_export.linearize.plan import load_plan
+from nbl_export.machine import cores
 from nbl_export.models.weights import in_memory
 from nbl_export.packages import part
 from nbl_export.progress import Listener
@@ -126,6 +127,11 @@ def _measured(
     if left:
         named = ", ".join(f"{c:,}" for c in left)
         notes.append(f"{named} tokens are left out: the model has {positions:,} positions.")
+    of_torch = torch.get_num_threads()
+    if settings.device == "cpu" and {"eager", "compile"} & {*settings.peer} and of_torch != cores():
+        notes.append(
+            f"PyTorch takes {of_torch} threads, as OMP_NUM_THREADS asks it to, and the others {cores()}."
+        )
     # There may be none, or it is damaged: then it is measured anew.
     with suppress(InputError):
         raw = read_sealed(ws.bench_cells, "The bench so far", "it is begun anew")

@@ -15,6 +15,7 @@ from nbl_export.engine.manifest import EngineFile, load_manifest
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.files import read_json
 from nbl_export.graph.summary import OnCopy
+from nbl_export.machine import cores
 from nbl_export.models.folder import Task, task_named
 from nbl_export.models.load import LoadedModel, described, exact_float32, find_device
 from nbl_export.models.source import ModelSource, check_apart, find_model, same_model
@@ -139,6 +140,8 @@ def opened(
         return
     asked.check()
     check_machine(asked)
+    # It knows nothing of a container's quota.
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
     if not several:
         check_alone()
     place, at = Path(out), None if model is None else str(model)

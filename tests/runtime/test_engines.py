@@ -23,6 +23,7 @@ from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.linearize.swap import linearized
 from nbl_export.packages import pip_line
+from nbl_export.report.schema import environment
 from nbl_export.runtime import session as sessions
 from nbl_export.runtime import tensorrt as module
 from nbl_export.runtime.ort import OrtModel, ort_stream
@@ -385,4 +386,4 @@ def test_a_session_has_the_cores_of_this_process(monkeypatch: pytest.MonkeyPatch
     assert session_options().intra_op_num_threads == machine.cores() == 3
     for quota, allowed in (("max 100000", 3), ("150000 100000", 2), ("50000 100000", 1)):
         (tmp_path / "cpu.max").write_text(quota)
-        assert machine.cores() == allowed
+        assert machine.cores() == environment().cores == allowed
