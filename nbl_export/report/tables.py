@@ -230,7 +230,7 @@ def speed_table(race: str, speed: Speed, brief: bool = False) -> Table:
 
 def _note(speed: Speed, results: list[Result], brief: bool) -> str:
     machine = speed.machine
-    threads = f", {machine.threads} threads" if machine.threads else ""
+    threads = f", {machine.threads} thread{'s' * (machine.threads > 1)}" if machine.threads else ""
     on = "any machine"
     if found := machine.roofline:
         on = (
