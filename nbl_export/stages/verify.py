@@ -18,6 +18,7 @@ stay behind.
 
 from __future__ import annotations
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -215,6 +216,8 @@ def package(
                 f"The report of {ws.root} says FAIL ({failed}): what is not proven is not packaged."
             )
         _check_place(ws, to)
+        for left in to.parent.glob(f".{glob.escape(to.name)}.*{TEMPORARY}"):  # by a process that was killed
+            _put_back(left, to)
         if base:
             check_baseline(ws)
         beside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", suffix=TEMPORARY, dir=to.parent))
@@ -227,10 +230,15 @@ def package(
             root.rename(to)
             sync(to.parent)
         finally:
-            if old.exists() and not to.exists():  # between the two renames
-                old.rename(to)
-            shutil.rmtree(beside, ignore_errors=True)
+            _put_back(beside, to)
     return made
+
+
+def _put_back(beside: Path, to: Path) -> None:
+    """Remove the folder that the package ``to`` was written in; an earlier one is put back if no new one is there."""
+    if (old := beside / "old").exists() and not to.exists():  # between the two renames
+        old.rename(to)
+    shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write(ws: Workspace, root: Path, report: Report, layout: str, base: bool, listener: Listener) -> Package:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from nbl_export import api
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError, NblError
-from nbl_export.files import sha256_of_file
+from nbl_export.files import TEMPORARY, sha256_of_file
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import load_plan
 from nbl_export.rewrite.replace import rewrite_file
@@ -224,6 +224,13 @@ def test_an_earlier_package_is_replaced_as_a_whole_or_not_at_all(
         patched.setattr(
             stage, "_write_heldout", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
         )
+        with pytest.raises((NblError, OSError)):
+            api.package(stories_out, copied)
+        assert files(copied) == before and not list(copied.parent.glob(".copied*"))
+        # A process was killed between the two renames, and the next one fails, too.
+        killed = copied.parent / f".copied.killed{TEMPORARY}"
+        killed.mkdir()
+        copied.rename(killed / "old")
         with pytest.raises((NblError, OSError)):
             api.package(stories_out, copied)
     assert files(copied) == before and not list(copied.parent.glob(".copied*"))
