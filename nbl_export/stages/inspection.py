@@ -255,7 +255,8 @@ def _gguf(path: Path) -> list[Table]:
     family, types = said("general.architecture"), Counter(t.tensor_type.name for t in reader.tensors)
     heads, kv = (said(f"{family}.attention.head_count{end}") for end in ("", "_kv"))
     # As llama.cpp has it: heads without keys are one matrix, and a block without heads is an MLP alone.
-    linear = sum(h > 0 and not k for h, k in zip(heads, kv, strict=True)) if isinstance(kv, list) else 0
+    each = isinstance(heads, list) and isinstance(kv, list)
+    linear = sum(h > 0 and not k for h, k in zip(heads, kv, strict=True)) if each else 0
     facts = (
         ("architecture", family),
         ("name", said("general.name")),
