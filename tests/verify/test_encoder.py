@@ -58,7 +58,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> EncoderCase:
     source = write_text(place / "text.jsonl")
     out = place / "out"
     settings = api.CalibrateSettings(
-        (str(source),), samples=24, seq_len=90, heldout_samples=4, dtype="float32"
+        (str(source),), samples=24, seq_len=90, heldout_samples=4, calibration_dtype="float32"
     )
     api.calibrate(folder, out, settings)
     api.select(out, api.SelectSettings(layers=CHOSEN))
