@@ -149,7 +149,7 @@ def test_after_another_calibration_nothing_made_of_the_last_one_is_read(
     out: Path, model: Path, calibration: api.CalibrateSettings, tmp_path: Path
 ) -> None:
     text = tmp_path / "other.txt"
-    with gzip.open(calibration.sources[0], "rt", encoding="utf-8") as file:
+    with gzip.open(calibration.calibration[0], "rt", encoding="utf-8") as file:
         text.write_text("\n\n".join(json.loads(line)["text"] for line in list(file)[200:]))
     api.calibrate(model, out, replace(calibration, calibration=(str(text),)))
     for use in later(out).values():
@@ -249,7 +249,7 @@ def asked(stories_text: Path) -> api.CalibrateSettings:
 def options(asked: api.CalibrateSettings) -> list[object]:
     """What is asked, on the command line."""
     sizes = ("--samples", asked.samples, "--seq-len", asked.seq_len)
-    return ["--calibration", *asked.sources, *sizes, "--heldout-samples", asked.heldout_samples]
+    return ["--calibration", *asked.calibration, *sizes, "--heldout-samples", asked.heldout_samples]
 
 
 @pytest.fixture(scope="module")

@@ -200,7 +200,9 @@ def test_fewer_blocks_than_asked_for_are_said() -> None:
     candidates = [Candidate(0, 0.1, 0.1, 0.0, 0.0), Candidate(Span(1, 2), 0.5, 0.5, 0.0, 0.0)]
     (plan, _), _ = choosing.choose(candidates, lambda chosen: (list(chosen), None))  # type: ignore[arg-type,return-value]
     assert plan == [0]
-    assert "1 of the 3 attentions and MLPs of --k are linear: the next best block is a span" in notes.notes[0]
+    assert (
+        "1 of the 3 attentions and MLPs of --k are linear, as the next best block is a span" in notes.notes[0]
+    )
 
 
 # fitting -------------------------------------------------------------------------------------------
