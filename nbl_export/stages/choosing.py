@@ -216,8 +216,8 @@ class Choosing:
                 )
             if (taken := len(all_parts(best))) < self._settings.k:
                 self._listener.note(
-                    f"{taken} of the {self._settings.k} attentions and MLPs of --k are linear, as the next best block is "
-                    "a span of layers that replaces more: ask for a larger K, or calibrate with --blocks both."
+                    f"{taken} of the {self._settings.k} attentions and MLPs of --k are linear, as the next best block "
+                    "is a span of layers that replaces more: ask for a larger K, or calibrate with --blocks both."
                 )
             return ship(best), self._curve(points, taken)
         count, meter = len(all_parts(blocks)), SpeedMeter(self._measuring, self._empty, prefix)
