@@ -41,7 +41,10 @@ def tokens_of(model: str, text: str, count: int) -> Any:
     """``count`` tokens of ``text`` packed into rows of SEQ_LEN."""
     settings = CalibrateSettings((text,), samples=count // SEQ_LEN, seq_len=SEQ_LEN, heldout_samples=1)
     packed = pack(
-        documents(settings.calibration, settings.text_field), load_tokenizer(find_model(model)), settings, Silent()
+        documents(settings.calibration, settings.text_field),
+        load_tokenizer(find_model(model)),
+        settings,
+        Silent(),
     )
     rows = -(-settings.samples // len(packed.calibration))
     # A short text is repeated: only time and memory are measured.
