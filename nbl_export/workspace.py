@@ -298,6 +298,16 @@ class Workspace(Places):
                 return name
         return None
 
+    def check_measured(self, *stages: str) -> None:
+        """Raise :class:`InputError` for a file of ``stages``, as far as they are done, that is no longer as it was."""
+        for stage in stages:
+            record = self.record(stage)
+            if record is not None and (damaged := self.damaged_file(record)):
+                raise InputError(
+                    f"{self.root / damaged} is missing or was changed after it was measured: run `nbl-export {stage} "
+                    f"{self.root}` and then `nbl-export verify {self.root}` again."
+                )
+
     def undone(self, stage: str, settings: Mapping[str, Any], made_of: Mapping[str, str]) -> str | None:
         """None if ``stage`` was finished with these inputs and its files are intact; why not otherwise, in words.
 

@@ -73,6 +73,12 @@ def write_openvino(
             ov.save_model(found, new, compress_to_fp16=dtype == "float16")
             del found, graph  # which have the files open
             task.advance(1)
+        if plan.chosen:
+            how = " ".join(f"{name}={value}" for name, value in EXACT.items())
+            listener.note(
+                "OpenVINO's defaults, a cache of 8 bits and products in half precision, give other tokens than those "
+                f"that were proven; for these, load it with {how}."
+            )
         written = [*save_tokenizer(tokenizer, folder), *_save_tokenizers(ov, tokenizer, folder, listener)]
         own: Any = model
         for config, name in ((own.config, "config.json"), (own.generation_config, "generation_config.json")):
@@ -82,11 +88,6 @@ def write_openvino(
         for done in (new.with_suffix(".bin"), new):
             publish(done, folder / done.name)
             written.append(folder / done.name)
-    if plan.chosen:
-        listener.note(
-            "OpenVINO's defaults, a cache of 8 bits and products in half precision, give other tokens than those that "
-            f"were proven; for these, load it with {' '.join(f'{name}={value}' for name, value in EXACT.items())}."
-        )
     return written
 
 

@@ -132,12 +132,8 @@ def _folder(path: Path) -> Opened:
     known = report.hashes.get(ws.model.relative_to(ws.root).as_posix())
     if there and known not in (None, ws.digests.of(ws.model)):
         raise InputError(f"{ws.model} is not the graph that {file} is about: {again} again.")
-    rewritten = ws.record("rewrite")
-    if there and rewritten and (damaged := ws.damaged_file(rewritten)):
-        raise InputError(
-            f"{ws.root / damaged} is missing or was changed after it was measured: run `nbl-export rewrite {path}` and "
-            f"then `nbl-export verify {path}` again."
-        )
+    if there:
+        ws.check_measured("rewrite")
     scored, current = ws.report / NAMES[0], ws.current("eval")
     left_out = (
         ()

@@ -328,13 +328,7 @@ def report(out: str | Path) -> Report:
             raise InputError(
                 f"{path} was changed after `verify` wrote it: run `nbl-export verify {ws.root}` again."
             )
-        for stage in ("select", "export", "rewrite"):
-            record = ws.record(stage)
-            if record is not None and (damaged := ws.damaged_file(record)):
-                raise InputError(
-                    f"{ws.root / damaged} is missing or was changed after it was measured: run `nbl-export {stage} "
-                    f"{ws.root}` and then `nbl-export verify {ws.root}` again."
-                )
+        ws.check_measured("select", "export", "rewrite")
         return redrawn(ws, load_report(path))
 
 
