@@ -12,11 +12,11 @@ one document are not independent).
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from nbl_export.batch import F64
 from nbl_export.blocks import Block, layer_of
+from nbl_export.calibrate.synthetic import SyntheticRow
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize.plan import Plan, Replacement
-from nbl_export.linearize.selection import Loss
+from nbl_export.linearize.selection import Loss, Sums, mean_of_documents
 from nbl_export.linearize.swap import ORIGINAL, Version, linearized, replaced, sweep, version_of
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
@@ -48,8 +49,10 @@ _CHUNK = 64
 _KEPT_BYTES = 1 << 30
 # What goes through the blocks together has states of no more than this.
 _STATES_BYTES = 2 << 30
-# A rough loss is that on a quarter of the rows, and on no fewer tokens than this.
-_ROUGH_TOKENS = 1024
+# The first part of the rows is a quarter of them, and has no fewer tokens than this.
+_FIRST_TOKENS = 1024
+# The parts of the rows that sets are measured on one after the other, as long as their order is open.
+PARTS = 3
 # The states of the best set measured are kept, beside the settled ones, if they take no more than this.
 _NEXT_BYTES = 1 << 29
 
@@ -100,24 +103,17 @@ def chunks(positions: int) -> Iterator[slice]:
     return (slice(at, min(at + _CHUNK, positions)) for at in range(0, positions, _CHUNK))
 
 
-def loss_over_documents(kl: F64, excess: F64, owner: I32) -> Loss:
-    """The means of per-token ``kl`` and ``excess``; ``owner`` is the document of each token."""
-    return Loss(*mean_over_documents(kl, owner), *mean_over_documents(excess, owner))
+def sums_of(kl: F64, excess: F64, owner: I32) -> Sums:
+    """Per-token ``kl`` and ``excess`` by the document, ``owner``, of each token."""
+    documents, index = np.unique(owner, return_inverse=True)
+    columns = (np.bincount(index, weights=values) for values in (np.ones_like(kl), kl, excess))
+    return Sums({str(n): sums for n, *sums in zip(documents, *(c.tolist() for c in columns), strict=True)})
 
 
 def mean_over_documents(values: F64, owner: I32) -> tuple[float, float]:
-    """Mean of per-token ``values`` and its standard error with documents as the sampling unit.
-
-    se² = D/(D-1) Σ_i (Σ_{t in i} (v_t - mean))² / n² for D documents and n tokens; 0 for one document, from which it
-    cannot be estimated.
-    """
-    mean = float(values.mean())
-    _, index = np.unique(owner, return_inverse=True)
-    sums = np.bincount(index, weights=values - mean)
-    count = len(sums)
-    if count < 2:
-        return mean, 0.0
-    return mean, float(math.sqrt(count / (count - 1) * float(np.sum(sums**2))) / len(values))
+    """Mean of per-token values and its standard error; ``owner`` is the document of each token."""
+    _, index, tokens = np.unique(owner, return_inverse=True, return_counts=True)
+    return mean_of_documents(np.bincount(index, weights=values).astype(np.float64), tokens.astype(np.float64))
 
 
 def row_logits(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
@@ -129,7 +125,8 @@ def row_logits(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
 class LossMeter:
     """Measures the loss of sets of linear layers in ``model`` on ``rows`` [rows, seq] with their ``document`` numbers.
 
-    Predictions of tokens without a document, which is -1, are not counted: those of images.
+    Predictions of tokens without a document, which is -1, are not counted: those of images. The ``synthetic`` rows are
+    measured, too.
 
     It stores the original's predictions and, for one set at a time, the states at each layer's input. A set that adds
     layers to that set is run from the first added layer on. The states of the best set that was measured since are
@@ -152,23 +149,27 @@ class LossMeter:
         fit_input: FitInput,
         advance: Callable[[int], None] = lambda _tokens: None,
         listener: Listener | None = None,
+        synthetic: Sequence[SyntheticRow] = (),
     ) -> None:
         self.model, self.fit_input, self._listener = model, fit_input, listener
         device = device_of(model)
-        self._rows = [torch.from_numpy(row.astype(np.int64)).to(device) for row in rows]
+        tokens = [*(row.tokens for row in synthetic), *rows]
+        self._rows = [torch.from_numpy(row.astype(np.int64)).to(device) for row in tokens]
         # The targets of predictions; of the embeddings of images, which nobody predicts, nothing is counted.
         self._targets = [written(row) for row in self._rows]
-        self._document = document
+        # Of each target its document, and of each row its kind, None for text.
+        self._owners = [*(row.owner for row in synthetic), *document[:, 1:]]
+        self._kinds = [*(row.kind for row in synthetic), *[None] * len(rows)]
         self._blocks = [one.index for one in blocks_of(model)]
         self._linear: dict[Block, Replacement] = {}
         # Of the original: the predictions, or, where these are large, the states after the last block.
         self._references: list[Reference] = []
         self._ends: list[torch.Tensor] = []
         self._states: list[dict[int, torch.Tensor]] = []
-        # The best set measured since, its KL, and for each row the states at the inputs of later layers.
+        # The best set measured since, its Σ KL, and for each row the states at the inputs of later layers.
         self._next: tuple[dict[Block, Replacement], float, list[dict[int, torch.Tensor]]] | None = None
         self.together = streams(model)
-        large = 2 * rows.size * vocabulary(model) > _KEPT_BYTES
+        large = 2 * sum(map(len, self._rows)) * vocabulary(model) > _KEPT_BYTES
         with ExitStack() as hooks:
             if large:
                 dummy_run(model)  # before any hook is registered, since its own run would trigger it
@@ -188,27 +189,37 @@ class LossMeter:
                     self._references.append(original)
 
     @cached_property
-    def rough(self) -> LossMeter:
-        """A meter of the first rows alone: a quarter of them, and at least about 1,024 tokens.
+    def parts(self) -> list[LossMeter | None]:
+        """Meters of :data:`PARTS` parts of the rows: all synthetic rows and a quarter of the text, as much text again,
+        the rest.
 
-        This one itself where these are all rows, and where sets are measured ``together``: reading the weights takes
-        the time then.
+        This one itself and None where the first part would be all rows, and where sets are measured ``together``:
+        reading the weights takes the time then.
         """
-        lengths = np.cumsum([len(row) for row in self._rows])
-        count = max(-(-len(lengths) // 4), 1 + int(np.searchsorted(lengths, _ROUGH_TOKENS)))
+        synthetic = len(self._rows) - self._kinds.count(None)
+        lengths = np.cumsum([len(row) for row in self._rows[synthetic:]])
+        count = max(-(-len(lengths) // 4), 1 + int(np.searchsorted(lengths, _FIRST_TOKENS)))
         if self.together or count >= len(lengths):
-            return self
+            return [self, None, None]
+        ends = [0, synthetic + count, synthetic + 2 * count, len(self._rows)]
+        return [self._part(slice(at, end)) if at < len(self._rows) else None for at, end in pairwise(ends)]
+
+    def _part(self, rows: slice) -> LossMeter:
         part = copy.copy(self)
         # What it has of each row; what the original predicts there is not computed again.
-        for name in ("_rows", "_targets", "_document", "_references", "_ends", "_states"):
-            setattr(part, name, getattr(self, name)[:count])
+        for name in ("_rows", "_targets", "_owners", "_kinds", "_references", "_ends", "_states"):
+            setattr(part, name, getattr(self, name)[rows])
         part._next = None
         return part
 
     @property
     def tokens(self) -> int:
-        """Number of compared predictions."""
-        return int((self._document[:, 1:] >= 0).sum())
+        """Number of compared predictions of the text."""
+        return sum(
+            int((owner >= 0).sum())
+            for owner, kind in zip(self._owners, self._kinds, strict=True)
+            if kind is None
+        )
 
     def settle(self, layers: Mapping[Block, Replacement]) -> None:
         """Store the states of the model with the linear ``layers``; sets that add to it are then measured faster."""
@@ -224,7 +235,7 @@ class LossMeter:
             for _ in self._settled(dict(layers), lambda _tokens: None):
                 pass
 
-    def measure(self, layers: Mapping[Block, Replacement]) -> Loss:
+    def measure(self, layers: Mapping[Block, Replacement]) -> Sums:
         """The loss of the model with exactly the linear ``layers``."""
         if self.together:
             return self.measure_all([layers])[0]
@@ -232,18 +243,18 @@ class LossMeter:
         each = sum(states.nbytes for row in self._states for states in row.values())
         states: list[dict[int, torch.Tensor]] | None = [] if 2 * each <= _NEXT_BYTES else None
         change = replaced(self.model, layers, self.fit_input)
-        loss = self.measure_within(change, self._first_new(layers), states)
-        if states is not None and (self._next is None or loss.kl < self._next[1]):
-            self._next = dict(layers), loss.kl, states
-        return loss
+        found = self.measure_within(change, self._first_new(layers), states)
+        if states is not None and (self._next is None or found.kl < self._next[1]):
+            self._next = dict(layers), found.kl, states
+        return found
 
-    def measure_all(self, sets: Sequence[Mapping[Block, Replacement]]) -> list[Loss]:
+    def measure_all(self, sets: Sequence[Mapping[Block, Replacement]]) -> list[Sums]:
         """The losses of ``sets`` of linear layers, each the same as by :meth:`measure`; the weights are read once."""
         if not self.together:
             return [self.measure(layers) for layers in sets]
         return self.measure_versions([Version(self._first_new(layers), layers) for layers in sets])
 
-    def measure_versions(self, versions: Sequence[Version]) -> list[Loss]:
+    def measure_versions(self, versions: Sequence[Version]) -> list[Sums]:
         """The losses of ``versions`` of a model whose weights are read once for all of them that have room."""
         states = sum(len(row) for row in self._rows) * hidden_size(self.model)
         at_once = max(1, _STATES_BYTES // (states * weights_like(self.model).element_size()))
@@ -253,7 +264,7 @@ class LossMeter:
             for loss in self._swept(versions[at : at + at_once])
         ]
 
-    def _swept(self, versions: Sequence[Version]) -> list[Loss]:
+    def _swept(self, versions: Sequence[Version]) -> list[Sums]:
         found: list[list[tuple[F64, F64]]] = [[] for _ in versions]
         known = [Version(0, ends=self._ends)] if self._ends else []
         for number, which, logits in sweep(
@@ -266,13 +277,15 @@ class LossMeter:
             if not known:
                 original = self._references[number]
             found[which - len(known)].append(compare(original, logits, row))
-        return [self._loss(rows) for rows in found]
+        return [self._sums(rows) for rows in found]
 
-    def _loss(self, rows: Sequence[tuple[F64, F64]]) -> Loss:
-        owner = self._document[:, 1:].reshape(-1)
-        counted = owner >= 0
-        kl, excess = (np.concatenate(column)[counted] for column in zip(*rows, strict=True))
-        return loss_over_documents(kl, excess, owner[counted])
+    def _sums(self, rows: Sequence[tuple[F64, F64]]) -> Sums:
+        total = Sums()
+        for (kl, excess), owner, kind in zip(rows, self._owners, self._kinds, strict=True):
+            counted = owner >= 0
+            found = sums_of(kl[counted], excess[counted], owner[counted])
+            total += found if kind is None else Sums(synthetic={kind: found.text["0"]})
+        return total
 
     def _predicted(self, number: int) -> Reference:
         """The original's predictions of the row ``number``, whatever of its blocks is changed now."""
@@ -288,7 +301,7 @@ class LossMeter:
         change: AbstractContextManager[Any],
         first: int,
         kept: list[dict[int, torch.Tensor]] | None = None,
-    ) -> Loss:
+    ) -> Sums:
         """The loss of the settled model within ``change``, which affects only layer ``first`` and subsequent layers.
 
         The states of each row at the inputs of layers after ``first`` are added to ``kept``.
@@ -307,7 +320,7 @@ class LossMeter:
                     found.append(compare(original, row_logits(self.model, row), target))
                 if kept is not None:
                     kept.append(dict(inputs))
-        return self._loss(found)
+        return self._sums(found)
 
     def _first_new(self, layers: Mapping[Block, Replacement]) -> int:
         # The first layer where this set and the settled one differ; the last one if they are equal.
@@ -336,8 +349,8 @@ def _same(one: Mapping[Block, Replacement], other: Mapping[Block, Replacement]) 
 def loss_of_plan(meter: LossMeter, plan: Plan) -> Loss:
     """The loss of the meter's model with ``plan`` applied."""
     if not plan.chosen:
-        return meter.measure({})
+        return meter.measure({}).loss
     meter.settle({})
     if meter.together:
-        return meter.measure_versions([version_of(meter.model, plan)])[0]
-    return meter.measure_within(linearized(meter.model, plan), layer_of(min(plan.chosen)))
+        return meter.measure_versions([version_of(meter.model, plan)])[0].loss
+    return meter.measure_within(linearized(meter.model, plan), layer_of(min(plan.chosen))).loss

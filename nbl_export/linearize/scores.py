@@ -57,7 +57,7 @@ def with_loss(candidate: Candidate, what: str, loss: Loss) -> Candidate:
     """``candidate`` with the ``loss`` that was measured of ``what`` a criterion measures."""
     predicted = loss.kl * candidate.nmse if what == "sensitivity" else candidate.predicted
     found: dict[str, Any] = {what: loss.kl, f"{what}_se": loss.kl_se, "predicted": predicted}
-    return replace(candidate, **found)
+    return replace(candidate, synthetic=loss.synthetic or None, **found)
 
 
 def score_layers(

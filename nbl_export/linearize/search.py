@@ -14,23 +14,29 @@ For a workload each loss is divided by the time that the layer saves in it.
 
 Greedy search is lazy: the loss added by a layer mostly grows as others are chosen, so its last known value is a lower
 bound of the next one, and layers whose bound is above the best value found are not run. Ties go to the lower layer.
-It begins with the rough losses of single layers, on the first rows of the text; every set that it takes, or compares
-with one that it takes, is measured on all rows.
+It begins with the rough losses of single layers, on the first part of the rows. The sets of a step race: those that
+are behind the best one by more than twice the standard error of the difference, over documents, are not measured on
+more rows. A set that is taken is measured on all.
+
+What it compares is the KL of the text plus the mean of the KLs of synthetic rows, where only the context tells what
+comes next (:mod:`nbl_export.calibrate.synthetic`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from nbl_export.blocks import Block, Span, all_parts, layer_of, with_block
 from nbl_export.errors import CalibrationError
-from nbl_export.linearize.loss import LossMeter
+from nbl_export.linearize.loss import PARTS, LossMeter
 from nbl_export.linearize.plan import Replacement, by_part
-from nbl_export.linearize.selection import CurvePoint, Loss, keeps, per_saving
+from nbl_export.linearize.selection import CurvePoint, Loss, Sums, keeps, mean_of_documents, per_saving
 from nbl_export.models.layers import BlockModules
 from nbl_export.settings import Budget
 
@@ -41,6 +47,8 @@ NOISE = 0.5
 GREEDY_TRIES = 8
 # A rough loss may be this much larger than the loss on all rows would be, for the same layer and on the same scale.
 _ROUGH = 1.25
+# Of fewer documents a standard error says nothing.
+_FEWEST_DOCUMENTS = 3
 
 
 class MeasuredSets:
@@ -54,8 +62,8 @@ class MeasuredSets:
         self,
         meter: Callable[[], LossMeter],
         candidates: Iterable[Block],
-        known: dict[str, Loss],
-        measure: Callable[[Sequence[Sequence[Block]], frozenset[Block], bool], Sequence[Loss]],
+        known: dict[str, Sums],
+        measure: Callable[[Sequence[Sequence[Block]], frozenset[Block], int], Sequence[Sums]],
         at_once: int = 1,
     ) -> None:
         self.candidates = tuple(sorted(candidates))
@@ -65,17 +73,23 @@ class MeasuredSets:
 
     def loss(self, layers: Iterable[Block]) -> Loss:
         """The loss with exactly ``layers`` replaced; raises :class:`CalibrationError` for one that is no number."""
-        return self._loss(sorted(set(layers)), False, self._settled)
+        return self.sums(layers).loss
 
     def rough_loss(self, layers: Iterable[Block]) -> Loss:
-        """As :meth:`loss`, on the first rows of the text alone: a fraction of the time.
+        """As :meth:`loss`, on the first part of the rows alone: a fraction of the time."""
+        return self.sums(layers, 1).loss
 
-        On all rows of a short text, and where sets are measured together: reading the weights takes the time then.
-        """
-        wanted = sorted(set(layers))
-        if (name := _name(wanted, True)) not in self._known and self._meter().rough is self._meter():
-            self._known.update({name: self._loss(wanted, False, frozenset())})
-        return self._loss(wanted, True, frozenset())
+    def sums(self, layers: Iterable[Block], parts: int = PARTS) -> Sums:
+        """What is measured with ``layers`` replaced on the first ``parts`` of the rows."""
+        wanted, total = sorted(set(layers)), Sums()
+        for part in range(parts):
+            total += self._part(wanted, part)
+        return total
+
+    def known(self, layers: Iterable[Block]) -> Sums | None:
+        """What was measured with ``layers`` replaced, on whatever rows; None if nothing was."""
+        found = [self._known.get(_name(sorted(set(layers)), part)) for part in range(PARTS)]
+        return sum(filter(None, found), Sums()) if found[0] else None
 
     def announce(self, sets: Iterable[Iterable[Block]]) -> None:
         """Say which ``sets`` may be asked for: where that is less work, the first unknown one brings all of them."""
@@ -85,19 +99,22 @@ class MeasuredSets:
         """Announce sets that add to ``layers``: the first unknown one makes the meter settle on ``layers``."""
         self._settled = frozenset(layers)
 
-    def _loss(self, layers: list[Block], rough: bool, settled: frozenset[Block]) -> Loss:
-        if (name := _name(layers, rough)) not in self._known:
-            unknown = [w for w in self._announced if w != layers and _name(w, rough) not in self._known]
+    def _part(self, layers: list[Block], part: int) -> Sums:
+        if (name := _name(layers, part)) not in self._known:
+            if self._meter().parts[part] is None:
+                self._known.update({name: Sums()})
+                return Sums()
+            unknown = [w for w in self._announced if w != layers and _name(w, part) not in self._known]
             sets = [layers, *unknown]
             if not self._meter().together:
                 sets = sets[: self._at_once]
-            losses = self._measure(sets, settled, rough)
-            self._known.update({_name(w, rough): usable(x, w) for w, x in zip(sets, losses, strict=True)})
+            found = self._measure(sets, self._settled, part)
+            self._known.update({_name(w, part): usable(x, w) for w, x in zip(sets, found, strict=True)})
         return usable(self._known[name], layers)
 
 
-def _name(layers: Sequence[Block], rough: bool) -> str:
-    return ",".join(map(str, layers)) + " roughly" * rough
+def _name(layers: Sequence[Block], part: int) -> str:
+    return f"{','.join(map(str, layers))} part {part}"
 
 
 def measured_losses(
@@ -105,29 +122,32 @@ def measured_losses(
     linear: Mapping[Block, Replacement],
     sets: Sequence[Sequence[Block]],
     settled: frozenset[Block] = frozenset(),
-    roughly: bool = False,
-) -> list[Loss]:
-    """The losses of ``sets`` of the ``linear`` layers; if all add to ``settled``, the meter settles on those.
+    part: int = 0,
+) -> list[Sums]:
+    """What is measured of ``sets`` of the ``linear`` layers on one part of the rows.
 
-    ``roughly`` on the first rows of its text alone.
+    If all add to ``settled``, the meter of the part settles on those.
     """
-    meter = meter.rough if roughly else meter
+    meter = meter.parts[part] or meter
     if all(settled <= set(layers) for layers in sets):
         meter.settle(by_part({i: linear[i] for i in settled}))
     return meter.measure_all([by_part({i: linear[i] for i in layers}) for layers in sets])
 
 
-def usable(loss: Loss, layers: Sequence[Block], changed: str = "replaced") -> Loss:
-    """``loss``, if it is a number: NaN is smaller than nothing and would be taken for the best.
+Found = TypeVar("Found", Loss, Sums)
+
+
+def usable(found: Found, layers: Sequence[Block], changed: str = "replaced") -> Found:
+    """``found``, if it is a number: NaN is smaller than nothing and would be taken for the best.
 
     Raises :class:`CalibrationError` naming the ``layers`` that were ``changed`` when it was measured.
     """
-    if loss.finite:
-        return loss
+    if found.finite:
+        return found
     named = f"layer{'s' * (len(layers) != 1)} {', '.join(map(str, layers)) or 'none'}"
     raise CalibrationError(
-        f"With {named} {changed}, the model's loss on the selection text is not a number (KL {loss.kl:g}, excess "
-        f"{loss.excess:g}): choose other layers with --layers, or calibrate on more or other text."
+        f"With {named} {changed}, the model's loss on the selection text is not a number: choose other layers with "
+        "--layers, or calibrate on more or other text."
     )
 
 
@@ -182,42 +202,92 @@ def greedy_path(
     them: each is taken to add what its layers do alone, until it is tried. The path ends where nothing can be added.
     """
     # What each block added when it was last tried, or what it adds roughly.
-    added = {block: usable(loss, [block]).kl for block, loss in singles.items()}
+    added = {block: usable(loss, [block]).cost for block, loss in singles.items()}
     added |= {span: sum(added.get(Span(i, i), 0.0) for i in span.layers) for span in longer}
-    added = _to_scale(sets, added)
+    added, scale = _to_scale(sets, added)
     chosen: tuple[Block, ...] = ()
-    base = 0.0
     while nexts := _nexts(chosen, added):
         sets.settle(chosen)
         already = saved(chosen)
         savings = {block: saved(larger) - already for block, larger in nexts.items()}
         # What the blocks have added whose place a block takes: that much less is added by it.
         gone = {block: sum(added[b] for b in chosen if b not in larger) for block, larger in nexts.items()}
-        bounds = {block: added[block] - gone[block] for block in nexts}
-        order = sorted(nexts, key=lambda b: (per_saving(bounds[b], savings[b]), b))
-        sets.announce(nexts[block] for block in order[:GREEDY_TRIES])
-        totals: dict[Block, float] = {}
-        rates: dict[Block, float] = {}
-        for block in order:
-            known = len(rates) == GREEDY_TRIES
-            if rates and (known or per_saving(bounds[block], savings[block]) > min(rates.values())):
-                break
-            totals[block] = usable(sets.loss(nexts[block]), nexts[block]).kl
-            rates[block] = per_saving(totals[block] - base, savings[block])
-            added[block] = totals[block] - base + gone[block]
-        best = min(rates, key=lambda b: (rates[b], totals[b], b))
-        chosen, base = nexts[best], totals[best]
+        bounds = {block: per_saving(added[block] - gone[block], savings[block]) for block in nexts}
+        order = sorted(nexts, key=lambda b: (bounds[b], b))
+        race = _Race(sets, chosen, nexts, savings, scale)
+        best = race.won_by(order[:GREEDY_TRIES], bounds)
+        added |= {block: found + gone[block] for block, found in race.added.items()}
+        chosen = nexts[best]
         yield chosen
 
 
-def _to_scale(sets: MeasuredSets, rough: Mapping[Block, float]) -> dict[Block, float]:
-    """``rough`` losses of single blocks as lower bounds of those on all rows; two small ones are measured there."""
+class _Race:
+    """What each of the blocks in ``savings`` adds to ``chosen``, which becomes ``nexts``, for what it saves."""
+
+    def __init__(
+        self,
+        sets: MeasuredSets,
+        chosen: Sequence[Block],
+        nexts: Mapping[Block, Sequence[Block]],
+        savings: Mapping[Block, float],
+        scale: float,
+    ) -> None:
+        self._sets, self._chosen, self._nexts, self._savings = sets, chosen, nexts, savings
+        # What ``chosen`` costs on each number of parts, and on all over that: what is added is brought to that scale.
+        counts = range(1, PARTS + 1)
+        self._base = {n: sets.sums(chosen, n).loss.cost if chosen else 0.0 for n in counts}
+        self._scale = {n: self._base[PARTS] / cost if cost > 0 else scale for n, cost in self._base.items()}
+        self._scale[PARTS] = 1.0
+        self.added: dict[Block, float] = {}
+
+    def won_by(self, order: Sequence[Block], bounds: Mapping[Block, float]) -> Block:
+        """The best of the blocks; those in ``order`` whose bound is above the best rate so far are not measured."""
+        self._sets.announce(self._nexts[block] for block in order)
+        rates: dict[Block, float] = {}
+        for block in order:
+            if rates and bounds[block] > min(rates.values()):
+                break
+            rates[block] = self._rate(block, 1)
+        for parts in range(2, PARTS + 1):
+            best = min(rates, key=lambda b: (rates[b], b))
+            error = {block: self._scale[parts - 1] * self._error(block, best, parts - 1) for block in rates}
+            left = [block for block in rates if rates[block] <= rates[best] + 2 * error[block]]
+            self._sets.announce(self._nexts[block] for block in left)
+            rates = {block: self._rate(block, parts) for block in left}
+        return min(rates, key=lambda b: (rates[b], self.added[b], b))
+
+    def _rate(self, block: Block, parts: int) -> float:
+        added = self._sets.sums(self._nexts[block], parts).loss.cost - self._base[parts]
+        self.added[block] = added * self._scale[parts]
+        return per_saving(self.added[block], self._savings[block])
+
+    def _error(self, one: Block, other: Block, parts: int) -> float:
+        """The standard error of the difference of two rates, over documents: unknown, so infinite, for a few."""
+        if min(self._savings[one], self._savings[other]) <= 0:
+            return 0.0
+        base = self._sets.sums(self._chosen, parts).text if self._chosen else {}
+        difference: Any = 0.0
+        for block, sign in ((one, 1.0), (other, -1.0)):
+            text = self._sets.sums(self._nexts[block], parts).text
+            tokens, kl = np.array([sums[:2] for sums in text.values()]).T
+            before = np.array([base[name][1] if base else 0.0 for name in text])
+            difference = difference + sign * (kl - before) / self._savings[block]
+        if len(tokens) < _FEWEST_DOCUMENTS:
+            return math.inf
+        return mean_of_documents(difference, tokens)[1]
+
+
+def _to_scale(sets: MeasuredSets, rough: Mapping[Block, float]) -> tuple[dict[Block, float], float]:
+    """``rough`` losses of single blocks as lower bounds of those on all rows, and how much larger those are.
+
+    Two small ones are measured there.
+    """
     small = sorted((block for block in rough if rough[block] > 0), key=lambda b: (rough[b], b))[:2]
     sets.settle(())
     sets.announce([block] for block in small)
-    exact = {block: sets.loss([block]).kl for block in small}
+    exact = {block: sets.loss([block]).cost for block in small}
     scale = sum(exact.values()) / sum(rough[block] for block in small) if small else 1.0
-    return {block: exact.get(block, kl * scale / _ROUGH) for block, kl in rough.items()}
+    return {block: exact.get(block, cost * scale / _ROUGH) for block, cost in rough.items()}, scale
 
 
 def ranked_path(order: Iterable[Block]) -> Iterator[tuple[Block, ...]]:
@@ -288,16 +358,15 @@ def largest_within(points: Sequence[CurvePoint], budget: Budget) -> int:
     return max((p.k for p in points if keeps(budget, p)), default=0)
 
 
-def sensitivity(meter: LossMeter, layer: BlockModules[Block], energy: float) -> Loss:
+def sensitivity(meter: LossMeter, layer: BlockModules[Block], energy: float) -> Sums:
     """The loss caused by noise with a share :data:`NOISE` of the layer's variance ``energy`` = E‖y - μ_y‖², divided by
     that share.
 
     The noise is white and the same in every run.
     """
     meter.settle({})
-    loss = meter.measure_within(_noisy(meter.model, layer, NOISE * energy), layer_of(layer.index))
-    loss = usable(loss, [layer.index], "made noisy")
-    return Loss(*(value / NOISE for value in loss.as_json().values()))
+    found = meter.measure_within(_noisy(meter.model, layer, NOISE * energy), layer_of(layer.index))
+    return usable(found, [layer.index], "made noisy").divided(NOISE)
 
 
 @contextmanager

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+
+from nbl_export.batch import F64
 from nbl_export.blocks import Block, all_parts
 from nbl_export.settings import Budget
 from nbl_export.settings.making import NO_BUDGET
@@ -38,7 +42,9 @@ class Candidate:
     ``cca_ridge`` are the λ that the two Cholesky factorizations needed. What was measured with the layer alone
     changed, in nats, is None where the criterion does not ask for it: ``kl`` of its replacement, ``drop`` of leaving
     it out, ``sensitivity``: the KL by noise, per share of the output, and ``predicted`` = nmse × sensitivity.
-    ``saved_ms`` are the milliseconds of the workload that it saves, None without a workload.
+    ``saved_ms`` are the milliseconds of the workload that it saves, None without a workload. ``synthetic`` is the KL of
+    its replacement on synthetic rows, by their kind. ``stable`` is the share of resampled documents by which it would
+    be chosen, None where that is not known.
     """
 
     layer: Block
@@ -54,6 +60,8 @@ class Candidate:
     sensitivity_se: float | None = None
     predicted: float | None = None
     saved_ms: float | None = None
+    synthetic: Mapping[str, float] | None = None
+    stable: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,17 +73,26 @@ class ScoredLayer(Candidate):
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean KL in nats and excess (of the log-likelihood) in nats per token, with standard errors over documents."""
+    """Mean KL in nats and excess (of the log-likelihood) in nats per token, with standard errors over documents.
+
+    ``synthetic`` is the KL of synthetic rows by their kind, empty where there are none.
+    """
 
     kl: float
     kl_se: float
     excess: float
     excess_se: float
+    synthetic: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:
         """Whether the losses themselves are numbers; a standard error may be none."""
-        return math.isfinite(self.kl) and math.isfinite(self.excess)
+        return all(map(math.isfinite, (self.kl, self.excess, *self.synthetic.values())))
+
+    @property
+    def cost(self) -> float:
+        """What sets are compared by: the KL of the text, and the mean of those of synthetic rows."""
+        return self.kl + (sum(self.synthetic.values()) / len(self.synthetic) if self.synthetic else 0.0)
 
     @property
     def perplexity_ratio(self) -> float:
@@ -87,6 +104,66 @@ class Loss:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What was measured of a set: tokens, Σ KL and Σ excess of each document of the ``text``, by its number, and of
+    each kind of ``synthetic`` rows.
+    """
+
+    text: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    synthetic: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(_added(self.text, other.text), _added(self.synthetic, other.synthetic))
+
+    def divided(self, by: float) -> Sums:
+        """The same per token, ``by`` times smaller."""
+        text, synthetic = (
+            {name: (tokens, kl / by, excess / by) for name, (tokens, kl, excess) in sums.items()}
+            for sums in (self.text, self.synthetic)
+        )
+        return Sums(text, synthetic)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it are numbers."""
+        return all(map(math.isfinite, itertools.chain(*self.text.values(), *self.synthetic.values())))
+
+    @property
+    def kl(self) -> float:
+        """Σ KL of all that was measured."""
+        return sum(kl for _, kl, _ in (*self.text.values(), *self.synthetic.values()))
+
+    @property
+    def loss(self) -> Loss:
+        tokens, kl, excess = np.array(list(self.text.values()), dtype=np.float64).T
+        synthetic = {kind: kl / tokens for kind, (tokens, kl, _) in self.synthetic.items()}
+        return Loss(*mean_of_documents(kl, tokens), *mean_of_documents(excess, tokens), synthetic)
+
+
+def _added(
+    one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]
+) -> dict[str, Sequence[float]]:
+    zero = (0.0, 0.0, 0.0)
+    return {
+        name: tuple(a + b for a, b in zip(one.get(name, zero), other.get(name, zero), strict=True))
+        for name in {**one, **other}
+    }
+
+
+def mean_of_documents(sums: F64, tokens: F64) -> tuple[float, float]:
+    """Mean of per-token values, whose ``sums`` over documents of so many ``tokens`` are given, and its standard error.
+
+    Documents are the sampling unit: se² = D/(D-1) Σ_i (s_i - n_i · mean)² / n² for D documents and n tokens; 0 for one
+    document, from which it cannot be estimated.
+    """
+    count, total = len(sums), float(tokens.sum())
+    mean = float(sums.sum()) / total
+    if count < 2:
+        return mean, 0.0
+    return mean, math.sqrt(count / (count - 1) * float(np.sum((sums - mean * tokens) ** 2))) / total
 
 
 @dataclass(frozen=True)
@@ -117,7 +194,17 @@ class CurvePoint:
         return cls(len(all_parts(layers)), tuple(sorted(layers)), loss.kl, loss.kl_se, ratio, ratio_se)
 
 
-def keeps(budget: Budget, loss: Loss | CurvePoint) -> bool:
+class Cost(Protocol):
+    """A loss as a budget bounds it."""
+
+    @property
+    def kl(self) -> float: ...
+
+    @property
+    def perplexity_ratio(self) -> float: ...
+
+
+def keeps(budget: Budget, loss: Cost) -> bool:
     """Whether ``loss`` is within the bounds of loss."""
     within_kl = budget.max_kl is None or loss.kl <= budget.max_kl
     ratio = budget.max_perplexity_ratio

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from nbl_export.blocks import SPAN, Block, Mlp, Span, all_parts, attentions, layer_of
+from nbl_export.linearize.selection import CurvePoint, Loss
 from nbl_export.models.source import ModelIdentity
 from nbl_export.report.schema import Environment, Report, Selection
 from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, Likeness, MethodLoss
@@ -131,6 +132,8 @@ def verdict_line(report: Report) -> str:
     )
     cost = loss_in_words(loss) + (f", measured {kept.created}" if kept and loss else "")
     if isinstance(loss, MethodLoss):
+        cost += _beyond_selection(report.selection, loss)
+    if isinstance(loss, MethodLoss):
         bound = report.asked("method_loss").get("bound") or {}
         bounds = (("perplexity ×", bound.get("max_perplexity_ratio")), ("KL", bound.get("max_kl")))
         limits = [f"{what} {number(limit, 'g')}" for what, limit in bounds if limit is not None]
@@ -138,6 +141,21 @@ def verdict_line(report: Report) -> str:
     left_out = ", ".join(n for n in skipped if not (n == "method loss" and loss))
     said = [f"({', '.join(failed or passed or ['nothing was checked'])})", cost]
     return "; ".join([*said, *([f"skipped: {left_out}"] if left_out else [])])
+
+
+def _beyond_selection(selection: Selection, loss: MethodLoss) -> str:
+    """What to do where held-out text loses more than the selection text, by more than both standard errors."""
+    points = selection.curve.points if selection.curve else ()
+    known: CurvePoint | Loss | None = next((p for p in points if p.layers == selection.layers), None)
+    if selection.result and selection.result.loss:
+        known = selection.result.loss
+    if known is None or known.perplexity_ratio_se is None:
+        return ""
+    own, error = known.perplexity_ratio, known.perplexity_ratio_se
+    errors = error / own + loss.perplexity_ratio_se / loss.perplexity_ratio
+    if not math.log(loss.perplexity_ratio / own) > errors:
+        return ""
+    return f" (× {number(own, '.3f')} on the selection text: choose on more of it, --selection-samples)"
 
 
 def loss_in_words(loss: MethodLoss | Likeness | None) -> str:

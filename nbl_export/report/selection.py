@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nbl_export.blocks import ATTENTION, Block, all_parts, part_of
 from nbl_export.graph.summary import ProofErrors
@@ -24,11 +24,22 @@ from nbl_export.settings.definition import bytes_of
 
 
 class Score(NamedTuple):
-    """A score that a layer may have: the field of its candidate, its name for a reader, and what it means."""
+    """A score that a layer may have: the field of its candidate, its name, what it means, and how it is shown."""
 
     field: str
     name: str
     meaning: str = ""
+    shown: Callable[[Any], str] = figure
+
+    def known(self, candidate: Candidate) -> bool:
+        value = getattr(candidate, self.field)
+        return bool(value) if isinstance(value, Mapping) else finite(value) is not None
+
+
+def _by_kind(kl: Mapping[str, float]) -> str:
+    """The mean of the kinds, and the one that costs most."""
+    worst = max(kl, key=lambda kind: kl[kind])
+    return f"{figure(sum(kl.values()) / len(kl))} ({worst} {figure(kl[worst])})"
 
 
 SCORES: Mapping[str, Score] = {
@@ -41,6 +52,20 @@ SCORES: Mapping[str, Score] = {
             "KL, nats per token",
             "KL: to the original, with only that layer replaced; greedy search adds layers one after another, so its "
             "order differs.",
+        ),
+        Score(
+            "synthetic",
+            "KL, synthetic rows",
+            "KL, synthetic rows: where the context alone tells what comes next (repeats, formats, look-ups, few-shot), "
+            "the mean of all kinds and the kind that costs most: what a layer does that has much of it is to copy. "
+            "Greedy search adds it to the KL.",
+            _by_kind,
+        ),
+        Score(
+            "stable",
+            "chosen in",
+            "Chosen in: the share of resampled documents by which the layer is chosen.",
+            "{:.0%}".format,
         ),
         Score(
             "sensitivity",
@@ -90,11 +115,7 @@ def bounds_of(budget: Budget) -> list[tuple[str, str, float]]:
 def scored_by(criterion: str, candidates: Sequence[Candidate]) -> Score:
     """The score that the layers are shown by: the criterion's, or the paper's for a choice by hand."""
     score = SCORES.get(_GOES_BY.get(criterion, criterion))
-    return (
-        score
-        if score and any(finite(getattr(c, score.field)) is not None for c in candidates)
-        else SCORES["cca"]
-    )
+    return score if score and any(map(score.known, candidates)) else SCORES["cca"]
 
 
 def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
@@ -102,11 +123,7 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
     chosen, candidates = set(selection.layers), selection.candidates
     parts, score = set(all_parts(chosen)), scored_by(selection.criterion, selection.candidates)
     proof = {p.layer: figure(max(p.input_error, p.output_error)) for p in proofs}
-    more = [
-        s
-        for s in SCORES.values()
-        if s.field not in ("cca", "nmse") and any(finite(getattr(c, s.field)) is not None for c in candidates)
-    ]
+    more = [s for s in SCORES.values() if s.field not in ("cca", "nmse") and any(map(s.known, candidates))]
 
     def rank(c: Candidate) -> tuple[float, Block]:
         """A layer that was not scored comes last."""
@@ -121,7 +138,7 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
             "linear" if c.layer in chosen else "in a span" if c.layer in parts else part_of(c.layer),
             number(c.cca, ".2f"),
             number(c.nmse, ".4f"),
-            *("" if (value := getattr(c, s.field)) is None else figure(value) for s in more),
+            *(s.shown(getattr(c, s.field)) if s.known(c) else "" for s in more),
             proof.get(c.layer, ""),
         )
         for c in ranked

@@ -222,6 +222,7 @@ class SelectSettings(OnDevice):
     repair: Distil W, b and the subsequent MLPs for so many steps of 1,024 tokens.
     repair_rank: Rank of the repair's change to the MLPs, merged into their weights. 0: W and b only.
     rank: Store W as factors of that rank. auto: where it costs nothing.
+    synthetic: Let greedy search look at synthetic rows, too: repeats, formats, look-ups, few-shot examples.
     seed: Seed of everything random.
     """
 
@@ -247,6 +248,7 @@ class SelectSettings(OnDevice):
     repair: int = setting(0, MORE, at_least(0, "0 steps or more"), metavar="STEPS")
     repair_rank: int = setting(16, MORE, at_least(0, "0 (the maps alone) or more"), metavar="R")
     rank: int | None = setting(None, MORE, at_least(1, "1 or more"), metavar="R|auto", auto=True)
+    synthetic: bool = setting(True, MORE)
     seed: int = setting(0, MORE)
     budget: Budget = NO_BUDGET
     auto_rank: Annotated[bool, Parameter(parse=False)] = False  # no option: what the word makes of the rank
@@ -324,6 +326,11 @@ class SelectSettings(OnDevice):
     def reads_graph(self) -> bool:
         """Whether the unmodified graph is needed: layers are then weighed by its speed or its size."""
         return self.budget.min_speedup is not None or self.budget.bounds_size or bool(self.workload)
+
+    @property
+    def sees_synthetic(self) -> bool:
+        """Whether layers are chosen by synthetic rows, too."""
+        return self.synthetic and self.criterion in ("greedy", "kl") and self.layers is None
 
     @property
     def truncates(self) -> bool:

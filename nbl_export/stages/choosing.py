@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 
 from nbl_export.blocks import Block, Span, all_parts, with_block
 from nbl_export.errors import BudgetError, InputError
-from nbl_export.files import TEMPORARY
-from nbl_export.graph.io import load_graph, save_beside
-from nbl_export.graph.rounding import UNTIMED, needs_emulation
-from nbl_export.linearize.plan import Plan, ranks_of
+from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.scores import CRITERIA, ranking, with_loss
 from nbl_export.linearize.search import (
     GREEDY_TRIES,
     MeasuredSets,
     Prefixes,
+    Saved,
     capped,
     count_blocks,
     greedy_path,
@@ -31,95 +26,26 @@ from nbl_export.linearize.search import (
     ranked_path,
     single_layer_losses,
 )
-from nbl_export.linearize.selection import Candidate, Curve, CurvePoint, Loss, PlanLoss, keeps, per_saving
-from nbl_export.models.layers import positions
-from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.linearize.selection import (
+    Candidate,
+    Cost,
+    Curve,
+    CurvePoint,
+    Loss,
+    PlanLoss,
+    keeps,
+    per_saving,
+)
+from nbl_export.linearize.stability import stability, undecided
 from nbl_export.settings import Budget
 from nbl_export.settings.definition import bytes_of
 from nbl_export.stages.measuring import Measuring
-from nbl_export.verify.speed import pair
+from nbl_export.stages.speed_by_k import Prefix, SpeedMeter
 from nbl_export.verify.speed.ceiling import Savings
 
-# The prompt that K curves are timed with, and the rounds of base and linearized in turn.
-CONTEXT, ROUNDS = 512, 5
-# The best blocks that replace at most K attentions and MLPs, for any K.
-Prefix = Callable[[int], Sequence[Block]]
 # The plan of what was chosen, and its loss: None where it is that of the K curve.
 Shipped = tuple[Plan, PlanLoss | None]
 Ship = Callable[[Sequence[Block]], Shipped]
-
-
-class SpeedMeter:
-    """Times the graph with K linear layers over the unmodified one, each K once: for the workloads of the settings or,
-    without any, for a prefill and a decode. ``empty`` is a plan without layers, ``prefix`` has the layers of K.
-    """
-
-    def __init__(self, of: Measuring, empty: Plan, prefix: Prefix) -> None:
-        self._of, self._empty, self._prefix, self._workloads = of, empty, prefix, of.settings.workloads
-        limit = positions(of.run.model.model) or CONTEXT + 1
-        self.context = None if self._workloads else min(CONTEXT, limit - 1)
-        self.found: dict[int, dict[str, Any]] = {}  # by the names of a point of the curve
-
-    def missing(self) -> str | None:
-        """Why nothing can be timed; None if it can."""
-        ws = self._of.run.workspace
-        exported = ws.current("export")
-        if exported is None or exported.dropped:
-            return f"the model is not exported yet (nbl-export export {ws.root})"
-        if needs_emulation(load_graph(ws.baseline)):
-            return UNTIMED
-        why = pair.anew_or_why_not(ws.baseline, ws.baseline)
-        return why if isinstance(why, str) else None
-
-    def __call__(self, k: int) -> dict[str, Any]:
-        if k not in self.found:
-            base, listener = self._of.run.workspace.baseline, self._of.listener
-            with self._rewritten(k) as graph:
-                anew = pair.anew_or_why_not(base, graph) is not False
-                if self.context is None:
-                    own, other = pair.workload_ms(base, graph, self._workloads, listener, anew)
-                    self.found[k] = {"timed_speedup": own / other}
-                else:
-                    speed = pair.measure_speed(base, graph, [self.context], ROUNDS, listener, anew)
-                    self.found[k] = {
-                        f"{cell.phase}_speedup": over.value for cell, _, over in speed.speedups()
-                    }
-        return self.found[k]
-
-    def least(self, k: int) -> float:
-        """The least speedup of K layers."""
-        return float(min(self(k).values()))
-
-    @contextmanager
-    def _rewritten(self, k: int) -> Iterator[Path]:
-        """The exported graph with K layers replaced, gone afterwards; it reads other weights of the unmodified one."""
-        ws = self._of.run.workspace
-        graph, data = (ws.root / f"k{k}.{what}{TEMPORARY}" for what in ("onnx", "data"))
-        try:
-            plan = self._empty.with_replaced(self._of.fitting.timed(self._prefix(k)))
-            plan = replace(plan, ranks=ranks_of(plan.layers))
-            rewrite_file(ws.baseline, plan, graph, self._of.listener, partial(save_beside, data=data.name))
-            yield graph
-        finally:
-            graph.unlink(missing_ok=True)
-            data.unlink(missing_ok=True)
-
-    def least_k(self, wanted: float, most: int) -> int:
-        """The smallest K up to ``most`` that is ``wanted`` times as fast in prefill and decode, by bisection.
-
-        What K layers save grows with K. Raises :class:`BudgetError` if not even ``most`` are enough.
-        """
-        if (best := self.least(most)) < wanted:
-            where = "for the workload" if self.context is None else f"at {self.context} tokens"
-            raise BudgetError(
-                f"--min-speedup {wanted:g} is out of reach {where}: {most} linear layers are "
-                f"{best:.2f} times as fast as none: ask for less, or allow more loss."
-            )
-        low, high = 0, most
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.least(middle) >= wanted else (middle, high)
-        return high
 
 
 class Choosing:
@@ -173,16 +99,41 @@ class Choosing:
     def kl_tokens(self) -> int:
         """The predictions that the KL of a single layer is a mean of."""
         meter = self._measuring.meter
-        return (meter.rough if self._criterion.searched else meter).tokens
+        return ((meter.parts[0] if self._criterion.searched else None) or meter).tokens
+
+    @cached_property
+    def _saved(self) -> Saved:
+        """What a set saves: of the workload, or as many as it has."""
+        used, least = self._used, self._budget.min_speedup
+        if not used:
+            return count_blocks
+
+        def saves(blocks: Sequence[Block]) -> float:
+            return used.ms() - used.ms(blocks)
+
+        return capped(saves, used.ms() * (1 - 1 / least)) if least else saves
+
+    def judged_stable(
+        self, candidates: Sequence[Candidate], chosen: Sequence[Block]
+    ) -> tuple[Candidate, ...]:
+        """``candidates``, with how often each would be ``chosen`` by other documents, where that is known.
+
+        A note names those on which the text does not decide.
+        """
+        blocks, prefix = [c.layer for c in candidates], self._prefix
+        if not self._criterion.searched or any(isinstance(block, Span) for block in blocks):
+            return tuple(candidates)
+        path = list(map(prefix, range(1, len(chosen) + 1)))
+        if not path or set(path[-1]) != set(chosen):  # a budget was filled
+            return tuple(candidates)
+        found = stability(self.sets, path, blocks, self._saved, self._settings.seed)
+        if said := undecided(found):
+            self._listener.note(f"{said} More of it decides (--selection-samples).")
+        return tuple(replace(c, stable=found.get(c.layer)) for c in candidates)
 
     def order(self, candidates: Sequence[Candidate]) -> Prefixes:
         """The best of the scored ``candidates`` for every K."""
-        used, least = self._used, self._budget.min_speedup
-
-        def saves(blocks: Sequence[Block]) -> float:
-            return used.ms() - used.ms(blocks) if used else count_blocks(blocks)
-
-        saved = capped(saves, used.ms() * (1 - 1 / least)) if used and least else saves
+        saved = self._saved
         blocks = [c.layer for c in candidates]
 
         def path() -> Iterator[tuple[Block, ...]]:
@@ -206,6 +157,7 @@ class Choosing:
         """
         budget, blocks = self._budget, [candidate.layer for candidate in candidates]
         prefix: Prefix = self.order(candidates)
+        self._prefix = prefix
         if self._settings.k is not None:
             points = self.measure_curve(prefix, self._settings.k) if self._criterion.searched else []
             best = sorted(prefix(self._settings.k))
@@ -341,7 +293,7 @@ class Choosing:
         self, ks: Sequence[int], prefix: Prefix, meter: SpeedMeter, ship: Ship
     ) -> tuple[Shipped, int]:
         """What ships of the first of ``ks`` that is within the budget as it ships, and that K."""
-        cost, least = "", self._budget.min_speedup
+        cost, mend, least = "", "", self._budget.min_speedup
         for k in ks:
             # The last is the least that is fast enough, which was timed to find it.
             if k != ks[-1] and least is not None and (speed := meter.least(k)) < least:
@@ -350,14 +302,17 @@ class Choosing:
                 )
                 continue
             shipped = ship(sorted(prefix(k)))
-            loss = shipped[1].loss if shipped[1] else None
+            loss: Cost | None = shipped[1].loss if shipped[1] else None
+            where, mend = "as it ships", "ask for a larger --rank or another --fit"
+            if self._budget.bounds_loss and (loss is None or keeps(self._budget, loss)):
+                loss, where = self._measuring.heldout_loss(shipped[0]), "on held-out text"
+                mend = "choose on more text (--selection-samples)"
             if loss is None or keeps(self._budget, loss):
                 return shipped, k
-            cost = f"K = {k} costs {_cost(loss)} as it ships"
+            cost = f"K = {k} costs {_cost(loss)} {where}"
             self._listener.note(f"{cost}, more than the budget.")
         raise BudgetError(
-            f"No K meets the budget with the fit, the repair or the rank asked for: {cost}: allow more loss, or ask "
-            "for a larger --rank or another --fit."
+            f"No K meets the budget with the fit, the repair or the rank asked for: {cost}: allow more loss, or {mend}."
         )
 
     def _curve(self, points: Sequence[CurvePoint], chosen: int, context: int | None = None) -> Curve | None:
@@ -369,14 +324,12 @@ class Choosing:
         return Curve(tuple(points), chosen, self._budget, context, int(counted.size), len(np.unique(counted)))
 
 
-def _cost(loss: Loss | CurvePoint) -> str:
-    return (
-        f"a KL of {loss.kl:.3g} and a perplexity ratio of {loss.perplexity_ratio:.3f} on the selection text"
-    )
+def _cost(loss: Cost) -> str:
+    return f"a KL of {loss.kl:.3g} and a perplexity ratio of {loss.perplexity_ratio:.3f}"
 
 
 def _why_no_k(points: Sequence[CurvePoint], budget: Budget, k: int, least: int) -> str:
-    cost = f"K = {points[0].k} costs {_cost(points[0])}"
+    cost = f"K = {points[0].k} costs {_cost(points[0])} on the selection text"
     if least <= 1:
         return f"No K meets the budget, since {cost}: allow more loss, or give --k."
     speedup = None if budget.min_speedup is None else f"{budget.min_speedup:g}"

@@ -23,6 +23,7 @@ import torch
 from nbl_export.blocks import Block, as_json, part_of, parts_in
 from nbl_export.calibrate.collect import moments_of
 from nbl_export.calibrate.moments import LayerMoments, layer_file, load_moments, save_layer
+from nbl_export.calibrate.synthetic import SyntheticRow, synthetic_rows
 from nbl_export.calibrate.text import CalibrationText, load_text
 from nbl_export.errors import InputError
 from nbl_export.files import TEMPORARY, read_sealed, sha256_of_json, write_sealed
@@ -42,10 +43,10 @@ from nbl_export.linearize.plan import DROPPED, LinearLayer, Plan, Replacement, b
 from nbl_export.linearize.repair import Distillation, Repaired, repair
 from nbl_export.linearize.scores import naming, score_layer
 from nbl_export.linearize.search import NOISE, MeasuredSets, measured_losses, sensitivity, usable
-from nbl_export.linearize.selection import Candidate, Loss
+from nbl_export.linearize.selection import Candidate, Loss, Sums
 from nbl_export.models import load
 from nbl_export.models.candidates import block_modules
-from nbl_export.models.load import as_setting
+from nbl_export.models.load import as_setting, load_tokenizer
 from nbl_export.models.media_tokens import seeing
 from nbl_export.models.weights import resident, room
 from nbl_export.processes import Checkpoint
@@ -55,8 +56,10 @@ from nbl_export.records import STAGES
 from nbl_export.settings import SelectSettings
 from nbl_export.settings.choices import DEFAULT_RIDGE
 from nbl_export.stages.run import Run
+from nbl_export.verify.loss import measure_method_loss
+from nbl_export.verify.parity.figures import MethodLoss
 
-_FORMAT = "nbl-export/measured/1"
+_FORMAT = "nbl-export/measured/2"
 # The linear layers that are measured: those of Fitting by these names.
 Linear = Literal["for_choosing", "dropped"]
 
@@ -122,10 +125,11 @@ class Measuring(ExitStack):
     def sets(self, linear: Linear, **fitted: Any) -> MeasuredSets:
         """The losses of sets of ``linear`` layers, which depend only on ``fitted`` and the calibration."""
 
-        def measure(sets: Sequence[Sequence[Block]], settled: frozenset[Block], roughly: bool) -> list[Loss]:
-            return self._ask("losses", sets, linear, settled, roughly)
+        def measure(sets: Sequence[Sequence[Block]], settled: frozenset[Block], part: int) -> list[Sums]:
+            return self._ask("losses", sets, linear, settled, part)
 
-        known = Losses(self, fit_input=self.settings.fit_input, **fitted)
+        rows = {"synthetic": self.settings.seed if self.settings.sees_synthetic else None}
+        known = Losses(self, fit_input=self.settings.fit_input, **rows, **fitted)
         return MeasuredSets(lambda: self.meter, self.moments, known, measure, self.run.ranks.count)
 
     def sensitivities(self, layers: Sequence[Block]) -> Iterator[Loss]:
@@ -138,11 +142,21 @@ class Measuring(ExitStack):
                 self.meter  # noqa: B018  made by all at the same time
                 found = self._ask("sensitivities", some)
                 known.update({str(i): loss for i, loss in zip(some, found, strict=True)})
-            yield known[str(layer)]
+            yield known[str(layer)].loss
 
     def loss_of(self, plan: Plan) -> Loss:
         """The loss of the model with ``plan`` applied, on the selection text."""
         return usable(loss_of_plan(self.own_meter, plan), plan.chosen, "replaced as they ship")
+
+    def heldout_loss(self, plan: Plan) -> MethodLoss:
+        """The loss of ``plan`` on the held-out text, as ``verify`` measures it."""
+        return measure_method_loss(
+            self.run.model.in_dtype("float32"),
+            plan,
+            self.text.heldout,
+            self.text.heldout_document,
+            self.listener,
+        )
 
     def key(self, **depends: Any) -> str:
         """A key of ``depends``, the calibration, how this version fits, and how and where the model is run."""
@@ -173,21 +187,28 @@ class Measuring(ExitStack):
     def own_meter(self) -> LossMeter:
         text, owners = self.text.selection, self.text.selection_document
         with self.listener.task("Running the original", text.size, "tokens") as task:
-            return LossMeter(self.model, text, owners, self.settings.fit_input, task.advance, self.listener)
+            how = self.settings.fit_input, task.advance, self.listener
+            return LossMeter(self.model, text, owners, *how, self._synthetic_rows)
+
+    @cached_property
+    def _synthetic_rows(self) -> list[SyntheticRow]:
+        if not self.settings.sees_synthetic:
+            return []
+        return synthetic_rows(self.text, load_tokenizer(self.run.model.source), self.settings.seed)
 
     def _losses(
-        self, sets: Sequence[Sequence[Block]], linear: Linear, settled: frozenset[Block], roughly: bool
-    ) -> list[Loss]:
+        self, sets: Sequence[Sequence[Block]], linear: Linear, settled: frozenset[Block], part: int
+    ) -> list[Sums]:
         layers: Mapping[Block, Replacement] = getattr(self.fitting, linear)
-        return measured_losses(self.own_meter, layers, sets, settled, roughly) if sets else []
+        return measured_losses(self.own_meter, layers, sets, settled, part) if sets else []
 
-    def _sensitivities(self, layers: Sequence[Block]) -> list[Loss]:
+    def _sensitivities(self, layers: Sequence[Block]) -> list[Sums]:
         energy, model = self.fitting.energy, self.model
         return [sensitivity(self.own_meter, block_modules(model, i), energy(i)) for i in layers]
 
 
-class Losses(dict[str, Loss]):
-    """Losses by name, which depend on the calibration, on how and where the model is run, and ``depends``: on disk."""
+class Losses(dict[str, Sums]):
+    """What was measured, by name, on disk: it depends on the calibration, how the model is run, and ``depends``."""
 
     def __init__(self, of: Measuring, **depends: Any) -> None:
         self._path, self._key = of.run.workspace.measured, of.key(**depends)
@@ -197,8 +218,7 @@ class Losses(dict[str, Loss]):
             of.listener.note(f"{self._path.name} is damaged and was ignored.")
             self._path.unlink()
             known = {}
-        # JSON has no NaN or infinity, so such a loss is stored as text.
-        super().__init__({n: Loss(**{k: float(x) for k, x in v.items()}) for n, v in known.items()})
+        super().__init__({name: Sums(**found) for name, found in known.items()})
 
     def _stored(self) -> dict[str, Any]:
         if not self._path.exists():
@@ -206,11 +226,11 @@ class Losses(dict[str, Loss]):
         raw = read_sealed(self._path, "The file of measured losses", "")
         return raw["losses"] if raw.get("format") == _FORMAT else {}
 
-    def update(self, losses: Mapping[str, Loss]) -> None:  # type: ignore[override]
+    def update(self, losses: Mapping[str, Sums]) -> None:  # type: ignore[override]
         """Store ``losses`` that were measured."""
         super().update(losses)
         # Read again, since another of this run may have written to the file.
-        raw = {name: loss.as_json() for name, loss in self.items()}
+        raw = {name: vars(found) for name, found in self.items()}
         write_sealed(self._path, {"format": _FORMAT, "losses": {**self._stored(), self._key: raw}})
 
 

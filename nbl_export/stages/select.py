@@ -81,6 +81,7 @@ def make_plan(of: Measuring) -> list[Path]:
         if any(c.kl is not None for c in candidates):
             kl_tokens = choosing.kl_tokens
         (plan, result), curve = choosing.choose(candidates, ship)
+        candidates = choosing.judged_stable(candidates, plan.chosen)
     save_plan(ws.plan, plan)
     ws.repair_checkpoint.unlink(missing_ok=True)
     scored = tuple(

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from nbl_export.batch import F64, Inputs, batch_of_rows
-from nbl_export.linearize.loss import compare, loss_over_documents, mean_over_documents, reference
+from nbl_export.linearize.loss import compare, mean_over_documents, reference, sums_of
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.selection import exp
 from nbl_export.linearize.swap import ORIGINAL, linearized, sweep, version_of
@@ -53,7 +53,7 @@ def measure_method_loss(
     owner = document[:, 1:].reshape(-1)
     before, kl, excess = (np.concatenate(figure)[owner >= 0] for figure in zip(*found, strict=True))
     owner = owner[owner >= 0]
-    loss, nll = loss_over_documents(kl, excess, owner), float(before.mean())
+    loss, nll = sums_of(kl, excess, owner).loss, float(before.mean())
     return MethodLoss(
         documents=len(np.unique(owner)),
         tokens=len(owner),

@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from nbl_export.batch import F64, FIRST
+from nbl_export.calibrate.synthetic import SyntheticRow
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize import loss as module
-from nbl_export.linearize.loss import LossMeter, compare, loss_of_plan, loss_over_documents, reference
+from nbl_export.linearize.loss import LossMeter, compare, loss_of_plan, reference, sums_of
 from nbl_export.linearize.plan import Adapter, LinearLayer
 from nbl_export.linearize.search import (
     NOISE,
     sensitivity,
 )
-from nbl_export.linearize.selection import Loss
+from nbl_export.linearize.selection import Loss, Sums
 from nbl_export.linearize.swap import adapted, replaced
 from nbl_export.models import weights
 from nbl_export.models.layers import attention_layers, hidden_size
@@ -98,7 +99,7 @@ def test_losses_over_documents() -> None:
     rng = np.random.default_rng(0)
     kl, excess = rng.random(60), rng.normal(size=60)
     owner = np.sort(rng.choice([2, 5, 9], 60)).astype(np.int32)
-    loss = loss_over_documents(kl, excess, owner)
+    loss = sums_of(kl, excess, owner).loss
     assert (loss.kl, loss.kl_se) == pytest.approx(ratio_estimate(kl, owner), rel=1e-12)
     assert (loss.excess, loss.excess_se) == pytest.approx(ratio_estimate(excess, owner), rel=1e-12)
     assert loss.perplexity_ratio == pytest.approx(math.exp(loss.excess))
@@ -169,7 +170,7 @@ def test_every_set_costs_what_whole_runs_say_in_any_order(model: Any, how: FitIn
         # Settled now and then on sets that the next ones do or do not add to.
         if number % 2 == 0:
             meter.settle({i: maps[i] for i in settled[number // 2 % len(settled)]})
-        assert_close(meter.measure({i: maps[i] for i in chosen}), want[chosen])
+        assert_close(meter.measure({i: maps[i] for i in chosen}).loss, want[chosen])
 
 
 def fresh(model: Any, settled: Mapping[int, LinearLayer], how: FitInput = "normed") -> LossMeter:
@@ -202,21 +203,39 @@ def test_a_search_settles_on_the_best_set_without_running_it_again(
             assert all(torch.equal(row[i], expected[i]) for i in row)
 
 
-def test_a_rough_loss_is_that_of_the_first_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_the_rows_add_up_and_the_first_has_all_synthetic_ones(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     maps, (rows, document) = random_maps(*range(4)), text()
-    meter = LossMeter(model, rows, document, "normed")
+    synthetic = [SyntheticRow(kind, row, 3) for kind, row in zip("ab", text()[0], strict=False)]
+    meter = LossMeter(model, rows, document, "normed", synthetic=synthetic)
+    assert meter.tokens == ROWS * (LENGTH - 1), "of the text"
+    assert meter.parts == [meter, None, None], "of a text that is short, all"
+    monkeypatch.setattr(module, "_FIRST_TOKENS", LENGTH + 1)
+    meter = LossMeter(model, rows, document, "normed", synthetic=synthetic)
+    if meter.together:
+        assert meter.parts == [meter, None, None]
+        return
+    there = [part for part in meter.parts if part]
+    assert [part.tokens // (LENGTH - 1) for part in there] == [2, ROWS - 2]
     meter.settle({1: maps[1]})
-    assert meter.rough.tokens == meter.tokens, "of a text that is short, all"
-    monkeypatch.setattr(module, "_ROUGH_TOKENS", LENGTH + 1)
-    meter = LossMeter(model, rows, document, "normed")
-    count = ROWS if meter.together else 2
-    part = LossMeter(model, rows[:count], document[:count], "normed")
-    assert meter.rough.tokens == part.tokens
     for layers in ({}, {2: maps[2]}, {1: maps[1], 3: maps[3]}):
-        assert meter.rough.measure(layers) == part.measure(layers)
-    meter.settle({1: maps[1]})
-    assert meter.rough.measure({2: maps[2]}) == part.measure({2: maps[2]}), "wherever the other is settled"
-    assert_close(meter.measure({2: maps[2]}), whole_run(model, rows, document, {2: maps[2]}, "normed"))
+        there[0].settle({})
+        found = [part.measure(layers) for part in there]
+        assert_close(sum(found, Sums()).loss, meter.measure(layers).loss)
+        assert found[0].synthetic.keys() == {"a", "b"} and not found[1].synthetic
+        assert_close(found[0].loss, whole_run(model, rows[:2], document[:2], layers, "normed"))
+
+
+def test_of_a_synthetic_row_the_end_is_counted(in_memory: Any) -> None:
+    maps, (rows, document) = random_maps(2), text()
+    counted = 5
+    meter = LossMeter(in_memory, rows, document, "normed", synthetic=[SyntheticRow("a", rows[0], counted)])
+    found = meter.measure(maps)
+    owner = np.where(np.arange(LENGTH) < counted, -1, 0)[None]
+    want = LossMeter(in_memory, rows[:1], owner, "normed").measure(maps)
+    assert found.synthetic == {"a": want.text["0"]} and want.text["0"][0] == LENGTH - counted
+    assert found.loss.cost == found.loss.kl + want.loss.kl > 0
 
 
 def test_the_loss_of_a_plan_is_that_of_its_layers(model: Any) -> None:
@@ -224,7 +243,7 @@ def test_the_loss_of_a_plan_is_that_of_its_layers(model: Any) -> None:
     plan = replace(make_plan(), hidden_size=D, layer_count=4, layers=maps)
     meter = LossMeter(model, rows, document, "normed")
     assert_close(loss_of_plan(meter, plan), whole_run(model, rows, document, maps, "normed"))
-    assert loss_of_plan(meter, replace(plan, layers={})) == meter.measure({})
+    assert loss_of_plan(meter, replace(plan, layers={})) == meter.measure({}).loss
 
 
 # block by block ----------------------------------------------------------------------------------
@@ -291,7 +310,7 @@ def test_large_predictions_are_made_again_row_by_row_to_the_bit(
         losses = meter.measure_all(sets)
         meter.settle({1: maps[1]})
         found.append([*losses, *meter.measure_all(sets), sensitivity(meter, attention_layers(model)[2], 5.0)])
-    assert found[0] == found[1] and found[0][0] == Loss(0, 0, 0, 0)
+    assert found[0] == found[1] and found[0][0].loss == Loss(0, 0, 0, 0)
 
 
 # noise -------------------------------------------------------------------------------------------
@@ -301,7 +320,7 @@ def test_noise_against_a_run_with_the_noise_added_by_hand() -> None:
     model, (rows, document) = tiny_model("llama"), text()
     layer, energy = attention_layers(model)[2], 7.0
     meter = LossMeter(model, rows, document, "normed")
-    found = sensitivity(meter, layer, energy)
+    found = sensitivity(meter, layer, energy).loss
     drawn: list[torch.Tensor] = []
     inner = model.model.layers[2].self_attn.o_proj
     original = inner.forward
@@ -345,7 +364,7 @@ def test_tokens_of_images_are_seen_and_not_predicted(kept: int, monkeypatch: pyt
     owner = np.where(rows >= FIRST, -1, np.arange(3)[:, None]).astype(np.int32)
     layers = {1: LinearLayer(np.zeros((d, d), np.float32), np.zeros(d, np.float32))}
     with seeing(model, images):
-        found = LossMeter(model, rows, owner, "normed").measure(layers)
+        found = LossMeter(model, rows, owner, "normed").measure(layers).loss
 
     kl, excess, owners = [], [], []
     for row, of in zip(rows, owner, strict=True):
@@ -362,7 +381,7 @@ def test_tokens_of_images_are_seen_and_not_predicted(kept: int, monkeypatch: pyt
         kl.append(pair[0][word])
         excess.append(pair[1][word])
         owners.append(of[1:][word])
-    expected = loss_over_documents(np.concatenate(kl), np.concatenate(excess), np.concatenate(owners))
+    expected = sums_of(np.concatenate(kl), np.concatenate(excess), np.concatenate(owners)).loss
     assert found.kl == pytest.approx(expected.kl, rel=5e-3) and found.kl > 0.01
     assert found.excess == pytest.approx(expected.excess, abs=1e-4)
     assert found.kl_se == pytest.approx(expected.kl_se, rel=5e-3)

@@ -23,7 +23,7 @@ from nbl_export.evaluate.results import (
     TaskResult,
 )
 from nbl_export.graph.summary import Float32Node, GraphSummary
-from nbl_export.linearize.selection import Curve
+from nbl_export.linearize.selection import Curve, Loss, PlanLoss
 from nbl_export.models.source import ModelIdentity
 from nbl_export.records import Check
 from nbl_export.report.drawing import (
@@ -318,6 +318,22 @@ def test_verdict_names_what_it_costs_and_what_was_asked(report: Report) -> None:
     assert both == f"{what}, at most perplexity × 2 and KL 0.5 asked"
     nan = replace(costly, method_loss=replace(loss, perplexity_ratio=math.nan, kl=math.inf))
     assert "perplexity × nan, KL inf on held-out text" in verdict_line(nan)
+
+
+def test_a_loss_beyond_that_of_the_selection_text_is_said_with_what_mends_it(report: Report) -> None:
+    measured = report.method_loss
+    assert isinstance(measured, MethodLoss)
+    chosen = Loss(kl=0.1, kl_se=0.01, excess=math.log(1.1), excess_se=0.05)
+    selected = replace(report, selection=replace(report.selection, result=PlanLoss(loss=chosen)))
+
+    def line(ratio: float) -> str:
+        loss = replace(measured, perplexity_ratio=ratio, perplexity_ratio_se=0.05 * ratio)
+        return verdict_line(replace(selected, method_loss=loss))
+
+    # Two errors of 5 % each: 1.1 · e^0.1 = 1.2157.
+    assert "selection text" not in line(1.215)
+    assert "(× 1.100 on the selection text: choose on more of it, --selection-samples)" in line(1.217)
+    assert "selection text" not in line(math.nan)
 
 
 def test_blocks_are_listed() -> None:

@@ -24,15 +24,17 @@ from nbl_export.blocks import Block, Mlp, Span, as_json, from_json
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import BudgetError, InputError
 from nbl_export.files import TEMPORARY
-from nbl_export.linearize.loss import LossMeter
+from nbl_export.linearize.loss import PARTS, LossMeter
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.search import MeasuredSets, Prefixes
-from nbl_export.linearize.selection import Candidate, CurvePoint, Loss, per_saving
+from nbl_export.linearize.selection import Candidate, CurvePoint, Sums, per_saving
 from nbl_export.progress import Silent
 from nbl_export.settings import Budget, SelectSettings
 from nbl_export.settings.definition import AUTO
 from nbl_export.stages import choosing as stage
+from nbl_export.stages import speed_by_k
 from nbl_export.stages.choosing import Choosing, SpeedMeter
+from nbl_export.verify.loss import measure_method_loss
 from nbl_export.verify.speed import pair as pair_module
 from nbl_export.verify.speed.pair import measure_speed
 from nbl_export.workspace import Workspace
@@ -52,7 +54,7 @@ from tests.stages.select.conftest import (
 
 def test_scores_and_the_curve_are_those_of_whole_runs(out: Path, stories_folder: Path) -> None:
     model = load(stories_folder)
-    plan = select(out, api.SelectSettings(k=5))
+    plan = select(out, api.SelectSettings(k=5, synthetic=False))
     maps, known = plan.layers, candidates(out)
     for c in known["candidates"]:
         assert c["kl"] == pytest.approx(kl_by_hand(out, model, {c["layer"]: maps[c["layer"]]}), rel=5e-3)
@@ -86,6 +88,29 @@ def test_the_largest_k_within_a_budget(out: Path, timed: list[int]) -> None:
             # A few points are timed, among them the chosen one.
             speeds = {p["k"]: (p["prefill_speedup"], p["decode_speedup"]) for p in said["points"]}
             assert speeds[best] == (1 + best / 10, 1 + best / 8) and said["context"] == 511
+
+
+def test_a_budget_holds_on_held_out_text_too(out: Path, stories_folder: Path, timed: list[int]) -> None:
+    plan, text = select(out, api.SelectSettings(k=1)), load_text(Workspace.open(out).text)
+    heldout = measure_method_loss(load(stories_folder), plan, text.heldout, text.heldout_document).kl
+    bound = (candidates(out)["curve"]["points"][0]["kl"] + heldout) / 2
+    assert bound < heldout, "the selection text alone would allow a layer"
+    with pytest.raises(
+        BudgetError, match=rf"K = 1 costs a KL of {heldout:.3g} .* on held-out text: .*more text"
+    ):
+        select(out, api.SelectSettings(budget=api.Budget(max_kl=bound)))
+    assert select(out, api.SelectSettings(budget=api.Budget(max_kl=heldout * 1.0001))).chosen == plan.chosen
+
+
+def test_layers_are_chosen_by_synthetic_rows_too_and_how_certainly(out: Path) -> None:
+    select(out, api.SelectSettings(k=2))
+    scored = {c["layer"]: c for c in candidates(out)["candidates"]}
+    costs = {i: c["kl"] + np.mean(list(c["synthetic"].values())) for i, c in scored.items()}
+    assert candidates(out)["curve"]["points"][0]["layers"] == [min(costs, key=lambda i: costs[i])]
+    assert all(len(c["synthetic"]) == 6 and 0 <= c["stable"] <= 1 for c in scored.values())
+    assert sum(c["stable"] for c in scored.values()) == pytest.approx(2)
+    select(out, api.SelectSettings(k=2, synthetic=False))
+    assert not any("synthetic" in c and c["synthetic"] for c in candidates(out)["candidates"])
 
 
 def test_the_plan_that_ships_is_the_plan_that_is_weighed(
@@ -140,7 +165,7 @@ def choosing_of(settings: SelectSettings, ms: Mapping[Block, float] = MS) -> Cho
         for blocks in combinations(sorted(KL), count):
             total = sum(KL[b] for b in blocks)
             name = ",".join(map(str, blocks))
-            known |= dict.fromkeys((name, f"{name} roughly"), Loss(total, 0.0, total, 0.0))
+            known |= {f"{name} part {part}": Sums({"0": (1.0, total, total)}) for part in range(PARTS)}
     measuring: Any = SimpleNamespace(settings=settings, listener=Silent())
     nothing: Any = None  # no graph is written
     found = Choosing(measuring, nothing, Saved(ms))  # type: ignore[arg-type]
@@ -425,8 +450,8 @@ def test_a_trial_graph_has_only_its_own_weights_and_is_gone_afterwards(
         return measure_speed(base, linear, *asked)
 
     monkeypatch.setattr(pair_module, "measure_speed", measured)
-    monkeypatch.setattr(stage, "CONTEXT", 16)
-    monkeypatch.setattr(stage, "ROUNDS", 3)
+    monkeypatch.setattr(speed_by_k, "CONTEXT", 16)
+    monkeypatch.setattr(speed_by_k, "ROUNDS", 3)
     select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0), rank=8))
     assert written == [2 * 4 * 64 * 8 * k for k in stage._timed_ks(range(1, 6), 5)]
     assert not list(out.glob(f"*{TEMPORARY}"))

@@ -1,0 +1,50 @@
+"""How often layers are chosen by resampled documents, where that can be known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.linearize.search import MeasuredSets, count_blocks
+from nbl_export.linearize.selection import Sums
+from nbl_export.linearize.stability import stability
+
+
+def sets_of(costs: dict[int, list[float]], synthetic: dict[int, float] | None = None) -> MeasuredSets:
+    """Sets whose blocks cost so much, each alone, of each document of ten tokens."""
+    known = {
+        f"{','.join(map(str, chosen))} part 0": Sums(
+            {str(n): (10.0, sum(costs[b][n] for b in chosen), 0.0) for n in range(len(costs[0]))},
+            {"a": (1.0, sum(synthetic[b] for b in chosen), 0.0)} if synthetic else {},
+        )
+        for chosen in [(b,) for b in costs] + [(0, b) for b in costs if b]
+    }
+    anything: Any = None
+    return MeasuredSets(anything, costs, known, anything)
+
+
+def shares(sets: MeasuredSets, blocks: int = 3) -> dict[Any, float]:
+    return stability(sets, [(0,), (0, 1)], range(blocks), count_blocks, 0)
+
+
+def test_what_every_document_says_is_certain_and_what_they_are_divided_on_is_not() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=12)
+    # 0 is best by every document. Half of the documents prefer 1, half 2.
+    costs = {0: [0.1] * 12, 1: (5 + noise).tolist(), 2: (5 - noise + 2 * noise.mean()).tolist()}
+    found = shares(sets_of(costs))
+    assert found[0] == 1.0
+    assert 0.25 < found[1] < 0.75 and found[1] + found[2] == pytest.approx(1)
+    costs[2] = [9.0] * 12
+    assert shares(sets_of(costs)) == {0: 1.0, 1: 1.0, 2: 0.0}
+
+
+def test_synthetic_rows_count_in_every_sample() -> None:
+    costs = {0: [0.1] * 12, 1: [3.0] * 12, 2: [5.0] * 12}
+    assert shares(sets_of(costs, {0: 0.0, 1: 9.0, 2: 0.0})) == {0: 1.0, 1: 0.0, 2: 1.0}
+
+
+def test_one_document_says_nothing() -> None:
+    assert shares(sets_of({0: [1.0], 1: [2.0], 2: [3.0]})) == {}
