@@ -29,13 +29,15 @@ import numpy as np
 
 from nbl_export import api
 from nbl_export.calibrate.documents import documents
-from nbl_export.calibrate.text import end_token
+from nbl_export.calibrate.synthetic import SyntheticRow, synthetic_rows
+from nbl_export.calibrate.text import end_token, load_text
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
 from nbl_export.models.load import LoadedModel, load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
 from nbl_export.report.schema import environment
+from nbl_export.workspace import Workspace
 
 SEQ_LEN = 512
 PAPER = "cca, lmmse"
@@ -45,6 +47,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "linearity, lmmse": {"criterion": "linearity"},
     "kl, lmmse": {"criterion": "kl"},
     "greedy, lmmse": {"criterion": "greedy"},
+    "greedy by the text alone": {"criterion": "greedy", "synthetic": False},
     "greedy, weighted": {"criterion": "greedy", "fit": "weighted"},
     "greedy, sequential": {"criterion": "greedy", "fit": "sequential"},
     "greedy, lmmse, ridge by held-out error": {"criterion": "greedy", "ridge": None},
@@ -69,6 +72,21 @@ def packed(tokenizer: Any, text: str, tokens: int) -> tuple[Any, Any]:
             break
     length = min(len(ids), tokens) // SEQ_LEN * SEQ_LEN
     return tuple(np.array(a[:length], dtype=np.int32).reshape(-1, SEQ_LEN) for a in (ids, owners))  # type: ignore[return-value]
+
+
+def in_context(out: Path, tokenizer: Any) -> Mapping[str, tuple[Any, Any]]:
+    """Of each kind of synthetic rows some that no selection has seen, and what is counted of them."""
+    text, found = load_text(Workspace.open(out).text), dict[str, list[SyntheticRow]]()
+    for seed in range(1000, 1004):
+        for row in synthetic_rows(text, tokenizer, seed):
+            found.setdefault(row.kind, []).append(row)
+    return {
+        kind: (
+            np.stack([row.tokens for row in rows]),
+            np.stack([np.insert(np.where(row.owner < 0, -1, n), 0, -1) for n, row in enumerate(rows)]),
+        )
+        for kind, rows in found.items()
+    }
 
 
 def table(results: Mapping[str, Any], judges: list[str]) -> str:
@@ -109,6 +127,9 @@ def main() -> None:
     parser.add_argument(
         "--heldout-samples", type=int, default=1, help="rows that the folder keeps for verify"
     )
+    parser.add_argument(
+        "--context", action="store_true", help="judge by synthetic rows, too: copies, formats, look-ups"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/bench-quality"))
     arguments = parser.parse_args()
     text = api.CalibrateSettings(
@@ -129,6 +150,9 @@ def main() -> None:
         name: LossMeter(model, *packed(tokenizer, text, arguments.tokens), "normed")
         for name, text in judges.items()
     }
+    if arguments.context:
+        rows = in_context(arguments.out, tokenizer)
+        meters |= {kind: LossMeter(model, *judged, "normed") for kind, judged in rows.items()}
     for way, k in itertools.product(arguments.ways or WAYS, arguments.k):
         if f"{way}|{k}" in results:
             continue
@@ -143,7 +167,7 @@ def main() -> None:
         print(f"{way}, K = {k}: {results[f'{way}|{k}']}", flush=True)
     machine = environment()
     written = (
-        f"{table(results, list(judges))}\n\n{Path(arguments.model).name}, calibrated on "
+        f"{table(results, list(meters))}\n\n{Path(arguments.model).name}, calibrated on "
         f"{', '.join(Path(t).name for t in arguments.calibration)}, {arguments.samples} rows at most; "
         f"{arguments.tokens} tokens of each text; {dtype_of(model)}. {machine.processor}, {machine.cores} cores, "
         f"{machine.memory_gib} GiB; torch {machine.packages['torch']}.\n"
