@@ -236,7 +236,8 @@ class _Race:
         # What ``chosen`` costs on each number of parts, and on all over that: what is added is brought to that scale.
         counts = range(1, PARTS + 1)
         self._base = {n: sets.sums(chosen, n).loss.cost if chosen else 0.0 for n in counts}
-        self._scale = {n: self._base[PARTS] / cost if cost > 0 else scale for n, cost in self._base.items()}
+        whole = self._base[PARTS]
+        self._scale = {n: whole / cost if min(whole, cost) > 0 else scale for n, cost in self._base.items()}
         self._scale[PARTS] = 1.0
         self.added: dict[Block, float] = {}
 
@@ -251,7 +252,9 @@ class _Race:
         for parts in range(2, PARTS + 1):
             best = min(rates, key=lambda b: (rates[b], b))
             error = {block: self._scale[parts - 1] * self._error(block, best, parts - 1) for block in rates}
-            left = [block for block in rates if rates[block] <= rates[best] + 2 * error[block]]
+            left = [
+                block for block in rates if block == best or rates[block] <= rates[best] + 2 * error[block]
+            ]
             self._sets.announce(self._nexts[block] for block in left)
             rates = {block: self._rate(block, parts) for block in left}
         return min(rates, key=lambda b: (rates[b], self.added[b], b))
@@ -286,7 +289,8 @@ def _to_scale(sets: MeasuredSets, rough: Mapping[Block, float]) -> tuple[dict[Bl
     sets.settle(())
     sets.announce([block] for block in small)
     exact = {block: sets.loss([block]).cost for block in small}
-    scale = sum(exact.values()) / sum(rough[block] for block in small) if small else 1.0
+    whole = sum(exact.values())
+    scale = whole / sum(rough[block] for block in small) if whole > 0 else 1.0
     return {block: exact.get(block, cost * scale / _ROUGH) for block, cost in rough.items()}, scale
 
 

@@ -40,8 +40,8 @@ def stability(
         base = sets.known(before) if before else Sums()
         for column, block in enumerate(blocks):
             found = sets.known([*before, block]) if block not in before else None
-            if found is not None and base is not None:
-                rates[:, column] = _added(found, base, documents, drawn) / saved([block])
+            if found is not None and base is not None and (saves := saved([block])) > 0:
+                rates[:, column] = _added(found, base, documents, drawn) / saves
         best = np.where(chosen, np.inf, rates).argmin(axis=1)
         chosen[np.arange(_SAMPLES), best] = True
     return dict(zip(blocks, chosen.mean(axis=0).tolist(), strict=True))
