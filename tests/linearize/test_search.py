@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -212,6 +213,39 @@ def test_a_set_is_the_same_in_any_order_and_a_meter_is_made_only_for_what_is_new
     }
     sets = MeasuredSets(none, table.maps, known, none)
     assert sets.loss([2, 0]) == of_kl(9.0) and sets.loss([]) == of_kl(0.0)
+
+
+def raced(costs: Mapping[int, tuple[float, float]]) -> tuple[list[int], list[tuple[tuple[int, ...], int]]]:
+    """The order of layers that cost so much of each of the six documents of a part, more or less by the second figure
+    in every other one; and which sets were measured on which part."""
+    asked: list[tuple[tuple[int, ...], int]] = []
+
+    def measure(sets: Sequence[Sequence[int]], _settled: frozenset[Block], part: int) -> list[Sums]:
+        asked.extend((tuple(layers), part) for layers in sets)
+        return [
+            Sums(
+                {
+                    str(6 * part + n): (1.0, sum(costs[i][0] + (-1) ** n * costs[i][1] for i in layers), 0.0)
+                    for n in range(6)
+                }
+            )
+            for layers in sets
+        ]
+
+    meter: Any = SimpleNamespace(parts=[True, True, True], together=False)
+    sets = MeasuredSets(lambda: meter, costs, {}, measure)  # type: ignore[arg-type]
+    return greedy_order(sets, single_layer_losses(sets), 2), asked
+
+
+def test_what_is_certainly_behind_is_measured_on_no_more_rows() -> None:
+    order, asked = raced({0: (1.0, 0.0), 1: (5.0, 0.0), 2: (5.5, 0.0), 3: (9.0, 0.0)})
+    assert order == [0, 1]
+    assert ((0, 2), 0) in asked and ((0, 2), 1) not in asked, "every document says so"
+    assert ((0, 1), 2) in asked, "what is taken is measured on all"
+    order, asked = raced({0: (1.0, 0.0), 1: (5.0, 2.0), 2: (5.5, -2.0), 3: (90.0, 0.0)})
+    assert order == [0, 1]
+    assert ((0, 2), 2) in asked, "documents are divided on it"
+    assert not any(3 in layers and len(layers) > 1 for layers, _ in asked), "its bound is above the best"
 
 
 # no numbers --------------------------------------------------------------------------------------
