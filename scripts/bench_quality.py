@@ -21,7 +21,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,16 @@ def in_context(out: Path, tokenizer: Any) -> Mapping[str, tuple[Any, Any]]:
     }
 
 
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *rows))
+
+
 def table(results: Mapping[str, Any], judges: list[str]) -> str:
     """The results as Markdown."""
     columns = ["way", "K", *(f"{j} {c}" for j in judges for c in ("excess", "÷ paper", "KL"))]
     columns += ["seconds", "layers"]
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for way, k in sorted(
         (key.split("|") for key in results), key=lambda at: (list(WAYS).index(at[0]), int(at[1]))
     ):
@@ -109,7 +114,7 @@ def table(results: Mapping[str, Any], judges: list[str]) -> str:
             ]
         line += [f"{cell['seconds']:.0f}", " ".join(map(str, cell["layers"]))]
         lines.append(line)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(columns, lines)
 
 
 def main() -> None:

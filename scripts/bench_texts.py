@@ -19,27 +19,30 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from bench_quality import PAPER, markdown
+
+from nbl_export.api import CalibrateSettings
 from nbl_export.settings.choices import SELF
 
-C4, WIKIPEDIA, WIKITEXT = "C4", "Wikipedia", "WikiText-2"
-# What each run is calibrated on, and what it is judged on; a model's own text is judged on all.
+# The text of each file. What a model writes itself is the fifth that is calibrated on.
 FILES = {
-    "c4_demo_300": (C4, "c4_demo_300.jsonl.gz"),
-    "c4_exllamav2_118": (C4, "c4_exllamav2_118.jsonl.gz"),
-    "wikipedia_exllamav2_2349": (WIKIPEDIA, "wikipedia_exllamav2_2349.jsonl.gz"),
-    "wikitext2": (WIKITEXT, "wikitext2-raw.valid.txt.gz"),
-    SELF: (None, SELF),
+    "c4_demo_300.jsonl.gz": "C4",
+    "c4_exllamav2_118.jsonl.gz": "C4",
+    "wikipedia_exllamav2_2349.jsonl.gz": "Wikipedia",
+    "wikitext2-raw.valid.txt.gz": "WikiText-2",
 }
-WAYS = ("cca, lmmse", "greedy by the text alone", "greedy, lmmse")
+TEXTS = list(dict.fromkeys(FILES.values()))
+# Ways of bench_quality, and what they are called in the table.
+WAYS = {
+    PAPER: "the paper's (`cca`)",
+    "greedy by the text alone": "text alone",
+    "greedy, lmmse": "**default**",
+}
 
 
-def judges(name: str) -> dict[str, str]:
-    """Of each kind of text a file that the run ``name`` does not calibrate on."""
-    found: dict[str, str] = {}
-    for other, (kind, file) in FILES.items():
-        if kind is not None and other != name:
-            found.setdefault(kind, file)
-    return found
+def judges(calibrated: str) -> dict[str, str]:
+    """Of each kind of text the first file that is not ``calibrated`` on."""
+    return {text: file for file, text in reversed(FILES.items()) if file != calibrated}
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
@@ -52,14 +55,12 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
             layers.append(f"{name}, {way}, K = {k}: {' '.join(map(str, cell['layers']))}")
             for judge, loss in cell["losses"].items():
                 found[way, k][judge].append(loss["excess"])
-    texts = [C4, WIKIPEDIA, WIKITEXT]
-    rows = list(dict.fromkeys(judge for cell in found.values() for judge in cell if judge not in texts))
-    lines = [["way", "K", *(f"{judge} mean, worst" for judge in texts), *rows]]
-    lines.append(["---"] * len(lines[0]))
-    for (way, k), cell in sorted(found.items(), key=lambda at: (WAYS.index(at[0][0]), int(at[0][1]))):
-        means = [f"{sum(cell[t]) / len(cell[t]):.3f}, {max(cell[t]):.3f}" for t in texts]
-        lines.append([way, k, *means, *(f"{max(cell[row]):.3f}" for row in rows)])
-    written = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    kinds = list(dict.fromkeys(judge for cell in found.values() for judge in cell if judge not in TEXTS))
+    lines = []
+    for (way, k), cell in sorted(found.items(), key=lambda at: (list(WAYS).index(at[0][0]), int(at[0][1]))):
+        means = [f"{sum(cell[t]) / len(cell[t]):.3f}, {max(cell[t]):.3f}" for t in TEXTS]
+        lines.append([WAYS[way], k, *means, *(f"{max(cell[kind]):.3f}" for kind in kinds)])
+    written = markdown(["way", "K", *(f"{text} mean, worst" for text in TEXTS), *kinds], lines)
     return f"{written}\n\n" + "\n".join(layers) + "\n"
 
 
@@ -74,12 +75,16 @@ def main() -> None:
     parser.add_argument("--tokens", default="8192", help="held-out tokens of each text")
     arguments = parser.parse_args()
     bench, runs = Path(__file__).with_name("bench_quality.py"), {}
-    for name, (kind, file) in FILES.items():
+    own = CalibrateSettings()
+    rows = ["--samples", str(own.samples), "--selection-samples", str(own.selection_samples)]
+    for calibrated in (*FILES, SELF):
+        name = calibrated.partition(".")[0]
         out = arguments.out / name
-        command = [sys.executable, bench, arguments.model, file if kind is None else arguments.texts / file]
-        for judge, text in judges(name).items():
-            command += ["--judge", f"{judge}={arguments.texts / text}"]
-        command += ["--context", "--samples", "128", "--selection-samples", "8", "--tokens", arguments.tokens]
+        source = calibrated if calibrated == SELF else arguments.texts / calibrated
+        command = [sys.executable, bench, arguments.model, source, *rows]
+        for text, file in judges(calibrated).items():
+            command += ["--judge", f"{text}={arguments.texts / file}"]
+        command += ["--context", "--tokens", arguments.tokens]
         subprocess.run([*command, "--k", *arguments.k, "--ways", *WAYS, "--out", out], check=True)
         runs[name] = json.loads((out / "quality.json").read_text())
     written = table(runs)
