@@ -34,7 +34,7 @@ from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import block_stack, hidden_size, vocabulary
 from nbl_export.models.media_tokens import written
-from nbl_export.models.running import states_in
+from nbl_export.models.running import logits_at, states_in
 from nbl_export.models.walk import after_blocks, first_needed, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, streams, weights_like
 from nbl_export.progress import Listener
@@ -68,32 +68,33 @@ class Reference:
     nll: torch.Tensor
 
 
-def reference(logits: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> Reference:
-    """The predictions of ``logits`` [seq, vocab] for each next token of ``tokens`` [seq] int64; ``p`` is in ``dtype``.
+def reference(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype = torch.float32) -> Reference:
+    """The predictions of ``logits`` [positions, vocab], of which ``targets`` [positions] int64 are the actual next
+    tokens; ``p`` is in ``dtype``.
 
     In bfloat16 the mean KL is accurate to about 0.1 %: the rounding errors of many entries average out.
     """
-    p = torch.empty(len(tokens) - 1, logits.shape[-1], dtype=dtype, device=logits.device)
+    p = torch.empty(len(targets), logits.shape[-1], dtype=dtype, device=logits.device)
     negentropy = torch.empty(len(p), device=logits.device)
     nll = torch.empty_like(negentropy)
     for chunk in chunks(len(p)):
         log_p = torch.log_softmax(logits[chunk].float(), dim=-1)
-        nll[chunk] = -log_p.gather(1, tokens[1:][chunk, None])[:, 0]
+        nll[chunk] = -log_p.gather(1, targets[chunk, None])[:, 0]
         p[chunk] = log_p.exp()
         # The rounded p only weights the logarithms, which are exact, so the divergence of a model from itself is 0.
         negentropy[chunk] = torch.linalg.vecdot(p[chunk].float(), log_p)
     return Reference(p, negentropy, nll)
 
 
-def compare(original: Reference, logits: torch.Tensor, tokens: torch.Tensor) -> tuple[F64, F64]:
-    """KL(original ‖ changed) and the increase of the negative log-likelihood, [seq - 1] each, float64."""
+def compare(original: Reference, logits: torch.Tensor, targets: torch.Tensor) -> tuple[F64, F64]:
+    """KL(original ‖ changed) and the increase of the negative log-likelihood, [positions] each, float64."""
     kl, excess = (np.empty(len(original.p)) for _ in range(2))
     for chunk in chunks(len(original.p)):
         log_q = torch.log_softmax(logits[chunk].float(), dim=-1)
         p = original.p[chunk].float()
         gap = original.negentropy[chunk] - torch.linalg.vecdot(p, log_q)
         kl[chunk] = (gap / p.sum(-1)).cpu().numpy()
-        nll = -log_q.gather(1, tokens[1:][chunk, None])[:, 0]
+        nll = -log_q.gather(1, targets[chunk, None])[:, 0]
         excess[chunk] = (nll - original.nll[chunk]).cpu().numpy()
     return kl, excess
 
@@ -116,10 +117,10 @@ def mean_over_documents(values: F64, owner: I32) -> tuple[float, float]:
     return mean_of_documents(np.bincount(index, weights=values).astype(np.float64), tokens.astype(np.float64))
 
 
-def row_logits(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
-    """Logits [seq, vocab] of one row of tokens [seq] int64."""
-    logits: torch.Tensor = model(input_ids=row[None], use_cache=False).logits[0]
-    return logits
+def row_logits(model: torch.nn.Module, row: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits [positions, vocab] at ``positions`` of one row of tokens [seq] int64."""
+    with logits_at(model, positions) as kept:
+        return kept(model(input_ids=row[None], use_cache=False).logits[0])
 
 
 class LossMeter:
@@ -155,11 +156,14 @@ class LossMeter:
         device = device_of(model)
         tokens = [*(row.tokens for row in synthetic), *rows]
         self._rows = [torch.from_numpy(row.astype(np.int64)).to(device) for row in tokens]
-        # The targets of predictions; of the embeddings of images, which nobody predicts, nothing is counted.
-        self._targets = [written(row) for row in self._rows]
-        # Of each target its document, and of each row its kind, None for text.
-        self._owners = [*(row.owner for row in synthetic), *document[:, 1:]]
+        # Of each row its kind, None for text.
         self._kinds = [*(row.kind for row in synthetic), *[None] * len(rows)]
+        # The positions whose predictions are counted, what comes next there, and its document. Of the embeddings of
+        # images, which nobody predicts, nothing is counted.
+        owners = [*(row.owner for row in synthetic), *document[:, 1:]]
+        self._positions = [torch.from_numpy(np.flatnonzero(owner >= 0)).to(device) for owner in owners]
+        self._targets = [written(row)[1:][at] for row, at in zip(self._rows, self._positions, strict=True)]
+        self._owners = [owner[owner >= 0] for owner in owners]
         self._blocks = [one.index for one in blocks_of(model)]
         self._linear: dict[Block, Replacement] = {}
         # Of the original: the predictions, or, where these are large, the states after the last block.
@@ -169,7 +173,7 @@ class LossMeter:
         # The best set measured since, its Σ KL, and for each row the states at the inputs of later layers.
         self._next: tuple[dict[Block, Replacement], float, list[dict[int, torch.Tensor]]] | None = None
         self.together = streams(model)
-        large = 2 * sum(map(len, self._rows)) * vocabulary(model) > _KEPT_BYTES
+        large = 2 * sum(map(len, self._targets)) * vocabulary(model) > _KEPT_BYTES
         with ExitStack() as hooks:
             if large:
                 dummy_run(model)  # before any hook is registered, since its own run would trigger it
@@ -178,7 +182,8 @@ class LossMeter:
                 hooks.callback(hook.remove)
             how: Any = {"advance": advance, "listener": listener}
             swept = (found[2] for found in sweep(model, self._rows, [ORIGINAL], fit_input, **how))
-            for number, logits in enumerate(swept if self.together else self._settled({}, advance)):
+            whole = (logits[at] for logits, at in zip(swept, self._positions, strict=False))
+            for number, logits in enumerate(whole if self.together else self._settled({}, advance)):
                 original = reference(logits, self._targets[number], torch.bfloat16)
                 if not (original.nll.isfinite().all() and original.negentropy.isfinite().all()):
                     raise CalibrationError(
@@ -207,7 +212,7 @@ class LossMeter:
     def _part(self, rows: slice) -> LossMeter:
         part = copy.copy(self)
         # What it has of each row; what the original predicts there is not computed again.
-        for name in ("_rows", "_targets", "_owners", "_kinds", "_references", "_ends", "_states"):
+        for name in ("_rows", "_positions", "_targets", "_owners", "_kinds", "_references", "_ends", "_states"):
             setattr(part, name, getattr(self, name)[rows])
         part._next = None
         return part
@@ -216,9 +221,7 @@ class LossMeter:
     def tokens(self) -> int:
         """Number of compared predictions of the text."""
         return sum(
-            int((owner >= 0).sum())
-            for owner, kind in zip(self._owners, self._kinds, strict=True)
-            if kind is None
+            len(owner) for owner, kind in zip(self._owners, self._kinds, strict=True) if kind is None
         )
 
     def settle(self, layers: Mapping[Block, Replacement]) -> None:
@@ -270,20 +273,19 @@ class LossMeter:
         for number, which, logits in sweep(
             self.model, self._rows, [*known, *versions], self.fit_input, self._linear, listener=self._listener
         ):
-            row = self._targets[number]
+            logits, targets = logits[self._positions[number]], self._targets[number]
             if which < len(known):
-                original = reference(logits, row, torch.bfloat16)
+                original = reference(logits, targets, torch.bfloat16)
                 continue
             if not known:
                 original = self._references[number]
-            found[which - len(known)].append(compare(original, logits, row))
+            found[which - len(known)].append(compare(original, logits, targets))
         return [self._sums(rows) for rows in found]
 
     def _sums(self, rows: Sequence[tuple[F64, F64]]) -> Sums:
         total = Sums()
         for (kl, excess), owner, kind in zip(rows, self._owners, self._kinds, strict=True):
-            counted = owner >= 0
-            found = sums_of(kl[counted], excess[counted], owner[counted])
+            found = sums_of(kl, excess, owner)
             total += found if kind is None else Sums(synthetic={kind: found.text["0"]})
         return total
 
@@ -291,9 +293,9 @@ class LossMeter:
         """The original's predictions of the row ``number``, whatever of its blocks is changed now."""
         if not self._ends:
             return self._references[number]
-        row = self._rows[number]
-        with after_blocks(self.model) as finish:
-            logits = finish({"input_ids": row[None]}, self._ends[number]).logits[0]
+        row, at = self._rows[number], self._positions[number]
+        with after_blocks(self.model) as finish, logits_at(self.model, at) as kept:
+            logits = kept(finish({"input_ids": row[None]}, self._ends[number]).logits[0])
         return reference(logits, self._targets[number], torch.bfloat16)
 
     def measure_within(
@@ -312,12 +314,13 @@ class LossMeter:
         later = {layer_of(i) for i in self._blocks if layer_of(i) > first}
         with torch.inference_mode(), change:
             for number, (states, row) in enumerate(zip(self._states, self._rows, strict=True)):
-                original, target = self._predicted(number), self._targets[number]
+                original, at = self._predicted(number), self._positions[number]
                 with (
                     recording_inputs(self.model, later if kept is not None else ()) as inputs,
                     starting_at(self.model, first, states[first]),
                 ):
-                    found.append(compare(original, row_logits(self.model, row), target))
+                    logits = row_logits(self.model, row, at)
+                found.append(compare(original, logits, self._targets[number]))
                 if kept is not None:
                     kept.append(dict(inputs))
         return self._sums(found)
@@ -333,9 +336,9 @@ class LossMeter:
         # A generator, so that the logits of only one row are in memory.
         self._linear, self._states = layers, []
         with torch.inference_mode(), replaced(self.model, layers, self.fit_input):
-            for row in self._rows:
+            for row, at in zip(self._rows, self._positions, strict=True):
                 with recording_inputs(self.model, {layer_of(i) for i in self._blocks}) as states:
-                    logits = row_logits(self.model, row)
+                    logits = row_logits(self.model, row, at)
                 self._states.append(dict(states))
                 advance(len(row))
                 yield logits

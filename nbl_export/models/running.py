@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.models.layers import B, BlockModules
+from nbl_export.models.layers import B, BlockModules, language_head
 
 
 @contextmanager
@@ -83,6 +83,22 @@ class Hooks(ExitStack):
         """``told`` gets the output of the module, and may return another."""
         register = self.model.get_submodule(path).register_forward_hook
         self.callback(register(lambda _module, _args, output: told(output), prepend=first).remove)
+
+
+@contextmanager
+def logits_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[Callable[..., torch.Tensor]]:
+    """Within the block, ``model`` makes logits at ``positions`` alone, if its head is a module.
+
+    The value takes the logits of a row, [seq, vocab] or those, and returns those.
+    """
+    if (head := language_head(model)) is None:
+        yield lambda logits: logits[positions]
+        return
+    hook = head.register_forward_pre_hook(lambda _head, args: (args[0][:, positions], *args[1:]))
+    try:
+        yield lambda logits: logits
+    finally:
+        hook.remove()
 
 
 Observer = Callable[[B, "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]

@@ -45,9 +45,10 @@ def measure_method_loss(
         torch.inference_mode(),
     ):
         for ids, (logits, changed) in zip(rows, _both(model, plan, rows, listener), strict=True):
-            original = reference(logits, written(ids))
+            targets = written(ids)[1:]
+            original = reference(logits[:-1], targets)
             own = original.nll.double().cpu().numpy()
-            found.append((own, *compare(original, changed, written(ids))))
+            found.append((own, *compare(original, changed[:-1], targets)))
             task.advance(len(ids))
     # Nobody predicts the embeddings of images, whose tokens are of no document.
     owner = document[:, 1:].reshape(-1)
