@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from random import Random
 from typing import Any
 
@@ -21,7 +21,10 @@ from nbl_export.batch import words
 from nbl_export.calibrate.text import PADDING, CalibrationText, as_tokens, token_ids
 
 I32 = NDArray[np.int32]
-LENGTH = 256  # tokens of a row, at most: as many as a row of text has
+# Tokens of a row, at most: of one that looks far back, and of the others.
+FAR, LENGTH = 512, 256
+# The shares of a row that looks far back that say something, and that ask for it: what is between is text.
+_SAID = 1 / 6
 # The share of a row that shows what it is about, and is not counted.
 _SHOWN = 3 / 8
 _REPEATS = 4
@@ -31,16 +34,16 @@ _WORDS = 32
 
 @dataclass(frozen=True)
 class SyntheticRow:
-    """A row of ``tokens`` [seq] int32 of a ``kind``; predictions of those from ``counted`` on are counted."""
+    """A row of ``tokens`` [seq] int32 of a ``kind``; ``counted`` [seq] bool are those whose predictions count."""
 
     kind: str
     tokens: I32
-    counted: int
+    counted: NDArray[np.bool_]
 
     @property
     def owner(self) -> I32:
         """Of each token after the first one 0 if it is counted, -1 if not."""
-        return np.where(np.arange(1, len(self.tokens)) < self.counted, PADDING, 0).astype(np.int32)
+        return np.where(self.counted[1:], 0, PADDING).astype(np.int32)
 
 
 def synthetic_rows(text: CalibrationText, tokenizer: Any, seed: int) -> list[SyntheticRow]:
@@ -49,7 +52,8 @@ def synthetic_rows(text: CalibrationText, tokenizer: Any, seed: int) -> list[Syn
     length = min(LENGTH, text.selection.shape[1])
     period = max(1, length // _REPEATS)
     repeated = as_tokens(random.choices(np.unique(ids).tolist(), k=period))
-    rows = [SyntheticRow("repeated tokens", np.tile(repeated, _REPEATS + 1)[:length], period)]
+    tokens = np.tile(repeated, _REPEATS + 1)[:length]
+    rows = [SyntheticRow("repeated tokens", tokens, np.arange(length) >= period)]
     prose = tokenizer.decode(ids.tolist())
     known = list(dict.fromkeys(re.findall(r"[^\W\d_]{3,12}", prose)))
     if len(known) < _WORDS:
@@ -59,8 +63,40 @@ def synthetic_rows(text: CalibrationText, tokenizer: Any, seed: int) -> list[Syn
     for kind, written in texts.items():
         # With the start of a prompt: a model may need it.
         tokens = text.prompt(token_ids(tokenizer, written, length))[:length]
-        rows.append(SyntheticRow(kind, tokens, int(_SHOWN * length)))
-    return rows
+        rows.append(SyntheticRow(kind, tokens, np.arange(len(tokens)) >= int(_SHOWN * length)))
+    # In a short row nothing is far.
+    return (
+        [*rows, _far_look_up(text, tokenizer, random, known)] if text.selection.shape[1] >= LENGTH else rows
+    )
+
+
+def _far_look_up(text: CalibrationText, tokenizer: Any, random: Random, known: list[str]) -> SyntheticRow:
+    """Pairs of words in prose, and at its end the first word of each, after which the second one is counted."""
+    length = min(FAR, text.selection.shape[1]) - len(text.start)
+
+    def tokens(written: str) -> list[int]:
+        found: list[int] = token_ids(tokenizer, written, length).tolist()
+        return found
+
+    said, asked, keys = list[list[int]](), list[tuple[list[int], int]](), random.sample(known, len(known))
+    while sum(map(len, said)) < _SAID * length:
+        key, value = keys.pop(), random.choice(known)
+        said.append(tokens(f"\n{key}: {value}\n"))
+        asked.append((tokens(f"\n{key}: {value}"), len(tokens(f"\n{key}:"))))
+    questions, counted = list[int](), list[bool]()
+    for question, start in random.sample(asked, len(asked)):
+        questions += question
+        counted += [at >= start for at in range(len(question))]
+    room = length - sum(map(len, said)) - len(questions)
+    ids = words(text.selection).reshape(-1)
+    prose = np.take(ids, random.randrange(len(ids)) + np.arange(room), mode="wrap").tolist()
+    # Each pair stands anywhere in an equal part of the prose.
+    places = [int((part + random.random()) / len(said) * room) for part in range(len(said))]
+    row = prose[: places[0]]
+    for pair, (at, end) in zip(said, pairwise([*places, room]), strict=True):
+        row += pair + prose[at:end]
+    row = text.prompt(as_tokens(row + questions))
+    return SyntheticRow("far look-up", row, np.pad(counted, (len(row) - len(counted), 0)))
 
 
 def _records(random: Random, known: list[str]) -> Iterator[str]:

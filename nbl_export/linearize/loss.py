@@ -212,7 +212,16 @@ class LossMeter:
     def _part(self, rows: slice) -> LossMeter:
         part = copy.copy(self)
         # What it has of each row; what the original predicts there is not computed again.
-        for name in ("_rows", "_positions", "_targets", "_owners", "_kinds", "_references", "_ends", "_states"):
+        for name in (
+            "_rows",
+            "_positions",
+            "_targets",
+            "_owners",
+            "_kinds",
+            "_references",
+            "_ends",
+            "_states",
+        ):
             setattr(part, name, getattr(self, name)[rows])
         part._next = None
         return part
@@ -220,9 +229,7 @@ class LossMeter:
     @property
     def tokens(self) -> int:
         """Number of compared predictions of the text."""
-        return sum(
-            len(owner) for owner, kind in zip(self._owners, self._kinds, strict=True) if kind is None
-        )
+        return sum(len(owner) for owner, kind in zip(self._owners, self._kinds, strict=True) if kind is None)
 
     def settle(self, layers: Mapping[Block, Replacement]) -> None:
         """Store the states of the model with the linear ``layers``; sets that add to it are then measured faster."""

@@ -15,6 +15,9 @@ from nbl_export.blocks import Block, all_parts
 from nbl_export.settings import Budget
 from nbl_export.settings.making import NO_BUDGET
 
+# What a nat of synthetic rows counts beside one of the text (docs/selection.md has what was measured).
+SYNTHETIC = 0.5
+
 
 def exp(nats: float) -> float:
     """e to the ``nats``; infinity where that is beyond the largest number."""
@@ -91,8 +94,8 @@ class Loss:
 
     @property
     def cost(self) -> float:
-        """What sets are compared by: the KL of the text, and the mean of those of synthetic rows."""
-        return self.kl + (sum(self.synthetic.values()) / len(self.synthetic) if self.synthetic else 0.0)
+        """What sets are compared by: the KL of the text, and :data:`SYNTHETIC` times the mean of synthetic rows."""
+        return self.kl + SYNTHETIC * sum(self.synthetic.values()) / max(len(self.synthetic), 1)
 
     @property
     def perplexity_ratio(self) -> float:

@@ -39,10 +39,12 @@ def written(row: Any) -> str:
 
 def test_each_kind_asks_the_context() -> None:
     rows = made(length=512)
-    assert {len(row.tokens) for row in rows.values()} == {256}
+    assert {kind: len(row.tokens) for kind, row in rows.items()} == dict.fromkeys(rows, 256) | {
+        "far look-up": 512
+    }
     repeated = rows["repeated tokens"]
     np.testing.assert_array_equal(repeated.tokens, np.tile(repeated.tokens[:64], 4))
-    assert repeated.counted == 64 and (repeated.owner == 0).sum() == 192
+    assert (repeated.owner == 0).sum() == 192 and repeated.counted[64]
     assert " . " in written(rows["spaced punctuation"])
     objects = written(rows["JSON"]).splitlines()[1:-1]
     assert len({tuple(line.split('"')[1::4]) for line in objects}) == 1, "the same keys"
@@ -54,6 +56,19 @@ def test_each_kind_asks_the_context() -> None:
     assert "Twice: " in written(rows["few-shot"])
 
 
+def test_what_is_far_stands_in_prose_and_is_asked_for_at_the_end() -> None:
+    row = made(length=512)["far look-up"]
+    lines = written(row).splitlines()
+    pairs = [line for line in lines if ": " in line]
+    said, asked = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+    assert len(said) > 2 and said != asked and sorted(said) == sorted(asked)
+    assert lines[-len(asked) :] == asked and sum(len(line) > 20 for line in lines) >= len(said), (
+        "prose between"
+    )
+    values = "".join(line.partition(":")[2] for line in asked)
+    assert Letters().decode(row.tokens[row.counted].tolist()) == values
+
+
 def test_a_seed_gives_the_same_rows_and_another_others() -> None:
     one, same, other = made(), made(), made(seed=1)
     for kind in one:
@@ -62,8 +77,9 @@ def test_a_seed_gives_the_same_rows_and_another_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prose", "length", "kinds"), [("1, 2, 3; ", 256, 1), (PROSE, 8, 1), (PROSE, 64, 1), (PROSE, 200, 6)]
+    ("prose", "length", "kinds"),
+    [("1, 2, 3; ", 256, 1), (PROSE, 8, 1), (PROSE, 64, 1), (PROSE, 200, 6), (PROSE, 256, 7)],
 )
 def test_a_text_with_few_words_gives_the_rows_that_need_none(prose: str, length: int, kinds: int) -> None:
     rows = made(prose, length)
-    assert len(rows) == kinds and {len(row.tokens) for row in rows.values()} == {min(length, 256)}
+    assert len(rows) == kinds and {len(row.tokens) for row in rows.values()} == {length}

@@ -24,7 +24,7 @@ from nbl_export.linearize.search import (
     NOISE,
     sensitivity,
 )
-from nbl_export.linearize.selection import Loss, Sums
+from nbl_export.linearize.selection import SYNTHETIC, Loss, Sums
 from nbl_export.linearize.swap import adapted, replaced
 from nbl_export.models import weights
 from nbl_export.models.layers import attention_layers, hidden_size
@@ -208,7 +208,9 @@ def test_parts_of_the_rows_add_up_and_the_first_has_all_synthetic_ones(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maps, (rows, document) = random_maps(*range(4)), text()
-    synthetic = [SyntheticRow(kind, row, 3) for kind, row in zip("ab", text()[0], strict=False)]
+    synthetic = [
+        SyntheticRow(kind, row, np.arange(len(row)) >= 3) for kind, row in zip("ab", text()[0], strict=False)
+    ]
     meter = LossMeter(model, rows, document, "normed", synthetic=synthetic)
     assert meter.tokens == ROWS * (LENGTH - 1), "of the text"
     assert meter.parts == [meter, None, None], "of a text that is short, all"
@@ -231,12 +233,13 @@ def test_parts_of_the_rows_add_up_and_the_first_has_all_synthetic_ones(
 def test_of_a_synthetic_row_the_end_is_counted(in_memory: Any) -> None:
     maps, (rows, document) = random_maps(2), text()
     counted = 5
-    meter = LossMeter(in_memory, rows, document, "normed", synthetic=[SyntheticRow("a", rows[0], counted)])
+    synthetic = [SyntheticRow("a", rows[0], np.arange(LENGTH) >= counted)]
+    meter = LossMeter(in_memory, rows, document, "normed", synthetic=synthetic)
     found = meter.measure(maps)
     owner = np.where(np.arange(LENGTH) < counted, -1, 0)[None]
     want = LossMeter(in_memory, rows[:1], owner, "normed").measure(maps)
     assert found.synthetic == {"a": want.text["0"]} and want.text["0"][0] == LENGTH - counted
-    assert found.loss.cost == found.loss.kl + want.loss.kl > 0
+    assert found.loss.cost == found.loss.kl + SYNTHETIC * want.loss.kl > 0
 
 
 def test_the_loss_of_a_plan_is_that_of_its_layers(model: Any) -> None:
