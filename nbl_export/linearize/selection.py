@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,14 @@ def exp(nats: float) -> float:
         return math.exp(nats)
     except OverflowError:
         return math.inf
+
+
+Nats = TypeVar("Nats", float, F64)
+
+
+def cost_of(kl: Nats, synthetic: Collection[float]) -> Nats:
+    """The ``kl`` of the text, and :data:`SYNTHETIC` times the mean of those of ``synthetic`` rows."""
+    return kl + SYNTHETIC * sum(synthetic) / max(len(synthetic), 1)
 
 
 def per_saving(loss: float, saved: float) -> float:
@@ -94,8 +102,8 @@ class Loss:
 
     @property
     def cost(self) -> float:
-        """What sets are compared by: the KL of the text, and :data:`SYNTHETIC` times the mean of synthetic rows."""
-        return self.kl + SYNTHETIC * sum(self.synthetic.values()) / max(len(self.synthetic), 1)
+        """What sets are compared by."""
+        return cost_of(self.kl, self.synthetic.values())
 
     @property
     def perplexity_ratio(self) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 from nbl_export.batch import F64
 from nbl_export.blocks import Block
 from nbl_export.linearize.search import MeasuredSets, Saved
-from nbl_export.linearize.selection import Sums
+from nbl_export.linearize.selection import Sums, cost_of
 
 _SAMPLES = 200
 
@@ -54,15 +54,11 @@ def _added(found: Sums, base: Sums, documents: Sequence[str], drawn: F64) -> F64
         if name in found.text:
             tokens[at], kl, _ = found.text[name]
             more[at] = kl - base.text.get(name, (0.0, 0.0))[1]
-    synthetic = [
-        (kl - base.synthetic.get(kind, (0.0, 0.0))[1]) / count
-        for kind, (count, kl, _) in found.synthetic.items()
-    ]
+    before = (base.synthetic.get(kind, (0.0, 0.0))[1] for kind in found.synthetic)
+    synthetic = [(kl - b) / n for (n, kl, _), b in zip(found.synthetic.values(), before, strict=True)]
     count = drawn @ tokens
     mean = more.sum() / tokens.sum()  # where none of its documents is drawn
-    return np.where(count > 0, drawn @ more / np.maximum(count, 1), mean) + sum(synthetic) / max(
-        1, len(synthetic)
-    )
+    return cost_of(np.where(count > 0, drawn @ more / np.maximum(count, 1), mean), synthetic)
 
 
 # A layer that fewer, or more, of the samples choose is decided on.

@@ -58,7 +58,7 @@ SCORES: Mapping[str, Score] = {
             "KL, synthetic rows",
             "KL, synthetic rows: where the context alone tells what comes next (repeats, formats, look-ups, few-shot), "
             "the mean of all kinds and the kind that costs most: what a layer does that has much of it is to copy. "
-            "Greedy search adds it to the KL.",
+            "Greedy search adds half of it to the KL.",
             _by_kind,
         ),
         Score(

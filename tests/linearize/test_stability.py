@@ -41,9 +41,10 @@ def test_what_every_document_says_is_certain_and_what_they_are_divided_on_is_not
     assert shares(sets_of(costs)) == {0: 1.0, 1: 1.0, 2: 0.0}
 
 
-def test_synthetic_rows_count_in_every_sample() -> None:
-    costs = {0: [0.1] * 12, 1: [3.0] * 12, 2: [5.0] * 12}
-    assert shares(sets_of(costs, {0: 0.0, 1: 9.0, 2: 0.0})) == {0: 1.0, 1: 0.0, 2: 1.0}
+@pytest.mark.parametrize(("nats", "first"), [(0.3, 1.0), (0.5, 0.0)], ids=["too little", "enough"])
+def test_synthetic_rows_count_half_in_every_sample(nats: float, first: float) -> None:
+    costs = {0: [0.1] * 12, 1: [3.0] * 12, 2: [5.0] * 12}  # 0.2 apart for each token
+    assert shares(sets_of(costs, {0: 0.0, 1: nats, 2: 0.0})) == {0: 1.0, 1: first, 2: 1 - first}
 
 
 def test_one_document_says_nothing() -> None:
