@@ -34,7 +34,7 @@ from nbl_export.calibrate.text import end_token, load_text
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
 from nbl_export.models.load import LoadedModel, load_tokenizer
 from nbl_export.models.source import find_model
-from nbl_export.models.weights import dtype_of
+from nbl_export.models.weights import dtype_of, resident, room
 from nbl_export.progress import Silent
 from nbl_export.report.schema import environment
 from nbl_export.workspace import Workspace
@@ -151,25 +151,26 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     model = LoadedModel(source, Silent()).in_dtype("auto")
     judges = dict(j.split("=", 1) for j in arguments.judge)
-    meters = {
-        name: LossMeter(model, *packed(tokenizer, text, arguments.tokens), "normed")
-        for name, text in judges.items()
-    }
-    if arguments.context:
-        rows = in_context(arguments.out, tokenizer)
-        meters |= {kind: LossMeter(model, *judged, "normed") for kind, judged in rows.items()}
-    for way, k in itertools.product(arguments.ways or WAYS, arguments.k):
-        if f"{way}|{k}" in results:
-            continue
-        start = time.perf_counter()
-        plan = api.select(arguments.out, api.SelectSettings(k=k, **WAYS[way]))
-        results[f"{way}|{k}"] = {
-            "seconds": time.perf_counter() - start,
-            "layers": list(plan.chosen),
-            "losses": {name: loss_of_plan(meter, plan).as_json() for name, meter in meters.items()},
+    with resident(model, room(model)):  # or each pass reads the weights
+        meters = {
+            name: LossMeter(model, *packed(tokenizer, text, arguments.tokens), "normed")
+            for name, text in judges.items()
         }
-        path.write_text(json.dumps(results, indent=1))
-        print(f"{way}, K = {k}: {results[f'{way}|{k}']}", flush=True)
+        if arguments.context:
+            rows = in_context(arguments.out, tokenizer)
+            meters |= {kind: LossMeter(model, *judged, "normed") for kind, judged in rows.items()}
+        for way, k in itertools.product(arguments.ways or WAYS, arguments.k):
+            if f"{way}|{k}" in results:
+                continue
+            start = time.perf_counter()
+            plan = api.select(arguments.out, api.SelectSettings(k=k, **WAYS[way]))
+            results[f"{way}|{k}"] = {
+                "seconds": time.perf_counter() - start,
+                "layers": list(plan.chosen),
+                "losses": {name: loss_of_plan(meter, plan).as_json() for name, meter in meters.items()},
+            }
+            path.write_text(json.dumps(results, indent=1))
+            print(f"{way}, K = {k}: {results[f'{way}|{k}']}", flush=True)
     machine = environment()
     written = (
         f"{table(results, list(meters))}\n\n{Path(arguments.model).name}, calibrated on "
