@@ -64,10 +64,9 @@ def synthetic_rows(text: CalibrationText, tokenizer: Any, seed: int) -> list[Syn
         # With the start of a prompt: a model may need it.
         tokens = text.prompt(token_ids(tokenizer, written, length))[:length]
         rows.append(SyntheticRow(kind, tokens, np.arange(len(tokens)) >= int(_SHOWN * length)))
-    # In a short row nothing is far.
-    return (
-        [*rows, _far_look_up(text, tokenizer, random, known)] if text.selection.shape[1] >= LENGTH else rows
-    )
+    if text.selection.shape[1] >= LENGTH:  # in a shorter row nothing is far
+        rows.append(_far_look_up(text, tokenizer, random, known))
+    return rows
 
 
 def _far_look_up(text: CalibrationText, tokenizer: Any, random: Random, known: list[str]) -> SyntheticRow:

@@ -182,8 +182,8 @@ class LossMeter:
                 hooks.callback(hook.remove)
             how: Any = {"advance": advance, "listener": listener}
             swept = (found[2] for found in sweep(model, self._rows, [ORIGINAL], fit_input, **how))
-            whole = (logits[at] for logits, at in zip(swept, self._positions, strict=False))
-            for number, logits in enumerate(whole if self.together else self._settled({}, advance)):
+            counted = (logits[at] for logits, at in zip(swept, self._positions, strict=False))
+            for number, logits in enumerate(counted if self.together else self._settled({}, advance)):
                 original = reference(logits, self._targets[number], torch.bfloat16)
                 if not (original.nll.isfinite().all() and original.negentropy.isfinite().all()):
                     raise CalibrationError(

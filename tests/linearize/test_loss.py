@@ -242,6 +242,21 @@ def test_of_a_synthetic_row_the_end_is_counted(in_memory: Any) -> None:
     assert found.loss.cost == found.loss.kl + SYNTHETIC * want.loss.kl > 0
 
 
+def test_logits_are_made_where_they_are_counted_whether_the_head_is_found_or_not(
+    in_memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, (rows, document), made = random_maps(2), text(), list[int]()
+    document[:, : LENGTH - 4] = -1
+    head = in_memory.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _head, _args, logits: made.append(logits.shape[1]))
+    found = LossMeter(in_memory, rows, document, "normed").measure(maps)
+    assert set(made) == {4}
+    monkeypatch.setattr(in_memory, "get_output_embeddings", lambda: None)
+    assert_close(LossMeter(in_memory, rows, document, "normed").measure(maps).loss, found.loss)
+    assert set(made) == {4, LENGTH}
+    hook.remove()
+
+
 def test_the_loss_of_a_plan_is_that_of_its_layers(model: Any) -> None:
     maps, (rows, document) = random_maps(1, 3), text()
     plan = replace(make_plan(), hidden_size=D, layer_count=4, layers=maps)
