@@ -8,7 +8,7 @@ and 2.7 of a sequence that repeats. Rows are made of words of the text, so that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from random import Random
@@ -89,13 +89,19 @@ def _far_look_up(text: CalibrationText, tokenizer: Any, random: Random, known: l
     room = length - sum(map(len, said)) - len(questions)
     ids = words(text.selection).reshape(-1)
     prose = np.take(ids, random.randrange(len(ids)) + np.arange(room), mode="wrap").tolist()
-    # Each pair stands anywhere in an equal part of the prose.
-    places = [int((part + random.random()) / len(said) * room) for part in range(len(said))]
-    row = prose[: places[0]]
-    for pair, (at, end) in zip(said, pairwise([*places, room]), strict=True):
-        row += pair + prose[at:end]
-    row = text.prompt(as_tokens(row + questions))
+    row = text.prompt(as_tokens(hidden_in(prose, said, random)[0] + questions))
     return SyntheticRow("far look-up", row, np.pad(counted, (len(row) - len(counted), 0)))
+
+
+def hidden_in(
+    prose: Sequence[int], sentences: Sequence[Sequence[int]], random: Random
+) -> tuple[list[int], list[int]]:
+    """``prose`` with ``sentences``, each anywhere in an equal part of it, and where in the prose each one stands."""
+    places = [int((part + random.random()) / len(sentences) * len(prose)) for part in range(len(sentences))]
+    row = list(prose[: places[0]])
+    for sentence, (at, end) in zip(sentences, pairwise([*places, len(prose)]), strict=True):
+        row += [*sentence, *prose[at:end]]
+    return row, places
 
 
 def _records(random: Random, known: list[str]) -> Iterator[str]:

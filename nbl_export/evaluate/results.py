@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch import F64
+from nbl_export.calibrate.synthetic import hidden_in
 from nbl_export.errors import InputError
 from nbl_export.evaluate.scoring import Pair, Scored, Tokens
 from nbl_export.records import Check
@@ -364,12 +365,9 @@ def _question(filler: Filler, encode: Encode, context: int, gold: int, rng: rand
     room = context - fixed
     begin = rng.randrange(len(filler.text))
     text = np.take(filler.text, np.arange(begin, begin + room), mode="wrap").tolist()
-    offsets = [int((section + rng.random()) / HIDDEN * room) for section in range(HIDDEN)]
-    prompt = filler.start.tolist()
-    for before, after, sentence in zip([0, *offsets], offsets, hidden, strict=False):
-        prompt += text[before:after] + sentence
-    prompt += text[offsets[-1] :] + question
-    return Question(context, offsets[gold] / room, tuple(prompt), answers, gold)
+    filled, offsets = hidden_in(text, hidden, rng)
+    prompt = (*filler.start.tolist(), *filled, *question)
+    return Question(context, offsets[gold] / room, prompt, answers, gold)
 
 
 @dataclass(frozen=True)
