@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,17 @@ def words(rows: NDArray[np.int32]) -> NDArray[np.int32]:
     """``rows`` with their tokens of text alone, one after the other, repeated as often as is needed; int32."""
     there = are_media(rows)
     return np.resize(rows[~there], rows.shape) if there.any() else rows
+
+
+def hidden_in(
+    prose: Sequence[int], sentences: Sequence[Sequence[int]], random: Random
+) -> tuple[list[int], list[int]]:
+    """``prose`` with ``sentences``, each anywhere in an equal part of it, and where in the prose each one stands."""
+    places = [int((part + random.random()) / len(sentences) * len(prose)) for part in range(len(sentences))]
+    row = list(prose[: places[0]])
+    for sentence, (at, end) in zip(sentences, pairwise([*places, len(prose)]), strict=True):
+        row += [*sentence, *prose[at:end]]
+    return row, places
 
 
 # rows ----------------------------------------------------------------------------------------------

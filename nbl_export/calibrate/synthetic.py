@@ -8,16 +8,16 @@ and 2.7 of a sequence that repeats. Rows are made of words of the text, so that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from random import Random
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch import words
+from nbl_export.batch import hidden_in, words
 from nbl_export.calibrate.text import PADDING, CalibrationText, as_tokens, token_ids
 
 I32 = NDArray[np.int32]
@@ -91,17 +91,6 @@ def _far_look_up(text: CalibrationText, tokenizer: Any, random: Random, known: l
     prose = np.take(ids, random.randrange(len(ids)) + np.arange(room), mode="wrap").tolist()
     row = text.prompt(as_tokens(hidden_in(prose, said, random)[0] + questions))
     return SyntheticRow("far look-up", row, np.pad(counted, (len(row) - len(counted), 0)))
-
-
-def hidden_in(
-    prose: Sequence[int], sentences: Sequence[Sequence[int]], random: Random
-) -> tuple[list[int], list[int]]:
-    """``prose`` with ``sentences``, each anywhere in an equal part of it, and where in the prose each one stands."""
-    places = [int((part + random.random()) / len(sentences) * len(prose)) for part in range(len(sentences))]
-    row = list(prose[: places[0]])
-    for sentence, (at, end) in zip(sentences, pairwise([*places, len(prose)]), strict=True):
-        row += [*sentence, *prose[at:end]]
-    return row, places
 
 
 def _records(random: Random, known: list[str]) -> Iterator[str]:

@@ -32,8 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch import F64
-from nbl_export.calibrate.synthetic import hidden_in
+from nbl_export.batch import F64, hidden_in
 from nbl_export.errors import InputError
 from nbl_export.evaluate.scoring import Pair, Scored, Tokens
 from nbl_export.records import Check
