@@ -86,10 +86,10 @@ class MeasuredSets:
             total += self._part(wanted, part)
         return total
 
-    def known(self, layers: Iterable[Block]) -> Sums | None:
-        """What was measured with ``layers`` replaced, on whatever rows; None if nothing was."""
-        found = [self._known.get(_name(sorted(set(layers)), part)) for part in range(PARTS)]
-        return sum(filter(None, found), Sums()) if found[0] else None
+    def known(self, layers: Iterable[Block]) -> list[Sums]:
+        """What was measured with ``layers`` replaced on each part of the rows, as far as it was."""
+        found = (self._known.get(_name(sorted(set(layers)), part)) for part in range(PARTS))
+        return [sums for sums in found if sums is not None]
 
     def announce(self, sets: Iterable[Iterable[Block]]) -> None:
         """Say which ``sets`` may be asked for: where that is less work, the first unknown one brings all of them."""

@@ -26,7 +26,7 @@ def stability(
     ``path`` are the sets that were chosen one after the other, each with one block more. Empty where the text has one
     document, or where nothing was chosen.
     """
-    documents = sorted({name for block in blocks if (found := sets.known([block])) for name in found.text})
+    documents = sorted({name for block in blocks for found in sets.known([block]) for name in found.text})
     if len(documents) < 2 or not path:
         return {}
     drawn: F64 = (
@@ -37,11 +37,12 @@ def stability(
     rates = np.full((_SAMPLES, len(blocks)), np.inf)
     chosen = np.zeros((_SAMPLES, len(blocks)), dtype=bool)
     for before in [(), *path[:-1]]:
-        base = sets.known(before) if before else Sums()
+        base = sets.known(before) if before else []
         for column, block in enumerate(blocks):
-            found = sets.known([*before, block]) if block not in before else None
-            if found is not None and base is not None and (saves := saved([block])) > 0:
-                rates[:, column] = _added(found, base, documents, drawn) / saves
+            found = sets.known([*before, block]) if block not in before else []
+            if found and (base or not before) and (saves := saved([block])) > 0:
+                same = sum(base[: len(found)], Sums())
+                rates[:, column] = _added(sum(found, Sums()), same, documents, drawn) / saves
         best = np.where(chosen, np.inf, rates).argmin(axis=1)
         chosen[np.arange(_SAMPLES), best] = True
     return dict(zip(blocks, chosen.mean(axis=0).tolist(), strict=True))

@@ -47,5 +47,13 @@ def test_synthetic_rows_count_half_in_every_sample(nats: float, first: float) ->
     assert shares(sets_of(costs, {0: 0.0, 1: nats, 2: 0.0})) == {0: 1.0, 1: first, 2: 1 - first}
 
 
+def test_a_set_is_compared_with_its_base_on_the_rows_that_both_were_measured_on() -> None:
+    sets = sets_of({0: [0.1] * 12, 1: [5.0] * 12, 2: [3.0] * 12})
+    # The documents go on in rows on which 1 was not tried: there 0 costs 4, and 2 costs 3 more.
+    more = {"0 part 1": 4.0, "0,2 part 1": 7.0}
+    sets._known.update({k: Sums({str(n): (10.0, kl, 0.0) for n in range(12)}) for k, kl in more.items()})
+    assert shares(sets) == {0: 1.0, 1: 0.0, 2: 1.0}
+
+
 def test_one_document_says_nothing() -> None:
     assert shares(sets_of({0: [1.0], 1: [2.0], 2: [3.0]})) == {}
