@@ -22,9 +22,9 @@ from nbl_export.calibrate.text import PADDING, CalibrationText, as_tokens, token
 
 I32 = NDArray[np.int32]
 # Tokens of a row, at most: of one that looks far back, and of the others.
-FAR, LENGTH = 512, 256
+FAR, LENGTH = 512, 128
 # The shares of a row that looks far back that say something, and that ask for it: what is between is text.
-_SAID = 1 / 6
+_SAID = 1 / 4
 # The share of a row that shows what it is about, and is not counted.
 _SHOWN = 3 / 8
 _REPEATS = 4
@@ -47,14 +47,19 @@ class SyntheticRow:
 
 
 def synthetic_rows(text: CalibrationText, tokenizer: Any, seed: int) -> list[SyntheticRow]:
-    """A row of each kind, of words of the selection text; the same ones for a ``seed``."""
-    random, ids = Random(seed), words(text.selection).reshape(-1)
+    """A row of each kind, and then another one of each, of words of the selection text; the same for a ``seed``."""
+    random = Random(seed)
+    return [row for _ in range(2) for row in _of_each_kind(text, tokenizer, random)]
+
+
+def _of_each_kind(text: CalibrationText, tokenizer: Any, random: Random) -> list[SyntheticRow]:
+    ids = words(text.selection).reshape(-1)
     length = min(LENGTH, text.selection.shape[1])
     period = max(1, length // _REPEATS)
     repeated = as_tokens(random.choices(np.unique(ids).tolist(), k=period))
     tokens = np.tile(repeated, _REPEATS + 1)[:length]
     rows = [SyntheticRow("repeated tokens", tokens, np.arange(length) >= period)]
-    prose = tokenizer.decode(ids.tolist())
+    prose = tokenizer.decode(np.roll(ids, -random.randrange(len(ids))).tolist())
     known = list(dict.fromkeys(re.findall(r"[^\W\d_]{3,12}", prose)))
     if len(known) < _WORDS:
         return rows
@@ -64,7 +69,7 @@ def synthetic_rows(text: CalibrationText, tokenizer: Any, seed: int) -> list[Syn
         # With the start of a prompt: a model may need it.
         tokens = text.prompt(token_ids(tokenizer, written, length))[:length]
         rows.append(SyntheticRow(kind, tokens, np.arange(len(tokens)) >= int(_SHOWN * length)))
-    if text.selection.shape[1] >= LENGTH:  # in a shorter row nothing is far
+    if text.selection.shape[1] >= FAR // 2:  # in a shorter row nothing is far
         rows.append(_far_look_up(text, tokenizer, random, known))
     return rows
 

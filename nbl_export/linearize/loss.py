@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -195,8 +194,8 @@ class LossMeter:
 
     @cached_property
     def parts(self) -> list[LossMeter | None]:
-        """Meters of :data:`PARTS` parts of the rows: all synthetic rows and a quarter of the text, as much text again,
-        the rest.
+        """Meters of :data:`PARTS` parts of the rows: half of the synthetic rows and a quarter of the text, as much of
+        both again, the rest.
 
         This one itself and None where the first part would be all rows, and where sets are measured ``together``:
         reading the weights takes the time then.
@@ -206,10 +205,16 @@ class LossMeter:
         count = max(-(-len(lengths) // 4), 1 + int(np.searchsorted(lengths, _FIRST_TOKENS)))
         if self.together or count >= len(lengths):
             return [self, None, None]
-        ends = [0, synthetic + count, synthetic + 2 * count, len(self._rows)]
-        return [self._part(slice(at, end)) if at < len(self._rows) else None for at, end in pairwise(ends)]
+        half, number = -(-synthetic // 2), range(len(self._rows))
+        made, text = number[:synthetic], number[synthetic:]
+        parts = (
+            [*made[:half], *text[:count]],
+            [*made[half:], *text[count : 2 * count]],
+            text[2 * count :],
+        )
+        return [self._part(rows) if rows else None for rows in parts]
 
-    def _part(self, rows: slice) -> LossMeter:
+    def _part(self, rows: Sequence[int]) -> LossMeter:
         part = copy.copy(self)
         # What it has of each row; what the original predicts there is not computed again.
         for name in (
@@ -222,7 +227,8 @@ class LossMeter:
             "_ends",
             "_states",
         ):
-            setattr(part, name, getattr(self, name)[rows])
+            of_rows = getattr(self, name)
+            setattr(part, name, [of_rows[row] for row in rows] if of_rows else [])
         part._next = None
         return part
 

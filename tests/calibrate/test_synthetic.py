@@ -24,12 +24,14 @@ class Letters:
         return "".join(map(chr, ids))
 
 
-def made(prose: str = PROSE, length: int = 256, seed: int = 0) -> dict[str, Any]:
+def made(prose: str = PROSE, length: int = 256, seed: int = 0, second: bool = False) -> dict[str, Any]:
     text = (prose * (2 * length // len(prose) + 1))[: 2 * length]
     rows = np.array([ord(letter) for letter in text], dtype=np.int32).reshape(2, length)
     none: Any = None
     whole = CalibrationText(rows, rows, none, rows, none, np.array([1], dtype=np.int32))
-    return {row.kind: row for row in synthetic_rows(whole, Letters(), seed)}
+    rows = synthetic_rows(whole, Letters(), seed)
+    half = len(rows) // 2
+    return {row.kind: row for row in (rows[half:] if second else rows[:half])}
 
 
 def written(row: Any) -> str:
@@ -39,12 +41,12 @@ def written(row: Any) -> str:
 
 def test_each_kind_asks_the_context() -> None:
     rows = made(length=512)
-    assert {kind: len(row.tokens) for kind, row in rows.items()} == dict.fromkeys(rows, 256) | {
+    assert {kind: len(row.tokens) for kind, row in rows.items()} == dict.fromkeys(rows, 128) | {
         "far look-up": 512
     }
     repeated = rows["repeated tokens"]
-    np.testing.assert_array_equal(repeated.tokens, np.tile(repeated.tokens[:64], 4))
-    assert (repeated.owner == 0).sum() == 192 and repeated.counted[64]
+    np.testing.assert_array_equal(repeated.tokens, np.tile(repeated.tokens[:32], 4))
+    assert (repeated.owner == 0).sum() == 96 and repeated.counted[32]
     assert " . " in written(rows["spaced punctuation"])
     objects = written(rows["JSON"]).splitlines()[1:-1]
     assert len({tuple(line.split('"')[1::4]) for line in objects}) == 1, "the same keys"
@@ -62,18 +64,17 @@ def test_what_is_far_stands_in_prose_and_is_asked_for_at_the_end() -> None:
     pairs = [line for line in lines if ": " in line]
     said, asked = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
     assert len(said) > 2 and said != asked and sorted(said) == sorted(asked)
-    assert lines[-len(asked) :] == asked and sum(len(line) > 20 for line in lines) >= len(said), (
-        "prose between"
-    )
+    assert lines[-len(asked) :] == asked
+    assert sum(len(line) for line in lines if ": " not in line) > 512 / 3, "prose between"
     values = "".join(line.partition(":")[2] for line in asked)
     assert Letters().decode(row.tokens[row.counted].tolist()) == values
 
 
-def test_a_seed_gives_the_same_rows_and_another_others() -> None:
-    one, same, other = made(), made(), made(seed=1)
+def test_a_seed_gives_the_same_rows_and_another_others_as_the_second_of_a_kind_is() -> None:
+    one, same, others = made(), made(), [made(seed=1), made(second=True)]
     for kind in one:
         np.testing.assert_array_equal(one[kind].tokens, same[kind].tokens)
-    assert not np.array_equal(one["table"].tokens, other["table"].tokens)
+        assert not any(np.array_equal(one[kind].tokens, other[kind].tokens) for other in others)
 
 
 @pytest.mark.parametrize(
@@ -82,4 +83,8 @@ def test_a_seed_gives_the_same_rows_and_another_others() -> None:
 )
 def test_a_text_with_few_words_gives_the_rows_that_need_none(prose: str, length: int, kinds: int) -> None:
     rows = made(prose, length)
-    assert len(rows) == kinds and {len(row.tokens) for row in rows.values()} == {length}
+    assert len(rows) == kinds
+    assert all(
+        len(row.tokens) == (length if kind == "far look-up" else min(length, 128))
+        for kind, row in rows.items()
+    )
