@@ -91,7 +91,7 @@ _CONVERTER.register_structure_hook(
 # after a corrected fit: what an earlier version made is then made again.
 STAGES = {
     "calibrate": 3,
-    "select": 4,
+    "select": 5,
     "export": 2,
     "rewrite": 3,
     "build": 1,

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from nbl_export.batch import hidden_in, words
 from nbl_export.calibrate.text import PADDING, CalibrationText, as_tokens, token_ids
+from nbl_export.settings.choices import FAR_LOOK_UP
 
 I32 = NDArray[np.int32]
 # Tokens of a row, at most: of one that looks far back, and of the others.
 FAR, LENGTH = 512, 128
 # The shares of a row that looks far back that say something, and that ask for it: what is between is text.
-_SAID = 1 / 4
+_SAID = 3 / 8
 # The share of a row that shows what it is about, and is not counted.
 _SHOWN = 3 / 8
 _REPEATS = 4
@@ -95,7 +96,7 @@ def _far_look_up(text: CalibrationText, tokenizer: Any, random: Random, known: l
     ids = words(text.selection).reshape(-1)
     prose = np.take(ids, random.randrange(len(ids)) + np.arange(room), mode="wrap").tolist()
     row = text.prompt(as_tokens(hidden_in(prose, said, random)[0] + questions))
-    return SyntheticRow("far look-up", row, np.pad(counted, (len(row) - len(counted), 0)))
+    return SyntheticRow(FAR_LOOK_UP, row, np.pad(counted, (len(row) - len(counted), 0)))
 
 
 def _records(random: Random, known: list[str]) -> Iterator[str]:

@@ -18,7 +18,7 @@ It begins with the rough losses of single layers, on the first part of the rows.
 are behind the best one by more than twice the standard error of the difference, over documents, are not measured on
 more rows. A set that is taken is measured on all.
 
-What it compares is the KL of the text plus half of the mean of the KLs of synthetic rows, where only the context tells
+What it compares is the KL of the text and, with a smaller weight, those of synthetic rows, where only the context tells
 what comes next (:mod:`nbl_export.calibrate.synthetic`).
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -13,10 +13,11 @@ import numpy as np
 from nbl_export.batch import F64
 from nbl_export.blocks import Block, all_parts
 from nbl_export.settings import Budget
+from nbl_export.settings.choices import FAR_LOOK_UP
 from nbl_export.settings.making import NO_BUDGET
 
 # What a nat of synthetic rows counts beside one of the text (docs/selection.md has what was measured).
-SYNTHETIC = 0.5
+SYNTHETIC = 0.3
 
 
 def exp(nats: float) -> float:
@@ -30,9 +31,12 @@ def exp(nats: float) -> float:
 Nats = TypeVar("Nats", float, F64)
 
 
-def cost_of(kl: Nats, synthetic: Collection[float]) -> Nats:
-    """The ``kl`` of the text, and :data:`SYNTHETIC` times the mean of those of ``synthetic`` rows."""
-    return kl + SYNTHETIC * sum(synthetic) / max(len(synthetic), 1)
+def cost_of(kl: Nats, synthetic: Mapping[str, float]) -> Nats:
+    """The ``kl`` of the text, and :data:`SYNTHETIC` times that of rows that look far back and the mean of the other
+    kinds of ``synthetic`` rows.
+    """
+    near = [value for kind, value in synthetic.items() if kind != FAR_LOOK_UP]
+    return kl + SYNTHETIC * (sum(near) / max(len(near), 1) + synthetic.get(FAR_LOOK_UP, 0.0))
 
 
 def per_saving(loss: float, saved: float) -> float:
@@ -103,7 +107,7 @@ class Loss:
     @property
     def cost(self) -> float:
         """What sets are compared by."""
-        return cost_of(self.kl, self.synthetic.values())
+        return cost_of(self.kl, self.synthetic)
 
     @property
     def perplexity_ratio(self) -> float:

@@ -55,8 +55,10 @@ def _added(found: Sums, base: Sums, documents: Sequence[str], drawn: F64) -> F64
         if name in found.text:
             tokens[at], kl, _ = found.text[name]
             more[at] = kl - base.text.get(name, (0.0, 0.0))[1]
-    before = (base.synthetic.get(kind, (0.0, 0.0))[1] for kind in found.synthetic)
-    synthetic = [(kl - b) / n for (n, kl, _), b in zip(found.synthetic.values(), before, strict=True)]
+    before = base.synthetic
+    synthetic = {
+        kind: (kl - before.get(kind, (0.0, 0.0))[1]) / n for kind, (n, kl, _) in found.synthetic.items()
+    }
     count = drawn @ tokens
     mean = more.sum() / tokens.sum()  # where none of its documents is drawn
     return cost_of(np.where(count > 0, drawn @ more / np.maximum(count, 1), mean), synthetic)

@@ -17,6 +17,8 @@ CRITERIA = {"greedy": True, "kl": True, "linearity": True, "nmse": False, "cca":
 DECODER_CRITERION, ENCODER_CRITERION = "greedy", "cca"
 # What `--k auto` means: the largest K whose perplexity on the selection text stays within a tenth of the original's.
 AUTO_PERPLEXITY_RATIO = 1.10
+# The kind of synthetic rows that look far back: it is weighed by itself.
+FAR_LOOK_UP = "far look-up"
 SELF = "self"
 QUANTIZED = ("int4", "int8")
 LIBRARIES = ("auto", "tensorrt", "rtx")

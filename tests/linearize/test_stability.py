@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,17 @@ import pytest
 from nbl_export.linearize.search import MeasuredSets, count_blocks
 from nbl_export.linearize.selection import Sums
 from nbl_export.linearize.stability import stability
+from nbl_export.settings.choices import FAR_LOOK_UP
 
 
-def sets_of(costs: dict[int, list[float]], synthetic: dict[int, float] | None = None) -> MeasuredSets:
-    """Sets whose blocks cost so much, each alone, of each document of ten tokens."""
+def sets_of(
+    costs: dict[int, list[float]], synthetic: dict[int, float] | None = None, kinds: Sequence[str] = ("a",)
+) -> MeasuredSets:
+    """Sets whose blocks cost so much, each alone, of each document of ten tokens and of each kind of synthetic rows."""
     known = {
         f"{','.join(map(str, chosen))} part 0": Sums(
             {str(n): (10.0, sum(costs[b][n] for b in chosen), 0.0) for n in range(len(costs[0]))},
-            {"a": (1.0, sum(synthetic[b] for b in chosen), 0.0)} if synthetic else {},
+            {kind: (1.0, sum(synthetic[b] for b in chosen), 0.0) for kind in kinds} if synthetic else {},
         )
         for chosen in [(b,) for b in costs] + [(0, b) for b in costs if b]
     }
@@ -41,10 +45,21 @@ def test_what_every_document_says_is_certain_and_what_they_are_divided_on_is_not
     assert shares(sets_of(costs)) == {0: 1.0, 1: 1.0, 2: 0.0}
 
 
-@pytest.mark.parametrize(("nats", "first"), [(0.3, 1.0), (0.5, 0.0)], ids=["too little", "enough"])
-def test_synthetic_rows_count_half_in_every_sample(nats: float, first: float) -> None:
-    costs = {0: [0.1] * 12, 1: [3.0] * 12, 2: [5.0] * 12}  # 0.2 apart for each token
-    assert shares(sets_of(costs, {0: 0.0, 1: nats, 2: 0.0})) == {0: 1.0, 1: first, 2: 1 - first}
+# 0.3 of a nat counts beside the text, of those near as a mean: 0.2 apart for each token is 0.67 of them.
+@pytest.mark.parametrize(
+    ("nats", "kinds", "first"),
+    [
+        (0.6, "ab", 1.0),
+        (0.7, "ab", 0.0),
+        (0.3, ("a", "b", FAR_LOOK_UP), 1.0),
+        (0.4, ("a", "b", FAR_LOOK_UP), 0.0),
+    ],
+)
+def test_in_every_sample_a_far_look_up_counts_as_much_as_all_other_synthetic_rows(
+    nats: float, kinds: Sequence[str], first: float
+) -> None:
+    costs = {0: [0.1] * 12, 1: [3.0] * 12, 2: [5.0] * 12}
+    assert shares(sets_of(costs, {0: 0.0, 1: nats, 2: 0.0}, kinds)) == {0: 1.0, 1: first, 2: 1 - first}
 
 
 def test_a_set_is_compared_with_its_base_on_the_rows_that_both_were_measured_on() -> None:
