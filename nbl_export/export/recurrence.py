@@ -65,8 +65,9 @@ def real_tokens(*_args: Any, **_kwargs: Any) -> torch.Tensor:
 class GraphStates(StateLayer):
     """A cache layer of which a state is an input of the graph, and the state after the last token an output."""
 
-    def __init__(self, shapes: Any, states: Any, fresh: bool) -> None:
-        super().__init__(shapes, states, fresh=False)
+    def __init__(self, shapes: Any, states: Any, past_length: Any) -> None:
+        super().__init__(shapes, states, past_length=None)  # it has states also after 0 tokens
+        self.past_length = past_length
         self.record_past = True  # a convolution then has one way for any number of tokens
 
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **_: Any) -> torch.Tensor:

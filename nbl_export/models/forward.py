@@ -125,11 +125,18 @@ def query_length(query: Any) -> Any:
 
 
 class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
-    """A cache layer that holds ``states`` of these ``shapes``; none yet if it is ``fresh``."""
+    """A cache layer that holds ``states`` of these ``shapes``; none yet if ``past_length`` is the number 0.
 
-    def __init__(self, shapes: Sequence[StateShape], states: Sequence[torch.Tensor], fresh: bool) -> None:
+    The length must be given: transformers 5.25 counts tokens as they are added.
+    """
+
+    def __init__(
+        self, shapes: Sequence[StateShape], states: Sequence[torch.Tensor], past_length: Any
+    ) -> None:
         numbers = [int(shape.kind.lstrip(ascii_lowercase) or 0) for shape in shapes]
         LinearAttentionLayer.__init__(self, number_of_states=max(numbers, default=0) + 1)
+        self.past_length = past_length
+        fresh = isinstance(past_length, int) and past_length == 0
         for number, shape, state in zip(numbers, shapes, states, strict=True):
             if fresh:
                 continue
@@ -143,6 +150,9 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
                 self.recurrent_states[number] = state.clone()
                 self.is_recurrent_states_initialized[number] = True
 
+    def get_seq_length(self, *_args: Any) -> Any:
+        return self.past_length
+
 
 def cache_layer(
     block: BlockCache, entry: Entry, past_length: Any, of_states: type[StateLayer] = StateLayer
@@ -152,7 +162,7 @@ def cache_layer(
     past = PastLayer(past_length, *(pair or [torch.zeros(1, 1, 0, 1)] * 2))
     if not block.states:
         return past
-    made = of_states(block.states, states, isinstance(past_length, int) and past_length == 0)
+    made = of_states(block.states, states, past_length)
     if not block.kv:
         return made
     both: Any = object.__new__(type("HybridLayer", (type(made), PastLayer), {}))

@@ -233,7 +233,7 @@ def test_a_selective_scan_takes_the_state_that_its_convolution_came_from() -> No
     }
     expected, last = own("jamba", "mamba_selective_scan")(**given, **fixed)
     shapes = [StateShape("conv", (OWN_VALUE, 3)), StateShape("recurrent", (OWN_VALUE, OWN_KEY))]
-    layer = GraphStates(shapes, [torch.zeros(OWN_ROWS, *s.shape) for s in shapes], fresh=False)
+    layer = GraphStates(shapes, [torch.zeros(OWN_ROWS, *s.shape) for s in shapes], past_length=0)
     for part in (slice(0, 11), slice(11, OWN_TOKENS)):
         tokens = WHOLE[:, part]
         with rows_of(tokens, tokens):
@@ -254,7 +254,7 @@ def test_padding_changes_no_state(left: bool) -> None:
     real = slice(5, None) if left else slice(0, 9)
 
     def after(tokens: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layer = GraphStates(shapes, [before], fresh=False)
+        layer = GraphStates(shapes, [before], past_length=0)
         with rows_of(tokens, tokens):
             layer.update_conv_state(seen[..., columns])
             _, matrix = state_space(**of_state_space(columns), return_final_states=True)
