@@ -242,13 +242,28 @@ class _Race:
         self.added: dict[Block, float] = {}
 
     def won_by(self, order: Sequence[Block], bounds: Mapping[Block, float]) -> Block:
-        """The best of the blocks; those in ``order`` whose bound is above the best rate so far are not measured."""
+        """The best of the blocks; those in ``order`` whose bound is above the best rate are not measured.
+
+        The best one of a round may be worse on all rows than on the first part: then those whose bound is below that
+        race it in another round.
+        """
         self._sets.announce(self._nexts[block] for block in order)
-        rates: dict[Block, float] = {}
-        for block in order:
-            if rates and bounds[block] > min(rates.values()):
-                break
-            rates[block] = self._rate(block, 1)
+        waiting = list(order)
+        best, least, whole = waiting[0], math.inf, dict[Block, float]()
+        while waiting and bounds[waiting[0]] <= least:
+            racing = dict[Block, float]()
+            while waiting and bounds[waiting[0]] <= min([least, *racing.values()]):
+                block = waiting.pop(0)
+                racing[block] = self._rate(block, 1)
+            if whole:
+                racing[best] = self._rate(best, 1)
+            best, least = self._race(racing)
+            whole[best] = self.added[best]
+        self.added |= whole
+        return best
+
+    def _race(self, rates: Mapping[Block, float]) -> tuple[Block, float]:
+        """The best of the blocks, of which the ``rates`` on the first part are known, and its rate on all rows."""
         for parts in range(2, PARTS + 1):
             best = min(rates, key=lambda b: (rates[b], b))
             error = {block: self._scale[parts - 1] * self._error(block, best, parts - 1) for block in rates}
@@ -257,7 +272,8 @@ class _Race:
             ]
             self._sets.announce(self._nexts[block] for block in left)
             rates = {block: self._rate(block, parts) for block in left}
-        return min(rates, key=lambda b: (rates[b], self.added[b], b))
+        best = min(rates, key=lambda b: (rates[b], self.added[b], b))
+        return best, rates[best]
 
     def _rate(self, block: Block, parts: int) -> float:
         added = self._sets.sums(self._nexts[block], parts).loss.cost - self._base[parts]

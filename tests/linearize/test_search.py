@@ -215,17 +215,25 @@ def test_a_set_is_the_same_in_any_order_and_a_meter_is_made_only_for_what_is_new
     assert sets.loss([2, 0]) == of_kl(9.0) and sets.loss([]) == of_kl(0.0)
 
 
-def raced(costs: Mapping[int, tuple[float, float]]) -> tuple[list[int], list[tuple[tuple[int, ...], int]]]:
+def raced(
+    costs: Mapping[int, tuple[float, float]], later: Mapping[int, float] | None = None
+) -> tuple[list[int], list[tuple[tuple[int, ...], int]]]:
     """The order of layers that cost so much of each of the six documents of a part, more or less by the second figure
-    in every other one; and which sets were measured on which part."""
+    in every other one, beside others ``later`` times as much from the second part on; and which sets were measured on
+    which part."""
     asked: list[tuple[tuple[int, ...], int]] = []
 
     def measure(sets: Sequence[Sequence[int]], _settled: frozenset[Block], part: int) -> list[Sums]:
         asked.extend((tuple(layers), part) for layers in sets)
+
+        def cost(layer: int, beside: int, n: int) -> float:
+            mean, swing = costs[layer]
+            return (mean + (-1) ** n * swing) * ((later or {}).get(layer, 1.0) if part and beside else 1.0)
+
         return [
             Sums(
                 {
-                    str(6 * part + n): (1.0, sum(costs[i][0] + (-1) ** n * costs[i][1] for i in layers), 0.0)
+                    str(6 * part + n): (1.0, sum(cost(i, len(layers) - 1, n) for i in layers), 0.0)
                     for n in range(6)
                 }
             )
@@ -246,6 +254,12 @@ def test_what_is_certainly_behind_is_measured_on_no_more_rows() -> None:
     assert order == [0, 1]
     assert ((0, 2), 2) in asked, "documents are divided on it"
     assert not any(3 in layers and len(layers) > 1 for layers, _ in asked), "its bound is above the best"
+
+
+def test_what_is_worse_on_all_rows_than_the_bounds_of_others_is_raced_again() -> None:
+    order, asked = raced({0: (1.0, 0.0), 1: (5.0, 2.0), 2: (6.5, -2.0), 3: (90.0, 0.0)}, later={1: 2.0})
+    assert order == [0, 2], "layer 1 was the best on the first part"
+    assert not any(3 in layers and len(layers) > 1 for layers, _ in asked)
 
 
 # no numbers --------------------------------------------------------------------------------------
