@@ -242,11 +242,7 @@ class _Race:
         self.added: dict[Block, float] = {}
 
     def won_by(self, order: Sequence[Block], bounds: Mapping[Block, float]) -> Block:
-        """The best of the blocks; those in ``order`` whose bound is above the best rate are not measured.
-
-        The best one of a round may be worse on all rows than on the first part: then those whose bound is below that
-        race it in another round.
-        """
+        """The best of the blocks; those in ``order`` whose bound is above its rate on all rows are not measured."""
         self._sets.announce(self._nexts[block] for block in order)
         waiting = list(order)
         best, least, whole = waiting[0], math.inf, dict[Block, float]()
@@ -267,9 +263,7 @@ class _Race:
         for parts in range(2, PARTS + 1):
             best = min(rates, key=lambda b: (rates[b], b))
             error = {block: self._scale[parts - 1] * self._error(block, best, parts - 1) for block in rates}
-            left = [
-                block for block in rates if block == best or rates[block] <= rates[best] + 2 * error[block]
-            ]
+            left = [b for b in rates if b == best or rates[b] <= rates[best] + 2 * error[b]]
             self._sets.announce(self._nexts[block] for block in left)
             rates = {block: self._rate(block, parts) for block in left}
         best = min(rates, key=lambda b: (rates[b], self.added[b], b))
